@@ -1,0 +1,1 @@
+"""Signals and losses as pure functions, and one small file a method."""

@@ -1,0 +1,1 @@
+"""What to train on: scores, the gate, samplers, TVDF."""

@@ -1,0 +1,1 @@
+"""Annotations, decoding, budgets, prompts, encoding, loading."""

@@ -1,0 +1,1 @@
+"""Metrics, prediction, the answer for one video."""

@@ -1,0 +1,1 @@
+"""Policies and teachers: prefill, sample, log-probabilities."""

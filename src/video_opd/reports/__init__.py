@@ -1,0 +1,1 @@
+"""Reads run folders, writes tables, plots and one HTML file."""

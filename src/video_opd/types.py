@@ -1,0 +1,127 @@
+"""Records that cross folders.
+
+Shapes: ``T`` frames, ``H`` height, ``W`` width, ``C`` channels, ``P`` prompt tokens, ``R`` response
+tokens, ``V`` vocabulary. Times are seconds from the start of the video. Nothing here imports torch at
+run time; tensors appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row of a data file: a question about a video, and where its answer lies.
+
+    Example: ``Sample(id="a", video=Path("v/a.mp4"), query="the cup falls", duration_s=30.0,
+    spans=((3.0, 5.5),))``.
+    """
+
+    id: str
+    video: Path  # resolved against the data file's folder or the video root
+    query: str
+    duration_s: float | None = None
+    spans: tuple[tuple[float, float], ...] = ()  # empty: not annotated
+    source: str | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)  # the row as it was read, unknown keys included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A video that was decoded, sampled and resized once; every model is given this object."""
+
+    path: Path
+    frames: np.ndarray  # uint8 [T, H, W, 3], RGB, resized; H and W are multiples of 32
+    times_s: np.ndarray  # float64 [T], presentation times of the frames
+    frame_indices: np.ndarray  # int64 [T], positions in the source's display order
+    source_fps: float  # mean rate of the source
+    duration_s: float
+    source_size_px: tuple[int, int]  # (height, width) before resizing
+    digest: str  # of frames and times: equal digests are equal inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt in the keys of the model's ``forward``; sampler, teacher and trainer share it.
+
+    ``input_ids`` [1, P]. ``tensors`` holds everything else that the forward takes, keyed by its argument
+    names (``pixel_values_videos``, ``video_grid_thw``, ``mm_token_type_ids`` ...), unpadded, batch of 1.
+    """
+
+    sample_id: str
+    input_ids: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+    text: str
+    pair_times_s: tuple[float, ...]  # the timestamp written before each frame pair
+    video_tokens: int
+    clip_digest: str
+    duration_s: float
+
+    @property
+    def length(self) -> int:
+        return int(self.input_ids.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One answer that a policy wrote, and the log-probability of each of its tokens at that time.
+
+    The end-of-sequence token, when the policy wrote one, is the last token. ``truncated`` means that the
+    length limit came first; nothing is appended then.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # nats, of the distribution that was sampled
+    text: str  # decoded without special tokens
+    truncated: bool
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs), "one log-prob for each token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities of given responses under a model, right-padded to the longest.
+
+    ``logprobs_BT`` [B, R] is 0 where ``mask_BT`` [B, R] is False. ``full_BTV`` [B, R, V] (natural-log
+    probabilities of the whole vocabulary) is there only when it was asked for.
+    """
+
+    logprobs_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    full_BTV: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model answered to one sample, as a row of a predictions file."""
+
+    id: str
+    responses: tuple[str, ...]
+    spans: tuple[tuple[float, float] | None, ...]
+    rules: tuple[str, ...]  # the parse rule of each response; "none" where nothing matched
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """TVDF's measurements of one candidate (appendix B; NaN where something was not measured)."""
+
+    id: str
+    teacher_iou: float
+    student_iou: float
+    reverse_kl: float | None = None  # nats a token, along the student's rollout
+    teacher_spans: tuple[tuple[float, float] | None, ...] = ()
+    student_spans: tuple[tuple[float, float] | None, ...] = ()
+
+    @property
+    def delta(self) -> float:
+        """eq 12: δ = τ − σ."""
+        return self.teacher_iou - self.student_iou

@@ -1,0 +1,1 @@
+"""Generated videos with exact labels, and the tiny models that watch them."""
