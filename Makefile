@@ -1,0 +1,52 @@
+# make install   the command at .venv/bin/video-opd
+# make demo      install, then the main job on embedded defaults
+# make test      install with the tools, then the tests
+# make lint, make types
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# Threads that spin while they wait slow each other tenfold when several processes share few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint types clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.stamp-package
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "video-opd needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# --no-deps: the file names everything, so there is nothing to resolve. --no-compile: Python compiles what it
+# imports on first use, which is a small part of what is installed.
+$(VENV)/.stamp-base: requirements/base.txt | $(BIN)/python
+	$(PIP) install --require-hashes --no-deps --no-compile -r $<
+	touch $@
+
+$(VENV)/.stamp-dev: requirements/dev.txt $(VENV)/.stamp-base
+	$(PIP) install --require-hashes --no-deps --no-compile -r $<
+	touch $@
+
+$(VENV)/.stamp-package: pyproject.toml $(VENV)/.stamp-base
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install
+	$(BIN)/video-opd demo $(DEMO_ARGS)
+
+test: install $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+lint: install $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+
+types: install $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
