@@ -1,0 +1,152 @@
+"""What is being done and how long it will take: bars on a terminal, plain lines elsewhere, always on stderr.
+
+In a run of several processes only the first one speaks (``RANK`` as torchrun and Accelerate set it).
+
+Example::
+
+    for batch in track(batches, "answering", total=len(batches)):
+        ...
+    with task("training", total=40) as bar:
+        bar.advance(note="reverse KL 0.31")
+    log("wrote runs/a/report.html")
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+T = TypeVar("T")
+
+LINE_EVERY_S = 10.0  # between plain lines of one task
+
+
+def log(message: str) -> None:
+    """One line on stderr; above the bars while there are any."""
+    if not _speaks():
+        return
+    if _Bars.live is not None:
+        _Bars.live.console.print(message, markup=False, highlight=False)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yields the items and shows how far it is. ``total`` is asked of the iterable when it is not given."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    with task(description, total) as bar:
+        for item in iterable:
+            yield item
+            bar.advance()
+
+
+@contextmanager
+def task(description: str, total: int | None = None) -> Iterator[Task]:
+    """A task that is advanced by hand."""
+    if not _speaks():
+        yield Task(lambda done, note: None)
+    elif sys.stderr.isatty():
+        with _Bars.shown(description, total) as report:
+            yield Task(report)
+    else:
+        lines = _Lines(description, total)
+        yield Task(lines.report)
+        lines.finish()
+
+
+class Task:
+    """Counts what is done; ``note`` is shown beside the count (a loss, a file name)."""
+
+    def __init__(self, report: Callable[[int, str], None]) -> None:
+        self.done = 0
+        self._report = report
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        self._report(self.done, note)
+
+
+def duration(seconds: float) -> str:
+    """``"48 s"``, ``"3 min 05 s"``, ``"2 h 07 min"``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Lines:
+    """A line when a task starts having something to say, every ten seconds, and when it ends."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description, self.total = description, total
+        self.started_s = self.last_s = time.monotonic()
+        self.done = self.printed = 0
+
+    def report(self, done: int, note: str) -> None:
+        self.done = done
+        now_s = time.monotonic()
+        if now_s - self.last_s >= LINE_EVERY_S and done != self.total:
+            self.last_s, self.printed = now_s, done
+            self._print(now_s - self.started_s, note)
+
+    def finish(self) -> None:
+        if self.done:
+            self._print(time.monotonic() - self.started_s, "")
+
+    def _print(self, spent_s: float, note: str) -> None:
+        count = f"{self.done}/{self.total}" if self.total else f"{self.done}"
+        text = f"{self.description}: {count}, {duration(spent_s)}"
+        if self.total and 0 < self.done < self.total:
+            text += f", about {duration(spent_s / self.done * (self.total - self.done))} left"
+        print(text + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+
+
+class _Bars:
+    """One rich display for all tasks that are open at a time: rich allows a single one a terminal."""
+
+    live: Progress | None = None
+    open_tasks = 0
+
+    @classmethod
+    @contextmanager
+    def shown(cls, description: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+        from rich import progress as rich_progress
+        from rich.console import Console
+
+        if cls.live is None:
+            cls.live = rich_progress.Progress(
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TimeElapsedColumn(),
+                rich_progress.TextColumn("left"),
+                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            cls.live.start()
+        cls.open_tasks += 1
+        live = cls.live
+        task_id = live.add_task(description, total=total, note="")
+        try:
+            yield lambda done, note: live.update(task_id, completed=done, note=note)
+        finally:
+            cls.open_tasks -= 1
+            live.stop_task(task_id)
+            if cls.open_tasks == 0:
+                live.stop()
+                cls.live = None
