@@ -1,0 +1,193 @@
+"""Recipes: strict keys and types, overrides, refusals with a remedy, and the round trip through YAML."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from video_opd.config import DataConfig, Recipe, TeacherConfig, dump_recipe, load_recipe, recipe_from_dict
+from video_opd.errors import UserError
+from video_opd.strict import flatten, to_dict
+
+SMALLEST = {"teacher": {"path": "teacher"}, "data": {"train": "train.jsonl"}}
+
+
+def make(**sections: object) -> Recipe:
+    tree: dict[str, object] = {name: dict(keys) for name, keys in SMALLEST.items()}
+    for name, keys in sections.items():
+        old = tree.get(name)
+        tree[name] = {**old, **keys} if isinstance(old, dict) and isinstance(keys, dict) else keys
+    return recipe_from_dict(tree)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_the_papers_values():
+    recipe = make()
+    assert recipe.optim.lr == 1e-6 and recipe.optim.batch_size == 32 and recipe.optim.epochs == 1
+    assert recipe.sampling.rollouts == 1 and recipe.sampling.temperature == 1.0
+    assert recipe.video.fps == 2.0 and recipe.video.max_frames == 768
+    assert recipe.video.max_frame_tokens == 768 and recipe.video.max_video_tokens == 8192
+    assert recipe.prompt.style == "paper" and not recipe.prompt.thinking
+    assert recipe.loss.reduction == "sum"
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"optim": {"batchsize": 4}}, "optim.batchsize is not a known key; did you mean optim.batch_size?"),
+        ({"optim": {"learning_rate": 4}}, "did you mean optim.lr?"),
+        ({"lr": 1e-6}, "lr is not a known key; did you mean optim.lr?"),
+        ({"optm": {}}, "did you mean optim?"),
+        ({"video": {"max_new_tokens": 3}}, "did you mean sampling.max_new_tokens?"),
+        ({"run": {"zzzz": 3}}, "known here: run.dir, run.seed"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tree: dict, expected: str):
+    with pytest.raises(UserError, match=expected.replace("?", r"\?")):
+        recipe_from_dict({**SMALLEST, **tree})
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"optim": {"lr": "fast"}}, "optim.lr must be a number, not 'fast'"),
+        ({"optim": {"lr": True}}, "optim.lr must be a number"),
+        ({"optim": {"lr": ".nan"}}, "optim.lr must be a number"),
+        ({"optim": {"batch_size": 1.5}}, "optim.batch_size must be a whole number"),
+        ({"optim": {"batch_size": None}}, "optim.batch_size must be a whole number"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas needs 2 values"),
+        ({"data": {"train": 3}}, "data.train must be text"),
+        ({"data": {"train": "x", "shuffle": "yes"}}, "data.shuffle must be true or false"),
+        ({"model": 3}, "model must be a section"),
+        ({"model": {"dtype": "float16"}}, "model.dtype is 'float16'; choose one of"),
+        ({"teacher": {}}, "teacher.path is missing"),
+        ({"method": "grop"}, "method is 'grop'"),
+    ],
+)
+def test_wrong_types_are_refused(tree: dict, expected: str):
+    with pytest.raises(UserError, match=expected):
+        recipe_from_dict({**SMALLEST, **tree})
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("sampling", {"top_p": 0.9}, "set sampling.top_p to 1.0"),
+        ("sampling", {"top_k": 20}, "set sampling.top_k to 0"),
+        ("sampling", {"temperature": 0.7}, "set sampling.temperature to 1.0"),
+        ("sampling", {"temperature": 0.0}, "above 0"),
+        ("sampling", {"rollouts": 0}, "at least 1"),
+        ("optim", {"micro_batch_size": 5}, "not a multiple"),
+        ("optim", {"warmup_steps": 9, "max_steps": 3}, "above optim.max_steps"),
+        ("optim", {"lr": 0}, "above 0"),
+        ("optim", {"epochs": 0}, "optim.max_steps"),
+        ("optim", {"betas": [0.9, 1.0]}, "betas"),
+        ("video", {"min_frames": 9, "max_frames": 8}, "min_frames <= max_frames"),
+        ("video", {"min_frame_tokens": 9, "max_frame_tokens": 8}, "min_frame_tokens <= max_frame_tokens"),
+        ("video", {"max_video_tokens": 1}, "cannot hold"),
+        ("video", {"fps": 0}, "above 0"),
+        ("data", {"max_failed_share": 5}, "between 0 and 1"),
+        ("data", {"train": ""}, "data.train is empty"),
+        ("run", {"keep_checkpoints": 0}, "at least 1"),
+        ("loss", {"ratio_tolerance": 0}, "above 0"),
+        ("evaluate", {"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_impossible_settings_fail_at_once_with_the_remedy(section: str, keys: dict, expected: str):
+    with pytest.raises(UserError, match=expected):
+        make(**{section: keys})
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path):
+    path = write(tmp_path, "teacher: {path: t}\ndata: {train: d}\noptim: {lr: 1e-5}\n")
+    line = "--optim.lr 3e-4 --optim.betas=[0.8,0.95] --data.shuffle false --run.trackers []"
+    line += " --optim.max_steps 7 --data.limit null --evaluate.data one.jsonl"
+    recipe = load_recipe(path, line.split())
+    assert recipe.optim.lr == 3e-4 and recipe.optim.betas == (0.8, 0.95) and recipe.optim.max_steps == 7
+    assert recipe.data.shuffle is False and recipe.run.trackers == () and recipe.data.limit is None
+    assert recipe.evaluate.data == ("one.jsonl",)  # one value stands for a list of one
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path):
+    path = write(tmp_path, "teacher: {path: t}\ndata: {train: d}\noptim: {lr: 1e-5}")
+    assert load_recipe(path).optim.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--optim.lr"], "has no value"),
+        (["optim.lr", "3"], "--section.key value"),
+        (["--optim.rl", "3"], "did you mean optim.lr"),
+        (["--optim.lr.x", "3"], "is not a section"),
+        (["--optim.betas", "[1"], "not valid YAML"),
+    ],
+)
+def test_broken_overrides(tmp_path: Path, words: list[str], expected: str):
+    path = write(tmp_path, "teacher: {path: t}\ndata: {train: d}\noptim: {lr: 1e-5}\n")
+    with pytest.raises(UserError, match=expected):
+        load_recipe(path, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("optim: [", "line 1"), ("just text", "expected sections"), ("", "teacher.path is missing")],
+)
+def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_a_user_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lr=st.floats(1e-12, 1e3),
+    micro=st.integers(1, 8),
+    times=st.integers(1, 8),
+    tolerance=st.none() | st.floats(1e-9, 1),
+    trackers=st.lists(st.sampled_from(["tensorboard", "wandb", "trackio"]), max_size=3),
+    train=st.text(st.characters(categories=["L", "N", "P"]), min_size=1),
+)
+def test_a_recipe_survives_yaml(lr, micro, times, tolerance, trackers, train):
+    recipe = make(
+        optim={"lr": lr, "micro_batch_size": micro, "batch_size": micro * times},
+        loss={"ratio_tolerance": tolerance},
+        run={"trackers": trackers},
+        data={"train": train},
+    )
+    assert recipe_from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_a_dumped_recipe_holds_every_key():
+    recipe = Recipe(teacher=TeacherConfig(path="t"), data=DataConfig(train="d"))
+    keys = [key for key, _ in flatten(yaml.safe_load(dump_recipe(recipe)))]
+    assert keys == [key for key, _ in flatten(to_dict(recipe))] and len(keys) > 50
+    assert "optim.lr" in keys and "method" in keys
+
+
+def test_float32_asks_for_a_tighter_ratio():
+    assert make().ratio_tolerance == 1e-3
+    assert make(model={"dtype": "bfloat16"}).ratio_tolerance == 0.5
+    assert make(loss={"ratio_tolerance": 0.1}).ratio_tolerance == 0.1
+
+
+def test_the_settings_import_no_torch():
+    code = "import sys, video_opd.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
