@@ -119,9 +119,9 @@ _OTHER_UNIT = re.compile(
     re.I,
 )
 _GLUED_BEFORE = re.compile(
-    r"(?<![0-9]to)(?<=[^\W0-9])$|[/#%]$", re.I
+    r"(?<![0-9]to)(?<=[^\W0-9])\Z|[/#%]\Z", re.I
 )  # a part of a word, a rank; not "12to17"
-_SIGN = re.compile(r"(?:^|[\s(\[{=:,\"'])[-−]$")
+_SIGN = re.compile(r"(?:^|[\s(\[{=:,\"'])[-−]\Z")
 _GLUED_AFTER = re.compile(r"(?!(?:to|and)(?![^\W0-9]))[^\W0-9]|[/%]", re.I)
 # "3 people" is a count, "12 and" or "12 the moment" is not.
 _COUNTED = re.compile(
