@@ -1,0 +1,155 @@
+"""Data files: one question about one video a line, checked before anything runs.
+
+``{"id": str, "video": path, "query": str, "duration": seconds, "spans": [[start_s, end_s], …],
+"source": str?}``. Unknown keys are kept in :attr:`Sample.row`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl, write_jsonl
+from video_opd.types import Sample
+
+logger = logging.getLogger(__name__)
+
+REQUIRED_KEYS = ("id", "video", "query")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """A data file as it was read, and what was noticed on the way."""
+
+    samples: tuple[Sample, ...]
+    clamped: tuple[tuple[int, str], ...]  # (line, id) of rows with a span cut to the video's duration
+    unannotated: int  # rows without spans
+
+
+def read_samples(path: str | Path, video_root: str | Path | None = None) -> list[Sample]:
+    """The samples of a data file; a warning says how many spans were cut to the duration.
+
+    Raises UserError as :func:`read_annotations` does.
+    """
+    annotations = read_annotations(path, video_root)
+    if annotations.clamped:
+        line, first = annotations.clamped[0]
+        logger.warning(
+            "%s: %d of %d rows have a span past the video's end, cut to it (first: line %d, id %s)",
+            path, len(annotations.clamped), len(annotations.samples), line, first,
+        )  # fmt: skip
+    return list(annotations.samples)
+
+
+def read_annotations(path: str | Path, video_root: str | Path | None = None) -> Annotations:
+    """Reads and checks a data file.
+
+    Videos are relative to ``video_root``, or to the data file's folder; whether they are there is for the
+    loader to find out. Spans that end past ``duration`` are cut to it and counted. Raises UserError with the
+    line for anything else: a broken line, a missing key, an id that was used before, a span that is
+    reversed, empty, negative, not a number, or entirely past the end.
+    """
+    path = Path(path)
+    root = Path(video_root) if video_root is not None else path.parent
+    samples: list[Sample] = []
+    clamped: list[tuple[int, str]] = []
+    lines: dict[str, int] = {}
+    for line, row in read_jsonl(path):
+        where = f"{path}:{line}"
+        sample, cut = _sample(row, where, root)
+        if sample.id in lines:
+            raise UserError(
+                f"{where}: id {sample.id!r} is already used on line {lines[sample.id]}; ids must be unique"
+            )
+        lines[sample.id] = line
+        samples.append(sample)
+        if cut:
+            clamped.append((line, sample.id))
+    return Annotations(
+        samples=tuple(samples), clamped=tuple(clamped), unannotated=sum(not s.spans for s in samples)
+    )
+
+
+def write_rows(path: str | Path, rows: Iterable[Sample | Mapping[str, Any]]) -> None:
+    """Writes a data file atomically.
+
+    A Sample is written with its unknown keys and with its video relative to the new file's folder, so the
+    file reads without a video root wherever it lies; a mapping is written as it is.
+    """
+    folder = Path(path).parent
+    write_jsonl(path, (_row(row, folder) if isinstance(row, Sample) else row for row in rows))
+
+
+def _row(sample: Sample, folder: Path) -> dict[str, Any]:
+    row = dict(sample.row) | {
+        "id": sample.id,
+        "video": Path(os.path.relpath(sample.video, folder)).as_posix(),
+        "query": sample.query,
+        "duration": sample.duration_s,
+        "spans": [list(span) for span in sample.spans],
+    }
+    return row if sample.source is None else row | {"source": sample.source}
+
+
+def _sample(row: dict[str, Any], where: str, root: Path) -> tuple[Sample, bool]:
+    missing = [key for key in REQUIRED_KEYS if key not in row]
+    if missing:
+        raise UserError(f"{where}: no {', '.join(map(repr, missing))}; a row needs id, video and query")
+    for key in REQUIRED_KEYS:
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise UserError(f"{where}: {key!r} is {row[key]!r}; it must be a string that is not empty")
+    source = row.get("source")
+    if source is not None and not isinstance(source, str):
+        raise UserError(f"{where}: 'source' is {source!r}; it must be a string")
+    duration_s = row.get("duration")
+    if duration_s is not None:
+        duration_s = _number(duration_s, f"{where}: 'duration'")
+        if duration_s <= 0:
+            raise UserError(f"{where}: 'duration' is {duration_s:g}; it must be more than 0 seconds")
+    spans, cut = _spans(row.get("spans"), duration_s, where)
+    sample = Sample(
+        id=row["id"],
+        video=root / row["video"],
+        query=row["query"],
+        duration_s=duration_s,
+        spans=spans,
+        source=source,
+        row=row,
+    )
+    return sample, cut
+
+
+def _spans(value: Any, duration_s: float | None, where: str) -> tuple[tuple[tuple[float, float], ...], bool]:
+    if value is None:
+        return (), False
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise UserError(f"{where}: 'spans' is {value!r}; write a list of pairs, as [[12.5, 17.8]]")
+    spans: list[tuple[float, float]] = []
+    cut = False
+    for start, end in value:
+        start_s, end_s = _number(start, f"{where}: a span's start"), _number(end, f"{where}: a span's end")
+        if start_s < 0:
+            raise UserError(f"{where}: span {[start, end]} starts before 0; times are seconds from the start")
+        if end_s <= start_s:
+            raise UserError(f"{where}: span {[start, end]} does not end after it starts; write [start, end]")
+        if duration_s is not None and end_s > duration_s:
+            if start_s >= duration_s:
+                raise UserError(
+                    f"{where}: span {[start, end]} lies past the duration, {duration_s:g} s; mend either"
+                )
+            end_s, cut = duration_s, True
+        spans.append((start_s, end_s))
+    return tuple(spans), cut
+
+
+def _number(value: Any, what: str) -> float:
+    # JSON's true is an int to Python; NaN and Infinity are read by its json, and are no times.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{what} is {value!r}; it must be a number of seconds")
+    return float(value)

@@ -1,0 +1,176 @@
+"""How many frames of a video a model sees, and how large.
+
+A video token is 32×32 px of a frame *pair* (patch 16 × merge 2; temporal patch 2). Below the total bound
+the choices are those of qwen-vl-utils 0.0.14 (``smart_nframes``, ``smart_resize``). Its per-frame floor
+silently breaks the total on long or elongated videos; here the total is hard:
+
+1. the library's size, wherever that fits;
+2. else the same size without the per-frame floor, at least one cell (32×32 px) a side;
+3. else, when even the smallest size of that shape (short side one cell) is too much, fewer frames, evenly
+   spread. Their true times follow by themselves.
+
+Defaults are the paper's (sec. 4.1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from video_opd.errors import UserError
+
+CELL_PX = 32  # side of a video token
+PAIR = 2  # frames that a temporal patch merges
+# qwen-vl-utils: a frame may cost this much more than the floor before the total is looked at.
+_FLOOR_SLACK = 1.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoBudget:
+    """Frames at most and at least, and tokens of a frame pair and of the whole video."""
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    min_frame_tokens: int = 128  # of a frame pair; gives way to the total
+    max_frame_tokens: int = 768  # of a frame pair
+    max_video_tokens: int = 8192  # of the video; never exceeded
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise UserError(f"video fps is {self.fps}; it must be more than 0")
+        if self.max_frames < PAIR or self.min_frames < 1:
+            raise UserError(
+                f"video frames are {self.min_frames} to {self.max_frames}; at least 1, and room for {PAIR}"
+            )
+        if not 1 <= self.min_frame_tokens <= self.max_frame_tokens:
+            raise UserError(
+                f"tokens of a frame pair are {self.min_frame_tokens} to {self.max_frame_tokens}; "
+                "the least must be 1 or more and not above the most"
+            )
+        if self.max_video_tokens < 1:
+            raise UserError(f"max_video_tokens is {self.max_video_tokens}; it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPlan:
+    """What is taken of a video: ``n_frames`` (even) frames of ``height_px`` × ``width_px``."""
+
+    n_frames: int
+    height_px: int
+    width_px: int
+
+    @property
+    def video_tokens(self) -> int:
+        return count_tokens(self.n_frames, self.height_px, self.width_px)
+
+
+def count_tokens(n_frames: int, height_px: int, width_px: int) -> int:
+    """Video tokens of ``n_frames`` frames; an odd last frame is a pair with itself."""
+    return -(-n_frames // PAIR) * (height_px // CELL_PX) * (width_px // CELL_PX)
+
+
+def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, budget: VideoBudget) -> ClipPlan:
+    """Frames and size for a video of ``frame_count`` frames at a mean of ``source_fps``.
+
+    ``video_tokens`` of the plan is at most ``budget.max_video_tokens``, for any input.
+    """
+    n_frames = plan_frames(frame_count, source_fps, budget)
+    smallest = _smallest_cells(height_px, width_px)
+    most_pairs = max(1, budget.max_video_tokens // smallest)
+    n_frames = min(n_frames, most_pairs * PAIR)
+    height, width = plan_size(n_frames, height_px, width_px, budget)
+    return ClipPlan(n_frames=n_frames, height_px=height, width_px=width)
+
+
+def plan_frames(frame_count: int, source_fps: float, budget: VideoBudget) -> int:
+    """How many frames to take, before the total bound has its say: an even number.
+
+    qwen-vl-utils' ``smart_nframes``, which refuses a video of one frame; here that is a pair of the same.
+    """
+    assert frame_count >= 1 and source_fps > 0
+    if frame_count < PAIR:
+        return PAIR
+    least = math.ceil(budget.min_frames / PAIR) * PAIR
+    most = budget.max_frames // PAIR * PAIR
+    wanted = frame_count / source_fps * budget.fps
+    return math.floor(min(max(wanted, least), most, frame_count) / PAIR) * PAIR
+
+
+def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoBudget) -> tuple[int, int]:
+    """(height, width) in px, multiples of 32, of each of ``n_frames`` frames.
+
+    Within the total bound for as many frames as :func:`plan` allows; the shape gives way last.
+    """
+    assert n_frames >= 1 and height_px >= 1 and width_px >= 1
+    pairs = -(-n_frames // PAIR)
+    height, width = _library_cells(n_frames, height_px, width_px, budget)
+    if min(height, width) < 1 or pairs * height * width > budget.max_video_tokens:
+        cap = max(1, min(budget.max_frame_tokens, budget.max_video_tokens // pairs))
+        height, width = _fit_cells(height_px, width_px, cap)
+    return height * CELL_PX, width * CELL_PX
+
+
+def uniform_indices(frame_count: int, n_frames: int) -> np.ndarray:
+    """int64 [n_frames]: evenly spread frame numbers, first and last included.
+
+    ``torch.linspace(0, frame_count − 1, n_frames).round()`` as qwen-vl-utils computes it, float32 and its
+    rounding included. Of one frame: that frame, repeated.
+    """
+    if frame_count == 1:
+        return np.zeros(n_frames, dtype=np.int64)
+    import torch  # planning alone needs no torch; choosing must round as the library does
+
+    return torch.linspace(0, frame_count - 1, n_frames).round().long().numpy()
+
+
+def nearest_indices(times_s: np.ndarray, n_frames: int) -> np.ndarray:
+    """int64 [≤ n_frames]: the frames nearest to evenly spread times; none twice. For variable frame rates.
+
+    ``times_s`` [frame_count] is increasing. Where the source stands still, fewer frames are taken rather
+    than the same one again under another time.
+    """
+    targets_s = np.linspace(times_s[0], times_s[-1], n_frames)
+    right = np.clip(np.searchsorted(times_s, targets_s), 1, max(1, len(times_s) - 1))
+    right = np.minimum(right, len(times_s) - 1)
+    left = np.maximum(right - 1, 0)
+    nearer_left = targets_s - times_s[left] <= times_s[right] - targets_s
+    return np.unique(np.where(nearer_left, left, right)).astype(np.int64)
+
+
+def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoBudget) -> tuple[int, int]:
+    """Size in cells as qwen-vl-utils' ``fetch_video`` and ``smart_resize`` have it; a side may be 0."""
+    area_px = CELL_PX * CELL_PX
+    min_px = budget.min_frame_tokens * area_px
+    share_px = budget.max_video_tokens * area_px / n_frames * PAIR
+    max_px = max(min(budget.max_frame_tokens * area_px, share_px), int(min_px * _FLOOR_SLACK))
+    height = max(1, round(height_px / CELL_PX))
+    width = max(1, round(width_px / CELL_PX))
+    if height * width * area_px > max_px:
+        shrink = math.sqrt(height_px * width_px / max_px)
+        return math.floor(height_px / shrink / CELL_PX), math.floor(width_px / shrink / CELL_PX)
+    if height * width * area_px < min_px:
+        grow = math.sqrt(min_px / (height_px * width_px))
+        return math.ceil(height_px * grow / CELL_PX), math.ceil(width_px * grow / CELL_PX)
+    return height, width
+
+
+def _fit_cells(height_px: int, width_px: int, cap: int) -> tuple[int, int]:
+    """The largest size in cells of about this shape with at most ``cap`` cells, and one a side at least."""
+    height, width = max(1, round(height_px / CELL_PX)), max(1, round(width_px / CELL_PX))
+    if height * width > cap:
+        shrink = math.sqrt(height_px * width_px / (cap * CELL_PX * CELL_PX))
+        height = math.floor(height_px / shrink / CELL_PX)
+        width = math.floor(width_px / shrink / CELL_PX)
+    if height < 1:
+        return 1, min(cap, max(1, round(width_px / height_px)))
+    if width < 1:
+        return min(cap, max(1, round(height_px / width_px))), 1
+    return height, width
+
+
+def _smallest_cells(height_px: int, width_px: int) -> int:
+    """Cells of the smallest frame of this shape: the short side is one cell."""
+    return max(1, round(max(height_px, width_px) / min(height_px, width_px)))

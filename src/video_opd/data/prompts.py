@@ -1,0 +1,59 @@
+"""The words around a query.
+
+A style is a system instruction and a user text with ``{query}`` in it. ``paper`` is figure 7 (sec. D.7),
+word for word, with the quotation marks as printed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from video_opd.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptStyle:
+    """``system`` may be empty (no system message); ``user`` holds ``{query}`` once."""
+
+    system: str
+    user: str
+
+    def __post_init__(self) -> None:
+        assert self.user.count("{query}") == 1, "a style asks one question"
+
+
+# Table 8's variant: the paper does not print its instruction, so it is the shortest that says the format.
+THINKING_INSTRUCTION = " Think first between <think> and </think>, then give the answer."
+
+STYLES: dict[str, PromptStyle] = {
+    "paper": PromptStyle(
+        system="You are a video analysis expert.",
+        user=(
+            "To accurately pinpoint the event “{query}” in the video, determine the precise time period of "
+            "the event. Provide the start and end times (in seconds, precise to two decimal places) in the "
+            "format “start time to end time”. For example: “12.54 to 17.83”."
+        ),
+    ),
+}
+
+
+def register_style(name: str, style: PromptStyle) -> None:
+    """Adds a style; a name keeps its first meaning, so that results stay comparable."""
+    assert STYLES.get(name, style) == style, f"the prompt style {name!r} is already something else"
+    STYLES[name] = style
+
+
+def build_messages(query: str, style: str = "paper", thinking: bool = False) -> list[dict[str, Any]]:
+    """Chat messages for one query: the system instruction, then the video, then the text.
+
+    Raises UserError for an unknown style.
+    """
+    if style not in STYLES:
+        raise UserError(f"unknown prompt style {style!r}; choose one of: {', '.join(sorted(STYLES))}")
+    chosen = STYLES[style]
+    text = chosen.user.replace("{query}", query) + (THINKING_INSTRUCTION if thinking else "")
+    user = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}
+    if not chosen.system:
+        return [user]
+    return [{"role": "system", "content": [{"type": "text", "text": chosen.system}]}, user]
