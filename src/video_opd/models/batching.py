@@ -1,0 +1,191 @@
+"""Encoded prompts as one left-padded batch, with every distinct video in it once.
+
+Shapes: ``B`` rows, ``P`` prompt tokens (the longest), ``R`` response tokens (the longest). The axis of 3 is
+time, height, width of the multimodal rotary positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+from video_opd.errors import UserError
+from video_opd.types import EncodedPrompt
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+# Everything of an encoded prompt that a forward uses; attention_mask is implied by the length.
+KNOWN_TENSORS = frozenset({"pixel_values_videos", "video_grid_thw", "mm_token_type_ids", "attention_mask"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptBatch:
+    """Left-padded: the last column of every row is its prompt's last token.
+
+    ``pixel_values_videos`` and ``video_grid_thw`` hold each distinct video (by ``clip_digest``) once;
+    ``videos_of_prompt[b]`` says which of them row b shows.
+    """
+
+    input_ids_BP: torch.Tensor
+    attention_mask_BP: torch.Tensor  # int64, 1 for a token, 0 for padding
+    token_types_BP: torch.Tensor  # mm_token_type_ids: 0 text, 2 video
+    position_ids_3BP: torch.Tensor
+    next_position_B: torch.Tensor  # rotary position of the first response token
+    pixel_values_videos: torch.Tensor | None  # [patches, channels * time * height * width]
+    video_grid_thw: torch.Tensor | None  # [videos, 3], on the CPU: its values drive Python loops
+    videos_of_prompt: tuple[tuple[int, ...], ...]
+
+    def repeated(self, repeats: Sequence[int]) -> PromptBatch:
+        """Row b ``repeats[b]`` times in a row; the videos are not repeated."""
+        rows = row_index(repeats)
+        on_device = rows.to(self.input_ids_BP.device)
+        return PromptBatch(
+            input_ids_BP=self.input_ids_BP[on_device],
+            attention_mask_BP=self.attention_mask_BP[on_device],
+            token_types_BP=self.token_types_BP[on_device],
+            position_ids_3BP=self.position_ids_3BP[:, on_device],
+            next_position_B=self.next_position_B[on_device],
+            pixel_values_videos=self.pixel_values_videos,
+            video_grid_thw=self.video_grid_thw,
+            videos_of_prompt=tuple(self.videos_of_prompt[row] for row in rows.tolist()),
+        )
+
+
+def batch_prompts(
+    prompts: Sequence[EncodedPrompt],
+    model: Qwen3VLForConditionalGeneration,
+    *,
+    pad_id: int,
+    device: torch.device,
+) -> PromptBatch:
+    """Pad prompts on the left and number their positions as the model's own ``get_rope_index`` does.
+
+    Raises :class:`UserError` naming the sample when its placeholders do not match its video under this model.
+    """
+    assert prompts, "an empty batch"
+    for prompt in prompts:
+        check_placeholders(prompt, model)
+    longest = max(prompt.length for prompt in prompts)
+    ids, types, positions, next_positions = [], [], [], []
+    for prompt in prompts:
+        left = longest - prompt.length
+        token_types = prompt.tensors.get("mm_token_type_ids", torch.zeros_like(prompt.input_ids))
+        # One prompt at a time and on the CPU: get_rope_index reads every grid entry from Python.
+        positions_31P, delta_11 = model.model.get_rope_index(
+            prompt.input_ids.cpu(),
+            token_types.cpu(),
+            video_grid_thw=_cpu(prompt.tensors.get("video_grid_thw")),
+        )
+        ids.append(pad(prompt.input_ids[0], (left, 0), value=pad_id))
+        types.append(pad(token_types[0], (left, 0)))
+        positions.append(pad(positions_31P[:, 0], (left, 0)))
+        next_positions.append(prompt.length + int(delta_11))
+    lengths_B1 = torch.tensor([[prompt.length] for prompt in prompts])
+    pixels, grid, videos_of_prompt = _distinct_videos(prompts)
+    return PromptBatch(
+        input_ids_BP=torch.stack(ids).to(device),
+        attention_mask_BP=(torch.arange(longest) >= longest - lengths_B1).long().to(device),
+        token_types_BP=torch.stack(types).to(device),
+        position_ids_3BP=torch.stack(positions, dim=1).to(device),
+        next_position_B=torch.tensor(next_positions, device=device),
+        pixel_values_videos=None if pixels is None else pixels.to(device),
+        video_grid_thw=grid,
+        videos_of_prompt=videos_of_prompt,
+    )
+
+
+def check_placeholders(prompt: EncodedPrompt, model: Qwen3VLForConditionalGeneration) -> None:
+    """A prompt's video placeholders must be as many as the embeddings that its video gives."""
+    unknown = set(prompt.tensors) - KNOWN_TENSORS
+    assert not unknown, f"{prompt.sample_id}: the forward would ignore {sorted(unknown)}"
+    written = int((prompt.input_ids == model.config.video_token_id).sum())
+    grid = prompt.tensors.get("video_grid_thw")
+    merge = model.config.vision_config.spatial_merge_size
+    shown = 0 if grid is None else int(grid.prod(-1).sum()) // merge**2
+    if written != shown:
+        raise UserError(
+            f"sample {prompt.sample_id!r}: {written} video placeholders in the prompt, but its video has "
+            f"{shown} tokens under this model; encode it with the processor that was saved with the model"
+        )
+
+
+def encode_videos(
+    model: Qwen3VLForConditionalGeneration, batch: PromptBatch
+) -> BaseModelOutputWithDeepstackFeatures | None:
+    """Run the vision tower once over the distinct videos, and lay their features out prompt by prompt.
+
+    The result goes to the model as ``mm_encoder_outputs={"video": ...}``; None when no prompt has a video.
+    """
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    if batch.pixel_values_videos is None or batch.video_grid_thw is None:
+        return None
+    distinct = model.model.get_video_features(
+        batch.pixel_values_videos, batch.video_grid_thw.to(batch.pixel_values_videos.device), return_dict=True
+    )
+    order = [video for videos in batch.videos_of_prompt for video in videos]
+    return BaseModelOutputWithDeepstackFeatures(
+        pooler_output=tuple(distinct.pooler_output[i] for i in order),
+        deepstack_features=[tuple(layer[i] for i in order) for layer in distinct.deepstack_features],
+    )
+
+
+def repeated_pixels(batch: PromptBatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Pixels and grids of every row, repeated where rows share a video: the plain forward's arguments."""
+    if batch.pixel_values_videos is None or batch.video_grid_thw is None:
+        return None, None
+    order = [video for videos in batch.videos_of_prompt for video in videos]
+    per_video = batch.pixel_values_videos.split(batch.video_grid_thw.prod(-1).tolist())
+    grid = batch.video_grid_thw[order].to(batch.pixel_values_videos.device)
+    return torch.cat([per_video[i] for i in order]), grid
+
+
+def pad_responses(
+    responses: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, R] padded on the right, and the bool mask [B, R] of what is not padding."""
+    longest = max(map(len, responses), default=0)
+    ids_BR = torch.full((len(responses), longest), pad_id, dtype=torch.long)
+    for row, tokens in enumerate(responses):
+        ids_BR[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    mask_BR = torch.arange(longest) < torch.tensor([[len(tokens)] for tokens in responses]).reshape(-1, 1)
+    return ids_BR.to(device), mask_BR.to(device)
+
+
+def row_index(repeats: Sequence[int]) -> torch.Tensor:
+    """``[2, 1]`` → ``[0, 0, 1]``."""
+    return torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats, dtype=torch.long))
+
+
+def _distinct_videos(
+    prompts: Sequence[EncodedPrompt],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[tuple[int, ...], ...]]:
+    pixels: list[torch.Tensor] = []
+    grids: list[torch.Tensor] = []
+    place: dict[str, tuple[int, ...]] = {}
+    count = 0
+    videos_of_prompt: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        grid = prompt.tensors.get("video_grid_thw")
+        if grid is None:
+            videos_of_prompt.append(())
+            continue
+        if prompt.clip_digest not in place:
+            place[prompt.clip_digest] = tuple(range(count, count + len(grid)))
+            count += len(grid)
+            pixels.append(prompt.tensors["pixel_values_videos"])
+            grids.append(grid.cpu())
+        videos_of_prompt.append(place[prompt.clip_digest])
+    if not pixels:
+        return None, None, tuple(videos_of_prompt)
+    return torch.cat(pixels), torch.cat(grids), tuple(videos_of_prompt)
+
+
+def _cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()

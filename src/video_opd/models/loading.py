@@ -1,0 +1,181 @@
+"""Checkpoints from folders, and whether two of them speak the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_opd.errors import UserError
+from video_opd.models.vision_attention import use_batched_frames
+from video_opd.models.vocabulary import eos_token_ids, vision_token_ids
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    path: str | Path, dtype: str = "bfloat16", device: str | torch.device = "cpu", attn: str = "sdpa"
+) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
+    """A Qwen3-VL model in evaluation mode and the processor that was saved beside it.
+
+    ``path`` is a folder that ``save_pretrained`` wrote, or the name of a model on a hub. ``attn`` is any
+    attention implementation of transformers; with ``sdpa`` the vision tower attends to all frames at once.
+
+    Raises :class:`UserError` when something is missing, broken, or not Qwen3-VL.
+    """
+    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    target = _usable_device(device)
+    _check_folder(path)
+    config = _read(path, "config.json", AutoConfig.from_pretrained)
+    if config.model_type != "qwen3_vl":
+        raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with 'qwen3_vl' checkpoints")
+    processor = _load_processor(path)
+    model, report = _read(
+        path,
+        "the weights",
+        Qwen3VLForConditionalGeneration.from_pretrained,
+        dtype=DTYPES[dtype],
+        attn_implementation=attn,
+        output_loading_info=True,
+    )
+    if lost := sorted(report["missing_keys"]):
+        raise UserError(f"{path}: {len(lost)} weights are missing, first {lost[0]!r}; save it again")
+    use_batched_frames(model)
+    return model.to(target).eval(), processor
+
+
+def check_same_tokens(
+    student: tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor],
+    teacher: tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor],
+) -> None:
+    """Raise :class:`UserError` unless a teacher can score what a student writes, and see what it saw.
+
+    Both are ``(model, processor)``. Compared: the id of every token, the special tokens, the ids that stand
+    for pixels, the end-of-sequence set, the chat template, and the form of the pixels (patch sizes,
+    normalisation). Not compared: the number of embedding rows, which is padded differently from one model
+    size to the next.
+    """
+    (student_model, student_processor), (teacher_model, teacher_processor) = student, teacher
+    for difference in _token_differences(student_processor.tokenizer, teacher_processor.tokenizer):
+        raise UserError(_mismatch(difference))
+    pairs = {
+        "special tokens": (_special_tokens(student_processor), _special_tokens(teacher_processor)),
+        "vision token ids": (vision_token_ids(student_model), vision_token_ids(teacher_model)),
+        "pixels": (_pixel_form(*student), _pixel_form(*teacher)),
+    }
+    for name, (mine, theirs) in pairs.items():
+        for key in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(key), theirs.get(key)
+            if a != b:
+                raise UserError(_mismatch(f"{name}: {key} is {a!r}, the teacher's {b!r}"))
+    ends = eos_token_ids(*student), eos_token_ids(*teacher)
+    if ends[0] != ends[1]:
+        first = min(ends[0] ^ ends[1])
+        token = student_processor.tokenizer.convert_ids_to_tokens(first)
+        raise UserError(
+            _mismatch(
+                f"token {first} ({token!r}) ends an answer of only one of them "
+                f"(end-of-sequence ids {sorted(ends[0])}, the teacher's {sorted(ends[1])})"
+            )
+        )
+    templates = _chat_template(student_processor), _chat_template(teacher_processor)
+    if templates[0] != templates[1]:
+        raise UserError(_mismatch(f"chat templates, from {_first_difference(*templates)}"))
+
+
+def _token_differences(student: Any, teacher: Any) -> Iterator[str]:
+    """In the order of the ids, so that the first one named is the first one there is."""
+    mine, theirs = student.get_vocab(), teacher.get_vocab()
+    if mine == theirs:
+        return
+    by_id_mine = {index: token for token, index in mine.items()}
+    by_id_theirs = {index: token for token, index in theirs.items()}
+    for index in sorted(by_id_mine.keys() | by_id_theirs.keys()):
+        a, b = by_id_mine.get(index), by_id_theirs.get(index)
+        if a != b:
+            yield f"token {index} is {a!r}, the teacher's {b!r}"
+
+
+def _special_tokens(processor: Qwen3VLProcessor) -> dict[str, Any]:
+    tokenizer = processor.tokenizer
+    added = {f"added token {i}": (str(t), t.special) for i, t in tokenizer.added_tokens_decoder.items()}
+    return {**tokenizer.special_tokens_map, **added}
+
+
+def _pixel_form(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> dict[str, Any]:
+    """What the encoded pixels look like: a teacher is given those that the student's processor made."""
+    vision, video = model.config.vision_config, processor.video_processor
+    sizes = ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels")
+    steps = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+    form = {name: getattr(vision, name) for name in sizes}
+    for name in steps:
+        value = getattr(video, name, None)
+        form[name] = list(value) if isinstance(value, (list, tuple)) else value
+    return form
+
+
+def _chat_template(processor: Qwen3VLProcessor) -> str:
+    return processor.chat_template or processor.tokenizer.chat_template or ""
+
+
+def _first_difference(a: str, b: str) -> str:
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return f"character {at}: {a[at : at + 40]!r}, the teacher's {b[at : at + 40]!r}"
+
+
+def _mismatch(what: str) -> str:
+    return f"student and teacher do not share their tokens: {what}; use checkpoints of one tokenizer family"
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path}: no config.json in it; give a folder that save_pretrained wrote")
+    elif folder.exists():
+        raise UserError(f"{path}: a file, not a model folder; give a folder that save_pretrained wrote")
+    elif isinstance(path, Path) or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise UserError(f"{path}: no such model folder")  # "organisation/name" may be on a hub
+
+
+def _load_processor(path: str | Path) -> Qwen3VLProcessor:
+    from transformers import AutoProcessor, Qwen3VLProcessor
+
+    processor = _read(path, "the processor", AutoProcessor.from_pretrained)
+    if not isinstance(processor, Qwen3VLProcessor):  # AutoProcessor settles for a tokenizer
+        raise UserError(
+            f"{path}: no Qwen3-VL processor in it; copy the preprocessor, tokenizer and chat-template files "
+            "from the checkpoint that it was made from"
+        )
+    return processor
+
+
+def _read(path: str | Path, what: str, read: Any, **options: Any) -> Any:
+    """transformers raises many kinds of error for a folder that is incomplete or damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        return read(path, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"{path}: {what} cannot be loaded ({reason})") from error
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {device!s} cannot be used here; choose 'cpu' or an accelerator of this machine"
+        ) from error
+    return target

@@ -1,0 +1,391 @@
+"""A Qwen3-VL policy on Hugging Face: prefill, sample, log-probabilities.
+
+Shapes: ``B`` rows (responses), ``P`` prompt tokens, ``R`` and ``T`` response tokens, ``D`` hidden size,
+``V`` vocabulary, ``N`` response tokens of all rows together.
+
+Two engines that give the same numbers:
+
+- ``prefix`` reads each prompt once and puts every response on top of its key/value cache; a video that
+  several prompts share is seen once.
+- ``plain`` is the reference: prompt and response concatenated, one ordinary forward of the stock model, which
+  finds its own positions and sees every row's video.
+
+Only positions that predict a response token meet ``lm_head``, in either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from video_opd.errors import UserError
+from video_opd.models.batching import (
+    PromptBatch,
+    batch_prompts,
+    encode_videos,
+    pad_responses,
+    repeated_pixels,
+)
+from video_opd.models.modes import call_through, computing_in, evaluating
+from video_opd.models.prefix import Prefix
+from video_opd.models.protocols import Responses
+from video_opd.models.sampling import SamplingSettings, draw, rollout_uniforms, sampled_logprobs
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+logger = logging.getLogger(__name__)
+
+# Response tokens whose logits are held at once: 512 of them over 152k tokens are 0.3 GiB in float32.
+TOKENS_A_CHUNK = 512
+
+
+class HFPolicy:
+    """:class:`~video_opd.models.protocols.Policy` around a ``Qwen3VLForConditionalGeneration``.
+
+    ``model`` is the bare module. ``forward_module`` is what the training loop wrapped around it (DDP, FSDP),
+    if anything: forwards with gradients are called through it. ``compute_dtype`` autocasts the transformer,
+    for float32 master weights; ``lm_head`` then still runs in float32, and log-probabilities always are
+    float32.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        processor: Qwen3VLProcessor,
+        engine: Literal["prefix", "plain"] = "prefix",
+        *,
+        compute_dtype: torch.dtype | None = None,
+        forward_module: nn.Module | None = None,
+    ) -> None:
+        if engine not in ("prefix", "plain"):
+            raise ValueError(f"engine is {engine!r}; it must be 'prefix' or 'plain'")
+        self.model = model
+        self.processor = processor
+        self.engine = engine
+        self.compute_dtype = compute_dtype
+        self.forward_module = forward_module
+        self.vocabulary = Vocabulary.of(model, processor)
+        self._bias_V: torch.Tensor | None = None
+        self._said_plain = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.model.language_model.embed_tokens.weight.device
+
+    # ------------------------------------------------------------------------------------------ the border
+
+    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Prefix:
+        """Read the prompts: the vision tower once a distinct video, the language model once a prompt."""
+        with self._state(grad):
+            return self._prefill(self._batch(prompts), prompts)
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt] | Prefix,
+        *,
+        n: int = 1,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Rollout]]:
+        """``n`` rollouts of each prompt, from one reading of it.
+
+        ``seeds[i][j]`` (non-negative) is rollout j of prompt i: its draws depend on that number and on
+        nothing else, so rollouts do not change with micro-batches, ranks or resumes. Greedy
+        (``temperature=0``) needs none. The recorded log-probabilities are those of the distribution that was
+        sampled, filters included; greedy ones are the model's at temperature 1.
+
+        Raises ``ValueError`` for settings out of range or seeds of the wrong shape.
+        """
+        settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k)
+        if n < 1 or max_new_tokens < 1:
+            raise ValueError(f"n is {n}, max_new_tokens is {max_new_tokens}; both must be at least 1")
+        count = len(prompts)
+        uniforms_BT = None
+        if not settings.greedy:
+            if seeds is None or len(seeds) != count or any(len(row) != n for row in seeds):
+                raise ValueError(f"sampling needs seeds: {count} lists of {n} integers, one for each rollout")
+            flat = [seed for row in seeds for seed in row]
+            uniforms_BT = torch.from_numpy(rollout_uniforms(flat, max_new_tokens)).to(self.device)
+        with self._state(grad=False):
+            rollouts = self._decode(self._decoder(prompts, n), settings, max_new_tokens, uniforms_BT)
+        return [rollouts[i * n : (i + 1) * n] for i in range(count)]
+
+    def logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Responses,
+        *,
+        grad: bool = False,
+        full: bool = False,
+        temperature: float = 1.0,
+    ) -> TokenLogprobs:
+        """Log-probabilities of ``responses[i]``, the answers to prompt i, flattened prompt-major.
+
+        ``full`` adds ``full_BTV``, in which tokens that cannot be written hold a large negative number (not
+        -inf). ``temperature`` must be the one that was sampled at; top-p and top-k have no counterpart here,
+        because the ratio of an update to a filtered distribution is not defined outside the filter.
+        With ``grad``, gradients flow through the prompt too, once, and through ``forward_module``.
+
+        Raises :class:`UserError` for a response with a token that no policy can write.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; log-probabilities need more than 0")
+        assert len(prompts) == len(responses) and all(responses), "one or several responses for each prompt"
+        self._check_writable(prompts, responses)
+        repeats = [len(group) for group in responses]
+        ids_BR, mask_BR = pad_responses(
+            [tokens for group in responses for tokens in group],
+            pad_id=self.vocabulary.pad_id,
+            device=self.device,
+        )
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor | None]:
+            batch = self._batch(prompts)
+            if self._reads_prompts_once(grad):
+                hidden_BRD = self._on_prefix(batch, prompts, repeats, ids_BR, mask_BR)
+            else:
+                hidden_BRD = self._concatenated(batch.repeated(repeats), ids_BR, mask_BR)[:, :-1]
+            return self._score(hidden_BRD[mask_BR], ids_BR[mask_BR], temperature, full)
+
+        with self._state(grad):
+            if grad and self.forward_module is not None:
+                picked_N, full_NV = call_through(self.forward_module, self.model, compute)
+            else:
+                picked_N, full_NV = compute()
+        return TokenLogprobs(
+            logprobs_BT=_scatter(picked_N, mask_BR),
+            mask_BT=mask_BR,
+            full_BTV=None if full_NV is None else _scatter(full_NV, mask_BR),
+        )
+
+    # ------------------------------------------------------------------------------------- the transformer
+
+    def _prefill(self, batch: PromptBatch, prompts: Sequence[EncodedPrompt]) -> Prefix:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        videos = encode_videos(self.model, batch)
+        hidden_BPD = self.model.model(
+            input_ids=batch.input_ids_BP,
+            attention_mask=batch.attention_mask_BP,
+            position_ids=batch.position_ids_3BP,
+            mm_encoder_outputs=None if videos is None else {"video": videos},
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return Prefix(
+            prompts=tuple(prompts),
+            cache=cache,
+            attention_mask_BP=batch.attention_mask_BP,
+            next_position_B=batch.next_position_B,
+            last_hidden_BD=hidden_BPD[:, -1],
+        )
+
+    def _continue(
+        self, prefix: Prefix, ids_BR: torch.Tensor, mask_BL: torch.Tensor, done: int
+    ) -> torch.Tensor:
+        """Hidden states [B, R, D] of response tokens number ``done`` onwards; writes to the prefix's cache.
+
+        ``mask_BL`` covers the prompt, the ``done`` tokens before these, and these.
+        """
+        offsets_R = torch.arange(done, done + ids_BR.shape[1], device=ids_BR.device)
+        positions_BR = prefix.next_position_B[:, None] + offsets_R
+        return self.model.model(
+            input_ids=ids_BR,
+            attention_mask=mask_BL,
+            position_ids=positions_BR.expand(3, -1, -1),  # text advances on all three axes together
+            past_key_values=prefix.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _on_prefix(
+        self,
+        batch: PromptBatch,
+        prompts: Sequence[EncodedPrompt],
+        repeats: Sequence[int],
+        ids_BR: torch.Tensor,
+        mask_BR: torch.Tensor,
+    ) -> torch.Tensor:
+        """[B, R, D] that predict each response token, each prompt read once."""
+        prefix = self._prefill(batch, prompts).repeated(repeats)
+        first_B1D = prefix.last_hidden_BD[:, None]
+        if ids_BR.shape[1] <= 1:
+            return first_B1D[:, : ids_BR.shape[1]]
+        # The last token of a row predicts nothing that is scored.
+        mask_BL = torch.cat([prefix.attention_mask_BP, mask_BR[:, :-1].long()], dim=1)
+        return torch.cat([first_B1D, self._continue(prefix, ids_BR[:, :-1], mask_BL, done=0)], dim=1)
+
+    def _concatenated(self, batch: PromptBatch, ids_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
+        """[B, R + 1, D] that predict each response token and the one after; stock positions, stock vision."""
+        pixels, grid = repeated_pixels(batch)
+        hidden_BLD = self.model.model(
+            input_ids=torch.cat([batch.input_ids_BP, ids_BR], dim=1),
+            attention_mask=torch.cat([batch.attention_mask_BP, mask_BR.long()], dim=1),
+            mm_token_type_ids=torch.cat([batch.token_types_BP, torch.zeros_like(ids_BR)], dim=1),
+            pixel_values_videos=pixels,
+            video_grid_thw=grid,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BLD[:, batch.input_ids_BP.shape[1] - 1 :]
+
+    # ------------------------------------------------------------------------------------------ the tokens
+
+    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Float32 [N, V], with what cannot be written pushed out of reach."""
+        head = self.model.lm_head
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            # Quantised weights are integers and bring their own arithmetic.
+            dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_ND.dtype
+            logits_NV = head(hidden_ND.to(dtype))[..., : self.vocabulary.size].float()
+        if self._bias_V is None or self._bias_V.device != logits_NV.device:
+            self._bias_V = self.vocabulary.logit_bias(logits_NV.device)
+        return logits_NV + self._bias_V
+
+    def _score(
+        self, hidden_ND: torch.Tensor, ids_N: torch.Tensor, temperature: float, full: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Float32 log-probabilities of ``ids_N`` [N], and of the whole vocabulary [N, V] if asked for."""
+        picked, whole = [], []
+        for hidden, ids in zip(hidden_ND.split(TOKENS_A_CHUNK), ids_N.split(TOKENS_A_CHUNK), strict=True):
+            logits = self._logits(hidden) / temperature
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            picked.append((logits.gather(-1, ids[:, None]) - normaliser).squeeze(-1))
+            if full:
+                whole.append(logits - normaliser)
+        return torch.cat(picked), torch.cat(whole) if full else None
+
+    def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> _Decoder:
+        if self.engine == "plain":
+            return _PlainDecoder(self, prompts.prompts if isinstance(prompts, Prefix) else prompts, n)
+        prefix = prompts if isinstance(prompts, Prefix) else self._prefill(self._batch(prompts), prompts)
+        return _PrefixDecoder(self, prefix.repeated([n] * len(prefix)))
+
+    def _decode(
+        self,
+        decoder: _Decoder,
+        settings: SamplingSettings,
+        max_new_tokens: int,
+        uniforms_BT: torch.Tensor | None,
+    ) -> list[Rollout]:
+        """Token by token until every row has ended or the limit is reached."""
+        eos = torch.tensor(sorted(self.vocabulary.eos_ids), device=self.device)
+        tokens, logprobs = [], []
+        hidden_BD = decoder.first()
+        finished_B = torch.zeros(len(hidden_BD), dtype=torch.bool, device=self.device)
+        for t in range(max_new_tokens):
+            logprobs_BV = sampled_logprobs(self._logits(hidden_BD), settings)
+            token_B = logprobs_BV.argmax(-1) if uniforms_BT is None else draw(logprobs_BV, uniforms_BT[:, t])
+            tokens.append(token_B)
+            logprobs.append(logprobs_BV.gather(-1, token_B[:, None]).squeeze(-1))
+            finished_B = finished_B | torch.isin(token_B, eos)
+            if t + 1 == max_new_tokens or bool(finished_B.all()):
+                break
+            hidden_BD = decoder.step(token_B)
+        tokens_BT, logprobs_BT = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+        return [self._rollout(ids, values) for ids, values in zip(tokens_BT, logprobs_BT, strict=True)]
+
+    def _rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
+        """Cut one row after its first end-of-sequence token."""
+        ends = [t for t, token in enumerate(ids) if token in self.vocabulary.eos_ids]
+        length = ends[0] + 1 if ends else len(ids)
+        return Rollout(
+            token_ids=tuple(ids[:length]),
+            logprobs=tuple(logprobs[:length]),
+            text=self.processor.tokenizer.decode(ids[:length], skip_special_tokens=True),
+            truncated=not ends,
+        )
+
+    # ----------------------------------------------------------------------------------------- small things
+
+    def _batch(self, prompts: Sequence[EncodedPrompt]) -> PromptBatch:
+        return batch_prompts(prompts, self.model, pad_id=self.vocabulary.pad_id, device=self.device)
+
+    def _state(self, grad: bool) -> ExitStack:
+        """Gradients on or off; without them in evaluation mode, with them in the mode the caller chose."""
+        stack = ExitStack()
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if not grad:
+            stack.enter_context(evaluating(self.model))
+        stack.enter_context(computing_in(self.compute_dtype, self.device))
+        return stack
+
+    def _reads_prompts_once(self, grad: bool) -> bool:
+        if self.engine == "plain":
+            return False
+        if not (grad and self.model.training and self.model.is_gradient_checkpointing):
+            return True
+        if not self._said_plain:
+            logger.warning("gradient checkpointing drops the key/value cache: updates use the plain engine")
+            self._said_plain = True
+        return False
+
+    def _check_writable(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> None:
+        for prompt, group in zip(prompts, responses, strict=True):
+            for tokens in group:
+                if (bad := self.vocabulary.first_unwritable(tokens)) is not None:
+                    raise UserError(
+                        f"sample {prompt.sample_id!r}: token {bad} of a response is a vision placeholder or "
+                        "not in the tokenizer; no policy can write it"
+                    )
+
+
+class _Decoder:
+    """The hidden state [B, D] that predicts the next token, for the first token and after each one."""
+
+    def first(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(self, token_B: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _PrefixDecoder(_Decoder):
+    """One token at a time on top of the cache."""
+
+    def __init__(self, policy: HFPolicy, prefix: Prefix) -> None:
+        self.policy, self.prefix = policy, prefix
+        self.mask_BL, self.done = prefix.attention_mask_BP, 0
+
+    def first(self) -> torch.Tensor:
+        return self.prefix.last_hidden_BD
+
+    def step(self, token_B: torch.Tensor) -> torch.Tensor:
+        self.mask_BL = torch.cat([self.mask_BL, torch.ones_like(token_B)[:, None]], dim=1)
+        hidden_B1D = self.policy._continue(self.prefix, token_B[:, None], self.mask_BL, self.done)
+        self.done += 1
+        return hidden_B1D[:, -1]
+
+
+class _PlainDecoder(_Decoder):
+    """The whole sequence again for every token."""
+
+    def __init__(self, policy: HFPolicy, prompts: Sequence[EncodedPrompt], n: int) -> None:
+        self.policy = policy
+        self.batch = policy._batch(prompts).repeated([n] * len(prompts))
+        self.ids_BR = self.batch.input_ids_BP[:, :0]
+
+    def first(self) -> torch.Tensor:
+        mask_BR = torch.ones_like(self.ids_BR, dtype=torch.bool)
+        return self.policy._concatenated(self.batch, self.ids_BR, mask_BR)[:, -1]
+
+    def step(self, token_B: torch.Tensor) -> torch.Tensor:
+        self.ids_BR = torch.cat([self.ids_BR, token_B[:, None]], dim=1)
+        return self.first()
+
+
+def _scatter(flat_N: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
+    """[N, ...] back to [B, R, ...], 0 where the mask is False."""
+    padded = flat_N.new_zeros((*mask_BR.shape, *flat_N.shape[1:]))
+    padded[mask_BR] = flat_N
+    return padded

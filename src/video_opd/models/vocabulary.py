@@ -1,0 +1,96 @@
+"""Which tokens a policy may write, and which end an answer.
+
+The same restriction holds when an answer is sampled and when it is scored, by student, teacher and trainer
+alike. So every log-probability in this project is one of the *renormalised* distribution over the tokens
+that can be written: the ratio of an update to its own sampling is exactly 1, and a model that teaches itself
+gives zero everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_opd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+# Added to the logit of a token that cannot be written. Finite on purpose: its probability is exactly 0 in
+# float32, while 0 * (log p - log q) in a divergence over the vocabulary stays 0 instead of becoming NaN.
+FORBIDDEN_LOGIT = -1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The token ids ``0 <= id < size`` of a tokenizer.
+
+    ``size`` is the V of every ``full_BTV``: the tokenizer's largest id plus one, not the rows of the
+    embedding, which are padded differently from one model size to the next.
+    """
+
+    size: int
+    forbidden_ids: frozenset[int]  # vision placeholders, and ids that no token has
+    eos_ids: frozenset[int]
+    pad_id: int  # fills what is masked; its value never matters
+
+    @classmethod
+    def of(cls, model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> Vocabulary:
+        """Read from a model's config and its processor; :class:`UserError` where they do not fit."""
+        token_ids = set(processor.tokenizer.get_vocab().values())
+        size = max(token_ids) + 1
+        rows = model.config.text_config.vocab_size
+        if rows < size:
+            raise UserError(
+                f"{model.config.name_or_path or 'the model'}: {rows} embedding rows for a tokenizer of "
+                f"{size} tokens; take the processor that was saved with the model"
+            )
+        eos_ids = eos_token_ids(model, processor)
+        if not eos_ids:
+            raise UserError(
+                f"{model.config.name_or_path or 'the model'}: no end-of-sequence token is configured; "
+                "set eos_token_id in generation_config.json"
+            )
+        forbidden_ids = frozenset((set(range(size)) - token_ids) | set(vision_token_ids(model).values()))
+        assert not eos_ids & forbidden_ids, "an answer must be able to end"
+        pad_id = processor.tokenizer.pad_token_id
+        return cls(
+            size=size,
+            forbidden_ids=forbidden_ids,
+            eos_ids=eos_ids,
+            pad_id=min(eos_ids) if pad_id is None else pad_id,
+        )
+
+    def logit_bias(self, device: torch.device) -> torch.Tensor:
+        """Float32 [V]: 0 for tokens that may be written, :data:`FORBIDDEN_LOGIT` for the others."""
+        bias_V = torch.zeros(self.size, device=device)
+        if self.forbidden_ids:
+            bias_V[torch.tensor(sorted(self.forbidden_ids), device=device)] = FORBIDDEN_LOGIT
+        return bias_V
+
+    def first_unwritable(self, token_ids: Iterable[int]) -> int | None:
+        """The first of ``token_ids`` that no policy can write, or None."""
+        return next((i for i in token_ids if not 0 <= i < self.size or i in self.forbidden_ids), None)
+
+
+def vision_token_ids(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
+    """The ids that stand for pixels, by their names in the model's config."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return {name: getattr(model.config, name) for name in names}
+
+
+def eos_token_ids(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> frozenset[int]:
+    """Every id that ends an answer: generation config, model config and tokenizer together."""
+    found: list[Any] = [
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        getattr(model.config.text_config, "eos_token_id", None),
+        processor.tokenizer.eos_token_id,
+    ]
+    ids: set[int] = set()
+    for entry in found:
+        ids.update(entry if isinstance(entry, (list, tuple)) else () if entry is None else (entry,))
+    return frozenset(ids)
