@@ -1,0 +1,19 @@
+"""TRPV: only where the teacher is right does the student learn from it (section 3.2, step 1). No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from video_opd.types import Score
+
+MIN_TEACHER_IOU = 0.5  # the paper leaves it open
+
+
+def passes(scores: Iterable[Score], min_teacher_iou: float = MIN_TEACHER_IOU) -> list[Score]:
+    """The scores whose mean teacher IoU is at least the threshold; one that was not measured (NaN) is not.
+
+    A threshold of 0 or less is no gate at all: everything passes, measured or not.
+    """
+    if min_teacher_iou <= 0:
+        return list(scores)
+    return [score for score in scores if score.teacher_iou >= min_teacher_iou]

@@ -1,0 +1,257 @@
+"""TVDF's choice, from files to a file: gate → rank → sample (section 3.2, appendix B). No torch.
+
+The models have been asked before (:mod:`video_opd.curriculum.scores`), so another threshold, ranking or
+sampler costs seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from video_opd.curriculum.gate import MIN_TEACHER_IOU, passes
+from video_opd.curriculum.samplers import SamplerSettings, Selection, Strategy, rank_value, select
+from video_opd.curriculum.scorefile import read_scores
+from video_opd.data.annotations import read_samples
+from video_opd.jsonl import write_jsonl
+from video_opd.types import Sample, Score
+
+HISTOGRAM_BINS = 20  # of δ over [−1, 1]
+UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # no TVDF, so no gate unless it is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCount:
+    """Rows of one source."""
+
+    rows: int
+    candidates: int
+    selected: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What was chosen from what. ``rows`` = the five exclusions + ``candidates``."""
+
+    strategy: Strategy
+    rank_by: str
+    k: int
+    min_teacher_iou: float  # 0: no gate
+    rows: int
+    used_before: int  # excluded by the caller
+    unannotated: int  # no spans, so the teacher cannot be validated; not excluded without a gate
+    unscored: int  # no row in the scores file
+    unmeasured: int  # a value that the gate or the ranking needs is missing or not finite
+    failed_gate: int
+    candidates: int
+    selected: int
+    filled: int  # BBDS: made up for buckets with too few members
+    unknown_scores: int  # rows of the scores file that belong to no data row
+    delta_before: tuple[int, ...]  # histogram of δ of all scored rows
+    delta_after: tuple[int, ...]  # and of the selected ones
+    by_source: Mapping[str, SourceCount]
+
+    @property
+    def shortfall(self) -> int:
+        return self.k - self.selected
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "shortfall": self.shortfall, "delta_edges": histogram_edges()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    """The candidates, and why the other rows are none."""
+
+    candidates: list[Score]
+    used_before: int
+    unannotated: int
+    unscored: int
+    unmeasured: int
+    failed_gate: int
+
+
+def select_file(
+    data: str | Path,
+    scores: str | Path,
+    strategy: Strategy,
+    k: int,
+    *,
+    settings: SamplerSettings | None = None,
+    min_teacher_iou: float | None = None,
+    exclude: Collection[str] = (),
+    video_root: str | Path | None = None,
+    out: str | Path | None = None,
+) -> tuple[list[dict[str, Any]], Summary]:
+    """Chooses k rows of a data file by a scores file.
+
+    Returns the chosen data rows with a ``"tvdf"`` block, in rank order, and a summary; writes the rows to
+    ``out`` where it is given. ``min_teacher_iou`` defaults to 0.5, and to no gate for ``gaussian`` and
+    ``random``; ``exclude`` are ids that may not be chosen again. Raises :class:`UserError` for what is
+    wrong in the files or the settings.
+    """
+    settings = settings or SamplerSettings()
+    if min_teacher_iou is None:
+        min_teacher_iou = 0.0 if strategy in UNGATED else MIN_TEACHER_IOU
+    samples = read_samples(data, video_root)
+    known = read_scores(scores)
+    pool = _pool(samples, known, strategy, settings, min_teacher_iou, frozenset(exclude))
+    selection = select(pool.candidates, strategy, k, settings)
+    by_id = {sample.id: sample for sample in samples}
+    summary = _summarise(samples, known, pool, selection, settings, k, max(min_teacher_iou, 0.0))
+    move = _Mover(Path(data), out, video_root)
+    rows = [
+        {**move(by_id[identity]), "tvdf": _block(known[identity], strategy, rank)}
+        for identity, rank in zip(selection.ids, selection.ranks, strict=True)
+    ]
+    if out is not None:
+        write_jsonl(out, rows)
+    return rows, summary
+
+
+def _pool(
+    samples: Sequence[Sample],
+    known: Mapping[str, Score],
+    strategy: Strategy,
+    settings: SamplerSettings,
+    min_teacher_iou: float,
+    exclude: frozenset[str],
+) -> _Pool:
+    gated = min_teacher_iou > 0
+    fresh = [sample for sample in samples if sample.id not in exclude]
+    annotated = [sample for sample in fresh if sample.spans or not gated]
+    scored = [known[sample.id] for sample in annotated if sample.id in known]
+    measured = [
+        score
+        for score in scored
+        if math.isfinite(rank_value(score, strategy, settings))
+        and not (gated and math.isnan(score.teacher_iou))
+    ]
+    candidates = passes(measured, min_teacher_iou)
+    return _Pool(
+        candidates=candidates,
+        used_before=len(samples) - len(fresh),
+        unannotated=len(fresh) - len(annotated),
+        unscored=len(annotated) - len(scored),
+        unmeasured=len(scored) - len(measured),
+        failed_gate=len(measured) - len(candidates),
+    )
+
+
+def _block(score: Score, strategy: Strategy, rank: int) -> dict[str, Any]:
+    def known(value: float | None) -> float | None:
+        return None if value is None or math.isnan(value) else value
+
+    return {
+        "delta": known(score.delta),
+        "teacher_iou": known(score.teacher_iou),
+        "student_iou": known(score.student_iou),
+        "reverse_kl": known(score.reverse_kl),
+        "strategy": strategy,
+        "rank": rank,
+    }
+
+
+class _Mover:
+    """Data rows as they were read; a video path that is relative to the data file follows to ``out``."""
+
+    def __init__(self, data: Path, out: str | Path | None, video_root: str | Path | None) -> None:
+        self.base = data.parent
+        self.target = None if out is None else Path(out).parent
+        same = self.target is None or self.target.resolve() == self.base.resolve()
+        self.moves = not same and video_root is None
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        row = dict(sample.row)
+        video = Path(str(row["video"]))
+        # Where the file is not there, the paths are meant for a --video-root: they stay.
+        if self.moves and not video.is_absolute() and (self.base / video).exists():
+            assert self.target is not None
+            row["video"] = Path(os.path.relpath(self.base / video, self.target)).as_posix()
+        return row
+
+
+def _summarise(
+    samples: Sequence[Sample],
+    known: Mapping[str, Score],
+    pool: _Pool,
+    selection: Selection,
+    settings: SamplerSettings,
+    k: int,
+    min_teacher_iou: float,
+) -> Summary:
+    sources = {sample.id: sample.source or "none" for sample in samples}
+    rows = Counter(sources.values())
+    candidates = Counter(sources[score.id] for score in pool.candidates)
+    chosen = Counter(sources[identity] for identity in selection.ids)
+    return Summary(
+        strategy=selection.strategy,
+        rank_by="student_iou" if selection.strategy == "gaussian" else settings.rank_by,
+        k=k,
+        min_teacher_iou=min_teacher_iou,
+        rows=len(samples),
+        used_before=pool.used_before,
+        unannotated=pool.unannotated,
+        unscored=pool.unscored,
+        unmeasured=pool.unmeasured,
+        failed_gate=pool.failed_gate,
+        candidates=len(pool.candidates),
+        selected=len(selection.ids),
+        filled=selection.filled,
+        unknown_scores=sum(identity not in sources for identity in known),
+        delta_before=histogram(score.delta for identity, score in known.items() if identity in sources),
+        delta_after=histogram(known[identity].delta for identity in selection.ids),
+        by_source={
+            source: SourceCount(rows=rows[source], candidates=candidates[source], selected=chosen[source])
+            for source in sorted(rows)
+        },
+    )
+
+
+def histogram_edges() -> list[float]:
+    """The HISTOGRAM_BINS + 1 edges of δ's histogram; a bin holds its lower edge, the last one both."""
+    return [round(-1 + 2 * i / HISTOGRAM_BINS, 10) for i in range(HISTOGRAM_BINS + 1)]
+
+
+def histogram(deltas: Iterable[float]) -> tuple[int, ...]:
+    """How many δ fall into each bin; those that are NaN are left out."""
+    counts = [0] * HISTOGRAM_BINS
+    for delta in deltas:
+        if not math.isnan(delta):
+            # 0.3 = 0.8 − 0.5 may fall a rounding step short of its bin.
+            counts[min(int((delta + 1) / 2 * HISTOGRAM_BINS + 1e-9), HISTOGRAM_BINS - 1)] += 1
+    return tuple(counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdRow:
+    """What a gate at ``min_teacher_iou`` would leave: to choose a threshold and k by."""
+
+    min_teacher_iou: float
+    passed: int
+    mean_delta: float  # of those that passed; NaN where none did
+    positive: int  # of those, with δ > 0: something to learn
+    kth_delta: float  # δ of the k-th of them; NaN where there are fewer
+
+
+def explain(scores: Iterable[Score], k: int) -> list[ThresholdRow]:
+    """One row for each threshold 0.0, 0.1 … 0.9 over the scores with a finite δ."""
+    measured = [score for score in scores if math.isfinite(score.delta)]
+    table = []
+    for tenth in range(10):
+        passed = sorted((score.delta for score in passes(measured, tenth / 10)), reverse=True)
+        table.append(
+            ThresholdRow(
+                min_teacher_iou=tenth / 10,
+                passed=len(passed),
+                mean_delta=sum(passed) / len(passed) if passed else math.nan,
+                positive=sum(delta > 0 for delta in passed),
+                kth_delta=passed[k - 1] if len(passed) >= k else math.nan,
+            )
+        )
+    return table

@@ -1,0 +1,74 @@
+"""Predictions files: the three forms a row may have, read into one record. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl
+from video_opd.temporal import NO_RULE, Interval, is_proper, parse_answer
+from video_opd.types import Prediction
+
+GIVEN = "given"  # the rule of a span that came without text
+
+
+def read_predictions(path: str | Path, *, thinking: bool = False) -> dict[str, Prediction]:
+    """The predictions of a file by sample id.
+
+    A row is ``{"id", "responses", "spans"?, "rules"?}``, ``{"id", "response"}`` or ``{"id", "span"}``. Text
+    without spans is parsed here, with ``thinking`` after ``</think>`` only. A reversed or empty span is None.
+    Raises :class:`UserError` with file and line for any other form, and for an id that comes twice.
+    """
+    predictions: dict[str, Prediction] = {}
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        prediction = parse_row(row, where, thinking=thinking)
+        if prediction.id in predictions:
+            raise UserError(
+                f"{where}: a second prediction for id {prediction.id!r}; keep one row for each id"
+            )
+        predictions[prediction.id] = prediction
+    return predictions
+
+
+def parse_row(row: Mapping[str, Any], where: str, *, thinking: bool = False) -> Prediction:
+    """One row of a predictions file; ``where`` begins the messages of :class:`UserError`."""
+    identity = row.get("id")
+    if not isinstance(identity, str):
+        raise UserError(f'{where}: a prediction needs an "id" that is a string')
+    if "responses" in row or "response" in row:
+        responses = row["responses"] if "responses" in row else [row["response"]]
+        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+            raise UserError(f'{where}: "responses" must be a list of strings ("response": a string)')
+        parsed = [parse_answer(text, thinking=thinking) for text in responses]
+        spans = [answer.span for answer in parsed]
+        rules = [answer.rule for answer in parsed]
+        if "spans" in row:
+            spans = _spans(row["spans"], where)
+            rules = row.get("rules") or [GIVEN if span else NO_RULE for span in spans]
+    elif "spans" in row or "span" in row:
+        responses = []
+        spans = _spans(row["spans"] if "spans" in row else [row["span"]], where)
+        rules = [GIVEN if span else NO_RULE for span in spans]
+    else:
+        raise UserError(f'{where}: a prediction needs "responses", "response" or "span"')
+    return Prediction(id=identity, responses=tuple(responses), spans=tuple(spans), rules=tuple(rules))
+
+
+def _spans(value: Any, where: str) -> list[Interval | None]:
+    if not isinstance(value, list):
+        raise UserError(f'{where}: "spans" must be a list of [start, end] or null')
+    return [_span(item, where) for item in value]
+
+
+def _span(value: Any, where: str) -> Interval | None:
+    if value is None:
+        return None
+    pair = isinstance(value, list) and len(value) == 2
+    if not pair or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        raise UserError(f"{where}: a span must be [start, end] in seconds or null, not {value!r}")
+    span = (float(value[0]), float(value[1]))
+    return span if is_proper(span) and all(map(math.isfinite, span)) else None
