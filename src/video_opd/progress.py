@@ -94,13 +94,13 @@ class _Lines:
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total = description, total
         self.started_s = self.last_s = time.monotonic()
-        self.done = self.printed = 0
+        self.done = 0
 
     def report(self, done: int, note: str) -> None:
         self.done = done
         now_s = time.monotonic()
         if now_s - self.last_s >= LINE_EVERY_S and done != self.total:
-            self.last_s, self.printed = now_s, done
+            self.last_s = now_s
             self._print(now_s - self.started_s, note)
 
     def finish(self) -> None:

@@ -1,0 +1,266 @@
+"""One self-contained HTML file about one or several runs: tables, curves, timelines, tokens.
+
+No script, no font and no picture is fetched: the file can be mailed, archived and opened offline. Text that
+comes from data (queries, answers, paths) is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from video_opd.errors import UserError
+from video_opd.progress import log
+from video_opd.reports import story
+from video_opd.reports.charts import Chart, Series, histogram, line_chart, number, stack_chart
+from video_opd.reports.runs import Run, read_run
+from video_opd.temporal import best_iou
+
+MOST_TIMELINES = 12
+MOST_ROLLOUTS = 8  # of the first steps, and as many of the last
+R_FULL = 2.0  # |r_t| in nats at which a token has its full colour
+RUN_COLOURS = ("run-a", "run-b", "run-c", "run-d", "run-e", "run-f")
+
+# Title, how to read it, whether 0 belongs to the axis, metric → label. docs/metrics.md defines the metrics.
+CURVES: tuple[tuple[str, str, bool, Mapping[str, str]], ...] = (
+    (
+        "Reverse KL to the teacher",
+        "How far the student's answers are from what the teacher would say. It should fall towards 0.",
+        True,
+        {"reverse_kl/sampled": "sampled", "reverse_kl/analytic": "analytic"},
+    ),
+    (
+        "Overlap of the sampled answers",
+        "Mean IoU of the student's own answers with the annotation. Only watched: training never sees it.",
+        True,
+        {"response/iou_mean": "IoU of the rollouts"},
+    ),
+    (
+        "Reward r_t",
+        "Mean over the sampled tokens of log π_teacher − log π_student. 0 means that both agree.",
+        True,
+        {"reward/mean": "mean r_t"},
+    ),
+    (
+        "Gradient norm",
+        "Before clipping. Spikes mean single answers that the teacher finds very unlikely.",
+        True,
+        {"update/grad_norm": "gradient norm"},
+    ),
+    (
+        "Faulty answers",
+        "Share of the sampled answers that cannot be read as a time span, or hit the length limit.",
+        True,
+        {"response/unparsed_share": "not a time span", "response/truncated_share": "cut off"},
+    ),
+)
+TIMES = {
+    "time/decode_wait_s": "wait for decoding",
+    "time/prefill_s": "prefill",
+    "time/sample_s": "sample",
+    "time/teacher_s": "teacher",
+    "time/update_s": "update",
+    "time/checkpoint_s": "checkpoint",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One bar of a timeline; ``spans`` are (left, width) in percent of the duration."""
+
+    label: str
+    colour: str
+    spans: Sequence[tuple[float, float]]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    id: str
+    query: str
+    duration: str
+    frames: Sequence[tuple[str, float, str]]  # data URI, width in percent, time
+    lanes: Sequence[Lane]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    text: str
+    sign: str  # "up", "down"
+    strength: float  # 0–1
+    tooltip: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutView:
+    step: int
+    query: str
+    note: str
+    tokens: Sequence[TokenView]
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Reads the run folders and writes one HTML file, whole or not at all.
+
+    Raises UserError for a folder that is not a run's, and when the file cannot be written.
+    """
+    if not run_dirs:
+        raise UserError("a report needs at least one run folder")
+    runs = [read_run(folder) for folder in run_dirs]
+    html = render(runs)
+    out = Path(out)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(html, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    log(f"wrote {out}")
+    return out
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("video_opd.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    single = len(runs) == 1
+    return template.render(
+        title=runs[0].name if single else f"{len(runs)} runs",
+        comparison=None if single else story.compare(runs),
+        overlay=[] if single else curves(runs),
+        sections=[_section(run, curves([run]) if single else []) for run in runs],
+        legend=[(f"{r:+g}" if r else "0", _strength(r)) for r in (-2, -1, -0.5, 0, 0.5, 1, 2)],
+    )
+
+
+def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
+    early, late = rollouts(run)
+    return {
+        "run": run,
+        "method": story.METHODS.get(run.method, run.method),
+        "headline": story.headline(run),
+        "tiles": story.tiles(run),
+        "blocks": story.blocks(run),
+        "facts": story.selection_facts(run.selection or {}),
+        "histogram": selection_chart(run.selection or {}),
+        "charts": charts,
+        "timelines": [timeline(row) for row in run.timelines[:MOST_TIMELINES]],
+        "timelines_left_out": max(0, len(run.timelines) - MOST_TIMELINES),
+        "early": early,
+        "late": late,
+        "environment": story.table(run.environment),
+    }
+
+
+def curves(runs: Sequence[Run]) -> list[Chart]:
+    """The learning curves of one run, or those of several laid over each other."""
+    charts = []
+    for title, help, zero, keys in CURVES:
+        series = []
+        for r, run in enumerate(runs):
+            for k, (key, label) in enumerate(keys.items()):
+                xs, ys = run.series(key)
+                if len(runs) == 1:
+                    name, colour = label, ("student", "other")[k]
+                elif k == 0:  # one curve a run, or the picture is a tangle
+                    name, colour = run.name, RUN_COLOURS[r % len(RUN_COLOURS)]
+                else:
+                    continue
+                series.append(Series(label=name, colour=colour, xs=xs, ys=ys, dashed=k > 0))
+        charts.append(line_chart(title, help, series, zero=zero))
+    if len(runs) == 1:
+        parts = [
+            Series(label=label, colour=f"part-{i}", xs=xs, ys=ys)
+            for i, (key, label) in enumerate(TIMES.items())
+            for xs, ys in [runs[0].series(key)]
+        ]
+        charts.append(stack_chart("Where the time goes", "Seconds a step, by what was being done.", parts))
+    return [chart for chart in charts if chart is not None]
+
+
+def selection_chart(selection: Mapping[str, Any]) -> Chart | None:
+    return histogram(
+        "δ before and after the selection",
+        "Right of 0 the teacher answers better than the student: there is something to learn.",
+        [
+            ("all candidates", "base", selection.get("delta_candidates") or []),
+            ("selected", "student", selection.get("delta_selected") or []),
+        ],
+        low=-1.0,
+        high=1.0,
+    )
+
+
+def timeline(row: Mapping[str, Any]) -> Timeline:
+    """One row of eval/timelines.jsonl as bars in percent of the duration."""
+    duration_s = float(row["duration"])
+    truth = [(float(s), float(e)) for s, e in row["truth"]]
+
+    def lane(label: str, colour: str, spans: Sequence[tuple[float, float]], note: str = "") -> Lane:
+        inside = [(s, min(e, duration_s)) for s, e in spans if s < duration_s]
+        shown = [(100 * s / duration_s, 100 * (e - s) / duration_s) for s, e in inside]
+        text = ", ".join(f"{s:.1f}–{e:.1f} s" for s, e in spans) or "no answer"
+        return Lane(label=label, colour=colour, spans=shown, text=text + note)
+
+    lanes = [lane("truth", "truth", truth)]
+    for model, span in row["answers"].items():
+        spans = [(float(span[0]), float(span[1]))] if span else []
+        note = f" · IoU {best_iou(spans[0], truth):.2f}" if spans else ""
+        lanes.append(lane(model, model if model in ("base", "student", "teacher") else "other", spans, note))
+    return Timeline(
+        id=str(row["id"]),
+        query=str(row["query"]),
+        duration=f"{duration_s:.1f} s",
+        frames=_film(row.get("frames") or [], row.get("frame_times_s") or [], duration_s),
+        lanes=lanes,
+    )
+
+
+def _film(frames: Sequence[str], times_s: Sequence[float], duration_s: float) -> list[tuple[str, float, str]]:
+    """Each frame over the stretch of time to which it is the nearest, so that the film and the bars align."""
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(times_s)), duration_s]
+    widths = [100 * (b - a) / duration_s for a, b in pairwise(edges)]
+    pictures = [uri if str(uri).startswith("data:") else f"data:image/jpeg;base64,{uri}" for uri in frames]
+    return [(p, w, f"{t:.1f}") for p, w, t in zip(pictures, widths, times_s, strict=True)]
+
+
+def rollouts(run: Run) -> tuple[list[RolloutView], list[RolloutView]]:
+    """Answers of the first and of the last steps; the second list is empty when there are few."""
+    rows = [row for row in run.rollouts if row.get("tokens")]
+    late = rows[-MOST_ROLLOUTS:] if len(rows) >= 2 * MOST_ROLLOUTS else []
+    return [_rollout(row) for row in rows[:MOST_ROLLOUTS]], [_rollout(row) for row in late]
+
+
+def _rollout(row: Mapping[str, Any]) -> RolloutView:
+    note = f"IoU {row['iou']:.2f}" if row.get("iou") is not None else ""
+    if row.get("truncated"):
+        note += " · cut off at the length limit"
+    tokens = [_token(text, r) for text, r in zip(row["tokens"], row["r"], strict=True)]
+    query = str(row.get("query") or row.get("id"))
+    return RolloutView(step=int(row["step"]), query=query, note=note, tokens=tokens)
+
+
+def _token(text: str, r: float | None) -> TokenView:
+    shown = text.replace("\n", "⏎") or "∅"
+    if r is None:
+        return TokenView(text=shown, sign="up", strength=0.0, tooltip="r_t is not finite")
+    sign = "down" if r < 0 else "up"
+    return TokenView(text=shown, sign=sign, strength=_strength(r), tooltip=f"r_t = {number(r)}")
+
+
+def _strength(r: float) -> float:
+    return round(min(1.0, abs(r) / R_FULL), 3)
