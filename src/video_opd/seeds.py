@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -10,11 +11,8 @@ def derive_seed(*parts: int | str) -> int:
 
     Example: ``derive_seed(0, "predict", "sample-17", 2)`` is the third answer to a sample.
     """
-    key = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return (
-        int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-        >> 1
-    )
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def derive_uniform(*parts: int | str) -> float:

@@ -1,0 +1,226 @@
+"""What TVDF needs to know of every candidate: how well the teacher and the student do on it.
+
+For each row the teacher's k predictions and the student's, their mean IoU with the annotation (τ and σ of
+appendix B; unparsable counts 0), and on request the reverse KL of the student's rollouts under the teacher
+(section 3.2). Answers are kept as text: another threshold, ranking or parser needs no model. Rows are
+appended as they are finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import fsum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from video_opd.errors import UserError
+from video_opd.evaluation.batching import Item, MakeLoader, length_batches
+from video_opd.evaluation.predict import AnswerSettings, answer, unanswered
+from video_opd.evaluation.resume import open_output, read_note
+from video_opd.jsonl import append_jsonl, read_jsonl
+from video_opd.progress import log, task
+from video_opd.temporal import best_iou, parse_answer
+from video_opd.types import EncodedPrompt, Rollout, Sample
+
+if TYPE_CHECKING:
+    from video_opd.models.protocols import Policy
+
+K = 4  # predictions a model and sample; the paper leaves it open
+TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How candidates are scored. ``temperature`` 0 is greedy, with k = 1.
+
+    ``reverse_kl`` also scores the student's answers with the teacher; rows without annotation are then
+    scored, too, with IoUs that are null.
+    """
+
+    k: int = K  # answers of the teacher
+    student_k: int | None = None  # answers of the student; none: k
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    seed: int = 0
+    thinking: bool = False
+    reverse_kl: bool = False
+
+    @property
+    def teacher(self) -> AnswerSettings:
+        return self._answers(self.k)
+
+    @property
+    def student(self) -> AnswerSettings:
+        return self._answers(self.k if self.student_k is None else self.student_k)
+
+    def _answers(self, n: int) -> AnswerSettings:
+        return AnswerSettings(
+            n=n,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            thinking=self.thinking,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    """Rows of the data file: ``kept`` from before, ``scored`` now, ``failed`` because of their video,
+    ``unannotated`` and left out; ``reused`` of the scored ones had the teacher's part from another file."""
+
+    kept: int
+    scored: int
+    failed: int
+    unannotated: int
+    reused: int
+
+
+def score(
+    student: Policy,
+    teacher: Policy,
+    samples: Sequence[Sample],
+    make_loader: MakeLoader,
+    out: str | Path,
+    *,
+    made_by: Mapping[str, Any],
+    settings: ScoreSettings | None = None,
+    batch_size: int = 8,
+    teacher_from: str | Path | None = None,
+    overwrite: bool = False,
+) -> ScoreResult:
+    """Appends a row of the scores file for every sample that has none.
+
+    ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, and ``"input"``: prompt and video
+    budget. ``teacher_from`` is an earlier scores file: the teacher's part of its rows is taken over if the
+    same teacher made them from the same input and settings. Raises :class:`UserError` where it is not, and
+    where ``out`` holds rows that something else made.
+    """
+    settings = settings or ScoreSettings()
+    # Checked now, not after the first video; and what the two parts of a row depend on.
+    note = {
+        **made_by,
+        "teacher_answers": asdict(settings.teacher),
+        "student_answers": asdict(settings.student),
+        "reverse_kl": settings.reverse_kl,
+    }
+    rows = open_output(out, note, overwrite=overwrite)
+    wanted = [sample for sample in samples if sample.spans or settings.reverse_kl]
+    todo = unanswered(wanted, rows, out)
+    known = {} if teacher_from is None else _teacher_rows(teacher_from, note, todo)
+    kept = len(wanted) - len(todo)
+    log(
+        f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score ({len(known)} teacher's parts reused)"
+    )
+    scored = reused = 0
+    with task("scoring", len(todo)) as bar:
+        for batch in length_batches(make_loader(todo) if todo else (), batch_size):
+            append_jsonl(out, _score_batch(student, teacher, batch, settings, known))
+            scored += len(batch)
+            reused += sum(sample.id in known for sample, _ in batch)
+            bar.advance(len(batch))
+    if not todo:
+        append_jsonl(out, [])  # no rows is a file, too
+    return ScoreResult(
+        kept=kept,
+        scored=scored,
+        failed=len(todo) - scored,
+        unannotated=len(samples) - len(wanted),
+        reused=reused,
+    )
+
+
+def _score_batch(
+    student: Policy,
+    teacher: Policy,
+    batch: Sequence[Item],
+    settings: ScoreSettings,
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    prompts = [prompt for _, prompt in batch]
+    rows: list[dict[str, Any]] = [{"id": sample.id, "query": sample.query} for sample, _ in batch]
+
+    unknown = [i for i, (sample, _) in enumerate(batch) if sample.id not in known]
+    taught = (
+        answer(teacher, [prompts[i] for i in unknown], settings.teacher, "score teacher") if unknown else []
+    )
+    for i, rollouts in zip(unknown, taught, strict=True):
+        rows[i] |= _part("teacher", batch[i][0], rollouts, settings)
+    for (sample, _), row in zip(batch, rows, strict=True):
+        row |= known.get(sample.id, {})
+
+    written = answer(student, prompts, settings.student, "score student")
+    for (sample, _), row, rollouts in zip(batch, rows, written, strict=True):
+        row |= _part("student", sample, rollouts, settings)
+    if settings.reverse_kl:
+        for row, kl in zip(rows, _reverse_kl(student, teacher, prompts, written, settings), strict=True):
+            row |= kl
+    return rows
+
+
+def _part(who: str, sample: Sample, rollouts: Sequence[Rollout], settings: ScoreSettings) -> dict[str, Any]:
+    parsed = [parse_answer(rollout.text, thinking=settings.thinking) for rollout in rollouts]
+    ious = [best_iou(answer.span, sample.spans) for answer in parsed]
+    return {
+        f"{who}_iou": fsum(ious) / len(ious) if sample.spans else None,
+        f"{who}_spans": [answer.span for answer in parsed],
+        f"{who}_rules": [answer.rule for answer in parsed],
+        f"{who}_responses": [rollout.text for rollout in rollouts],
+    }
+
+
+def _reverse_kl(
+    student: Policy,
+    teacher: Policy,
+    prompts: Sequence[EncodedPrompt],
+    written: Sequence[Sequence[Rollout]],
+    settings: ScoreSettings,
+) -> list[dict[str, Any]]:
+    """log π_θ − log π_tea on the student's tokens, in nats (the sampled reverse KL, −r_t of eq 5).
+
+    ``reverse_kl`` is its mean over all tokens of a row, ``reverse_kl_sum`` the mean over the answers of its
+    sum over an answer's tokens.
+    """
+    responses = [[rollout.token_ids for rollout in rollouts] for rollouts in written]
+    taught_BT = teacher.logprobs(prompts, responses).logprobs_BT.tolist()
+    flat = [rollout for rollouts in written for rollout in rollouts]
+    if settings.temperature in (0.0, 1.0):  # what was recorded is the model's own distribution
+        own_BT: list[Sequence[float]] = [rollout.logprobs for rollout in flat]
+    else:
+        own_BT = student.logprobs(prompts, responses).logprobs_BT.tolist()
+    # Rows of the answers, right-padded: zip would be strict but for that.
+    gaps = [
+        [own - taught for own, taught, _ in zip(own_T, taught_T, rollout.token_ids, strict=False)]
+        for own_T, taught_T, rollout in zip(own_BT, taught_BT, flat, strict=True)
+    ]
+    results, done = [], 0
+    for rollouts in written:
+        mine = gaps[done : done + len(rollouts)]
+        done += len(rollouts)
+        total = fsum(gap for answer_gaps in mine for gap in answer_gaps)
+        results.append(
+            {
+                "reverse_kl": total / sum(map(len, mine)),
+                "reverse_kl_sum": total / len(mine),
+                "reverse_kl_tokens": mine,
+            }
+        )
+    return results
+
+
+def _teacher_rows(
+    path: str | Path, note: Mapping[str, Any], todo: Sequence[Sample]
+) -> dict[str, dict[str, Any]]:
+    """The teacher's part of an earlier scores file, for the samples to do."""
+    before = read_note(path)
+    for key in ("teacher", "input", "teacher_answers"):
+        if before.get(key) != note.get(key):
+            raise UserError(
+                f"{path}: another {key!r} made these teacher scores: score anew, without that file"
+            )
+    queries = {sample.id: sample.query for sample in todo}
+    return {
+        row["id"]: {key: row[key] for key in TEACHER_KEYS}
+        for _, row in read_jsonl(path)
+        if row.get("query") == queries.get(row["id"]) and all(key in row for key in TEACHER_KEYS)
+    }

@@ -1,0 +1,123 @@
+"""Outputs of models that are continued after a kill: rows appended as they are finished, beside a note of
+what made them (``OUT.meta.json``), so that answers of two models never end up in one file. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
+from video_opd.strict import flatten
+
+# Beside the weights, these decide what a model reads and writes.
+_CONFIG_FILES = (
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+# Reading every byte takes about a second a gigabyte. Past this size a weight file is known by its size, its
+# time of change, its header and its last megabyte: training again in the same folder changes the time.
+_FULL_READ_BYTES = 1 << 30
+_END_BYTES = 1 << 20
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """32 hex digits that change with a model folder's weights, tokenizer or preprocessing.
+
+    A name that is no folder (of a hub) stands for itself.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"name:{path}"
+    digest = hashlib.blake2b(digest_size=16)
+    weights = sorted({file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern)})
+    whole = sum(file.stat().st_size for file in weights) <= _FULL_READ_BYTES
+    for file in [*weights, *(folder / name for name in _CONFIG_FILES if (folder / name).is_file())]:
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+        _add_content(digest, file, whole or file not in weights)
+    return digest.hexdigest()
+
+
+def _add_content(digest: hashlib.blake2b, file: Path, whole: bool) -> None:
+    with file.open("rb") as handle:
+        if whole:
+            while block := handle.read(_END_BYTES):
+                digest.update(block)
+            return
+        status = file.stat()
+        digest.update(f"{status.st_mtime_ns}:".encode())
+        digest.update(handle.read(_END_BYTES))
+        handle.seek(max(status.st_size - _END_BYTES, 0))
+        digest.update(handle.read(_END_BYTES))
+
+
+def meta_path(out: str | Path) -> Path:
+    """Where the note of an output lies: ``p.jsonl`` → ``p.jsonl.meta.json``."""
+    return Path(f"{out}.meta.json")
+
+
+def open_output(
+    out: str | Path, made_by: Mapping[str, Any], *, overwrite: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The rows that ``out`` already holds, by id; a new output gets its note.
+
+    ``made_by`` is a tree of plain values, everything that the rows depend on. Raises :class:`UserError`
+    where the rows there were made by something else, or nobody knows by what. ``overwrite`` removes them.
+    """
+    out, note = Path(out), meta_path(out)
+    if overwrite:
+        out.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+    repair_jsonl(out)
+    rows: dict[str, dict[str, Any]] = {}
+    for number, row in read_jsonl(out) if out.exists() else ():
+        if not isinstance(row.get("id"), str):
+            raise UserError(
+                f'{out}:{number}: a row without "id": this is another kind of file, choose another --out'
+            )
+        rows[row["id"]] = row
+    made_by = json.loads(json.dumps(made_by))
+    if rows and not note.exists():
+        raise UserError(
+            f"{out} has rows but no {note.name}: choose another --out, or repeat with --overwrite"
+        )
+    if rows:
+        _check_same(out, read_note(out), made_by)
+    else:
+        write_jsonl(note, [made_by])
+    return rows
+
+
+def read_note(out: str | Path) -> dict[str, Any]:
+    """What made the rows of ``out``. Raises :class:`UserError` where there is no readable note."""
+    note = meta_path(out)
+    for _, row in read_jsonl(note):
+        return row
+    raise UserError(f"{note} is empty: repeat with --overwrite")
+
+
+def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = dict(flatten(before)), dict(flatten(now))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"{out} was made with {key} = {old.get(key)!r}, this is {new.get(key)!r}: "
+                "choose another --out, or repeat with --overwrite to begin again"
+            )
