@@ -42,11 +42,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start}; save as UTF-8") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{path}:{number}: not JSON ({reason}); mend or delete the line") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete the line") from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a {type(row).__name__}, not an object; write one {{…}} a line")
+                kind = type(row).__name__
+                raise UserError(f"{path}:{number}: a {kind}, not an object; write one {{…}} a line")
             yield number, row
 
 

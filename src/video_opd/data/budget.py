@@ -15,11 +15,15 @@ Defaults are the paper's (sec. 4.1).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from video_opd.errors import UserError
+
+if TYPE_CHECKING:
+    from video_opd.config import VideoConfig
 
 CELL_PX = 32  # side of a video token
 PAIR = 2  # frames that a temporal patch merges
@@ -52,6 +56,11 @@ class VideoBudget:
             )
         if self.max_video_tokens < 1:
             raise UserError(f"max_video_tokens is {self.max_video_tokens}; it must be 1 or more")
+
+    @classmethod
+    def of(cls, settings: VideoConfig) -> VideoBudget:
+        """The budget that a recipe's ``video`` section asks for."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ class PacketIndex:
     frame_packet_T: np.ndarray  # int64: the packet of each frame
     frame_times_s_T: np.ndarray  # float64, from the first frame; strictly increasing
     timed: bool  # False: the file carries no presentation times; they are frame number / nominal rate
+    skippable: bool  # whether its keyframe marks can be trusted to begin decoding in the middle
     end_s: float  # when the last frame stops being shown
     nominal_fps: Fraction | None  # the rate that the container claims
     size_px: tuple[int, int]  # (height, width) as shown
@@ -159,7 +160,7 @@ def _index(
     size_px: tuple[int, int],
     path: Path,
 ) -> PacketIndex:
-    nominal = stream.average_rate or stream.guessed_rate
+    nominal = stream.average_rate or stream.guessed_rate or None
     timed = all(p is not None for p, show in zip(pts, shown_N, strict=True) if show)
     if timed:
         missing = np.iinfo(np.int64).min
@@ -167,25 +168,27 @@ def _index(
         packets = np.flatnonzero(shown_N)
         values, first_of = np.unique(pts_N[packets], return_index=True)  # sorted; a repeated time once
         frames = packets[first_of]
+        base = _time_base(stream)
     else:
         if not nominal:
             raise VideoError(path, "neither frame times nor a frame rate")
-        pts_N, frames = np.arange(len(pts), dtype=np.int64), np.arange(len(pts), dtype=np.int64)
-        values = pts_N
+        pts_N = frames = values = np.arange(len(pts), dtype=np.int64)
+        base = Fraction(nominal.denominator, nominal.numerator)
     if len(frames) == 0:
         raise VideoError(path, "zero length: no frame is shown")
-    base = stream.time_base if timed else 1 / nominal
-    assert base is not None
     times_s = (values - values[0]) * base.numerator / base.denominator
     last_s = float(durations[int(frames[-1])] * base) if timed else float(base)
     if last_s <= 0:
         last_s = float(times_s[-1]) / (len(times_s) - 1) if len(times_s) > 1 else float(1 / (nominal or 25))
+    # Some writers mark every packet as a keyframe, of codecs where that cannot be meant.
+    skippable = timed and bool(keys_N[0]) and (stream.codec_context.codec.intra_only or not keys_N.all())
     return PacketIndex(
         packet_pts_N=pts_N,
         packet_key_N=keys_N,
         frame_packet_T=frames.astype(np.int64),
         frame_times_s_T=times_s.astype(np.float64),
         timed=timed,
+        skippable=skippable,
         end_s=float(times_s[-1]) + last_s,
         nominal_fps=nominal,
         size_px=size_px,
@@ -207,7 +210,7 @@ def _check_whole(
         return
     promised_s = _stream_duration_s(stream)
     if promised_s is not None:
-        read_s = float((max(end for _, end in known) - min(start for start, _ in known)) * stream.time_base)
+        read_s = float((max(end for _, end in known) - min(start for start, _ in known)) * _time_base(stream))
     elif container.duration:
         promised_s = container.duration / av.time_base
         read_s = furthest_s - (container.start_time or 0) / av.time_base
@@ -215,6 +218,11 @@ def _check_whole(
         return
     if promised_s - read_s > max(MISSING_S, MISSING_SHARE * promised_s):
         raise VideoError(path, f"truncated: {max(read_s, 0.0):.1f} of {promised_s:.1f} s can be read")
+
+
+def _time_base(stream: av.VideoStream) -> Fraction:
+    assert stream.time_base is not None, "every stream of an open file has one"
+    return stream.time_base
 
 
 def _stream_duration_s(stream: av.VideoStream) -> float | None:

@@ -207,11 +207,11 @@ def _stretches(index: PacketIndex, wanted: np.ndarray) -> tuple[np.ndarray, np.n
     """Which packets to feed to the decoder, and after which of them to drain it before a gap. bool [N] each.
 
     A frame needs the packets from its keyframe on. One that is shown before its keyframe (a leading picture
-    of an open group) needs the group before as well. Files without times are fed whole.
+    of an open group) needs the group before as well. Files whose marks say nothing are fed whole.
     """
     count = len(index.packet_pts_N)
     everything = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
-    if not index.timed or not index.packet_key_N[0]:
+    if not index.skippable:
         return everything
     starts = np.flatnonzero(index.packet_key_N)
     packets = index.frame_packet_T[wanted]

@@ -1,0 +1,121 @@
+"""Decoded clips on disk, bounded: the least recently used are removed first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from video_opd.data.budget import VideoBudget
+from video_opd.data.video import clip_digest, load_clip
+from video_opd.types import Clip
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_RESCAN_EVERY = 64  # other processes write to the same folder
+
+
+class ClipCache:
+    """Keeps clips under ``folder``, at most ``max_bytes``; for threads and processes alike.
+
+    A clip is known by its file's path, size and change time, the budget and the backend. An entry that does
+    not match its digest is decoded anew. A disk that cannot be written is reported once and then left alone.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
+        self._writable = True
+        self._puts = 0
+        self._bytes = 0
+
+    def load(self, path: Path, budget: VideoBudget, backend: str) -> Clip:
+        """The clip, from disk if it is there. Raises VideoError as :func:`load_clip` does."""
+        entry = self._entry(path, budget, backend)
+        clip = None if entry is None else self._read(entry, path)
+        if clip is None:
+            clip = load_clip(path, budget, backend)
+            if entry is not None:
+                self._write(entry, clip)
+        return clip
+
+    def _entry(self, path: Path, budget: VideoBudget, backend: str) -> Path | None:
+        try:
+            stat = path.stat()
+        except OSError:
+            return None  # decoding will say what is wrong with it
+        file = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+        known = [FORMAT, *file, backend, dataclasses.asdict(budget)]
+        key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+        return self.folder / f"{key}.npz"
+
+    def _read(self, entry: Path, path: Path) -> Clip | None:
+        try:
+            with np.load(entry, allow_pickle=False) as stored:
+                meta = json.loads(str(stored["meta"]))
+                frames, times_s, indices = stored["frames"], stored["times_s"], stored["frame_indices"]
+            os.utime(entry)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # half a file, or of another format: made anew, and replaced
+        if clip_digest(frames, times_s) != meta["digest"]:
+            return None
+        size_px = (int(meta["source_size_px"][0]), int(meta["source_size_px"][1]))
+        return Clip(
+            path=path,
+            frames=frames,
+            times_s=times_s,
+            frame_indices=indices,
+            source_fps=meta["source_fps"],
+            duration_s=meta["duration_s"],
+            source_size_px=size_px,
+            digest=meta["digest"],
+        )
+
+    def _write(self, entry: Path, clip: Clip) -> None:
+        if not self._writable or clip.frames.nbytes > self.max_bytes:
+            return
+        names = ("source_fps", "duration_s", "source_size_px", "digest")
+        meta = json.dumps({name: getattr(clip, name) for name in names})
+        temporary = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
+            with os.fdopen(descriptor, "wb") as file:
+                arrays = {name: getattr(clip, name) for name in ("frames", "times_s", "frame_indices")}
+                np.savez(file, meta=np.array(meta), **arrays)
+            os.replace(temporary, entry)
+            self._trim(entry.stat().st_size)
+        except OSError as error:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+            self._writable = False
+            logger.warning("%s: no more clips are cached here (%s)", self.folder, error.strerror)
+
+    def _trim(self, added_bytes: int) -> None:
+        self._bytes += added_bytes
+        self._puts += 1
+        if self._bytes <= self.max_bytes and self._puts % _RESCAN_EVERY != 1:
+            return
+        entries = []
+        for entry in self.folder.glob("*.npz"):
+            with contextlib.suppress(OSError):  # another process removed it
+                stat = entry.stat()
+                entries.append((stat.st_mtime_ns, stat.st_size, entry))
+        self._bytes = sum(size for _, size, _ in entries)
+        for _, size, entry in sorted(entries):
+            if self._bytes <= self.max_bytes:
+                break
+            entry.unlink(missing_ok=True)
+            self._bytes -= size

@@ -1,0 +1,183 @@
+"""A clip and a query become the model's inputs, through the model's own processor.
+
+The processor is given our frames, our sizes and our times, and what it made of them is checked: as many
+placeholders as the vision tower will fill, the right time before each frame pair. A mismatch here is the
+commonest silent defect of video training, so it is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from video_opd.config import PromptConfig
+from video_opd.data.budget import CELL_PX, PAIR, count_tokens
+from video_opd.data.prompts import build_messages
+from video_opd.errors import UserError
+from video_opd.types import Clip, EncodedPrompt
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
+
+_TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
+
+
+class PromptEncoder:
+    """Makes :class:`EncodedPrompt`; safe to share between threads.
+
+    Raises UserError for a processor whose frame pairs or 32×32 px tokens are not Qwen3-VL's.
+    """
+
+    def __init__(self, processor: Qwen3VLProcessor, prompt: PromptConfig | None = None) -> None:
+        self.processor = processor
+        self.prompt = prompt if prompt is not None else PromptConfig()
+        vision = processor.video_processor
+        if vision.patch_size * vision.merge_size != CELL_PX or vision.temporal_patch_size != PAIR:
+            raise UserError(
+                f"the processor's video tokens are {vision.patch_size * vision.merge_size} px of "
+                f"{vision.temporal_patch_size} frames, not {CELL_PX} px of {PAIR}; take a Qwen3-VL model"
+            )
+        build_messages("", self.prompt.style, self.prompt.thinking)  # an unknown style is an error now
+        added = processor.tokenizer.get_added_vocab()
+        self._control = tuple(token for token in added if re.fullmatch(r"<\|.*\|>", token))
+        self._vision_end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+        # Fast tokenizers refuse to be used by two threads at the moment one of them changes a setting.
+        self._lock = threading.Lock()
+
+    def encode(self, clip: Clip, query: str, sample_id: str) -> EncodedPrompt:
+        """Encodes one question. Raises UserError if the query holds one of the model's control tokens."""
+        return self.encode_many(clip, [query], [sample_id])[0]
+
+    def encode_many(
+        self, clip: Clip, queries: Sequence[str], sample_ids: Sequence[str]
+    ) -> list[EncodedPrompt]:
+        """Encodes several questions about one clip: its pixels are processed once, their tensors shared."""
+        assert len(queries) == len(sample_ids)
+        if not queries:
+            return []
+        texts = [self._chat_text(q, i) for q, i in zip(queries, sample_ids, strict=True)]
+        frames, times_s = _whole_pairs(clip)
+        pair_times_s = tuple(((times_s[0::PAIR] + times_s[1::PAIR]) / 2).tolist())
+        with self._lock:
+            inputs = self._process(texts[0], frames, times_s)
+            ids = inputs.pop("input_ids")
+            shared = ids[0, : int((ids[0] == self._vision_end).nonzero()[-1]) + 1]
+            rows = [torch.cat([shared, self._ids(_after_video(text))]) for text in texts]
+        assert torch.equal(rows[0], ids[0]), "the processor splits the text elsewhere than at the video's end"
+        assert all(_before_video(text) == _before_video(texts[0]) for text in texts)
+        video_tokens = self._check_parity(shared, inputs, frames, pair_times_s)
+        pixels = {key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")}
+        return [
+            EncodedPrompt(
+                sample_id=sample_id,
+                input_ids=row[None],
+                tensors=pixels | {"mm_token_type_ids": self._types(row)[None]},
+                text=text,
+                pair_times_s=pair_times_s,
+                video_tokens=video_tokens,
+                clip_digest=clip.digest,
+                duration_s=clip.duration_s,
+            )
+            for sample_id, row, text in zip(sample_ids, rows, texts, strict=True)
+        ]
+
+    def _chat_text(self, query: str, sample_id: str) -> str:
+        for token in self._control:
+            if token in query:
+                raise UserError(f"sample {sample_id!r}: its query holds the control token {token}; remove it")
+        messages = build_messages(query, self.prompt.style, self.prompt.thinking)
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        if text.count(self.processor.video_token) != 1:
+            raise UserError("the chat template does not place the video exactly once; take Qwen3-VL's own")
+        return text
+
+    def _process(self, text: str, frames: np.ndarray, times_s: np.ndarray) -> dict[str, torch.Tensor]:
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+        # The processor writes frames_indices / fps as times: at 1 fps the indices are the times themselves.
+        # It changes the list that it is given.
+        metadata = {"total_num_frames": len(frames), "fps": 1.0, "frames_indices": times_s.tolist()}
+        inputs = self.processor(
+            text=[text],
+            videos=[video],
+            video_metadata=[metadata],
+            input_data_format="channels_first",
+            do_resize=False,
+            do_sample_frames=False,
+            cap_pixels_per_frame=False,  # unused without resizing; unset, it is warned about
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
+    def _ids(self, text: str) -> torch.Tensor:
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _types(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.where(ids == self.processor.video_token_id, 2, 0)
+
+    def _check_parity(
+        self,
+        shared: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        frames: np.ndarray,
+        pair_times_s: tuple[float, ...],
+    ) -> int:
+        """The number of video tokens, after all that is known about them agrees."""
+        pads = int((shared == self.processor.video_token_id).sum())
+        grid = int(inputs["video_grid_thw"].prod(-1).sum()) // self.processor.video_processor.merge_size**2
+        ours = count_tokens(*frames.shape[:3])
+        if not pads == grid == ours:
+            raise AssertionError(
+                f"video tokens: {pads} in the prompt, {grid} in the grid, {ours} in the frames"
+            )
+        kept = shared[shared != self.processor.video_token_id].tolist()
+        written = _TIMESTAMP.findall(self.processor.tokenizer.decode(kept, skip_special_tokens=False))
+        expected = [f"{time_s:.1f}" for time_s in pair_times_s]
+        if written != expected:
+            raise AssertionError(f"times in the prompt are {written}, of the frames {expected}")
+        types = inputs["mm_token_type_ids"][0, : len(shared)]
+        assert torch.equal(types, self._types(shared)), "the processor marks other tokens as video"
+        assert inputs["pixel_values_videos"].dtype == torch.float32
+        return pads
+
+
+def collate(prompts: Sequence[EncodedPrompt], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """One batch for the model's ``forward``: ids, mask and types left-padded [B, P], videos concatenated."""
+    assert prompts, "an empty batch"
+    longest = max(prompt.length for prompt in prompts)
+
+    def left_pad(row_P: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(row_P, (longest - len(row_P), 0), value=value)
+
+    batch = {
+        "input_ids": torch.stack([left_pad(p.input_ids[0], pad_token_id) for p in prompts]),
+        "attention_mask": torch.stack([left_pad(torch.ones_like(p.input_ids[0]), 0) for p in prompts]),
+        "mm_token_type_ids": torch.stack([left_pad(p.tensors["mm_token_type_ids"][0], 0) for p in prompts]),
+    }
+    for key in ("pixel_values_videos", "video_grid_thw"):
+        batch[key] = torch.cat([p.tensors[key] for p in prompts])
+    return batch
+
+
+def _whole_pairs(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and times with the last one repeated if their number is odd."""
+    frames, times_s = clip.frames, clip.times_s
+    assert len(frames) == len(times_s) > 0
+    assert frames.dtype == np.uint8 and not any(side % CELL_PX for side in frames.shape[1:3])
+    if len(frames) % PAIR:
+        frames, times_s = np.concatenate([frames, frames[-1:]]), np.append(times_s, times_s[-1])
+    return frames, times_s
+
+
+def _before_video(text: str) -> str:
+    return text.partition("<|vision_end|>")[0]
+
+
+def _after_video(text: str) -> str:
+    return text.partition("<|vision_end|>")[2]

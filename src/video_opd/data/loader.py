@@ -1,0 +1,152 @@
+"""Prompts in order, decoded in the background, so that the model does not wait for videos.
+
+Threads, not processes: decoding, resizing and normalising release the interpreter's lock, and a clip of
+tens of megabytes then costs no copy. Rows that follow one another on the same video share its clip.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from video_opd.data.budget import VideoBudget
+from video_opd.data.cache import ClipCache
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.video import VideoError, load_clip
+from video_opd.errors import UserError
+from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
+from video_opd.types import EncodedPrompt, Sample
+
+# A share is not judged on fewer rows than this, unless there are no more.
+MIN_JUDGED = 50
+
+_Group = list[Sample]
+_Made = list[EncodedPrompt] | VideoError
+
+
+class PromptLoader:
+    """Iterates ``(sample, prompt)`` in the order of ``samples``; the same for any number of workers.
+
+    ``workers`` threads decode (0: the caller does), at most ``prefetch`` prompts ahead (one video at least).
+    A video that cannot be decoded is put aside with its reason in ``skipped_path`` (a row of ``id``,
+    ``video``, ``reason``; each once) and in ``skipped``. UserError is raised when more than
+    ``max_failed_share`` of the rows failed: of the first 50 or more, and of all of them.
+
+    ``wait_s`` is how long the caller was kept waiting so far.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        encoder: PromptEncoder,
+        budget: VideoBudget,
+        *,
+        workers: int = 2,
+        prefetch: int = 8,
+        skipped_path: str | Path | None = None,
+        max_failed_share: float = 0.05,
+        backend: str = "pyav",
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = 20 << 30,
+    ) -> None:
+        assert workers >= 0 and prefetch >= 1
+        self.samples = list(samples)
+        self.encoder = encoder
+        self.budget = budget
+        self.workers = workers
+        self.prefetch = prefetch
+        self.skipped_path = None if skipped_path is None else Path(skipped_path)
+        self.max_failed_share = max_failed_share
+        self.backend = backend
+        self.skipped: list[tuple[Sample, str]] = []
+        self.wait_s = 0.0
+        self._cache = None if cache_dir is None else ClipCache(cache_dir, cache_bytes)
+        self._reported = self._already_reported()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
+        self.skipped = []
+        groups = [list(rows) for _, rows in itertools.groupby(self.samples, key=lambda s: s.video)]
+        done = failed = 0
+        for group, made in self._in_order(groups):
+            done += len(group)
+            if isinstance(made, VideoError):
+                failed += len(group)
+                self._put_aside(group, made)
+            if done >= min(MIN_JUDGED, len(self.samples)):
+                self._judge(failed, done)
+            if not isinstance(made, VideoError):
+                yield from zip(group, made, strict=True)
+
+    def _in_order(self, groups: list[_Group]) -> Iterator[tuple[_Group, _Made]]:
+        if self.workers == 0:
+            for group in groups:
+                started = time.perf_counter()
+                made = self._make(group)
+                self.wait_s += time.perf_counter() - started
+                yield group, made
+            return
+        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        ahead: deque[tuple[_Group, Future[_Made]]] = deque()
+        waiting = deque(groups)
+
+        def fill() -> None:
+            rows_ahead = sum(len(group) for group, _ in ahead)
+            while waiting and (not ahead or rows_ahead + len(waiting[0]) <= self.prefetch):
+                group = waiting.popleft()
+                ahead.append((group, executor.submit(self._make, group)))
+                rows_ahead += len(group)
+
+        try:
+            fill()
+            while ahead:
+                group, future = ahead.popleft()
+                fill()  # before waiting: the workers go on while the caller is busy with this group
+                started = time.perf_counter()
+                made = future.result()
+                self.wait_s += time.perf_counter() - started
+                yield group, made
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, group: _Group) -> _Made:
+        video = group[0].video
+        try:
+            if self._cache is not None:
+                clip = self._cache.load(video, self.budget, self.backend)
+            else:
+                clip = load_clip(video, self.budget, self.backend)
+        except VideoError as error:
+            return error
+        return self.encoder.encode_many(clip, [s.query for s in group], [s.id for s in group])
+
+    def _put_aside(self, group: _Group, error: VideoError) -> None:
+        self.skipped += [(sample, error.reason) for sample in group]
+        new = [sample for sample in group if sample.id not in self._reported]
+        self._reported.update(sample.id for sample in new)
+        if self.skipped_path is not None and new:
+            append_jsonl(
+                self.skipped_path, [{"id": s.id, "video": str(s.video), "reason": error.reason} for s in new]
+            )
+
+    def _already_reported(self) -> set[str]:
+        if self.skipped_path is None or not self.skipped_path.exists():
+            return set()
+        repair_jsonl(self.skipped_path)
+        return {str(row.get("id")) for _, row in read_jsonl(self.skipped_path)}
+
+    def _judge(self, failed: int, done: int) -> None:
+        if failed > self.max_failed_share * done:
+            sample, reason = self.skipped[0]
+            where = "" if self.skipped_path is None else f"; all are in {self.skipped_path}"
+            raise UserError(
+                f"{failed} of {done} rows have a video that cannot be used, more than "
+                f"{self.max_failed_share:.0%} (first: {sample.video}: {reason}{where}); check the paths and "
+                "the video root, or raise data.max_failed_share"
+            )
