@@ -8,6 +8,7 @@ appended as they are finished.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum
@@ -109,9 +110,8 @@ def score(
     todo = unanswered(wanted, rows, out)
     known = {} if teacher_from is None else _teacher_rows(teacher_from, note, todo)
     kept = len(wanted) - len(todo)
-    log(
-        f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score ({len(known)} teacher's parts reused)"
-    )
+    reuse = f", the teacher's part of {len(known)} is reused" if known else ""
+    log(f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score{reuse}")
     scored = reused = 0
     with task("scoring", len(todo)) as bar:
         for batch in length_batches(make_loader(todo) if todo else (), batch_size):
@@ -214,7 +214,7 @@ def _teacher_rows(
     """The teacher's part of an earlier scores file, for the samples to do."""
     before = read_note(path)
     for key in ("teacher", "input", "teacher_answers"):
-        if before.get(key) != note.get(key):
+        if before.get(key) != json.loads(json.dumps(note.get(key))):
             raise UserError(
                 f"{path}: another {key!r} made these teacher scores: score anew, without that file"
             )
@@ -222,5 +222,7 @@ def _teacher_rows(
     return {
         row["id"]: {key: row[key] for key in TEACHER_KEYS}
         for _, row in read_jsonl(path)
-        if row.get("query") == queries.get(row["id"]) and all(key in row for key in TEACHER_KEYS)
+        if row["id"] in queries
+        and row.get("query") == queries[row["id"]]
+        and all(k in row for k in TEACHER_KEYS)
     }

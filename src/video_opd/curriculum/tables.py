@@ -1,0 +1,87 @@
+"""A selection for people, in the terminal. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from video_opd.curriculum.tvdf import Summary, ThresholdRow, histogram_edges
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BAR_WIDTH = 30
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Says what was chosen from what, with δ's histogram before and after; to stdout by default."""
+    _print(summary_lines(summary), console)
+
+
+def print_explanation(rows: Sequence[ThresholdRow], k: int, console: Console | None = None) -> None:
+    """A table to choose the threshold and k by: what each gate would leave."""
+    _print(explanation_lines(rows, k), console)
+
+
+def summary_lines(summary: Summary) -> Iterator[str]:
+    gate = f"teacher IoU ≥ {summary.min_teacher_iou:g}" if summary.min_teacher_iou > 0 else "no gate"
+    yield f"{summary.rows} rows → {summary.candidates} candidates ({gate}) → {summary.selected} selected"
+    excluded = (
+        ("used before", summary.used_before),
+        ("without annotation", summary.unannotated),
+        ("without a score", summary.unscored),
+        ("with a score that is missing or not finite", summary.unmeasured),
+        ("where the teacher failed the gate", summary.failed_gate),
+    )
+    for what, count in excluded:
+        if count:
+            yield f"  {count} {what}"
+    if summary.unknown_scores:
+        yield f"  {summary.unknown_scores} scores belong to no row of the data"
+    yield f"strategy {summary.strategy}, ranked by {summary.rank_by}"
+    if summary.filled:
+        yield f"  {summary.filled} made up for buckets with too few members"
+    if summary.shortfall > 0:
+        yield f"  {summary.shortfall} fewer than the {summary.k} asked for"
+    yield from _histogram_lines(summary)
+    if len(summary.by_source) > 1:
+        width = max(map(len, summary.by_source))
+        for source, count in summary.by_source.items():
+            yield f"{source:{width}}  {count.rows} rows, {count.candidates} candidates, {count.selected} selected"
+
+
+def _histogram_lines(summary: Summary) -> Iterator[str]:
+    edges = histogram_edges()
+    shown = [i for i, count in enumerate(summary.delta_before) if count]
+    if not shown:
+        return
+    yield f"{'δ = τ − σ':13}  {'before':>7} {'after':>7}"
+    most = max(summary.delta_before)
+    for i in range(shown[-1], shown[0] - 1, -1):  # descending, as they are ranked
+        before, after = summary.delta_before[i], summary.delta_after[i]
+        bar = _bar(before / most)
+        yield f"{edges[i]:+.1f} to {edges[i + 1]:+.1f}  {before:7d} {after:7d}  {bar}".rstrip()
+
+
+def _bar(share: float) -> str:
+    whole, eighths = divmod(round(share * _BAR_WIDTH * 8), 8)
+    return "█" * whole + _EIGHTHS[eighths].strip()
+
+
+def explanation_lines(rows: Sequence[ThresholdRow], k: int) -> Iterator[str]:
+    yield f"{'gate':>5} {'passed':>8} {'δ > 0':>8} {'mean δ':>8} {f'δ of no. {k}':>14}"
+    for row in rows:
+        kth = f"{row.kth_delta:+.3f}" if row.passed >= k else "too few"
+        mean = f"{row.mean_delta:+.3f}" if row.passed else "–"
+        yield f"{row.min_teacher_iou:5.1f} {row.passed:8d} {row.positive:8d} {mean:>8} {kth:>14}"
+    yield "choose the highest gate that still leaves k rows whose δ is well above 0"
+
+
+def _print(lines: Iterator[str], console: Console | None) -> None:
+    if console is None:
+        from rich.console import Console
+
+        console = Console()
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

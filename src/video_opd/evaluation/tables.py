@@ -1,0 +1,105 @@
+"""Results for people: a table on a terminal, one plain line a row elsewhere. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from video_opd.evaluation.metrics import METRICS, ConstantAnswer, Difference, Metrics, QuerySwap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def evaluation_record(
+    metrics: Metrics, constant: ConstantAnswer | None = None, swap: QuerySwap | None = None
+) -> dict[str, Any]:
+    """The record of ``evaluate --json``: the metrics, and beside them what they are worth."""
+    return {
+        **metrics.to_json(),
+        "best_constant": None if constant is None else constant.to_json(),
+        "query_swap": None if swap is None else swap.to_json(),
+    }
+
+
+def print_metrics(
+    results: Mapping[str, Metrics],
+    *,
+    constant: ConstantAnswer | None = None,
+    swaps: Mapping[str, QuerySwap | None] | None = None,
+    differences: Mapping[str, Difference] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Prints each result by its name (its sources below it), then the controls, to stdout by default.
+
+    ``differences`` is the rise from the first result to the last.
+    """
+    console = console or _stdout()
+    rows: list[tuple[str, ...]] = []
+    for name, metrics in results.items():
+        rows.append(_metrics_row(name, metrics))
+        rows += [_metrics_row(f"  {source}", part) for source, part in (metrics.by_source or {}).items()]
+    if differences is not None:
+        rows.append(("rise", *(_signed(differences[name]) for name in METRICS), "", ""))
+    if constant is not None:
+        where = f"best constant ({constant.start_fraction:.0%} to {constant.end_fraction:.0%})"
+        rows.append((where, *(f"{constant.values[name]:.1f}" for name in METRICS), str(constant.n), ""))
+    _print_rows(console, ("", *METRICS, "rows", "notes"), rows)
+    for name, swap in (swaps or {}).items():
+        if swap is not None:
+            _say(
+                console,
+                f"{name}: query swap {swap.share:.1f}% [{swap.ci95[0]:.1f}, {swap.ci95[1]:.1f}] (chance 50%), "
+                f"the same answer to both queries {swap.same_answer:.1f}%, {swap.comparisons} comparisons",
+            )
+    first = next(iter(results.values()), None)
+    if first is not None and first.protocol is not None:
+        protocol = first.protocol
+        _say(
+            console,
+            f"protocol {protocol['name']}: rounding {protocol['rounding']}, 95% by {protocol['ci95']}",
+        )
+
+
+def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
+    cells = [
+        f"{metrics.values[key]:.1f} [{metrics.ci95[key][0]:.1f}, {metrics.ci95[key][1]:.1f}]"
+        for key in METRICS
+    ]
+    counts = (
+        ("unparsed", metrics.unparsed),
+        ("missing", metrics.missing),
+        ("unannotated", metrics.unannotated),
+    )
+    notes = ", ".join(f"{count} {what}" for what, count in counts if count)
+    return (name, *cells, str(metrics.n), notes)
+
+
+def _signed(difference: Difference) -> str:
+    low, high = difference.ci95
+    return f"{difference.value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _print_rows(console: Console, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    if console.is_terminal:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    for name, *cells in rows:
+        named = ", ".join(f"{key} {cell}" for key, cell in zip(header[1:], cells, strict=True) if cell)
+        _say(console, f"{name.strip()}: {named}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
