@@ -1,0 +1,122 @@
+"""Which samples a step takes, and in which order: functions of the recipe, never of what happened before.
+
+So step k sees the same rows whether the run was killed, resumed, or split over processes. A sample whose
+video cannot be decoded leaves its place empty: that batch is one smaller, all others are as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from video_opd.config import Recipe
+from video_opd.errors import UserError
+from video_opd.types import EncodedPrompt, Sample
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2⁶³) from what a draw is for, e.g. ``(run seed, "rollout", step, sample id, index)``."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """The rows of every optimiser step. The last batch of an epoch may be smaller; no row is dropped."""
+
+    samples: Sequence[Sample]
+    batch_size: int  # prompts, over all processes
+    total_steps: int
+    seed: int
+    shuffle: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, samples: Sequence[Sample]) -> BatchPlan:
+        """Raises :class:`UserError` when there is nothing to train on."""
+        samples = samples[: recipe.data.limit]
+        if not samples:
+            raise UserError(f"{recipe.data.train} has no rows: nothing to train on")
+        steps = recipe.optim.epochs * -(-len(samples) // recipe.optim.batch_size)
+        return cls(
+            samples=samples,
+            batch_size=recipe.optim.batch_size,
+            total_steps=recipe.optim.max_steps or steps,
+            seed=recipe.run.seed,
+            shuffle=recipe.data.shuffle,
+        )
+
+    def order(self, epoch: int) -> list[int]:
+        """Positions of ``samples`` in the order of ``epoch``: a function of (seed, epoch)."""
+        count = len(self.samples)
+        if not self.shuffle:
+            return list(range(count))
+        return (
+            np.random.Generator(np.random.Philox(derive_seed(self.seed, "order", epoch)))
+            .permutation(count)
+            .tolist()
+        )
+
+    def batches(self, start: int = 0) -> Iterator[list[Sample]]:
+        """The global batches of steps ``start``, ``start + 1``, … up to the last."""
+        steps_an_epoch = -(-len(self.samples) // self.batch_size)
+        order: list[int] = []
+        for step in range(start, self.total_steps):
+            epoch, place = divmod(step, steps_an_epoch)
+            if place == 0 or not order:
+                order = self.order(epoch)
+            rows = order[place * self.batch_size : (place + 1) * self.batch_size]
+            yield [self.samples[row] for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One prompt of a batch; ``position`` is its place in the global batch."""
+
+    position: int
+    sample: Sample
+    prompt: EncodedPrompt
+
+
+class BatchStream:
+    """This process's rows of each step, from a loader that runs ahead over all of them.
+
+    ``loader`` yields ``(sample, prompt)`` for the samples of :meth:`wanted`, in order, leaving out those
+    whose video could not be decoded.
+    """
+
+    def __init__(self, plan: BatchPlan, start: int, rank: int = 0, world: int = 1) -> None:
+        self.plan, self.start, self.rank, self.world = plan, start, rank, world
+
+    def wanted(self) -> list[Sample]:
+        """Every sample that this process will ask for, in order."""
+        return [
+            sample for batch in self.plan.batches(self.start) for sample in batch[self.rank :: self.world]
+        ]
+
+    def steps(self, loader: Iterable[tuple[Sample, EncodedPrompt]]) -> Iterator[tuple[int, list[Row]]]:
+        """``(size of the planned global batch, this process's rows)`` for each step."""
+        source = iter(loader)
+        head: tuple[Sample, EncodedPrompt] | None = None
+        for batch in self.plan.batches(self.start):
+            rows = []
+            for position in range(self.rank, len(batch), self.world):
+                # Looked up only when it is needed: the wait for decoding belongs to the step that waits.
+                head = next(source, None) if head is None else head
+                if head is not None and head[0].id == batch[position].id:
+                    rows.append(Row(position=position, sample=head[0], prompt=head[1]))
+                    head = None
+            yield len(batch), rows
+
+
+def micro_batches(rows: Sequence[Row], planned: int, world: int, size: int) -> list[Sequence[Row]]:
+    """``rows`` in pieces of ``size``, as many pieces on every rank.
+
+    Ranks step in lockstep; one with fewer rows (end of an epoch, undecodable videos) gets empty ones.
+    """
+    pieces = math.ceil(math.ceil(planned / world) / size)
+    return [rows[i * size : (i + 1) * size] for i in range(pieces)]

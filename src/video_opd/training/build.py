@@ -1,0 +1,151 @@
+"""From a recipe to the parts of a run: student, teacher, optimiser, data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_opd.algorithms.method import Method
+from video_opd.algorithms.video_opd import VideoOPD
+from video_opd.config import ModelConfig, OptimConfig, Recipe
+from video_opd.data.annotations import read_samples
+from video_opd.data.budget import VideoBudget
+from video_opd.errors import UserError
+from video_opd.models.loading import DTYPES, check_same_tokens, load_model
+from video_opd.models.policy import HFPolicy
+from video_opd.models.protocols import Policy, Teacher
+from video_opd.models.teachers import LocalTeacher
+from video_opd.training.run_folder import RunFolder
+from video_opd.types import Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+METHODS: dict[str, Callable[[Recipe], Method]] = {
+    "video-opd": lambda recipe: VideoOPD(recipe.sampling),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run trains, with what, on what. ``policy`` and ``teacher`` may be anything of that protocol."""
+
+    model: torch.nn.Module  # the student's bare module; its weights are float32
+    forward_module: torch.nn.Module  # what Accelerate wrapped around it
+    policy: Policy
+    reference: Policy  # the same weights through the plain engine, for checks
+    teacher: Teacher | None
+    method: Method
+    optimizer: torch.optim.Optimizer
+    processor: Any
+    samples: Sequence[Sample]
+    loader: Callable[[Sequence[Sample]], Any]  # a context manager: iterates (sample, prompt) in order
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, weights: str | Path) -> Parts:
+    """Loads everything that a run needs; ``weights`` is the student's folder (a checkpoint's, on a resume).
+
+    Raises :class:`UserError` for models that cannot be loaded or do not share their tokens, and for data
+    files that cannot be read.
+    """
+    samples = read_samples(recipe.data.train, recipe.data.video_root)
+    device = accelerator.device
+    model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
+    teacher_model, teacher_processor = load_model(
+        recipe.teacher.path, dtype=recipe.teacher.dtype, device=device, attn=recipe.model.attn
+    )
+    check_same_tokens((model, processor), (teacher_model, teacher_processor))
+    freeze(model, recipe.model)
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+    forward_module, optimizer = accelerator.prepare(model, optimizer)
+    compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
+    policy = HFPolicy(
+        model, processor, recipe.model.engine, compute_dtype=compute_dtype, forward_module=forward_module
+    )
+    teacher_policy = HFPolicy(teacher_model, teacher_processor, recipe.model.engine)
+    return Parts(
+        model=model,
+        forward_module=forward_module,
+        policy=policy,
+        reference=HFPolicy(model, processor, "plain", compute_dtype=compute_dtype),
+        teacher=LocalTeacher(teacher_policy, nonfinite=recipe.loss.nonfinite),
+        method=METHODS[recipe.method](recipe),
+        optimizer=optimizer,
+        processor=processor,
+        samples=samples,
+        loader=prompt_loader(recipe, processor, folder),
+    )
+
+
+def prompt_loader(recipe: Recipe, processor: Any, folder: RunFolder) -> Callable[[Sequence[Sample]], Any]:
+    """A function from samples to a loader that decodes and encodes them in the background."""
+    from video_opd.data.encode import PromptEncoder
+    from video_opd.data.loader import PromptLoader
+
+    data = recipe.data
+
+    def load(samples: Sequence[Sample]) -> Any:
+        return PromptLoader(
+            samples,
+            PromptEncoder(processor, recipe.prompt),
+            video_budget(recipe),
+            workers=data.workers,
+            prefetch=data.prefetch,
+            skipped_path=folder.skipped,
+            max_failed_share=data.max_failed_share,
+        )
+
+    return load
+
+
+def video_budget(recipe: Recipe) -> VideoBudget:
+    """The recipe's ``video`` section, without the choice of a decoder."""
+    names = [spec.name for spec in dataclasses.fields(VideoBudget)]
+    return VideoBudget(**{name: getattr(recipe.video, name) for name in names})
+
+
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW. Vectors (biases, norms) are not decayed, as is usual."""
+    assert all(p.dtype == torch.float32 for p in parameters), "a bfloat16 weight loses updates of lr 1e-6"
+    decayed = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps
+    )
+
+
+def freeze(model: torch.nn.Module, settings: ModelConfig) -> None:
+    """Takes the parts of a Qwen3-VL model that ``model.freeze`` names out of training.
+
+    ``vision`` is the tower without its mergers, ``merger`` the projections into the language model.
+    """
+    inner: Any = model
+    visual = inner.model.visual
+    mergers = [visual.merger, visual.deepstack_merger_list]
+    modules = {
+        "vision": [child for child in visual.children() if child not in mergers],
+        "merger": mergers,
+        "language": [inner.model.language_model],
+        "lm_head": [inner.lm_head],
+    }
+    for name in settings.freeze:
+        for module in modules[name]:
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"model.freeze {list(settings.freeze)} leaves nothing to train: take one of them out")

@@ -1,0 +1,211 @@
+"""Checkpoints that are whole or not there, and model folders that anyone can load.
+
+``checkpoints/step-N/``: ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser and
+random states), ``state.json`` (step, sizes of all files). It is written beside and renamed at the end, so a
+kill or a full disk leaves the checkpoints that were there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from video_opd.config import Recipe
+from video_opd.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+MODEL_FACTS = "video_opd.json"  # inside a model folder: how it was shown its videos
+_PREFIX = "step-"
+_PART = ".part-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk; ``step`` optimiser steps were done."""
+
+    path: Path
+    step: int
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+
+def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Recipe) -> None:
+    """A folder for ``from_pretrained`` with the processor, and ``video_opd.json``: the video budget and the
+    prompt that the model was trained with, so that prediction uses the same. Replaces ``path`` atomically.
+
+    Raises :class:`UserError` when the disk is full; what was at ``path`` is then still there.
+    """
+    path = Path(path)
+    with _written_beside(path) as folder:
+        _fill_model_folder(model, processor, folder, recipe)
+
+
+def read_model_facts(path: str | Path) -> dict[str, Any] | None:
+    """What ``video_opd.json`` of a model folder says, or None where there is none (a stock checkpoint)."""
+    file = Path(path) / MODEL_FACTS
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    model: Any,
+    processor: Any,
+    training: Mapping[str, Any],
+    recipe: Recipe,
+) -> Checkpoint:
+    """Writes ``root/step-N`` and deletes all but the newest ``run.keep_checkpoints``.
+
+    Raises :class:`UserError` when the disk is full; older checkpoints are untouched then.
+    """
+    path = root / f"{_PREFIX}{step}"
+    with _written_beside(path) as folder:
+        _fill_model_folder(model, processor, folder / "model", recipe)
+        torch.save(dict(training), folder / "training.pt")
+        state = {"step": step, "files": _sizes(folder)}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    for old in find_checkpoints(root)[recipe.run.keep_checkpoints :]:
+        shutil.rmtree(old.path)
+    return Checkpoint(path=path, step=step)
+
+
+def find_checkpoints(root: Path) -> list[Checkpoint]:
+    """The complete checkpoints under ``root``, newest first."""
+    found = []
+    for path in root.glob(f"{_PREFIX}*") if root.is_dir() else ():
+        step = _complete_step(path)
+        if step is not None:
+            found.append(Checkpoint(path=path, step=step))
+    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+
+
+def discard_parts(root: Path) -> None:
+    """Removes what a kill left half written."""
+    for path in root.glob(f"{_PART}*") if root.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was given as ``training``, on the CPU."""
+    # Our own file, in our own run folder; random states of numpy and Python are not tensors.
+    return torch.load(checkpoint.path / "training.pt", map_location="cpu", weights_only=False)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all generators of this process."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _fill_model_folder(model: Any, processor: Any, folder: Path, recipe: Recipe) -> None:
+    with _no_library_bars():
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    video = {name: value for name, value in asdict(recipe.video).items() if name != "backend"}
+    facts = {"method": recipe.method, "video": video, "prompt": asdict(recipe.prompt)}
+    (folder / MODEL_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _no_library_bars() -> Iterator[None]:
+    """A bar of transformers' for each checkpoint would cut through ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``path`` once the block has ended well."""
+    from safetensors import SafetensorError
+
+    part = path.parent / f"{_PART}{path.name}"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        _flush(part)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        # torch.save and safetensors report a failed write in their own ways.
+        if isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error):
+            raise UserError(
+                f"{path}: cannot be written ({error}); {_free(path)}: free some space and repeat the "
+                "command, which continues from the newest checkpoint that is there"
+            ) from error
+        raise
+
+
+def _free(path: Path) -> str:
+    for parent in path.parents:
+        if parent.exists():
+            return f"{shutil.disk_usage(parent).free / 2**30:.1f} GiB are free there"
+    return "no space"
+
+
+def _flush(folder: Path) -> None:
+    """To the disk itself: a rename must not survive a power cut that the content does not."""
+    for file in _files(folder):
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _files(folder: Path) -> Sequence[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+
+
+def _complete_step(path: Path) -> int | None:
+    """The step of a checkpoint whose files are all there in full, else None."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        complete = all((path / name).stat().st_size == size for name, size in state["files"].items())
+        return int(state["step"]) if complete else None
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,258 @@
+"""A training run, from a recipe to a model folder. Killed at any moment and repeated, it ends the same.
+
+    plan → (rows → rollouts → teacher → signal → update → metrics → checkpoint)* → model/
+
+What is the same on every process: the plan, the weights, the step. What is split: the rows of a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_opd.config import OptimConfig, Recipe
+from video_opd.errors import UserError
+from video_opd.jsonl import append_jsonl
+from video_opd.progress import log, task
+from video_opd.strict import flatten, to_dict
+from video_opd.training import checkpoint as checkpoints
+from video_opd.training.batches import BatchPlan, BatchStream, derive_seed
+from video_opd.training.build import Parts, build_parts
+from video_opd.training.checks import check_first_prompts
+from video_opd.training.metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
+from video_opd.training.run_folder import RunFolder, write_text
+from video_opd.training.step import Stepper, StepResult
+from video_opd.training.weights import WeightProbe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+STAGES = ("decode_wait", "prefill", "sample", "teacher", "update", "checkpoint")
+Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Where a finished run left its results. ``metrics`` is the last row of ``metrics.jsonl``."""
+
+    path: Path
+    model: Path
+    steps: int
+    metrics: dict[str, Any]
+
+
+def train(recipe: Recipe, build: Build = build_parts) -> RunResult:
+    """Trains, or continues what was killed, or returns at once when it is finished.
+
+    ``build`` makes the parts; tests and other engines give their own. Raises :class:`UserError` for what a
+    user can get wrong, at the earliest moment.
+    """
+    folder = RunFolder(recipe.run.dir)
+    accelerator = make_accelerator(recipe)
+    if accelerator.is_main_process:
+        folder.claim(recipe)
+    accelerator.wait_for_everyone()
+    if folder.finished:
+        log(f"{folder.path} is finished: nothing to do")
+        return _result(folder)
+    saved = next(iter(checkpoints.find_checkpoints(folder.checkpoints)), None)
+    parts = build(recipe, accelerator, folder, saved.model if saved else recipe.model.path)
+    start = _resume(saved, parts, accelerator)
+    if accelerator.is_main_process:
+        checkpoints.discard_parts(folder.checkpoints)
+        checkpoints.discard_parts(folder.path)
+        folder.rewind(start)
+        folder.write_environment(_machine(accelerator, recipe))
+    accelerator.wait_for_everyone()
+    with _trackers(recipe, accelerator, start):
+        Run(recipe, accelerator, folder, parts).steps(start)
+    return _finish(recipe, accelerator, folder, parts)
+
+
+class Run:
+    """The steps of a run; holds what they share."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> None:
+        self.recipe, self.accelerator, self.folder, self.parts = recipe, accelerator, folder, parts
+        self.plan = BatchPlan.of(recipe, parts.samples)
+        self.watch = Stopwatch(settle=_settle(accelerator.device))
+        self.stepper = Stepper(recipe, accelerator, parts, self.watch)
+        self.probe = WeightProbe(parts.parameters, derive_seed(recipe.run.seed, "weights"))
+
+    def steps(self, start: int) -> None:
+        """Steps ``start`` … to the last, each with its metrics row and, where one is due, a checkpoint."""
+        accelerator, total = self.accelerator, self.plan.total_steps
+        stream = BatchStream(self.plan, start, accelerator.process_index, accelerator.num_processes)
+        with self.parts.loader(stream.wanted()) as loader, task("training", total) as bar:
+            if start:
+                bar.advance(start, note="continued")
+            batches = stream.steps(loader)
+            for step in range(start, total):
+                began_s = time.perf_counter()
+                with self.watch.stage("decode_wait"):
+                    planned, rows = next(batches)
+                if step == 0 and self.recipe.run.check:
+                    check_first_prompts(self.recipe, self.parts, rows)
+                lr = learning_rate(step, total, self.recipe.optim)
+                for group in self.parts.optimizer.param_groups:
+                    group["lr"] = lr
+                before = self.probe.read()
+                result = self.stepper.run(step, planned, rows)
+                row = self._report(step, result, before, lr, time.perf_counter() - began_s)
+                if (step + 1) % self.recipe.run.save_every == 0:
+                    self._save(step + 1)
+                bar.advance(note=f"reverse KL {row['reverse_kl/sampled']:.3f}")
+
+    def _report(
+        self, step: int, result: StepResult, before: torch.Tensor, lr: float, seconds: float
+    ) -> dict[str, Any]:
+        """Gathers the step's rollouts from all processes and writes its rows."""
+        from accelerate.utils import gather_object
+
+        records = sorted(
+            gather_object(list(result.records)), key=lambda record: (record.position, record.index)
+        )
+        as_held, as_bf16 = self.probe.changed(before)
+        row: dict[str, Any] = {
+            "step": step + 1,
+            **rollout_metrics(records),
+            "loss": math.fsum(gather_object([result.loss])),
+            "update/grad_norm": result.grad_norm,
+            "update/lr": lr,
+            "update/done": int(result.updated),
+            "weights/changed": as_held,
+            "weights/changed_bf16": as_bf16,
+            **token_counts(records, self.recipe.model.engine == "prefix", self.parts.method.uses_teacher),
+            **self.watch.take(STAGES),
+            "time/step_s": seconds,
+        }
+        if self.accelerator.is_main_process:
+            tokenizer = self.parts.processor.tokenizer
+            shown = records[: self.recipe.run.log_rollouts]
+            texts = [[tokenizer.decode([token]) for token in record.token_ids] for record in shown]
+            append_jsonl(
+                self.folder.rollouts,
+                [rollout_row(step + 1, record, text) for record, text in zip(shown, texts, strict=True)],
+            )
+            append_jsonl(self.folder.metrics, [row])
+        numbers = {key: value for key, value in row.items() if key != "step" and math.isfinite(value)}
+        self.accelerator.log(numbers, step=step + 1)
+        return row
+
+    def _save(self, step: int) -> None:
+        from accelerate.utils import gather_object
+
+        with self.watch.stage("checkpoint"):
+            training = {
+                "optimizer": self.parts.optimizer.state_dict(),
+                "random": gather_object([checkpoints.random_state()]),
+            }
+            if self.accelerator.is_main_process:
+                checkpoints.save_checkpoint(
+                    self.folder.checkpoints,
+                    step,
+                    model=self.parts.model,
+                    processor=self.parts.processor,
+                    training=training,
+                    recipe=self.recipe,
+                )
+            self.accelerator.wait_for_everyone()
+
+
+def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
+    """Of step ``step`` (from 0) of ``total``: a function of the step alone, so a resume needs no scheduler.
+
+    Warm-up is linear and reaches ``optim.lr`` at step ``warmup_steps``; ``linear`` and ``cosine`` then fall
+    towards 0, which the step after the last would have.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / (optim.warmup_steps + 1)
+    done = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+    if optim.schedule == "linear":
+        return optim.lr * (1.0 - done)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return optim.lr
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """One process or many, as ``accelerate launch`` or torchrun says."""
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import set_seed
+
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    for name in recipe.run.trackers:
+        if name not in available:
+            raise UserError(
+                f"run.trackers names {name}, which is not installed: pip install {name}, or leave it out"
+            )
+    accelerator = Accelerator(
+        # The policy casts by itself, so that sampling, scoring and training are cast alike.
+        mixed_precision="no",
+        log_with=list(recipe.run.trackers),
+        project_dir=recipe.run.dir,
+    )
+    set_seed(recipe.run.seed)
+    return accelerator
+
+
+@contextmanager
+def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[None]:
+    if recipe.run.trackers:
+        settings = {
+            key: value if isinstance(value, int | float | str) else json.dumps(value)
+            for key, value in flatten(to_dict(recipe))
+        }
+        # Steps that a resume makes again replace the first ones.
+        kwargs = {"tensorboard": {"purge_step": start + 1}} if "tensorboard" in recipe.run.trackers else {}
+        accelerator.init_trackers("video-opd", config=settings, init_kwargs=kwargs)
+    yield
+    accelerator.end_training()
+
+
+def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Accelerator) -> int:
+    """Optimiser and random states from a checkpoint (the weights are already loaded): the steps done."""
+    if saved is None:
+        return 0
+    state = checkpoints.load_training_state(saved)
+    parts.optimizer.load_state_dict(state["optimizer"])
+    states = state["random"]
+    checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
+    log(f"continuing after step {saved.step} ({saved.path})")
+    return saved.step
+
+
+def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> RunResult:
+    if accelerator.is_main_process:
+        model = parts.model.to(getattr(torch, recipe.run.save_dtype))
+        checkpoints.save_model_folder(model, parts.processor, folder.model, recipe)
+        write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
+        log(f"wrote {folder.model}")
+    accelerator.wait_for_everyone()
+    return _result(folder)
+
+
+def _result(folder: RunFolder) -> RunResult:
+    metrics = folder.last_metrics()
+    return RunResult(path=folder.path, model=folder.model, steps=metrics.get("step", 0), metrics=metrics)
+
+
+def _machine(accelerator: Accelerator, recipe: Recipe) -> dict[str, Any]:
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "processes": accelerator.num_processes, "seed": recipe.run.seed}
+
+
+def _settle(device: torch.device) -> Callable[[], None]:
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None

@@ -1,0 +1,134 @@
+"""The folder of a run: what it holds, whose it is, and how it is rewound to a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import video_opd
+from video_opd.config import Recipe, dump_recipe
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
+from video_opd.strict import flatten, to_dict
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "torchvision", "av", "numpy")
+
+
+class RunFolder:
+    """Paths of a run, and the little state that they hold. One folder belongs to one recipe."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.rollouts = self.path / "rollouts.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.done = self.path / "done.json"  # written last of all
+
+    def claim(self, recipe: Recipe) -> None:
+        """Makes the folder this recipe's, or finds that it already is.
+
+        Raises :class:`UserError` naming the first key that differs when another recipe made it, and when the
+        folder cannot be written.
+        """
+        if self.recipe.exists():
+            self._check_same(recipe)
+            return
+        write_text(self.recipe, dump_recipe(recipe))
+
+    def _check_same(self, recipe: Recipe) -> None:
+        before = dict(flatten(yaml.safe_load(self.recipe.read_text(encoding="utf-8")) or {}))
+        now = dict(flatten(to_dict(recipe)))
+        for key in dict.fromkeys((*now, *before)):
+            if key == "run.dir":  # the folder may have been moved, or be named from elsewhere
+                continue
+            old, new = before.get(key, "not set"), now.get(key, "not set")
+            if old != new:
+                raise UserError(
+                    f"{self.path} holds a run with {key} = {old}, now it is {new}: choose another run.dir, "
+                    "or repeat the first command to continue that run"
+                )
+
+    @property
+    def finished(self) -> bool:
+        return self.done.exists() and self.model.is_dir()
+
+    def rewind(self, step: int) -> None:
+        """Takes back every row of a step after ``step``: it is made again, the same."""
+        for path in (self.metrics, self.rollouts):
+            if path.exists():
+                repair_jsonl(path)
+                rows = [row for _, row in read_jsonl(path)]
+                kept = [row for row in rows if row["step"] <= step]
+                if len(kept) < len(rows):
+                    write_jsonl(path, kept)
+
+    def last_metrics(self) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        if self.metrics.exists():
+            for _, row in read_jsonl(self.metrics):  # noqa: B007 (the last one is wanted)
+                pass
+        return row
+
+    def write_environment(self, facts: Mapping[str, Any]) -> None:
+        """Versions, code, machine and command of this start; of the last one, when a run was resumed."""
+        environment = {
+            "video_opd": video_opd.__version__,
+            "commit": _git_commit(Path(video_opd.__file__).parent),
+            "python": platform.python_version(),
+            "packages": dict(_versions()),
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "command": sys.argv,
+            **facts,
+        }
+        write_text(self.environment, json.dumps(environment, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file atomically; :class:`UserError` when that cannot be done."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another run.dir"
+        ) from error
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The commit of the code that runs, with ``+`` when files were changed since; None outside a checkout."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+            )
+        except OSError:  # no git
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
