@@ -185,33 +185,34 @@ def stack_chart(title: str, help: str, series: Sequence[Series]) -> Chart | None
 
 
 def histogram(
-    title: str, help: str, groups: Sequence[tuple[str, str, Sequence[float]]], *, low: float, high: float
+    title: str,
+    help: str,
+    x_label: str,
+    edges: Sequence[float],
+    groups: Sequence[tuple[str, str, Sequence[int]]],
 ) -> Chart | None:
-    """Groups ``(label, colour, values)`` side by side in the same 20 bins, each as a share of its group."""
-    groups = [group for group in groups if group[2]]
+    """Groups ``(label, colour, counts)`` side by side in the same bins, each as a share of its group."""
+    groups = [group for group in groups if sum(group[2])]
     if not groups:
         return None
-    n_bins = 20
-    edges = [low + (high - low) * i / n_bins for i in range(n_bins + 1)]
-    shares = [_shares(values, low, high, n_bins) for _, _, values in groups]
-    y_values = ticks(0.0, max(max(share) for share in shares) * 100, 4)
+    shares = [[100 * count / sum(counts) for count in counts] for _, _, counts in groups]
+    y_values = ticks(0.0, max(max(share) for share in shares), 4)
     y_scale = Scale(low=0.0, high=y_values[-1], start=HEIGHT - BOTTOM, end=TOP)
-    x_scale = Scale(low=low, high=high, start=LEFT, end=WIDTH - RIGHT)
-    slot = (WIDTH - RIGHT - LEFT) / n_bins * 0.9 / len(groups)
+    x_scale = Scale(low=edges[0], high=edges[-1], start=LEFT, end=WIDTH - RIGHT)
+    slot = (WIDTH - RIGHT - LEFT) / (len(edges) - 1) * 0.9 / len(groups)
     boxes = []
-    for g, ((label, colour, values), share) in enumerate(zip(groups, shares, strict=True)):
-        for i in range(n_bins):
-            where = f"between {edges[i]:.1f} and {edges[i + 1]:.1f}"
-            tooltip = f"{label}: {share[i]:.0%} of {len(values)} {where}"
-            left = x_scale(edges[i]) + g * slot
-            boxes.append(_box(left, slot, y_scale(0.0), y_scale(share[i] * 100), colour, tooltip))
+    for g, ((label, colour, counts), share) in enumerate(zip(groups, shares, strict=True)):
+        for (low, high), count, percent in zip(pairwise(edges), counts, share, strict=True):
+            tooltip = f"{label}: {count} ({percent:.0f}%) between {number(low)} and {number(high)}"
+            left = x_scale(low) + g * slot
+            boxes.append(_box(left, slot, y_scale(0.0), y_scale(percent), colour, tooltip))
     return Chart(
         title=title,
         help=help,
-        x_label="δ = teacher IoU − student IoU",
-        x_ticks=[Tick(at=x_scale(v), label=number(v)) for v in ticks(low, high, 4)],
+        x_label=x_label,
+        x_ticks=[Tick(at=x_scale(v), label=number(v)) for v in ticks(edges[0], edges[-1], 4)],
         y_ticks=[Tick(at=y_scale(v), label=f"{number(v)}%") for v in y_values],
-        legend=[(colour, f"{label} ({len(values)})") for label, colour, values in groups],
+        legend=[(colour, f"{label} ({sum(counts):,})") for label, colour, counts in groups],
         boxes=boxes,
     )
 
@@ -240,14 +241,6 @@ def _step_axis(low: float, high: float) -> tuple[Scale, list[Tick]]:
     scale = Scale(low=low, high=high, start=LEFT, end=WIDTH - RIGHT)
     inside = [v for v in ticks(low, high, 6) if low <= v <= high and v == int(v)] or [low]
     return scale, [Tick(at=scale(v), label=number(v)) for v in inside]
-
-
-def _shares(values: Sequence[float], low: float, high: float, n_bins: int) -> list[float]:
-    counts = [0] * n_bins
-    for value in values:
-        at = int((value - low) / (high - low) * n_bins)
-        counts[min(max(at, 0), n_bins - 1)] += 1
-    return [count / len(values) for count in counts]
 
 
 def _box(x: float, width: float, bottom: float, top: float, colour: str, tooltip: str) -> Box:

@@ -196,12 +196,12 @@ def selection_chart(selection: Mapping[str, Any]) -> Chart | None:
     return histogram(
         "δ before and after the selection",
         "Right of 0 the teacher answers better than the student: there is something to learn.",
+        "δ = teacher IoU − student IoU",
+        selection.get("delta_edges") or [],
         [
-            ("all candidates", "base", selection.get("delta_candidates") or []),
-            ("selected", "student", selection.get("delta_selected") or []),
+            ("all scored", "base", selection.get("delta_before") or []),
+            ("selected", "student", selection.get("delta_after") or []),
         ],
-        low=-1.0,
-        high=1.0,
     )
 
 

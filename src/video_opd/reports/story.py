@@ -267,20 +267,21 @@ def _trained(run: Run, testset: str) -> Evaluation | None:
 
 
 def selection_facts(selection: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and value pairs of select.json in a fixed order; its lists are for the chart."""
+    """What select.json (the summary of ``video-opd select``) says, as label and value, in a fixed order."""
     labels = {
         "strategy": "strategy",
-        "candidates": "candidates scored",
-        "passed": "passed the teacher gate",
-        "min_teacher_iou": "gate: mean teacher IoU at least",
+        "rank_by": "ranked by",
+        "rows": "rows in the pool",
+        "unannotated": "without annotation",
+        "unscored": "without a score",
+        "min_teacher_iou": "gate: teacher IoU at least",
+        "failed_gate": "stopped by the gate",
+        "candidates": "passed the gate",
         "selected": "selected",
-        "filled": "filled from the rest",
-        "mean_teacher_iou": "mean teacher IoU of the selected",
-        "mean_student_iou": "mean student IoU of the selected",
-        "seed": "seed",
+        "filled": "of these, filled from the rest",
     }
     known = [(label, selection.get(key)) for key, label in labels.items()]
-    return [(label, _plain(value)) for label, value in known if value is not None]
+    return [(label, _plain(value)) for label, value in known if value]
 
 
 def table(tree: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,366 @@
+"""What each command does: one function a command, from parsed arguments to calls into the rooms.
+
+Every import of a room is inside the function that needs it. A function returns None or an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from video_opd.errors import UserError
+from video_opd.progress import log, track
+
+if TYPE_CHECKING:
+    from video_opd.cli.models import Access, OpenModel
+    from video_opd.types import Prediction, Sample
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from video_opd.reports.html import write_report
+    from video_opd.reports.runs import read_run
+    from video_opd.reports.text import before_after
+    from video_opd.world.demo import run_demo
+
+    folder = run_demo(Path(arguments.out), seed=arguments.seed, steps=arguments.steps)
+    written = write_report([folder], Path(arguments.out) / "report.html")
+    print("\n".join(before_after(read_run(folder))))
+    print(f"report: {written}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from video_opd.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from video_opd.training.loop import train as run
+
+    result = run(recipe)
+    if arguments.json:
+        print_json(asdict(result))
+    else:
+        print(f"{result.steps} steps; model: {result.model}")
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    from video_opd.cli.models import open_model, read_access
+    from video_opd.data.annotations import read_samples
+
+    samples = read_samples(arguments.data, arguments.video_root)
+    model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
+    result = _answers(arguments, model, samples, arguments.out)
+    if arguments.json:
+        print_json({**asdict(result), "out": arguments.out})
+    else:
+        print(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
+
+
+def _answers(arguments: argparse.Namespace, model: OpenModel, samples: list[Sample], out: str) -> Any:
+    from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.evaluation.predict import predict as run
+
+    settings = AnswerSettings(
+        n=getattr(arguments, "n", 1),
+        temperature=getattr(arguments, "temperature", 0.0),
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        thinking=model.access.prompt.thinking,
+    )
+    return run(
+        model.policy,
+        samples,
+        model.loader,
+        out,
+        made_by=model.made_by(),
+        settings=settings,
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+    )
+
+
+def score(arguments: argparse.Namespace) -> None:
+    access, teacher_access, data, video_root = _scored(arguments)
+    from video_opd.cli.models import open_model
+    from video_opd.curriculum.scores import ScoreSettings
+    from video_opd.curriculum.scores import score as run
+    from video_opd.data.annotations import read_samples
+    from video_opd.models.loading import check_same_tokens
+
+    samples = read_samples(data, arguments.video_root or video_root)
+    student = open_model(access, arguments.device)
+    teacher = open_model(teacher_access, arguments.device)
+    check_same_tokens(
+        (student.policy.model, student.policy.processor), (teacher.policy.model, teacher.policy.processor)
+    )
+    settings = ScoreSettings(
+        k=arguments.k,
+        student_k=arguments.student_k,
+        temperature=arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        thinking=access.prompt.thinking,
+        reverse_kl=arguments.reverse_kl,
+    )
+    result = run(
+        student.policy,
+        teacher.policy,
+        samples,
+        student.loader,
+        arguments.out,
+        made_by={
+            "student": student.made_by()["model"],
+            "teacher": teacher.made_by()["model"],
+            "input": student.made_by()["input"],
+        },
+        settings=settings,
+        batch_size=arguments.batch_size,
+        teacher_from=arguments.teacher_from,
+        overwrite=arguments.overwrite,
+    )
+    if arguments.json:
+        print_json({**asdict(result), "out": arguments.out})
+    else:
+        print(f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored")
+
+
+def _scored(arguments: argparse.Namespace) -> tuple[Access, Access, str, str | None]:
+    """Student, teacher (shown the same input), data file and video root: of a recipe or of the options."""
+    named = (arguments.student, arguments.teacher, arguments.data)
+    if arguments.recipe and any(named):
+        raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
+    if not arguments.recipe and not all(named):
+        raise UserError("score needs a RECIPE, or all of --student, --teacher and --data")
+    from video_opd.cli.models import Access, read_access
+    from video_opd.config import load_recipe
+
+    if arguments.recipe:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        access = Access(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
+        teacher_model = replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
+        return access, replace(access, model=teacher_model), recipe.data.train, recipe.data.video_root
+    access = read_access(arguments.student, arguments.overrides)
+    teacher_model = replace(access.model, path=arguments.teacher)
+    return access, replace(access, model=teacher_model), arguments.data, None
+
+
+def select(arguments: argparse.Namespace) -> None:
+    from video_opd.curriculum.samplers import SamplerSettings
+    from video_opd.curriculum.tvdf import select_file
+
+    settings = SamplerSettings(
+        rank_by=arguments.rank_by,
+        buckets=arguments.buckets,
+        fill=not arguments.no_fill,
+        center=arguments.center,
+        sigma=arguments.sigma,
+        seed=arguments.seed,
+    )
+    _, summary = select_file(
+        arguments.data,
+        arguments.scores,
+        arguments.strategy,
+        arguments.k,
+        settings=settings,
+        min_teacher_iou=arguments.min_teacher_iou,
+        video_root=arguments.video_root,
+        out=arguments.out,
+    )
+    if arguments.json:
+        print_json(summary.to_json())
+        return
+    print(f"{arguments.out}: {summary.selected} rows of {summary.rows} by {summary.strategy}")
+    for label, count in (
+        ("without annotation", summary.unannotated),
+        ("without a score", summary.unscored),
+        ("with a score that cannot be ranked", summary.unmeasured),
+        (f"below the teacher gate {summary.min_teacher_iou:g}", summary.failed_gate),
+        ("filled from the rest", summary.filled),
+    ):
+        if count:
+            print(f"  {count} {label}")
+    if summary.shortfall > 0:
+        log(f"{summary.shortfall} fewer than asked for: only {summary.candidates} rows were candidates")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from video_opd.evaluation import metrics
+
+    samples, predictions = _predictions(arguments)
+    result = metrics.evaluate(samples, predictions, arguments.protocol)
+    constant = metrics.best_constant(samples)
+    swap = metrics.query_swap(samples, predictions, arguments.protocol)
+    record = {
+        **result.to_json(),
+        "best_constant": constant and constant.to_json(),
+        "query_swap": swap and swap.to_json(),
+        "data": arguments.data,
+        "answers": arguments.predictions or arguments.model,
+    }
+    if arguments.json == "-":
+        print_json(record)
+        return
+    if arguments.json:
+        write_json(Path(arguments.json), record)
+    from video_opd.reports.text import metrics_lines
+
+    print("\n".join(metrics_lines(record)))
+
+
+def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[str, Prediction]]:
+    from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.predictions import read_predictions
+
+    samples = read_samples(arguments.data, arguments.video_root)
+    if arguments.predictions:
+        if arguments.overrides:
+            raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
+        return samples, read_predictions(arguments.predictions)
+    from video_opd.cli.models import open_model, read_access
+    from video_opd.evaluation.protocols import get_protocol
+
+    asked = ["--prompt.style", get_protocol(arguments.protocol).prompt_style]
+    model = open_model(read_access(arguments.model, [*arguments.overrides, *asked]), arguments.device)
+    with _kept_or_temporary(arguments.out) as out:
+        _answers(arguments, model, samples, out)
+        return samples, read_predictions(out)
+
+
+@contextlib.contextmanager
+def _kept_or_temporary(path: str | None) -> Iterator[str]:
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(Path(folder) / "predictions.jsonl")
+
+
+def ground(arguments: argparse.Namespace) -> None:
+    if not Path(arguments.video).exists():  # before the model is loaded
+        raise UserError(f"{arguments.video}: no such file; name a video")
+    from video_opd.cli.models import open_model, read_access
+    from video_opd.evaluation.ground import ground as run
+    from video_opd.evaluation.predict import AnswerSettings
+
+    model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
+    settings = AnswerSettings(
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        thinking=model.access.prompt.thinking,
+    )
+    answers = run(
+        model.policy,
+        model.encoder,
+        model.budget,
+        arguments.video,
+        arguments.query,
+        settings=settings,
+        backend=model.access.video.backend,
+    )
+    if arguments.json:
+        print_json({"video": arguments.video, "answers": [answer.to_json() for answer in answers]})
+        return
+    for answer in answers:
+        print(answer.line() if len(answers) == 1 else f"{answer.query}: {answer.line()}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from video_opd.reports.html import write_report
+
+    print(write_report(arguments.runs, arguments.out))
+
+
+def data_check(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when a row cannot be used."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from video_opd.data.annotations import read_annotations
+    from video_opd.data.video import VideoError, probe
+
+    annotations = read_annotations(arguments.data, arguments.video_root)
+    videos = list(dict.fromkeys(sample.video for sample in annotations.samples))
+
+    def look(video: Path) -> tuple[float | None, str]:
+        try:
+            return probe(video).duration_s, ""
+        except VideoError as error:
+            return None, error.reason
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        found = dict(zip(videos, track(pool.map(look, videos), "checking", len(videos)), strict=True))
+    problems = [
+        {"id": sample.id, "video": str(sample.video), "problem": problem}
+        for sample in annotations.samples
+        if (problem := _problem(sample, *found[sample.video]))
+    ]
+    record = {
+        "rows": len(annotations.samples),
+        "videos": len(videos),
+        "unannotated": annotations.unannotated,
+        "clamped": len(annotations.clamped),
+        "problems": problems,
+    }
+    if arguments.json:
+        print_json(record)
+    else:
+        for row in problems:
+            print(f"{row['id']}: {row['problem']} ({row['video']})")
+        print(
+            f"{record['rows']} rows, {record['videos']} videos: {len(problems)} rows with problems, "
+            f"{record['clamped']} spans cut to the duration, {record['unannotated']} rows without spans"
+        )
+    return 1 if problems else 0
+
+
+DURATION_TOLERANCE_S = 1.0  # containers round, and count the last frame or do not
+
+
+def _problem(sample: Sample, duration_s: float | None, reason: str) -> str:
+    """What is wrong with a row, or nothing. ``duration_s`` is the video's own."""
+    if duration_s is None:
+        return reason
+    if sample.spans and min(start_s for start_s, _ in sample.spans) >= duration_s:
+        return f"a span begins after the video's end at {duration_s:.2f} s"
+    if sample.duration_s is not None and abs(sample.duration_s - duration_s) > DURATION_TOLERANCE_S:
+        return f"duration {sample.duration_s:g} s, but the video lasts {duration_s:.2f} s"
+    return ""
+
+
+def world_make(arguments: argparse.Namespace) -> None:
+    from video_opd.world.make import make_world
+
+    files = make_world(
+        arguments.out,
+        videos=None if arguments.videos is None else dict(arguments.videos),
+        seed=arguments.seed,
+        workers=arguments.workers,
+        track=track,
+    )
+    if arguments.json:
+        print_json({split: str(path) for split, path in files.items()})
+        return
+    for split, path in files.items():
+        print(f"{split}: {path}")
+
+
+def print_json(record: Any) -> None:
+    print(_json(record))
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Whole or not at all. Raises UserError when it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(_json(record) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def _json(record: Any) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False, default=str)

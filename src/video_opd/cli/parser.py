@@ -1,0 +1,289 @@
+"""Arguments of every command. Standard library only.
+
+A recipe's keys are given as ``--section.key value``; they are taken out before argparse sees the rest, so a
+value may begin with a dash and may stand anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import video_opd
+from video_opd.errors import UserError
+
+STRATEGIES = ("topk", "dsus", "bbds", "gwds", "gaussian", "random")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are a single line with the remedy; the caller prints them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Arguments with ``run`` (the function of :mod:`video_opd.cli.commands`) and ``overrides``."""
+    plain, overrides = split_overrides(words)
+    arguments = build_parser().parse_args(plain)
+    if overrides and not arguments.takes_overrides:
+        raise UserError(f"{overrides[0]}: this command reads no recipe; see video-opd --help")
+    arguments.overrides = overrides
+    return arguments
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``(other words, ["--a.b", "value", …])``. ``--method`` is a recipe's key too."""
+    plain: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or ("." not in name and name != "--method"):
+            plain.append(word)
+            continue
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise UserError(f"{name} has no value; write {name} VALUE")
+        overrides += [name, given]
+    return plain, overrides
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="video-opd",
+        description="Post-training of video MLLMs for temporal grounding by on-policy distillation.",
+        epilog="example: video-opd demo --out runs/demo",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"video-opd {video_opd.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_demo, _train, _predict, _score, _select, _evaluate, _ground, _report, _data, _world):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: str, help: str, example: str, overrides: bool = False
+) -> argparse.ArgumentParser:
+    settings = " Settings of a recipe are given as --section.key VALUE." if overrides else ""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.{settings}",
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # SUPPRESS: without it the default here would undo "video-opd --debug COMMAND".
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.set_defaults(run=run, takes_overrides=overrides)
+    return parser
+
+
+def _demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "demo",
+        "generated videos, tiny models: select, train, evaluate, report",
+        "video-opd demo --out runs/demo --seed 0",
+    )
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--steps", type=_positive, metavar="N", help="optimiser steps; fewer for a quick look"
+    )
+
+
+def _train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "train",
+        "one post-training run; repeated, it continues",
+        "video-opd train recipes/tiny/video-opd.yaml --optim.lr 1e-4 --run.dir runs/a",
+        overrides=True,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    _json_flag(parser)
+
+
+def _predict(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        "predict",
+        "answers for every row of a data file; repeated, it continues",
+        "video-opd predict runs/a/model data/test.jsonl --out runs/a/eval/predictions.jsonl",
+        overrides=True,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
+    parser.add_argument("--out", required=True, metavar="P.jsonl", help="the predictions file")
+    parser.add_argument("--n", type=_positive, default=1, metavar="K", help="answers a row; default: 1")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
+    parser.add_argument("--engine", choices=("hf",), default="hf", help="default: %(default)s")
+    _model_options(parser)
+    _json_flag(parser)
+
+
+def _score(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "score",
+        "score",
+        "TVDF scores: how well teacher and student answer each row; repeated, it continues",
+        "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl",
+        overrides=True,
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names student, teacher and data")
+    parser.add_argument("--student", metavar="M", help="the student's checkpoint folder")
+    parser.add_argument("--teacher", metavar="M", help="the teacher's checkpoint folder")
+    parser.add_argument("--data", metavar="D.jsonl", help="the candidates")
+    parser.add_argument("--out", required=True, metavar="S.jsonl", help="the scores file")
+    parser.add_argument("--k", type=_positive, default=4, metavar="K", help="answers a model; default: 4")
+    parser.add_argument("--student-k", type=_positive, metavar="K", help="the student's; default: as --k")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    parser.add_argument(
+        "--reverse-kl", action="store_true", help="also measure it along the student's answers"
+    )
+    parser.add_argument("--teacher-from", metavar="S.jsonl", help="take the teacher's part from there")
+    _model_options(parser)
+    _json_flag(parser)
+
+
+def _select(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "select",
+        "select",
+        "choose training rows by their scores",
+        "video-opd select --data pool.jsonl --scores scores.jsonl --strategy topk --k 2500 --out train.jsonl",
+    )
+    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the candidates")
+    parser.add_argument("--scores", required=True, metavar="S.jsonl", help="made by video-opd score")
+    parser.add_argument("--strategy", required=True, choices=STRATEGIES)
+    parser.add_argument("--k", required=True, type=_positive, metavar="N", help="rows to choose")
+    parser.add_argument("--out", required=True, metavar="OUT.jsonl", help="the chosen data rows")
+    parser.add_argument("--rank-by", choices=("iou_gap", "reverse_kl"), default="iou_gap", help="%(default)s")
+    parser.add_argument("--min-teacher-iou", type=float, metavar="X", help="the gate; default: 0.5, or none")
+    parser.add_argument("--buckets", type=_positive, default=5, metavar="N", help="of bbds; default: 5")
+    parser.add_argument("--no-fill", action="store_true", help="bbds: leave short buckets short (eq 20)")
+    parser.add_argument("--center", type=float, metavar="c", help="of gwds (0.9) and gaussian (0.3)")
+    parser.add_argument("--sigma", type=float, metavar="s", help="of gwds and gaussian (0.2)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--video-root", metavar="DIR", help="where the videos are; default: beside the data")
+    _json_flag(parser)
+
+
+def _evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "evaluate",
+        "grounding metrics with 95%% intervals over videos",
+        "video-opd evaluate --data test.jsonl --predictions predictions.jsonl --json metrics.json",
+        overrides=True,
+    )
+    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the annotated rows")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--predictions", metavar="P.jsonl", help="answers that were made before")
+    source.add_argument("--model", metavar="M", help="a checkpoint folder that answers now")
+    parser.add_argument("--protocol", choices=("paper", "timelens"), default="paper", help="%(default)s")
+    parser.add_argument("--json", metavar="OUT.json", help="also write the metrics there; - is stdout")
+    parser.add_argument("--out", metavar="P.jsonl", help="with --model: keep the predictions")
+    _model_options(parser)
+
+
+def _ground(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "ground",
+        "ground",
+        "where in one video does it happen",
+        'video-opd ground runs/a/model video.mp4 "the cup falls"',
+        overrides=True,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder")
+    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    parser.add_argument("query", metavar="QUERY", nargs="+", help="what to look for")
+    _model_options(parser, data=False)
+    _json_flag(parser)
+
+
+def _report(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "report",
+        "one HTML file about one or several runs",
+        "video-opd report runs/a runs/b --out report.html",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
+    parser.add_argument("--out", required=True, metavar="report.html")
+
+
+def _data(commands: Any) -> None:
+    parser = _command(
+        commands, "data", "data_check", "look after data files", "video-opd data check train.jsonl"
+    )
+    check = _command(
+        parser.add_subparsers(metavar="ACTION", required=True),
+        "check",
+        "data_check",
+        "find missing and undecodable videos and impossible spans",
+        "video-opd data check train.jsonl",
+    )
+    check.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
+    check.add_argument("--video-root", metavar="DIR", help="where the videos are; default: beside the data")
+    check.add_argument("--workers", type=_positive, default=4, metavar="N", help="default: %(default)s")
+    _json_flag(check)
+
+
+def _world(commands: Any) -> None:
+    example = "video-opd world make --out world --videos train=200 short=40"
+    parser = _command(commands, "world", "world_make", "generated videos and tiny models", example)
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    make = _command(actions, "make", "world_make", "render videos with exactly known events", example)
+    make.add_argument("--out", required=True, metavar="DIR")
+    make.add_argument("--videos", nargs="+", type=_count_of, metavar="SPLIT=N", help="how many of each split")
+    make.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    make.add_argument(
+        "--workers", type=_positive, metavar="N", help="rendering processes; default: all cores"
+    )
+    _json_flag(make)
+
+
+def _model_options(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    if data:
+        parser.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
+        parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+        parser.add_argument(
+            "--video-root", metavar="DIR", help="where the videos are; default: beside the data"
+        )
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _count_of(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    if not name or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not SPLIT=N, e.g. train=200")
+    return name, int(number)
