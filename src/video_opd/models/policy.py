@@ -18,10 +18,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from video_opd.errors import UserError
 from video_opd.models.batching import (
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 # Response tokens whose logits are held at once: 512 of them over 152k tokens are 0.3 GiB in float32.
 TOKENS_A_CHUNK = 512
+# Rows of a 16-bit lm_head that are widened to float32 at once.
+HEAD_ROWS_A_CHUNK = 16384
 
 
 class HFPolicy:
@@ -52,8 +55,7 @@ class HFPolicy:
 
     ``model`` is the bare module. ``forward_module`` is what the training loop wrapped around it (DDP, FSDP),
     if anything: forwards with gradients are called through it. ``compute_dtype`` autocasts the transformer,
-    for float32 master weights; ``lm_head`` then still runs in float32, and log-probabilities always are
-    float32.
+    for float32 master weights; ``lm_head`` and log-probabilities are in float32 whatever the weights are.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class HFPolicy:
         self.forward_module = forward_module
         self.vocabulary = Vocabulary.of(model, processor)
         self._bias_V: torch.Tensor | None = None
-        self._said_plain = False
+        self._said_concatenated = False
 
     @property
     def device(self) -> torch.device:
@@ -227,27 +229,40 @@ class HFPolicy:
         return torch.cat([first_B1D, self._continue(prefix, ids_BR[:, :-1], mask_BL, done=0)], dim=1)
 
     def _concatenated(self, batch: PromptBatch, ids_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
-        """[B, R + 1, D] that predict each response token and the one after; stock positions, stock vision."""
+        """[B, R + 1, D] that predict each response token and the one after, at the model's own positions."""
         pixels, grid = repeated_pixels(batch)
+        vision: dict[str, Any] = {"pixel_values_videos": pixels}
+        if (
+            self.engine == "prefix" and pixels is not None
+        ):  # gradient checkpointing; the videos are still shared
+            vision = {"mm_encoder_outputs": {"video": encode_videos(self.model, batch)}}
         hidden_BLD = self.model.model(
             input_ids=torch.cat([batch.input_ids_BP, ids_BR], dim=1),
             attention_mask=torch.cat([batch.attention_mask_BP, mask_BR.long()], dim=1),
             mm_token_type_ids=torch.cat([batch.token_types_BP, torch.zeros_like(ids_BR)], dim=1),
-            pixel_values_videos=pixels,
             video_grid_thw=grid,
             use_cache=False,
+            **vision,
         ).last_hidden_state
         return hidden_BLD[:, batch.input_ids_BP.shape[1] - 1 :]
 
     # ------------------------------------------------------------------------------------------ the tokens
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, V], with what cannot be written pushed out of reach."""
-        head = self.model.lm_head
+        """Float32 [N, V], with what cannot be written pushed out of reach.
+
+        The product itself is taken in float32: rounded to bfloat16, logits of 20 are 0.125 apart, and that is
+        an error of the log-probabilities as large as the signal that is made of them.
+        """
+        head, size = self.model.lm_head, self.vocabulary.size
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            # Quantised weights are integers and bring their own arithmetic.
-            dtype = head.weight.dtype if head.weight.is_floating_point() else hidden_ND.dtype
-            logits_NV = head(hidden_ND.to(dtype))[..., : self.vocabulary.size].float()
+            if type(head) is not nn.Linear:  # quantised or adapted: it brings its own arithmetic
+                logits_NV = head(hidden_ND)[:, :size].float()
+            elif head.weight.dtype == torch.float32:
+                logits_NV = head(hidden_ND.float())[:, :size]
+            else:
+                rows = head.weight[:size].split(HEAD_ROWS_A_CHUNK)
+                logits_NV = torch.cat([linear(hidden_ND.float(), w.float()) for w in rows], dim=1)
         if self._bias_V is None or self._bias_V.device != logits_NV.device:
             self._bias_V = self.vocabulary.logit_bias(logits_NV.device)
         return logits_NV + self._bias_V
@@ -323,11 +338,14 @@ class HFPolicy:
     def _reads_prompts_once(self, grad: bool) -> bool:
         if self.engine == "plain":
             return False
-        if not (grad and self.model.training and self.model.is_gradient_checkpointing):
+        layers = self.model.model.language_model.layers
+        if not (grad and any(layer.gradient_checkpointing and layer.training for layer in layers)):
             return True
-        if not self._said_plain:
-            logger.warning("gradient checkpointing drops the key/value cache: updates use the plain engine")
-            self._said_plain = True
+        if not self._said_concatenated:
+            logger.warning(
+                "gradient checkpointing drops the key/value cache: updates read the prompt per response"
+            )
+            self._said_concatenated = True
         return False
 
     def _check_writable(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> None:

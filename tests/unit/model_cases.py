@@ -1,0 +1,91 @@
+"""Prompts and tiny random models for the tests of ``video_opd.models``.
+
+The prompts are made by the processor alone, with explicit metadata, so these tests do not depend on how the
+project decodes and encodes.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.video_utils import VideoMetadata
+
+from video_opd.types import EncodedPrompt
+from video_opd.world.tiny import build_model, build_processor
+
+QUERIES = (
+    "when does the red circle appear?",
+    "the blue square moves left",
+    "a small green triangle, then a large yellow circle: when do the two meet?",
+)
+
+
+@lru_cache(maxsize=1)
+def processor() -> Any:
+    return build_processor()
+
+
+@lru_cache(maxsize=2)
+def _built(seed: int) -> Any:
+    return build_model("test", seed=seed).eval()
+
+
+def model(seed: int = 0, *, sharpness: float = 1.0) -> Any:
+    """A fresh random model; ``sharpness`` scales its logits, so that answers are not near-uniform noise."""
+    made = copy.deepcopy(_built(seed))
+    with torch.no_grad():
+        made.lm_head.weight.mul_(sharpness)
+    return made
+
+
+def encode(
+    query: str, *, frames: int = 4, height_px: int = 64, width_px: int = 64, video_seed: int = 0
+) -> EncodedPrompt:
+    pixels = np.random.default_rng(video_seed).integers(
+        0, 256, (frames, 3, height_px, width_px), dtype=np.uint8
+    )
+    content = [{"type": "video"}, {"type": "text", "text": query}]
+    text = processor().apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    encoded = dict(
+        processor()(
+            text=[text],
+            videos=[torch.from_numpy(pixels)],
+            video_metadata=[
+                VideoMetadata(total_num_frames=frames, fps=2.0, frames_indices=list(range(frames)))
+            ],
+            do_resize=False,
+            do_sample_frames=False,
+            cap_pixels_per_frame=True,
+            return_tensors="pt",
+        )
+    )
+    input_ids = encoded.pop("input_ids")
+    encoded.pop("attention_mask")
+    return EncodedPrompt(
+        sample_id=f"{video_seed}/{query}",
+        input_ids=input_ids,
+        tensors=encoded,
+        text=text,
+        pair_times_s=tuple(float(t) + 0.25 for t in range(frames // 2)),
+        video_tokens=int((input_ids == processor().video_token_id).sum()),
+        clip_digest=f"{video_seed}-{frames}-{height_px}-{width_px}",
+        duration_s=frames / 2,
+    )
+
+
+@lru_cache(maxsize=1)
+def mixed_prompts() -> tuple[EncodedPrompt, ...]:
+    """Three lengths, two frame sizes, two queries on one video."""
+    prompts = (
+        encode(QUERIES[0], frames=4, height_px=64, width_px=96, video_seed=1),
+        encode(QUERIES[1], frames=8, video_seed=2),
+        encode(QUERIES[2], frames=8, video_seed=2),
+    )
+    assert len({p.length for p in prompts}) == 3
+    return prompts
