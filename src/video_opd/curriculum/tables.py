@@ -47,8 +47,9 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield from _histogram_lines(summary)
     if len(summary.by_source) > 1:
         width = max(map(len, summary.by_source))
-        for source, count in summary.by_source.items():
-            yield f"{source:{width}}  {count.rows} rows, {count.candidates} candidates, {count.selected} selected"
+        for source, part in summary.by_source.items():
+            counts = f"{part.rows} rows, {part.candidates} candidates, {part.selected} selected"
+            yield f"{source:{width}}  {counts}"
 
 
 def _histogram_lines(summary: Summary) -> Iterator[str]:

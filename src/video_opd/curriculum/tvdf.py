@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from video_opd.curriculum.gate import MIN_TEACHER_IOU, passes
 from video_opd.curriculum.samplers import SamplerSettings, Selection, Strategy, rank_value, select
 from video_opd.curriculum.scorefile import read_scores
-from video_opd.data.annotations import read_samples
-from video_opd.jsonl import write_jsonl
-from video_opd.types import Sample, Score
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl, write_jsonl
+from video_opd.types import Score
 
 HISTOGRAM_BINS = 20  # of δ over [−1, 1]
 UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # no TVDF, so no gate unless it is asked for
@@ -98,15 +98,14 @@ def select_file(
     settings = settings or SamplerSettings()
     if min_teacher_iou is None:
         min_teacher_iou = 0.0 if strategy in UNGATED else MIN_TEACHER_IOU
-    samples = read_samples(data, video_root)
+    data_rows = _read_rows(data)
     known = read_scores(scores)
-    pool = _pool(samples, known, strategy, settings, min_teacher_iou, frozenset(exclude))
+    pool = _pool(data_rows, known, strategy, settings, min_teacher_iou, frozenset(exclude))
     selection = select(pool.candidates, strategy, k, settings)
-    by_id = {sample.id: sample for sample in samples}
-    summary = _summarise(samples, known, pool, selection, settings, k, max(min_teacher_iou, 0.0))
+    summary = _summarise(data_rows, known, pool, selection, settings, k, max(min_teacher_iou, 0.0))
     move = _Mover(Path(data), out, video_root)
     rows = [
-        {**move(by_id[identity]), "tvdf": _block(known[identity], strategy, rank)}
+        {**move(data_rows[identity]), "tvdf": _block(known[identity], strategy, rank)}
         for identity, rank in zip(selection.ids, selection.ranks, strict=True)
     ]
     if out is not None:
@@ -114,8 +113,21 @@ def select_file(
     return rows, summary
 
 
+def _read_rows(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The rows of a data file by id. What a choice does not need is checked when they are trained on."""
+    rows: dict[str, dict[str, Any]] = {}
+    for number, row in read_jsonl(path):
+        identity = row.get("id")
+        if not isinstance(identity, str) or not isinstance(row.get("video"), str):
+            raise UserError(f'{path}:{number}: a data row needs "id" and "video", both strings')
+        if identity in rows:
+            raise UserError(f"{path}:{number}: id {identity!r} is used before; ids must be unique")
+        rows[identity] = row
+    return rows
+
+
 def _pool(
-    samples: Sequence[Sample],
+    rows: Mapping[str, Mapping[str, Any]],
     known: Mapping[str, Score],
     strategy: Strategy,
     settings: SamplerSettings,
@@ -123,9 +135,9 @@ def _pool(
     exclude: frozenset[str],
 ) -> _Pool:
     gated = min_teacher_iou > 0
-    fresh = [sample for sample in samples if sample.id not in exclude]
-    annotated = [sample for sample in fresh if sample.spans or not gated]
-    scored = [known[sample.id] for sample in annotated if sample.id in known]
+    fresh = [identity for identity in rows if identity not in exclude]
+    annotated = [identity for identity in fresh if rows[identity].get("spans") or not gated]
+    scored = [known[identity] for identity in annotated if identity in known]
     measured = [
         score
         for score in scored
@@ -135,7 +147,7 @@ def _pool(
     candidates = passes(measured, min_teacher_iou)
     return _Pool(
         candidates=candidates,
-        used_before=len(samples) - len(fresh),
+        used_before=len(rows) - len(fresh),
         unannotated=len(fresh) - len(annotated),
         unscored=len(annotated) - len(scored),
         unmeasured=len(scored) - len(measured),
@@ -166,9 +178,9 @@ class _Mover:
         same = self.target is None or self.target.resolve() == self.base.resolve()
         self.moves = not same and video_root is None
 
-    def __call__(self, sample: Sample) -> dict[str, Any]:
-        row = dict(sample.row)
-        video = Path(str(row["video"]))
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        row = dict(row)
+        video = Path(row["video"])
         # Where the file is not there, the paths are meant for a --video-root: they stay.
         if self.moves and not video.is_absolute() and (self.base / video).exists():
             assert self.target is not None
@@ -177,7 +189,7 @@ class _Mover:
 
 
 def _summarise(
-    samples: Sequence[Sample],
+    data_rows: Mapping[str, Mapping[str, Any]],
     known: Mapping[str, Score],
     pool: _Pool,
     selection: Selection,
@@ -185,7 +197,7 @@ def _summarise(
     k: int,
     min_teacher_iou: float,
 ) -> Summary:
-    sources = {sample.id: sample.source or "none" for sample in samples}
+    sources = {identity: str(row.get("source") or "none") for identity, row in data_rows.items()}
     rows = Counter(sources.values())
     candidates = Counter(sources[score.id] for score in pool.candidates)
     chosen = Counter(sources[identity] for identity in selection.ids)
@@ -194,7 +206,7 @@ def _summarise(
         rank_by="student_iou" if selection.strategy == "gaussian" else settings.rank_by,
         k=k,
         min_teacher_iou=min_teacher_iou,
-        rows=len(samples),
+        rows=len(data_rows),
         used_before=pool.used_before,
         unannotated=pool.unannotated,
         unscored=pool.unscored,

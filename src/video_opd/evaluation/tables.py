@@ -49,8 +49,9 @@ def print_metrics(
         if swap is not None:
             _say(
                 console,
-                f"{name}: query swap {swap.share:.1f}% [{swap.ci95[0]:.1f}, {swap.ci95[1]:.1f}] (chance 50%), "
-                f"the same answer to both queries {swap.same_answer:.1f}%, {swap.comparisons} comparisons",
+                f"{name}: query swap {swap.share:.1f}% [{swap.ci95[0]:.1f}, {swap.ci95[1]:.1f}] "
+                f"(chance 50%), the same answer to both queries {swap.same_answer:.1f}%, "
+                f"{swap.comparisons} comparisons",
             )
     first = next(iter(results.values()), None)
     if first is not None and first.protocol is not None:

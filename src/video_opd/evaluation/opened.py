@@ -1,0 +1,128 @@
+"""A checkpoint together with how videos are shown to it.
+
+A model that ``video-opd train`` wrote says so itself (``video_opd.json``); any other gets the defaults.
+``--model.*``, ``--video.*`` and ``--prompt.*`` on the command line come last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from video_opd.config import ModelConfig, PromptConfig, VideoConfig
+from video_opd.errors import UserError
+from video_opd.progress import log
+from video_opd.strict import TreeReader, apply_overrides
+
+if TYPE_CHECKING:
+    from video_opd.data.budget import VideoBudget
+    from video_opd.data.encode import PromptEncoder
+    from video_opd.models.policy import HFPolicy
+    from video_opd.types import EncodedPrompt, Sample
+
+
+MODEL_FACTS = "video_opd.json"  # inside a model folder: how it was shown its videos
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How a model is run and what it sees: three sections of a recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+
+
+def read_access(path: str, overrides: Sequence[str]) -> Access:
+    """What the model folder says, changed by ``overrides``. Raises UserError for an unknown key."""
+    facts = read_model_facts(path) or {}
+    tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
+    return TreeReader(Access, {}).read(apply_overrides({**tree, "model": {"path": path}}, overrides))
+
+
+def read_model_facts(path: str | Path) -> dict[str, Any] | None:
+    """What ``video_opd.json`` of a model folder says, or None where there is none (a stock checkpoint)."""
+    file = Path(path) / MODEL_FACTS
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``."""
+
+    access: Access
+    policy: HFPolicy
+    encoder: PromptEncoder
+    budget: VideoBudget
+
+    def made_by(self) -> dict[str, Any]:
+        """Everything about the model that its answers depend on."""
+        from video_opd.evaluation.resume import model_fingerprint
+
+        return {
+            "model": model_fingerprint(self.access.model.path),
+            "dtype": self.access.model.dtype,
+            "input": {"video": asdict(self.access.video), "prompt": asdict(self.access.prompt)},
+        }
+
+    def loader(self, samples: Sequence[Sample]) -> Loading:
+        return Loading(self, samples)
+
+
+class Loading(contextlib.AbstractContextManager["Loading"]):
+    """``(sample, prompt)`` pairs, decoded in the background; a video that fails is told and left out."""
+
+    def __init__(self, model: OpenModel, samples: Sequence[Sample]) -> None:
+        from video_opd.data.loader import PromptLoader
+
+        self.loader = PromptLoader(
+            samples,
+            model.encoder,
+            model.budget,
+            max_failed_share=1.0,  # whoever evaluates is told what is missing, and gets the rest
+            backend=model.access.video.backend,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
+        yield from self.loader
+        for sample, reason in self.loader.skipped:
+            log(f"left out {sample.id}: {reason}")
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def open_model(access: Access, device: str | None = None) -> OpenModel:
+    """Loads the checkpoint ``access.model.path``. Raises UserError when it is not one."""
+    import torch
+
+    from video_opd.data.encode import PromptEncoder
+    from video_opd.models.loading import load_model
+    from video_opd.models.policy import HFPolicy
+
+    path = access.model.path
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_model(path, dtype=access.model.dtype, device=chosen, attn=access.model.attn)
+    return OpenModel(
+        access=access,
+        policy=HFPolicy(model, processor, access.model.engine),
+        encoder=PromptEncoder(processor, access.prompt),
+        budget=budget_of(access.video),
+    )
+
+
+def budget_of(video: VideoConfig) -> VideoBudget:
+    from video_opd.data.budget import VideoBudget
+
+    names = {spec.name for spec in fields(VideoBudget)}
+    settings: Mapping[str, Any] = {name: value for name, value in asdict(video).items() if name in names}
+    return VideoBudget(**settings)

@@ -1,0 +1,77 @@
+"""The bootstrap against resampling by hand, the textbook error, and its promise: 95% coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from video_opd.evaluation.bootstrap import draws_of_means, group_index, interval95
+
+
+def test_group_index_numbers_in_order_of_appearance() -> None:
+    assert group_index(["b", "a", "b", "c"]).tolist() == [0, 1, 0, 2]
+
+
+def test_draws_resample_whole_videos_with_replacement() -> None:
+    values = np.array([[1.0], [3.0], [10.0]])
+    groups = ["v", "v", "w"]
+    # Two videos: v twice, v and w, w twice; means of rows, so v counts double.
+    possible = {2.0, 14 / 3, 10.0}
+    means = draws_of_means(values, groups, draws=4000, seed=1)[:, 0]
+    assert {round(m, 9) for m in means} == {round(p, 9) for p in possible}
+    shares = [np.isclose(means, p).mean() for p in sorted(possible)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+
+
+def test_spread_is_that_of_resampling_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    groups = [f"v{i}" for i in range(30) for _ in range(1 + i % 4)]
+    effects = {g: rng.normal() for g in groups}
+    values = np.array([[effects[g] + 0.3 * rng.normal()] for g in groups])
+    slow = []
+    names = sorted(set(groups))
+    for _ in range(1500):
+        rows = [i for name in rng.choice(names, len(names)) for i, g in enumerate(groups) if g == name]
+        slow.append(values[rows].mean())
+    fast = draws_of_means(values, groups, draws=4000, seed=3)[:, 0]
+    assert fast.mean() == pytest.approx(np.mean(slow), abs=0.02)
+    assert fast.std() == pytest.approx(np.std(slow), rel=0.1)
+
+
+def test_independent_rows_give_the_textbook_standard_error() -> None:
+    values = np.random.default_rng(0).normal(size=(400, 1))
+    low, high = interval95(values, list(range(400)))[0]
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
+
+
+def test_rows_of_one_video_do_not_count_as_independent() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 1))
+    groups = list(range(40))
+    single = interval95(values, groups)[0]
+    copied = interval95(np.repeat(values, 10, axis=0), np.repeat(groups, 10).tolist())[0]
+    assert copied.tolist() == pytest.approx(single.tolist(), abs=1e-9)
+
+
+def test_equal_seeds_draw_equal_videos_whatever_the_values() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 50, 1))
+    groups = [i // 2 for i in range(50)]
+    difference = draws_of_means(a - b, groups, seed=5)
+    assert difference == pytest.approx(draws_of_means(a, groups, seed=5) - draws_of_means(b, groups, seed=5))
+    assert not np.allclose(draws_of_means(a, groups, seed=5), draws_of_means(a, groups, seed=6))
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(7)
+    covered, runs = 0, 120
+    for run in range(runs):
+        sizes = rng.integers(1, 5, size=60)
+        groups = np.repeat(np.arange(60), sizes)
+        values = (rng.normal(size=60)[groups] + rng.normal(size=len(groups)))[:, None]
+        low, high = interval95(values, groups.tolist(), draws=400, seed=run)[0]
+        covered += low <= 0.0 <= high
+    assert 0.87 <= covered / runs <= 0.99
+
+
+def test_no_rows_have_no_interval() -> None:
+    assert np.isnan(interval95(np.zeros((0, 4)), [])).all()
