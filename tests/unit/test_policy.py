@@ -324,7 +324,7 @@ def test_only_response_positions_meet_the_head(engine: str) -> None:
 def test_long_batches_of_logits_are_cut_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     student = policy()
     whole = student.logprobs(mixed_prompts(), RESPONSES, full=True)
-    monkeypatch.setattr("video_opd.models.policy.TOKENS_A_CHUNK", 4)
+    monkeypatch.setattr("video_opd.models.head.TOKENS_A_CHUNK", 4)
     cut = student.logprobs(mixed_prompts(), RESPONSES, full=True)
     torch.testing.assert_close(cut.full_BTV, whole.full_BTV)
     torch.testing.assert_close(cut.logprobs_BT, whole.logprobs_BT)
@@ -377,7 +377,7 @@ def test_reduced_precision_computes_on_master_weights() -> None:
 
 @pytest.mark.parametrize("rows", [16384, 100])
 def test_half_precision_weights_do_not_round_their_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("video_opd.models.policy.HEAD_ROWS_A_CHUNK", rows)
+    monkeypatch.setattr("video_opd.models.head.ROWS_A_CHUNK", rows)
     student = policy()
     student.model.bfloat16()
     (prompt,), tokens = mixed_prompts()[:1], (9, 145, 296)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from video_opd.errors import UserError
 from video_opd.models.batching import (
@@ -32,6 +31,7 @@ from video_opd.models.batching import (
     pad_responses,
     repeated_pixels,
 )
+from video_opd.models.head import ResponseHead
 from video_opd.models.modes import call_through, computing_in, evaluating
 from video_opd.models.prefix import Prefix
 from video_opd.models.protocols import Responses
@@ -43,11 +43,6 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 logger = logging.getLogger(__name__)
-
-# Response tokens whose logits are held at once: 512 of them over 152k tokens are 0.3 GiB in float32.
-TOKENS_A_CHUNK = 512
-# Rows of a 16-bit lm_head that are widened to float32 at once.
-HEAD_ROWS_A_CHUNK = 16384
 
 
 class HFPolicy:
@@ -75,7 +70,7 @@ class HFPolicy:
         self.compute_dtype = compute_dtype
         self.forward_module = forward_module
         self.vocabulary = Vocabulary.of(model, processor)
-        self._bias_V: torch.Tensor | None = None
+        self.head = ResponseHead(model.lm_head, self.vocabulary)
         self._said_concatenated = False
 
     @property
@@ -158,7 +153,7 @@ class HFPolicy:
                 hidden_BRD = self._on_prefix(batch, prompts, repeats, ids_BR, mask_BR)
             else:
                 hidden_BRD = self._concatenated(batch.repeated(repeats), ids_BR, mask_BR)[:, :-1]
-            return self._score(hidden_BRD[mask_BR], ids_BR[mask_BR], temperature, full)
+            return self.head.score(hidden_BRD[mask_BR], ids_BR[mask_BR], temperature=temperature, full=full)
 
         with self._state(grad):
             if grad and self.forward_module is not None:
@@ -248,38 +243,6 @@ class HFPolicy:
 
     # ------------------------------------------------------------------------------------------ the tokens
 
-    def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, V], with what cannot be written pushed out of reach.
-
-        The product itself is taken in float32: rounded to bfloat16, logits of 20 are 0.125 apart, and that is
-        an error of the log-probabilities as large as the signal that is made of them.
-        """
-        head, size = self.model.lm_head, self.vocabulary.size
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            if type(head) is not nn.Linear:  # quantised or adapted: it brings its own arithmetic
-                logits_NV = head(hidden_ND)[:, :size].float()
-            elif head.weight.dtype == torch.float32:
-                logits_NV = head(hidden_ND.float())[:, :size]
-            else:
-                rows = head.weight[:size].split(HEAD_ROWS_A_CHUNK)
-                logits_NV = torch.cat([linear(hidden_ND.float(), w.float()) for w in rows], dim=1)
-        if self._bias_V is None or self._bias_V.device != logits_NV.device:
-            self._bias_V = self.vocabulary.logit_bias(logits_NV.device)
-        return logits_NV + self._bias_V
-
-    def _score(
-        self, hidden_ND: torch.Tensor, ids_N: torch.Tensor, temperature: float, full: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Float32 log-probabilities of ``ids_N`` [N], and of the whole vocabulary [N, V] if asked for."""
-        picked, whole = [], []
-        for hidden, ids in zip(hidden_ND.split(TOKENS_A_CHUNK), ids_N.split(TOKENS_A_CHUNK), strict=True):
-            logits = self._logits(hidden) / temperature
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            picked.append((logits.gather(-1, ids[:, None]) - normaliser).squeeze(-1))
-            if full:
-                whole.append(logits - normaliser)
-        return torch.cat(picked), torch.cat(whole) if full else None
-
     def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> _Decoder:
         if self.engine == "plain":
             return _PlainDecoder(self, prompts.prompts if isinstance(prompts, Prefix) else prompts, n)
@@ -299,7 +262,7 @@ class HFPolicy:
         hidden_BD = decoder.first()
         finished_B = torch.zeros(len(hidden_BD), dtype=torch.bool, device=self.device)
         for t in range(max_new_tokens):
-            logprobs_BV = sampled_logprobs(self._logits(hidden_BD), settings)
+            logprobs_BV = sampled_logprobs(self.head.logits(hidden_BD), settings)
             token_B = logprobs_BV.argmax(-1) if uniforms_BT is None else draw(logprobs_BV, uniforms_BT[:, t])
             tokens.append(token_B)
             logprobs.append(logprobs_BV.gather(-1, token_B[:, None]).squeeze(-1))

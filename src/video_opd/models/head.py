@@ -1,0 +1,58 @@
+"""The last layer, at response positions only: logits and log-probabilities in float32.
+
+Shapes: ``N`` response tokens of all rows together, ``D`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from video_opd.models.vocabulary import Vocabulary
+
+# Response tokens whose logits are held at once: 512 of them over 152k tokens are 0.3 GiB in float32.
+TOKENS_A_CHUNK = 512
+# Rows of a 16-bit lm_head that are widened to float32 at once.
+ROWS_A_CHUNK = 16384
+
+
+class ResponseHead:
+    """``lm_head`` restricted to the tokens that a policy can write."""
+
+    def __init__(self, lm_head: nn.Module, vocabulary: Vocabulary) -> None:
+        self.lm_head = lm_head
+        self.vocabulary = vocabulary
+        self._bias_V: torch.Tensor | None = None
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Float32 [N, V], with what cannot be written pushed out of reach.
+
+        The product itself is taken in float32: rounded to bfloat16, logits of 20 are 0.125 apart, and that is
+        an error of the log-probabilities as large as the signal that is made of them.
+        """
+        head, size = self.lm_head, self.vocabulary.size
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            if type(head) is not nn.Linear:  # quantised or adapted: it brings its own arithmetic
+                logits_NV = head(hidden_ND)[:, :size].float()
+            elif head.weight.dtype == torch.float32:
+                logits_NV = head(hidden_ND.float())[:, :size]
+            else:
+                rows = head.weight[:size].split(ROWS_A_CHUNK)
+                logits_NV = torch.cat([linear(hidden_ND.float(), w.float()) for w in rows], dim=1)
+        if self._bias_V is None or self._bias_V.device != logits_NV.device:
+            self._bias_V = self.vocabulary.logit_bias(logits_NV.device)
+        return logits_NV + self._bias_V
+
+    def score(
+        self, hidden_ND: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, full: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Float32 log-probabilities of ``ids_N`` [N], and of the whole vocabulary [N, V] if asked for."""
+        picked, whole = [], []
+        for hidden, ids in zip(hidden_ND.split(TOKENS_A_CHUNK), ids_N.split(TOKENS_A_CHUNK), strict=True):
+            logits = self.logits(hidden) / temperature
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            picked.append((logits.gather(-1, ids[:, None]) - normaliser).squeeze(-1))
+            if full:
+                whole.append(logits - normaliser)
+        return torch.cat(picked), torch.cat(whole) if full else None
