@@ -38,17 +38,17 @@ class Style:
 _MOVES = tuple(f"moves {d}" for d in DIRECTIONS)
 STYLES = {
     "short": Style(
-        duration_s=(14, 18), actors=(2, 3), spells=(1, 2), families=("appears", *_MOVES, "blinks", "grows"),
-        event_s=(1.5, 3.0), embedded=0.4, contrast=0.25, noise=4.0,
+        duration_s=(10, 14), actors=(2, 3), spells=(1, 2), families=("appears", *_MOVES, "blinks", "grows"),
+        event_s=(1.0, 2.5), embedded=0.4, contrast=0.25, noise=4.0,
     ),
     "long": Style(
-        duration_s=(24, 32), actors=(3, 4), spells=(1, 3),
+        duration_s=(18, 24), actors=(3, 4), spells=(1, 3),
         families=("appears", *_MOVES, "blinks", "grows", "recolours", "meets"),
-        event_s=(2.0, 4.5), embedded=0.5, contrast=0.5, noise=7.0, crowd=3, vfr=0.3,
+        event_s=(1.5, 3.5), embedded=0.5, contrast=0.5, noise=7.0, crowd=3, vfr=0.3,
     ),
     "subtle": Style(
-        duration_s=(16, 22), actors=(2, 3), spells=(1, 2), families=("blinks", "grows", "recolours", "meets", *_MOVES),
-        event_s=(1.5, 3.5), embedded=0.9, contrast=0.4, noise=6.0, vfr=0.2,
+        duration_s=(13, 17), actors=(2, 3), spells=(1, 2), families=("blinks", "grows", "recolours", "meets", *_MOVES),
+        event_s=(1.5, 2.5), embedded=0.9, contrast=0.4, noise=6.0, vfr=0.2,
     ),
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ class _Stage:
         for _ in range(40):
             length = _grid(rng.uniform(*style.event_s))
             embedded = family in ("recolours", "meets") or (family != "appears" and rng.random() < style.embedded)
-            before, after = (_grid(rng.uniform(1.0, 2.5)), _grid(rng.uniform(1.0, 2.5))) if embedded else (0.0, 0.0)
+            before, after = (_grid(rng.uniform(1.0, 2.0)), _grid(rng.uniform(1.0, 2.0))) if embedded else (0.0, 0.0)
             last = self.duration_s - 1.0 - after - length
             if last <= before + 0.5:
                 continue

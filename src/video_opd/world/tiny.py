@@ -34,8 +34,8 @@ SIZES = {
         vision_hidden=32, vision_layers=2, vision_heads=2, vision_mlp=64, deepstack=(0,),
     ),
     "tiny": TinySize(
-        hidden=160, layers=4, heads=5, kv_heads=5, head_dim=32, mlp=448, mrope_section=(8, 4, 4),
-        vision_hidden=96, vision_layers=2, vision_heads=3, vision_mlp=256, deepstack=(0,),
+        hidden=128, layers=4, heads=4, kv_heads=4, head_dim=32, mlp=384, mrope_section=(8, 4, 4),
+        vision_hidden=64, vision_layers=2, vision_heads=2, vision_mlp=192, deepstack=(0,),
     ),
 }  # fmt: skip
 

@@ -29,8 +29,8 @@ PHRASES = (
     "You are a video analysis expert.",
     "To accurately pinpoint the event “",
     "” in the video, determine the precise time period of the event. Provide the start and end times "
-    "(in seconds, precise to two decimal places) in the format “start time to end time”. For example: “",
-    "”.",
+    "(in seconds, precise to two decimal places) in the format “start time to end time”. For example: "
+    "“12.54 to 17.83”.",
 )
 # Qwen2/3's pre-tokenizer: every digit is a token of its own.
 SPLIT_PATTERN = (

@@ -1,0 +1,194 @@
+"""The main job from end to end on the generated world, with nothing to prepare.
+
+world → scores of a candidate pool → TVDF → Video-OPD → evaluation of base, student, teacher → report
+
+Every stage is the one that the commands of the same name run, and is skipped when its files are there: a demo
+that was killed continues. Only the inputs are special: generated videos, and the two tiny models that are
+shipped with the package.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from video_opd.config import Recipe, load_recipe
+from video_opd.progress import log, track
+from video_opd.types import Sample
+
+POOL_VIDEOS = 160  # of the training split: about 700 candidates
+TEST_VIDEOS = {"short": 40, "long": 24, "subtle": 40}
+TEST_SEED = 0
+TRAIN_SEED = 100  # + the demo's seed: other videos for every seed, never those the models were made on
+TEACHER_K, STUDENT_K = 4, 2
+MIN_TEACHER_IOU = 0.5
+SHOWN_VIDEOS, SHOWN_FRAMES = 6, 12
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model that comes with the package: ``"tiny-base"`` or ``"tiny-teacher"``."""
+    return Path(str(resources.files("video_opd.world") / "checkpoints" / name))
+
+
+def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Path:
+    """Runs the demo in the folder ``out``, which becomes a run folder; returns it.
+
+    ``steps`` is the number of optimiser steps (the recipe's own when None). Raises
+    :class:`~video_opd.errors.UserError` when ``out`` cannot be written or holds another demo.
+    """
+    from video_opd.curriculum.samplers import SamplerSettings
+    from video_opd.curriculum.tvdf import select_file
+    from video_opd.training.loop import train
+    from video_opd.world.make import make_world
+
+    out = Path(out)
+    recipe = demo_recipe(out, seed, steps)
+    pool = make_world(out / "world" / "train", videos={"train": POOL_VIDEOS}, seed=TRAIN_SEED + seed, track=track)
+    tests = make_world(out / "world" / "test", videos=TEST_VIDEOS, seed=TEST_SEED, track=track)
+
+    score_pool(recipe, pool["train"], out / "scores.jsonl")
+    assert recipe.optim.max_steps is not None
+    _, summary = select_file(
+        pool["train"],
+        out / "scores.jsonl",
+        "topk",
+        recipe.optim.max_steps * recipe.optim.batch_size,
+        settings=SamplerSettings(seed=seed),
+        min_teacher_iou=MIN_TEACHER_IOU,
+        out=out / "selected.jsonl",
+    )
+    log(f"TVDF: {summary.selected} of {summary.rows} candidates, {summary.candidates} passed the teacher gate")
+    train(recipe)
+    (out / "select.json").write_text(json.dumps(summary.to_json()) + "\n", encoding="utf-8")
+
+    models = {"base": Path(recipe.model.path), "student": out / "model", "teacher": Path(recipe.teacher.path)}
+    for name, path in models.items():
+        for split, data in tests.items():
+            evaluate_model(name, path, split, data, out / "eval")
+    write_timelines(tests["short"], list(models), out / "eval")
+    return out
+
+
+def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
+    """The recipe ``recipes/tiny/video-opd.yaml`` for the shipped models and this folder."""
+    changes: dict[str, Any] = {
+        "model.path": shipped("tiny-base"),
+        "teacher.path": shipped("tiny-teacher"),
+        "data.train": out / "selected.jsonl",
+        "run.dir": out,
+        "run.seed": seed,
+    }
+    if steps is not None:
+        changes["optim.max_steps"] = steps
+    path = Path(str(resources.files("video_opd.world") / "recipes" / "video-opd.yaml"))
+    return load_recipe(path, [text for key, value in changes.items() for text in (f"--{key}", str(value))])
+
+
+def score_pool(recipe: Recipe, data: Path, out: Path) -> None:
+    """TVDF's measurements of every candidate: ``video-opd score``."""
+    from video_opd.curriculum.scores import ScoreSettings, score
+    from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.opened import Access, open_model
+
+    def opened(path: str):
+        model = recipe.model.__class__(path=path, engine=recipe.model.engine)
+        return open_model(Access(model=model, video=recipe.video, prompt=recipe.prompt))
+
+    student, teacher = opened(recipe.model.path), opened(recipe.teacher.path)
+    score(
+        student.policy,
+        teacher.policy,
+        read_samples(data),
+        student.loader,
+        out,
+        made_by={
+            "student": student.made_by()["model"],
+            "teacher": teacher.made_by()["model"],
+            "input": student.made_by()["input"],
+        },
+        settings=ScoreSettings(
+            k=TEACHER_K,
+            student_k=STUDENT_K,
+            max_new_tokens=recipe.sampling.max_new_tokens,
+            seed=recipe.run.seed,
+        ),
+        batch_size=32,
+    )
+
+
+def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) -> None:
+    """Greedy answers and metrics of one model on one test set: ``video-opd evaluate``."""
+    from video_opd.data.annotations import read_samples
+    from video_opd.evaluation import metrics
+    from video_opd.evaluation.opened import open_model, read_access
+    from video_opd.evaluation.predict import AnswerSettings, predict
+    from video_opd.evaluation.predictions import read_predictions
+    from video_opd.evaluation.tables import evaluation_record
+
+    out.mkdir(parents=True, exist_ok=True)
+    samples, answers = read_samples(data), out / f"predictions-{name}-{split}.jsonl"
+    opened = open_model(read_access(str(model), []))
+    predict(
+        opened.policy,
+        samples,
+        opened.loader,
+        answers,
+        made_by=opened.made_by(),
+        settings=AnswerSettings(max_new_tokens=24),
+        batch_size=32,
+    )
+    predictions = read_predictions(answers)
+    record = evaluation_record(
+        metrics.evaluate(samples, predictions),
+        metrics.best_constant(samples),
+        metrics.query_swap(samples, predictions),
+    )
+    text = json.dumps({**record, "model": name, "testset": split}) + "\n"
+    (out / f"{name}-{split}.json").write_text(text, encoding="utf-8")
+
+
+def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:
+    """Truth and answers on real frames, for the report: one question of each of the first videos."""
+    from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.predictions import read_predictions
+    from video_opd.jsonl import write_jsonl
+
+    answers = {name: read_predictions(out / f"predictions-{name}-{data.stem}.jsonl") for name in models}
+    first_of_each: dict[Path, Sample] = {}
+    for sample in read_samples(data):
+        first_of_each.setdefault(sample.video, sample)
+    shown = list(first_of_each.values())[:SHOWN_VIDEOS]
+    write_jsonl(out / "timelines.jsonl", [_timeline(sample, answers) for sample in shown])
+
+
+def _timeline(sample: Sample, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    from PIL import Image
+
+    from video_opd.data.budget import VideoBudget
+    from video_opd.data.video import load_clip
+
+    clip = load_clip(sample.video, VideoBudget(min_frame_tokens=9, max_frame_tokens=16))
+    pictures, times = [], []
+    for i in range(SHOWN_FRAMES):
+        k = i * (len(clip.frames) - 1) // (SHOWN_FRAMES - 1)
+        buffer = io.BytesIO()
+        Image.fromarray(clip.frames[k]).save(buffer, "JPEG", quality=80)
+        pictures.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+        times.append(float(clip.times_s[k]))
+    return {
+        "id": sample.id,
+        "video": sample.video.name,
+        "query": sample.query,
+        "duration": clip.duration_s,
+        "truth": sample.spans,
+        "answers": {
+            name: rows[sample.id].spans[0] if sample.id in rows else None for name, rows in answers.items()
+        },
+        "frames": pictures,
+        "frame_times_s": times,
+    }

@@ -1,0 +1,138 @@
+"""Writes splits of the world: H.264 files and one JSONL of questions a split.
+
+A file is a function of (split, seed, index) alone, so any part of a split can be made at any time: more of
+the training pool is made when more is asked for, what is there already is left as it is, and a run that was
+killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from video_opd.errors import UserError
+from video_opd.jsonl import write_jsonl
+from video_opd.world.scene import STYLES, Scene, compose, scene_rng
+
+TEST_SPLITS = tuple(STYLES)
+SPLITS = ("train", *TEST_SPLITS)
+DEFAULT_VIDEOS = {"train": 1500, "short": 48, "long": 30, "subtle": 48}
+CLOCK_HZ = 1000
+
+
+def frame_times(scene: Scene) -> np.ndarray:
+    """Presentation times in seconds, float64 [N], on a millisecond clock, starting at 0.
+
+    A variable-rate file spaces its frames irregularly, by 0.5 to 1.5 of the mean interval.
+    """
+    count = int(round(scene.duration_s * scene.fps))
+    if not scene.variable_rate:
+        times = np.arange(count) / scene.fps
+    else:
+        gaps = scene_rng(scene.split, scene.seed, scene.index, "clock").uniform(0.5, 1.5, size=count - 1)
+        # the last frame lasts one mean interval, as in the constant-rate file
+        times = np.concatenate([[0.0], np.cumsum(gaps / gaps.sum() * (count - 1) / scene.fps)])
+    return np.round(times * CLOCK_HZ) / CLOCK_HZ
+
+
+def write_video(scene: Scene, path: Path) -> None:
+    """Renders and encodes a scene (H.264, yuv420p); the file appears under its name only when complete."""
+    import av
+
+    from video_opd.world.render import Renderer
+
+    renderer = Renderer(scene)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
+    try:
+        with av.open(str(temporary), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(scene.fps).limit_denominator(1000))
+            stream.height, stream.width = scene.size_px
+            stream.pix_fmt = "yuv420p"
+            stream.time_base = Fraction(1, CLOCK_HZ)
+            stream.codec_context.time_base = Fraction(1, CLOCK_HZ)
+            # one thread: the same bytes on every machine
+            stream.options = {"preset": "superfast", "crf": "24", "threads": "1", "g": "48"}
+            for t in frame_times(scene):
+                frame = av.VideoFrame.from_ndarray(renderer.frame(float(t)), format="rgb24")
+                frame.pts, frame.time_base = int(round(t * CLOCK_HZ)), Fraction(1, CLOCK_HZ)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rows(scene: Scene, folder: str = "videos") -> list[dict]:
+    """The data rows of a scene's questions; ``source`` is the event family."""
+    return [
+        {
+            "id": f"{scene.name}-q{k}",
+            "video": f"{folder}/{scene.name}.mp4",
+            "query": q.query,
+            "duration": scene.duration_s,
+            "spans": [list(q.span)],
+            "source": q.family,
+        }
+        for k, q in enumerate(scene.questions)
+    ]
+
+
+def _make_one(task: tuple[str, int, int, str]) -> list[dict]:
+    split, seed, index, videos = task
+    scene = compose(split, seed, index)
+    path = Path(videos) / f"{scene.name}.mp4"
+    if not path.exists():
+        write_video(scene, path)
+    return rows(scene)
+
+
+def make_world(
+    out: Path | str,
+    *,
+    videos: Mapping[str, int] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    track: Callable[[Iterable, str, int], Iterable] | None = None,
+) -> dict[str, Path]:
+    """Makes ``videos[split]`` videos of each split under ``out``.
+
+    Args:
+        out: the folder; gets ``<split>.jsonl`` and ``videos/*.mp4``.
+        videos: how many of each split; ``DEFAULT_VIDEOS`` when None.
+        seed: of the whole world. Test splits of another seed are other test sets.
+        workers: rendering processes; the number of cores when None.
+        track: wraps the iteration to show progress: ``track(iterable, description, total)``.
+
+    Returns:
+        The data file of each split.
+
+    Raises:
+        UserError: an unknown split, a folder that cannot be written, a full disk.
+    """
+    out = Path(out)
+    wanted = dict(DEFAULT_VIDEOS if videos is None else videos)
+    unknown = sorted(set(wanted) - set(SPLITS))
+    if unknown:
+        raise UserError(f"world has no split {unknown[0]!r}; choose from {', '.join(SPLITS)}")
+    tasks = [(split, seed, i, str(out / "videos")) for split, n in wanted.items() for i in range(n)]
+    made: dict[str, list[dict]] = {split: [] for split in wanted}
+    try:
+        (out / "videos").mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+            results: Iterable = pool.map(_make_one, tasks, chunksize=4)
+            if track is not None:
+                results = track(results, f"render {len(tasks)} videos", len(tasks))
+            for (split, *_), found in zip(tasks, results, strict=True):
+                made[split].extend(found)
+        paths = {}
+        for split, found in made.items():
+            paths[split] = out / f"{split}.jsonl"
+            write_jsonl(paths[split], found)
+    except OSError as error:
+        raise UserError(f"cannot write the world under {out}: {error.strerror or error}; free space or use --out") from error
+    return paths
