@@ -180,7 +180,7 @@ def test_select_needs_no_torch(tmp_path) -> None:
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["b", "d"]
     summary = json.loads(done.stdout)
     assert (summary["selected"], summary["failed_gate"]) == (2, 1)
-    assert "2 rows of 4 by topk" in run_without_torch(*words).stdout
+    assert "4 rows → 3 candidates" in run_without_torch(*words).stdout
 
 
 def test_evaluate_needs_no_torch(tmp_path) -> None:
@@ -204,7 +204,7 @@ def test_evaluate_needs_no_torch(tmp_path) -> None:
     assert record["mIoU"] == pytest.approx(100 * (1 + 1 / 3) / 4)
     assert (record["n"], record["unparsed"], record["missing"]) == (4, 1, 1)
     assert record["best_constant"]["mIoU"] == pytest.approx(100)
-    assert "33.33" in done.stdout and "best constant answer (20% to 60% of the duration)" in done.stdout
+    assert "mIoU 33.3 [" in done.stdout and "best constant (20% to 60%)" in done.stdout
     assert json.loads(run_without_torch(*words, "--json", "-").stdout) == record
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
+from video_opd.files import write_text
 from video_opd.progress import log, track
 
 if TYPE_CHECKING:
-    from video_opd.cli.models import Access, OpenModel
+    from video_opd.evaluation.opened import Access, OpenModel
     from video_opd.types import Prediction, Sample
 
 
@@ -48,8 +49,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    from video_opd.cli.models import open_model, read_access
     from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.opened import open_model, read_access
 
     samples = read_samples(arguments.data, arguments.video_root)
     model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
@@ -85,10 +86,10 @@ def _answers(arguments: argparse.Namespace, model: OpenModel, samples: list[Samp
 
 def score(arguments: argparse.Namespace) -> None:
     access, teacher_access, data, video_root = _scored(arguments)
-    from video_opd.cli.models import open_model
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.curriculum.scores import score as run
     from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.opened import open_model
     from video_opd.models.loading import check_same_tokens
 
     samples = read_samples(data, arguments.video_root or video_root)
@@ -135,8 +136,8 @@ def _scored(arguments: argparse.Namespace) -> tuple[Access, Access, str, str | N
         raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
     if not arguments.recipe and not all(named):
         raise UserError("score needs a RECIPE, or all of --student, --teacher and --data")
-    from video_opd.cli.models import Access, read_access
     from video_opd.config import load_recipe
+    from video_opd.evaluation.opened import Access, read_access
 
     if arguments.recipe:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -172,43 +173,29 @@ def select(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         print_json(summary.to_json())
-        return
-    print(f"{arguments.out}: {summary.selected} rows of {summary.rows} by {summary.strategy}")
-    for label, count in (
-        ("without annotation", summary.unannotated),
-        ("without a score", summary.unscored),
-        ("with a score that cannot be ranked", summary.unmeasured),
-        (f"below the teacher gate {summary.min_teacher_iou:g}", summary.failed_gate),
-        ("filled from the rest", summary.filled),
-    ):
-        if count:
-            print(f"  {count} {label}")
-    if summary.shortfall > 0:
-        log(f"{summary.shortfall} fewer than asked for: only {summary.candidates} rows were candidates")
+    else:
+        from video_opd.curriculum.tables import print_summary
+
+        print_summary(summary)
+    log(f"wrote {arguments.out}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from video_opd.evaluation import metrics
+    from video_opd.evaluation.tables import evaluation_record, print_metrics
 
     samples, predictions = _predictions(arguments)
     result = metrics.evaluate(samples, predictions, arguments.protocol)
     constant = metrics.best_constant(samples)
     swap = metrics.query_swap(samples, predictions, arguments.protocol)
-    record = {
-        **result.to_json(),
-        "best_constant": constant and constant.to_json(),
-        "query_swap": swap and swap.to_json(),
-        "data": arguments.data,
-        "answers": arguments.predictions or arguments.model,
-    }
+    answers = arguments.predictions or arguments.model
+    record = {**evaluation_record(result, constant, swap), "data": arguments.data, "answers": answers}
     if arguments.json == "-":
         print_json(record)
         return
     if arguments.json:
-        write_json(Path(arguments.json), record)
-    from video_opd.reports.text import metrics_lines
-
-    print("\n".join(metrics_lines(record)))
+        write_text(arguments.json, _json(record) + "\n")
+    print_metrics({answers: result}, constant=constant, swaps={answers: swap})
 
 
 def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[str, Prediction]]:
@@ -220,7 +207,7 @@ def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[s
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
         return samples, read_predictions(arguments.predictions)
-    from video_opd.cli.models import open_model, read_access
+    from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.protocols import get_protocol
 
     asked = ["--prompt.style", get_protocol(arguments.protocol).prompt_style]
@@ -242,8 +229,8 @@ def _kept_or_temporary(path: str | None) -> Iterator[str]:
 def ground(arguments: argparse.Namespace) -> None:
     if not Path(arguments.video).exists():  # before the model is loaded
         raise UserError(f"{arguments.video}: no such file; name a video")
-    from video_opd.cli.models import open_model, read_access
     from video_opd.evaluation.ground import ground as run
+    from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.predict import AnswerSettings
 
     model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
@@ -349,17 +336,6 @@ def world_make(arguments: argparse.Namespace) -> None:
 
 def print_json(record: Any) -> None:
     print(_json(record))
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Whole or not at all. Raises UserError when it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(_json(record) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def _json(record: Any) -> str:

@@ -6,7 +6,6 @@ comes from data (queries, answers, paths) is escaped by the template engine.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.files import write_text
 from video_opd.progress import log
 from video_opd.reports import story
 from video_opd.reports.charts import Chart, Series, histogram, line_chart, number, stack_chart
@@ -111,18 +111,9 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     if not run_dirs:
         raise UserError("a report needs at least one run folder")
     runs = [read_run(folder) for folder in run_dirs]
-    html = render(runs)
-    out = Path(out)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(html, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
-    log(f"wrote {out}")
-    return out
+    written = write_text(out, render(runs))
+    log(f"wrote {written}")
+    return written
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -1,37 +1,11 @@
-"""Tables for a terminal."""
+"""The before/after table for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from video_opd.reports.runs import METRICS, Run
+from video_opd.reports.runs import Run
 from video_opd.reports.story import interval
-
-
-def metrics_lines(record: Mapping[str, Any]) -> list[str]:
-    """A metrics record (``evaluate --json``) for people."""
-    intervals = record.get("ci95") or {}
-    rows = [["metric", "value", "95% interval"]]
-    for name in METRICS:
-        bounds = intervals.get(name)
-        rows.append([name, f"{record[name]:.2f}", f"{bounds[0]:.2f} – {bounds[1]:.2f}" if bounds else "–"])
-    lines = columns(rows)
-    protocol = (record.get("protocol") or {}).get("name", "paper")
-    lines.append(
-        f"{record['n']} rows, {record['unparsed']} unparsed, {record['missing']} missing; {protocol} protocol"
-    )
-    if constant := record.get("best_constant"):
-        start, end = constant["start_fraction"], constant["end_fraction"]
-        lines.append(
-            f"best constant answer ({start:.0%} to {end:.0%} of the duration): mIoU {constant['mIoU']:.2f}"
-        )
-    if swap := record.get("query_swap"):
-        lines.append(
-            f"query swap: {swap['share']:.0f}% of {swap['comparisons']} answers are nearer their own event "
-            "than the other query's (chance: 50%)"
-        )
-    return lines
 
 
 def before_after(run: Run) -> list[str]:

@@ -22,11 +22,11 @@ import torch
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
+from video_opd.evaluation.opened import MODEL_FACTS
 
 if TYPE_CHECKING:
     pass
 
-MODEL_FACTS = "video_opd.json"  # inside a model folder: how it was shown its videos
 _PREFIX = "step-"
 _PART = ".part-"
 
@@ -52,17 +52,6 @@ def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Reci
     path = Path(path)
     with _written_beside(path) as folder:
         _fill_model_folder(model, processor, folder, recipe)
-
-
-def read_model_facts(path: str | Path) -> dict[str, Any] | None:
-    """What ``video_opd.json`` of a model folder says, or None where there is none (a stock checkpoint)."""
-    file = Path(path) / MODEL_FACTS
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
 
 
 def save_checkpoint(

@@ -1,0 +1,29 @@
+"""Small files, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from video_opd.errors import UserError
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes ``text`` atomically and makes the folder when it is not there.
+
+    Raises :class:`UserError` that names the file when it cannot be written; what was there is untouched then.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another place"
+        ) from error
+    return path
