@@ -124,7 +124,7 @@ def _certainty(run: Run, found: Gap) -> list[str]:
         share = f"{_word(len(above))} of {_word(total)} test sets"
         sure = f"The student's 95% interval lies above the base's on {share}."
     if found.closed is not None:
-        sure += f" It went {found.closed:.0%} of the way from the base to the teacher."
+        sure += f" The student went {found.closed:.0%} of the way from the base to the teacher."
     constants = [e.best_constant for name in found.testsets if (e := run.evaluation("student", name))]
     known = [value for value in constants if value is not None]
     if known:
