@@ -208,7 +208,7 @@ def test_what_is_printed(files: tuple[Path, Path]) -> None:
 
 
 def test_selecting_costs_little_more_than_reading_and_no_torch(tmp_path: Path) -> None:
-    """100,000 rows are to take less than 5 s; reading JSON alone takes about a third of that, on any machine."""
+    """100,000 rows are to take less than 5 s; on any machine, parsing alone is a good part of the time."""
     n = 20_000
     write(tmp_path / "d.jsonl", [data_row(f"{i}", source=f"s{i % 5}") for i in range(n)])
     write(

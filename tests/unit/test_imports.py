@@ -1,0 +1,162 @@
+"""Which room may import which (docs/architecture.md), and what must stay free of torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[2] / "src"
+PACKAGE = SRC / "video_opd"
+
+BASE = {"types", "temporal", "config", "strict", "errors", "jsonl", "files", "seeds", "progress", ""}
+MAY_IMPORT = {
+    "data": set[str](),
+    "models": {"data"},
+    "algorithms": {"models", "data"},
+    "evaluation": {"data", "models"},
+    "curriculum": {"evaluation", "data", "models"},
+    "reports": set[str](),
+    "world": {"data", "models", "evaluation"},
+    "training": {"data", "models", "algorithms", "evaluation", "curriculum"},
+    "cli": {"data", "models", "algorithms", "evaluation", "curriculum", "reports", "world", "training"},
+    "__main__": {"cli"},
+}
+# These make a run from everything; nothing of the rest may import them at its top.
+EXCEPTIONS = {
+    "world/demo.py": MAY_IMPORT["cli"],
+    # Choosing from files needs the files only.
+    "curriculum/gate.py": {"curriculum"},
+    "curriculum/samplers.py": {"curriculum"},
+    "curriculum/scorefile.py": {"curriculum"},
+    "curriculum/tvdf.py": {"curriculum"},
+}
+NO_TORCH = (
+    "types",
+    "temporal",
+    "config",
+    "seeds",
+    "evaluation.metrics",
+    "evaluation.predictions",
+    "evaluation.tables",
+    "curriculum.samplers",
+    "curriculum.gate",
+    "curriculum.tvdf",
+    "curriculum.tables",
+    "data.annotations",
+    "reports.html",
+    "cli",
+)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return (
+        relative.parts[0].removesuffix(".py").replace("__init__", "")
+        if len(relative.parts) == 1
+        else relative.parts[0]
+    )
+
+
+def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
+    """Every import of ours in the file, also those inside functions and for type checking."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            if node.module == "video_opd":
+                names = [f"video_opd.{alias.name}" for alias in node.names]
+            elif node.module:
+                names = [node.module]
+        else:
+            names = [alias.name for alias in node.names]
+        for name in names:
+            head, *rest = name.split(".")
+            if head == "video_opd":
+                yield node.lineno, "" if not rest or rest[0].startswith("_") else rest[0]
+
+
+def wrong_imports(path: Path) -> list[str]:
+    relative = path.relative_to(PACKAGE).as_posix()
+    room = room_of(path)
+    allowed = EXCEPTIONS.get(relative, MAY_IMPORT.get(room, set()) | {room}) | BASE
+    return [
+        f"{relative}:{line} imports {target}"
+        for line, target in imported_rooms(path)
+        if target not in allowed
+    ]
+
+
+def test_every_room_is_known() -> None:
+    assert {room_of(path) for path in modules()} <= BASE | set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    assert not wrong_imports(path)
+
+
+def test_the_check_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    file = tmp_path / "data" / "bad.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from video_opd import types\n"
+        "def f():\n"
+        "    from video_opd.models import policy\n"
+        "    import video_opd.cli\n"
+    )
+    assert wrong_imports(file) == ["data/bad.py:3 imports models", "data/bad.py:4 imports cli"]
+
+
+def run_python(code: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(SRC)},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_light_modules_import_no_torch() -> None:
+    """One process for all: each module, and whether torch or transformers is there after it."""
+    code = "import importlib, sys\n" + "".join(
+        f"importlib.import_module('video_opd.{name}')\n"
+        f"assert not {{'torch', 'transformers', 'torchvision'}} & set(sys.modules), 'video_opd.{name}'\n"
+        for name in NO_TORCH
+    )
+    run_python(code)
+
+
+def test_files_are_evaluated_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(
+        '{"id": "a", "video": "a.mp4", "query": "q", "duration": 20, "spans": [[5, 10]]}\n'
+        '{"id": "b", "video": "a.mp4", "query": "r", "duration": 20, "spans": [[12, 15]]}\n'
+    )
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "response": "5 to 10"}\n{"id": "b", "span": [5, 10]}\n')
+    out = run_python(
+        "import sys\n"
+        "from video_opd.data.annotations import read_samples\n"
+        "from video_opd.evaluation.metrics import best_constant, evaluate, query_swap\n"
+        "from video_opd.evaluation.predictions import read_predictions\n"
+        "from video_opd.evaluation.tables import print_metrics\n"
+        f"samples = read_samples({str(tmp_path / 'd.jsonl')!r})\n"
+        f"answers = read_predictions({str(tmp_path / 'p.jsonl')!r})\n"
+        "print_metrics({'m': evaluate(samples, answers)}, constant=best_constant(samples),\n"
+        "              swaps={'m': query_swap(samples, answers)})\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    assert "mIoU 50.0" in out and "query swap 50.0%" in out

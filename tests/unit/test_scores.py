@@ -1,0 +1,142 @@
+"""Scores of candidates: means against hand-made ones, reuse of the teacher, kills, the reverse KL."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answer_cases import FakeLoader, FakePolicy, make_samples
+
+from video_opd.curriculum.scorefile import read_scores
+from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
+from video_opd.errors import UserError
+from video_opd.temporal import iou, parse_answer
+
+MADE_BY = {"student": "s", "teacher": "t", "input": {"fps": 2.0}}
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def good(sample_id: str, seed: int | None) -> str:
+    return "5.00 to 10.00"
+
+
+def wavering(sample_id: str, seed: int | None) -> str:
+    """Right, half right, reversed, or speechless, by the seed."""
+    return ["5.00 to 10.00", "5.00 to 7.50", "10.00 to 5.00", "well"][(seed or 0) % 4]
+
+
+def run(out: Path, count: int = 6, **more: Any) -> tuple[ScoreResult, FakePolicy, FakePolicy]:
+    student, teacher = FakePolicy(wavering, logprob=-0.5), FakePolicy(good, logprob=-2.0)
+    more.setdefault("made_by", MADE_BY)
+    loader = more.pop("loader", FakeLoader())
+    samples = more.pop("samples", make_samples(count))
+    return score(student, teacher, samples, loader, out, batch_size=2, **more), student, teacher
+
+
+def test_ious_are_means_and_unparsed_counts_zero(tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    result, student, _ = run(out, settings=ScoreSettings(k=3, student_k=8))
+    assert result == ScoreResult(kept=0, scored=6, failed=0, unannotated=0, reused=0)
+    kinds = set()
+    for row in rows_of(out).values():
+        assert row["teacher_iou"] == 1.0 and len(row["teacher_spans"]) == 3
+        assert len(row["student_responses"]) == len(row["student_rules"]) == len(row["student_spans"]) == 8
+        spans = [parse_answer(text).span for text in row["student_responses"]]
+        assert row["student_spans"] == [None if span is None else list(span) for span in spans]
+        assert row["student_iou"] == pytest.approx(sum(iou(span, (5.0, 10.0)) for span in spans) / 8)
+        assert "reverse_kl" not in row
+        kinds |= set(row["student_rules"])
+    assert kinds == {"exact", "none"}
+    assert {call["n"] for call in student.calls} == {8}
+    assert read_scores(out)["s0"].teacher_iou == 1.0
+
+
+def test_student_and_teacher_draw_different_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    both = FakePolicy(lambda i, seed: f"{(seed or 0) % 1000}.00 to 2000.00")
+    score(both, both, make_samples(2), FakeLoader(), out, made_by=MADE_BY)
+    for row in rows_of(out).values():
+        assert row["student_responses"] != row["teacher_responses"]
+
+
+def test_reverse_kl_is_mean_and_sum_over_the_students_tokens(tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    run(out, settings=ScoreSettings(k=2, reverse_kl=True))
+    for row in rows_of(out).values():
+        tokens = [len(text) for text in row["student_responses"]]
+        assert [len(gaps) for gaps in row["reverse_kl_tokens"]] == tokens
+        assert row["reverse_kl"] == pytest.approx(-0.5 - -2.0)  # nats a token
+        assert row["reverse_kl_sum"] == pytest.approx(1.5 * sum(tokens) / 2)
+    assert read_scores(out)["s1"].reverse_kl == pytest.approx(1.5)
+
+
+def test_rows_without_annotation(tmp_path: Path) -> None:
+    samples = make_samples(3)
+    samples[1] = replace(samples[1], spans=())
+    result, _, _ = run(tmp_path / "a.jsonl", samples=samples)
+    assert (result.scored, result.unannotated) == (2, 1)
+    result, _, _ = run(tmp_path / "b.jsonl", samples=samples, settings=ScoreSettings(reverse_kl=True))
+    assert (result.scored, result.unannotated) == (3, 0)
+    row = rows_of(tmp_path / "b.jsonl")["s1"]
+    assert (
+        row["teacher_iou"] is None and row["student_iou"] is None and row["reverse_kl"] == pytest.approx(1.5)
+    )
+
+
+def test_a_kill_loses_nothing_and_only_the_rest_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, undisturbed = tmp_path / "s.jsonl", tmp_path / "u.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, 12, loader=FakeLoader(kill_after=9))
+    finished = set(rows_of(out))
+    assert len(finished) == 8
+    loader = FakeLoader(failing=["s11"])
+    result, _, _ = run(out, 12, loader=loader)
+    assert (result.kept, result.scored, result.failed) == (8, 3, 1)
+    assert not finished & set(loader.opened[0])
+    assert "8 of 12 rows are there, 4 to score" in capsys.readouterr().err
+    run(out, 12)
+    run(undisturbed, 12)
+    assert rows_of(out) == rows_of(undisturbed)
+
+
+def test_another_model_or_setting_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    run(out)
+    with pytest.raises(UserError, match="student"):
+        run(out, made_by={**MADE_BY, "student": "trained"})
+    with pytest.raises(UserError, match=r"teacher_answers\.n"):
+        run(out, settings=ScoreSettings(k=5))
+    assert run(out, settings=ScoreSettings(k=5), overwrite=True)[0].scored == 6
+
+
+def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    run(first, 4)
+    trained = {**MADE_BY, "student": "trained"}
+    result, student, teacher = run(second, 6, made_by=trained, teacher_from=first)
+    assert result.reused == 4 and result.scored == 6
+    assert sorted(i for call in teacher.calls for i in call["ids"]) == ["s4", "s5"]
+    assert len([i for call in student.calls for i in call["ids"]]) == 6
+    before, after = rows_of(first), rows_of(second)
+    assert all(after[i]["teacher_responses"] == before[i]["teacher_responses"] for i in before)
+    assert all(row["teacher_iou"] == 1.0 for row in after.values())
+    with pytest.raises(UserError, match="teacher"):
+        run(tmp_path / "3.jsonl", made_by={**MADE_BY, "teacher": "other"}, teacher_from=first)
+    with pytest.raises(UserError, match="teacher_answers"):
+        run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=first)
+
+
+def test_greedy_needs_one_answer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="greedy"):
+        run(tmp_path / "s.jsonl", settings=ScoreSettings(temperature=0.0))
+    assert not (tmp_path / "s.jsonl").exists()
+    _, student, _ = run(tmp_path / "s.jsonl", settings=ScoreSettings(k=1, temperature=0.0))
+    assert {call["temperature"] for call in student.calls} == {0.0}
