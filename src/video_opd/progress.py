@@ -30,7 +30,7 @@ LINE_EVERY_S = 10.0  # between plain lines of one task
 
 def log(message: str) -> None:
     """One line on stderr; above the bars while there are any."""
-    if not _speaks():
+    if not is_first_process():
         return
     if _Bars.live is not None:
         _Bars.live.console.print(message, markup=False, highlight=False)
@@ -51,7 +51,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 @contextmanager
 def task(description: str, total: int | None = None) -> Iterator[Task]:
     """A task that is advanced by hand."""
-    if not _speaks():
+    if not is_first_process():
         yield Task(lambda done, note: None)
     elif sys.stderr.isatty():
         with _Bars.shown(description, total) as report:
@@ -84,7 +84,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _speaks() -> bool:
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
 from video_opd.files import write_text
-from video_opd.progress import log, track
+from video_opd.progress import is_first_process, log, track
 
 if TYPE_CHECKING:
     from video_opd.evaluation.opened import Access, OpenModel
@@ -42,6 +42,8 @@ def train(arguments: argparse.Namespace) -> None:
     from video_opd.training.loop import train as run
 
     result = run(recipe)
+    if not is_first_process():
+        return
     if arguments.json:
         print_json(asdict(result))
     else:
