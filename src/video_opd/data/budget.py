@@ -87,9 +87,9 @@ def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, bud
     ``video_tokens`` of the plan is at most ``budget.max_video_tokens``, for any input.
     """
     n_frames = plan_frames(frame_count, source_fps, budget)
-    smallest = _smallest_cells(height_px, width_px)
-    most_pairs = max(1, budget.max_video_tokens // smallest)
-    n_frames = min(n_frames, most_pairs * PAIR)
+    if not _fits(n_frames, _library_cells(n_frames, height_px, width_px, budget), budget):
+        most_pairs = max(1, budget.max_video_tokens // _smallest_cells(height_px, width_px))
+        n_frames = min(n_frames, most_pairs * PAIR)
     height, width = plan_size(n_frames, height_px, width_px, budget)
     return ClipPlan(n_frames=n_frames, height_px=height, width_px=width)
 
@@ -114,9 +114,9 @@ def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoBudget)
     Within the total bound for as many frames as :func:`plan` allows; the shape gives way last.
     """
     assert n_frames >= 1 and height_px >= 1 and width_px >= 1
-    pairs = -(-n_frames // PAIR)
     height, width = _library_cells(n_frames, height_px, width_px, budget)
-    if min(height, width) < 1 or pairs * height * width > budget.max_video_tokens:
+    if not _fits(n_frames, (height, width), budget):
+        pairs = -(-n_frames // PAIR)
         cap = max(1, min(budget.max_frame_tokens, budget.max_video_tokens // pairs))
         height, width = _fit_cells(height_px, width_px, cap)
     return height * CELL_PX, width * CELL_PX
@@ -164,6 +164,11 @@ def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoBu
         grow = math.sqrt(min_px / (height_px * width_px))
         return math.ceil(height_px * grow / CELL_PX), math.ceil(width_px * grow / CELL_PX)
     return height, width
+
+
+def _fits(n_frames: int, cells: tuple[int, int], budget: VideoBudget) -> bool:
+    height, width = cells
+    return min(cells) >= 1 and -(-n_frames // PAIR) * height * width <= budget.max_video_tokens
 
 
 def _fit_cells(height_px: int, width_px: int, cap: int) -> tuple[int, int]:

@@ -208,12 +208,17 @@ def _check_whole(
     known = [(p, p + d) for p, d in zip(pts, durations, strict=True) if p is not None]
     if not known:
         return
-    promised_s = _stream_duration_s(stream)
-    if promised_s is not None:
-        read_s = float((max(end for _, end in known) - min(start for start, _ in known)) * _time_base(stream))
+    base = _time_base(stream)
+    first_s, end_s = (
+        float(min(start for start, _ in known) * base),
+        float(max(end for _, end in known) * base),
+    )
+    if stream.duration:
+        promised_s, read_s = float(stream.duration * base), end_s - first_s
+    elif (promised := _tagged_duration_s(stream)) is not None:
+        promised_s, read_s = promised, max(end_s, end_s - first_s)  # counted from 0, not from the first frame
     elif container.duration:
-        promised_s = container.duration / av.time_base
-        read_s = furthest_s - (container.start_time or 0) / av.time_base
+        promised_s, read_s = container.duration / av.time_base, max(furthest_s, furthest_s - first_s)
     else:
         return
     if promised_s - read_s > max(MISSING_S, MISSING_SHARE * promised_s):
@@ -225,9 +230,7 @@ def _time_base(stream: av.VideoStream) -> Fraction:
     return stream.time_base
 
 
-def _stream_duration_s(stream: av.VideoStream) -> float | None:
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    # Matroska keeps it as a tag: "00:01:02.345000000"
+def _tagged_duration_s(stream: av.VideoStream) -> float | None:
+    """Matroska keeps a stream's duration as a tag: "00:01:02.345000000"."""
     tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "").strip())
     return None if tag is None else int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
