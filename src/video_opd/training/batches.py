@@ -6,23 +6,16 @@ video cannot be decoded leaves its place empty: that batch is one smaller, all o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
+from video_opd.seeds import derive_seed
 from video_opd.types import EncodedPrompt, Sample
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2⁶³) from what a draw is for, e.g. ``(run seed, "rollout", step, sample id, index)``."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +91,7 @@ class BatchStream:
             sample for batch in self.plan.batches(self.start) for sample in batch[self.rank :: self.world]
         ]
 
-    def steps(self, loader: Iterable[tuple[Sample, EncodedPrompt]]) -> Iterator[tuple[int, list[Row]]]:
+    def steps(self, loader: Iterable[tuple[Sample, EncodedPrompt]]) -> Generator[tuple[int, list[Row]]]:
         """``(size of the planned global batch, this process's rows)`` for each step."""
         source = iter(loader)
         head: tuple[Sample, EncodedPrompt] | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,21 @@ from video_opd.algorithms.video_opd import VideoOPD
 from video_opd.config import ModelConfig, OptimConfig, Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.data.budget import VideoBudget
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.loading import DTYPES, check_same_tokens, load_model
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Policy, Teacher
 from video_opd.models.teachers import LocalTeacher
 from video_opd.training.run_folder import RunFolder
-from video_opd.types import Sample
+from video_opd.types import EncodedPrompt, Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# From samples to ``(sample, prompt)`` in the same order, without those whose video cannot be decoded.
+Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 
 METHODS: dict[str, Callable[[Recipe], Method]] = {
     "video-opd": lambda recipe: VideoOPD(recipe.sampling),
@@ -44,7 +48,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     processor: Any
     samples: Sequence[Sample]
-    loader: Callable[[Sequence[Sample]], Any]  # a context manager: iterates (sample, prompt) in order
+    loader: Loader
+    evaluation_loader: Loader
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -85,35 +90,34 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         optimizer=optimizer,
         processor=processor,
         samples=samples,
-        loader=prompt_loader(recipe, processor, folder),
+        loader=prompt_loader(
+            recipe, processor, skipped_path=folder.skipped, max_failed_share=recipe.data.max_failed_share
+        ),
+        # An evaluation counts what is missing; it does not stop for it.
+        evaluation_loader=prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0),
     )
 
 
-def prompt_loader(recipe: Recipe, processor: Any, folder: RunFolder) -> Callable[[Sequence[Sample]], Any]:
-    """A function from samples to a loader that decodes and encodes them in the background."""
-    from video_opd.data.encode import PromptEncoder
-    from video_opd.data.loader import PromptLoader
+def prompt_loader(
+    recipe: Recipe, processor: Any, *, skipped_path: Path | None, max_failed_share: float
+) -> Loader:
+    """Decodes and encodes in the background, as the recipe says."""
+    data, encoder = recipe.data, PromptEncoder(processor, recipe.prompt)
 
-    data = recipe.data
-
-    def load(samples: Sequence[Sample]) -> Any:
+    def load(samples: Sequence[Sample]) -> PromptLoader:
         return PromptLoader(
             samples,
-            PromptEncoder(processor, recipe.prompt),
-            video_budget(recipe),
+            encoder,
+            VideoBudget.of(recipe.video),
             workers=data.workers,
             prefetch=data.prefetch,
-            skipped_path=folder.skipped,
-            max_failed_share=data.max_failed_share,
+            skipped_path=skipped_path,
+            max_failed_share=max_failed_share,
+            backend=recipe.video.backend,
+            cache_dir=data.cache_dir,
         )
 
     return load
-
-
-def video_budget(recipe: Recipe) -> VideoBudget:
-    """The recipe's ``video`` section, without the choice of a decoder."""
-    names = [spec.name for spec in dataclasses.fields(VideoBudget)]
-    return VideoBudget(**{name: getattr(recipe.video, name) for name in names})
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:

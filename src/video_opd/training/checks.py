@@ -8,7 +8,8 @@ import torch
 
 from video_opd.config import Recipe
 from video_opd.progress import log
-from video_opd.training.batches import Row, derive_seed
+from video_opd.seeds import derive_seed
+from video_opd.training.batches import Row
 from video_opd.training.build import Parts
 from video_opd.types import Rollout
 

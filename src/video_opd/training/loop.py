@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,13 @@ from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
 from video_opd.jsonl import append_jsonl
 from video_opd.progress import log, task
+from video_opd.seeds import derive_seed
 from video_opd.strict import flatten, to_dict
 from video_opd.training import checkpoint as checkpoints
-from video_opd.training.batches import BatchPlan, BatchStream, derive_seed
+from video_opd.training.batches import BatchPlan, BatchStream
 from video_opd.training.build import Parts, build_parts
 from video_opd.training.checks import check_first_prompts
+from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
 from video_opd.training.run_folder import RunFolder, write_text
 from video_opd.training.step import Stepper, StepResult
@@ -63,6 +65,9 @@ def train(recipe: Recipe, build: Build = build_parts) -> RunResult:
     if folder.finished:
         log(f"{folder.path} is finished: nothing to do")
         return _result(folder)
+    check_evaluation_files(recipe)
+    if folder.model.is_dir():  # trained, but not yet evaluated
+        return _finish(recipe, accelerator, folder, build(recipe, accelerator, folder, folder.model))
     saved = next(iter(checkpoints.find_checkpoints(folder.checkpoints)), None)
     parts = build(recipe, accelerator, folder, saved.model if saved else recipe.model.path)
     start = _resume(saved, parts, accelerator)
@@ -91,10 +96,10 @@ class Run:
         """Steps ``start`` … to the last, each with its metrics row and, where one is due, a checkpoint."""
         accelerator, total = self.accelerator, self.plan.total_steps
         stream = BatchStream(self.plan, start, accelerator.process_index, accelerator.num_processes)
-        with self.parts.loader(stream.wanted()) as loader, task("training", total) as bar:
+        batches = stream.steps(self.parts.loader(stream.wanted()))
+        with closing(batches), task("training", total) as bar:
             if start:
                 bar.advance(start, note="continued")
-            batches = stream.steps(loader)
             for step in range(start, total):
                 began_s = time.perf_counter()
                 with self.watch.stage("decode_wait"):
@@ -198,7 +203,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         # The policy casts by itself, so that sampling, scoring and training are cast alike.
         mixed_precision="no",
-        log_with=list(recipe.run.trackers),
+        log_with=list(recipe.run.trackers) or None,
         project_dir=recipe.run.dir,
     )
     set_seed(recipe.run.seed)
@@ -215,8 +220,11 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
         # Steps that a resume makes again replace the first ones.
         kwargs = {"tensorboard": {"purge_step": start + 1}} if "tensorboard" in recipe.run.trackers else {}
         accelerator.init_trackers("video-opd", config=settings, init_kwargs=kwargs)
-    yield
-    accelerator.end_training()
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:  # not end_training: it would part the processes, too
+            tracker.finish()
 
 
 def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Accelerator) -> int:
@@ -234,7 +242,9 @@ def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Acc
 def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> RunResult:
     if accelerator.is_main_process:
         model = parts.model.to(getattr(torch, recipe.run.save_dtype))
-        checkpoints.save_model_folder(model, parts.processor, folder.model, recipe)
+        if not folder.model.is_dir():
+            checkpoints.save_model_folder(model, parts.processor, folder.model, recipe)
+        evaluate_model(recipe, parts, folder)
         write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
         log(f"wrote {folder.model}")
     accelerator.wait_for_everyone()

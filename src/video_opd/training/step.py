@@ -17,7 +17,8 @@ from video_opd.algorithms.losses import divisor
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.modes import call_through
-from video_opd.training.batches import Row, derive_seed, micro_batches
+from video_opd.seeds import derive_seed
+from video_opd.training.batches import Row, micro_batches
 from video_opd.training.build import Parts
 from video_opd.training.metrics import RolloutRecord, Stopwatch
 from video_opd.training.trajectories import check_ratio, make_records, make_trajectories, without_nonfinite
