@@ -1,0 +1,360 @@
+"""The run as a whole: the same weights for any split, lower KL, kills that leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_cases import Build, make_recipe, repeatable, weights_of
+
+from video_opd.config import OptimConfig, Recipe
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl
+from video_opd.training.checks import CheckError
+from video_opd.training.loop import RunResult, learning_rate, train
+from video_opd.training.run_folder import RunFolder
+from video_opd.training.trajectories import RatioError
+
+KILLS = int(os.environ.get("VIDEO_OPD_KILLS", "3"))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def run(path: Path, build: Build | None = None, **sections: dict[str, Any]) -> RunResult:
+    return train(make_recipe(path, **sections), build or Build())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Eight rows, four a step, two epochs: four steps. Others are compared with it."""
+    return run(tmp_path_factory.mktemp("undisturbed") / "run", optim={"epochs": 2})
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit, but for the seconds."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert repeatable(rows_of(a / name)) == repeatable(rows_of(b / name))
+    mine, theirs = weights_of(a), weights_of(b)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_a_run_leaves_its_folder(undisturbed: RunResult):
+    folder = undisturbed.path
+    names = {path.name for path in folder.iterdir()}
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints"} <= names
+    metrics = rows_of(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-4"}
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["seed"] == 0 and "torch" in environment["packages"]
+    facts = json.loads((folder / "model" / "video_opd.json").read_text())
+    assert facts["video"]["max_video_tokens"] == 8192 and facts["prompt"]["style"] == "paper"
+
+
+def test_every_metric_is_defined_in_the_docs(undisturbed: RunResult):
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    missing = [key for key in undisturbed.metrics if f"`{key}`" not in text]
+    assert not missing
+
+
+def test_the_metrics_say_what_the_rollouts_say(undisturbed: RunResult):
+    """Row by row from the logged tokens (all four of a step are logged), not from the code's sums."""
+    rollouts = rows_of(undisturbed.path / "rollouts.jsonl")
+    for row in rows_of(undisturbed.path / "metrics.jsonl"):
+        mine = [rollout for rollout in rollouts if rollout["step"] == row["step"]]
+        r = [
+            teacher - student
+            for rollout in mine
+            for teacher, student in zip(rollout["teacher_logprobs"], rollout["student_logprobs"], strict=True)
+        ]
+        assert len(mine) == row["rollouts"] == 4 and len(r) == row["tokens/response"]
+        assert math.isclose(row["reverse_kl/sampled"], -sum(r) / len(r), rel_tol=1e-5)
+        assert math.isclose(row["reward/min"], min(r), rel_tol=1e-5)
+        # eq 6 with ratio 1: minus the sum over tokens, the mean over trajectories
+        assert math.isclose(row["loss"], -sum(r) / 4, rel_tol=1e-4)
+        assert row["response/length_max"] == max(len(rollout["tokens"]) for rollout in mine)
+        assert row["policy/ratio_off_max"] < 1e-4
+        assert row["reverse_kl/analytic"] > 0
+        assert 0 < row["weights/changed_bf16"] <= row["weights/changed"] <= 1
+
+
+def test_a_finished_run_returns_at_once(undisturbed: RunResult):
+    def build(*parts: Any) -> Any:
+        raise AssertionError("a finished run loads nothing")
+
+    recipe = make_recipe(undisturbed.path, optim={"epochs": 2})
+    assert train(recipe, build) == undisturbed
+
+
+def test_another_recipe_in_the_same_folder_is_refused(undisturbed: RunResult):
+    with pytest.raises(UserError, match=r"optim\.lr = 0\.001, now it is 0\.002"):
+        run(undisturbed.path, optim={"epochs": 2, "lr": 2e-3})
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_micro_batches_change_nothing(undisturbed: RunResult, tmp_path: Path, micro: int):
+    other = run(tmp_path / "run", optim={"epochs": 2, "micro_batch_size": micro})
+    assert_equal_to_rounding(undisturbed.path, other.path)
+
+
+def assert_equal_to_rounding(a: Path, b: Path) -> None:
+    for x, y in zip(rows_of(a / "metrics.jsonl"), rows_of(b / "metrics.jsonl"), strict=True):
+        for key in ("loss", "reverse_kl/sampled", "reverse_kl/analytic", "update/grad_norm", "reward/std"):
+            assert math.isclose(x[key], y[key], rel_tol=2e-3), key
+        for key in ("rollouts", "tokens/response", "tokens/video", "response/length_max"):
+            assert x[key] == y[key]
+    for x, y in zip(rows_of(a / "rollouts.jsonl"), rows_of(b / "rollouts.jsonl"), strict=True):
+        assert (x["id"], x["token_ids"]) == (y["id"], y["token_ids"])
+    mine, theirs = weights_of(a), weights_of(b)
+    # Adam divides by |g|: a gradient that is all rounding may turn round. So compare what all weights did.
+    off = torch.cat([(mine[key] - theirs[key]).flatten() for key in mine])
+    assert off.abs().mean() < 1e-6  # lr is 1e-3, and there were four steps
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # the parent's single process is inherited by the fork
+    train(recipe, build)
+
+
+def start(*arguments: Any) -> Any:
+    """A fork of this process: torch and transformers are imported once."""
+    process = multiprocessing.get_context("fork").Process(target=worker, args=arguments)
+    process.start()
+    return process
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_two_processes_equal_one(tmp_path: Path):
+    """Seven rows in batches of four: the last batch gives one rank two rows and the other one."""
+    sections: dict[str, dict[str, Any]] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
+    alone = run(tmp_path / "one", Build(rows=7, broken=("s3",)), **sections)
+    port = free_port()
+    recipe = make_recipe(tmp_path / "two", **sections)
+    processes = [start(rank, 2, port, recipe, Build(rows=7, broken=("s3",))) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_equal_to_rounding(alone.path, tmp_path / "two")
+
+
+# ------------------------------------------------------------------------------------------------- kills
+
+
+def test_kills_at_random_moments_leave_no_trace(undisturbed: RunResult, tmp_path: Path):
+    recipe = make_recipe(tmp_path / "run", optim={"epochs": 2})
+    folder = RunFolder(tmp_path / "run")
+    draws = random.Random(0)
+    for _ in range(KILLS):
+        process = start(0, 1, free_port(), recipe, Build())
+        kill_later(process, folder, draws.uniform(0.0, 3.0))
+        steps = [int(path.name.split("-")[1]) for path in folder.checkpoints.glob("step-*")]
+        if steps:  # what a checkpoint stands on was reported, whole
+            assert len(folder.metrics.read_bytes().splitlines()) >= max(steps)
+    process = start(0, 1, free_port(), recipe, Build())
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(undisturbed.path, tmp_path / "run")
+
+
+def kill_later(process: Any, folder: RunFolder, after_s: float) -> None:
+    """Kills a run ``after_s`` seconds after it has begun in earnest, whatever it is doing then."""
+    deadline = time.monotonic() + 120
+    while process.exitcode is None and not folder.environment.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(after_s)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("damage", ["late rows", "half a row", "half a checkpoint", "no model"])
+def test_a_run_cut_off_at_the_worst_places_continues(undisturbed: RunResult, tmp_path: Path, damage: str):
+    path = tmp_path / "run"
+    shutil.copytree(undisturbed.path, path)
+    (path / "done.json").unlink()
+    shutil.rmtree(path / "model")
+    if damage != "no model":
+        shutil.rmtree(path / "checkpoints" / "step-4")
+    if damage == "half a row":
+        text = (path / "metrics.jsonl").read_bytes()
+        (path / "metrics.jsonl").write_bytes(text[:-200])
+    if damage == "half a checkpoint":
+        shutil.copytree(path / "checkpoints" / "step-2", path / "checkpoints" / "step-4")
+        weights = path / "checkpoints" / "step-4" / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        (path / "checkpoints" / ".part-step-4").mkdir()
+    run(path, optim={"epochs": 2})
+    assert_same_run(undisturbed.path, path)
+    assert not list((path / "checkpoints").glob(".part*"))
+
+
+# ----------------------------------------------------------------------------------------- what it learns
+
+
+class Watched(Build):
+    """Keeps the parts, and a copy of every answer that was sampled."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.parts = super().__call__(*arguments)
+        sample = self.parts.policy.sample
+        self.sampled: list[Any] = []
+
+        def watched(prefix: Any, **kwargs: Any) -> Any:
+            groups = sample(prefix, **kwargs)
+            self.sampled.append((prefix.prompts, [[r.token_ids for r in group] for group in groups]))
+            return groups
+
+        self.parts.policy.sample = watched
+        return self.parts
+
+
+def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
+    """Over the whole vocabulary, at the very states that the step's rollouts visited."""
+    build = Watched(rows=4)
+    result = run(
+        tmp_path / "run",
+        build,
+        optim={"max_steps": 1, "lr": 1e-3, "micro_batch_size": 4},
+        sampling={"rollouts": 16, "max_new_tokens": 3},
+    )
+    ((prompts, responses),) = build.sampled
+    student = build.parts.policy.logprobs(prompts, responses, full=True)
+    teacher = build.parts.teacher.logprobs(prompts, responses, full=True)
+    p, q = (scores.full_BTV[student.mask_BT].double() for scores in (student, teacher))
+    after = (p.exp() * (p - q)).sum(-1).mean().item()
+    before = result.metrics["reverse_kl/analytic"]
+    assert after < before - 3e-3  # of 0.807 nats: one step, by 0.006
+
+
+def test_a_student_that_is_its_own_teacher_stays_where_it_is(tmp_path: Path):
+    result = run(tmp_path / "run", Build(rows=4, teacher_seed=0), optim={"max_steps": 1})
+    row = result.metrics
+    assert abs(row["reward/min"]) < 1e-4 and abs(row["reward/max"]) < 1e-4
+    assert row["update/grad_norm"] < 1e-3
+    assert abs(row["reverse_kl/analytic"]) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_the_checks_pass_and_the_reduction_scales_the_loss(tmp_path: Path, reduction: str):
+    result = run(
+        tmp_path / "run",
+        optim={"max_steps": 1},
+        loss={"reduction": reduction},
+        run={"dir": str(tmp_path / "run"), "check": True},
+    )
+    row = result.metrics
+    total = row["reverse_kl/sampled"] * row["tokens/response"]
+    count = row["rollouts"] if reduction == "sum" else row["tokens/response"]
+    assert math.isclose(row["loss"], total / count, rel_tol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_video_that_cannot_be_read_leaves_its_place_empty(tmp_path: Path):
+    whole = run(tmp_path / "whole", optim={"max_steps": 2})
+    less = run(tmp_path / "less", Build(broken=("s3", "s5")), optim={"max_steps": 2})
+    seen = [{row["id"] for row in rows_of(r.path / "rollouts.jsonl")} for r in (whole, less)]
+    assert seen[0] - seen[1] == {"s3", "s5"}
+    counts = [row["rollouts"] for row in rows_of(less.path / "metrics.jsonl")]
+    assert sum(counts) == 6
+
+
+def test_a_batch_without_a_single_video_is_left_out(tmp_path: Path):
+    result = run(tmp_path / "run", Build(rows=2, broken=("s0", "s1")), optim={"max_steps": 1})
+    assert result.metrics["rollouts"] == 0 and result.metrics["update/done"] == 0
+    assert result.metrics["weights/changed"] == 0.0
+    assert result.metrics["reverse_kl/sampled"] is None  # not 0: nothing was measured
+
+
+class Spoilt(Build):
+    """The policy of a run whose update is not the model that sampled: its weights move in between."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def __call__(self, *arguments: Any) -> Any:
+        parts = super().__call__(*arguments)
+        sample, logprobs = parts.policy.sample, parts.policy.logprobs
+
+        def moving(*args: Any, **kwargs: Any) -> Any:
+            rollouts = sample(*args, **kwargs)
+            with torch.no_grad():
+                parts.model.lm_head.weight.mul_(1.05)
+            return rollouts
+
+        def nan(*args: Any, **kwargs: Any) -> Any:
+            scores = logprobs(*args, **kwargs)
+            with torch.no_grad():
+                scores.logprobs_BT[0, 1] = math.nan
+            return scores
+
+        if self.what == "moves":
+            parts.policy.sample = moving
+        else:
+            parts.policy.logprobs = nan
+        return parts
+
+
+def test_a_ratio_that_is_not_one_stops_the_run(tmp_path: Path):
+    with pytest.raises(RatioError, match="right after sampling"):
+        run(tmp_path / "run", Spoilt("moves"))
+    with pytest.raises(CheckError, match="check before the first step"):
+        run(tmp_path / "checked", Spoilt("moves"), run={"dir": str(tmp_path / "checked"), "check": True})
+
+
+def test_a_log_prob_that_is_not_finite_names_its_sample_or_is_masked(tmp_path: Path):
+    with pytest.raises(UserError, match=r"sample 's\d': the student's log-prob of response token 1 is nan"):
+        run(tmp_path / "raise", Spoilt("nan"), optim={"max_steps": 1})
+    result = run(tmp_path / "mask", Spoilt("nan"), optim={"max_steps": 1}, loss={"nonfinite": "mask"})
+    assert result.metrics["loss/masked_tokens"] == 2  # one in each of two micro-batches
+    assert math.isfinite(result.metrics["loss"]) and result.metrics["update/done"] == 1
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="wandb"):
+        run(tmp_path / "run", run={"dir": str(tmp_path / "run"), "trackers": ["wandb"]})
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    warm = OptimConfig(lr=1.0, warmup_steps=3, schedule="constant")
+    assert [learning_rate(step, 8, warm) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    linear = OptimConfig(lr=1.0, schedule="linear")
+    assert [learning_rate(step, 4, linear) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    cosine = OptimConfig(lr=2.0, schedule="cosine")
+    assert learning_rate(0, 10, cosine) == 2.0 and math.isclose(learning_rate(5, 10, cosine), 1.0)
+    assert learning_rate(9, 10, cosine) > 0
