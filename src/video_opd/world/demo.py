@@ -48,7 +48,9 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
 
     out = Path(out)
     recipe = demo_recipe(out, seed, steps)
-    pool = make_world(out / "world" / "train", videos={"train": POOL_VIDEOS}, seed=TRAIN_SEED + seed, track=track)
+    pool = make_world(
+        out / "world" / "train", videos={"train": POOL_VIDEOS}, seed=TRAIN_SEED + seed, track=track
+    )
     tests = make_world(out / "world" / "test", videos=TEST_VIDEOS, seed=TEST_SEED, track=track)
 
     score_pool(recipe, pool["train"], out / "scores.jsonl")
@@ -62,7 +64,9 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
         min_teacher_iou=MIN_TEACHER_IOU,
         out=out / "selected.jsonl",
     )
-    log(f"TVDF: {summary.selected} of {summary.rows} candidates, {summary.candidates} passed the teacher gate")
+    log(
+        f"TVDF: {summary.selected} of {summary.rows} candidates, {summary.candidates} passed the teacher gate"
+    )
     train(recipe)
     (out / "select.json").write_text(json.dumps(summary.to_json()) + "\n", encoding="utf-8")
 

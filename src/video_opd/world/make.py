@@ -134,5 +134,7 @@ def make_world(
             paths[split] = out / f"{split}.jsonl"
             write_jsonl(paths[split], found)
     except OSError as error:
-        raise UserError(f"cannot write the world under {out}: {error.strerror or error}; free space or use --out") from error
+        raise UserError(
+            f"cannot write the world under {out}: {error.strerror or error}; free space or use --out"
+        ) from error
     return paths

@@ -35,7 +35,9 @@ class Renderer:
         dy, dx = (int(round(d * t)) % _TEXTURE_PX for d in self.drift)
         image = np.roll(self.texture, (dy, dx), (0, 1))[: self.height, : self.width].copy()
         step = int(round(t * 1000))
-        image += np.roll(self.noise_bank[step % 4], (step * 7919 % self.height, step * 104729 % self.width), (0, 1))
+        image += np.roll(
+            self.noise_bank[step % 4], (step * 7919 % self.height, step * 104729 % self.width), (0, 1)
+        )
         for actor in self.scene.actors:
             for spell in actor.spells:
                 if spell.start_s <= t < spell.end_s:
@@ -57,7 +59,16 @@ class Renderer:
         if spell.family == "meets":
             progress = 1.0 if active else 0.0
         x, y = x0 + (x1 - x0) * progress, y0 + (y1 - y0) * progress
-        paint(image, self.xx, self.yy, actor.shape, COLOURS[colour], x * self.width, y * self.height, radius * self.unit)
+        paint(
+            image,
+            self.xx,
+            self.yy,
+            actor.shape,
+            COLOURS[colour],
+            x * self.width,
+            y * self.height,
+            radius * self.unit,
+        )
 
 
 def paint(

@@ -130,8 +130,12 @@ class _Stage:
         style, rng = self.style, self.rng
         for _ in range(40):
             length = _grid(rng.uniform(*style.event_s))
-            embedded = family in ("recolours", "meets") or (family != "appears" and rng.random() < style.embedded)
-            before, after = (_grid(rng.uniform(1.0, 2.0)), _grid(rng.uniform(1.0, 2.0))) if embedded else (0.0, 0.0)
+            embedded = family in ("recolours", "meets") or (
+                family != "appears" and rng.random() < style.embedded
+            )
+            before, after = (
+                (_grid(rng.uniform(1.0, 2.0)), _grid(rng.uniform(1.0, 2.0))) if embedded else (0.0, 0.0)
+            )
             last = self.duration_s - 1.0 - after - length
             if last <= before + 0.5:
                 continue
@@ -182,7 +186,12 @@ def compose(split: str, seed: int, index: int) -> Scene:
         for _ in range(int(rng.integers(style.spells[0], style.spells[1] + 1))):
             _add_spell(rng, style, stage, looks, spells, actor)
     actors = tuple(
-        Actor(colour=c, shape=s, radius=round(float(rng.uniform(0.15, 0.19)), 3), spells=tuple(sorted(sp, key=lambda x: x.start_s)))
+        Actor(
+            colour=c,
+            shape=s,
+            radius=round(float(rng.uniform(0.15, 0.19)), 3),
+            spells=tuple(sorted(sp, key=lambda x: x.start_s)),
+        )
         for (c, s), sp in zip(looks, spells, strict=True)
     )
     return Scene(
@@ -246,7 +255,11 @@ def _questions(rng: np.random.Generator, actors: tuple[Actor, ...]) -> tuple[Que
                 met = actors[spell.other]
                 other = noun(met.colour, met.shape, article=article)
             words = phrase(
-                spell.family, name, int(rng.integers(variants(spell.family))), other=other, colour=spell.colour
+                spell.family,
+                name,
+                int(rng.integers(variants(spell.family))),
+                other=other,
+                colour=spell.colour,
             )
             questions.append(Question(query=words, span=spell.event_s, family=spell.family, actor=i))
             if len(actor.spells) == 1 and spell.family != "appears" and rng.random() < 0.35:

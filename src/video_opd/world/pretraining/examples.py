@@ -1,0 +1,218 @@
+"""What the tiny models are pretrained on: rendered scenes, stretches of them, and dense labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from video_opd.world.queries import COLOURS, FAMILIES, SHAPES, noun, phrase, variants
+from video_opd.world.render import Renderer
+from video_opd.world.scene import GRID_S, Scene, Spell, compose
+
+LOOKS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+OBJECTS, STATES = 2 * len(LOOKS), len(LOOKS) * len(FAMILIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A rendered scene: frames uint8 [T, H, W, 3] as the decoder would give them, and their times."""
+
+    scene: Scene
+    frames: np.ndarray
+    times_s: np.ndarray
+    shift: tuple[float, float] = (0.0, 0.0)  # how far the picture was rolled, in units of the frame (y, x)
+
+
+_MIRRORED = {"moves left": "moves right", "moves right": "moves left"}
+_NOISE = np.random.default_rng(0).normal(0, 1, size=1 << 22).astype(np.float32)
+
+
+def augment(example: Example, rng: np.random.Generator) -> Example:
+    """Another look at the same events: mirrored half of the time, rolled by some pixels, in other light."""
+    scene, frames = example.scene, example.frames
+    if rng.random() < 0.5:
+        scene, frames = mirror(scene), frames[:, :, ::-1]
+    h, w = frames.shape[1:3]
+    dy, dx = int(rng.integers(-6, 7)), int(rng.integers(-6, 7))
+    lit = np.roll(frames, (dy, dx), (1, 2)).astype(np.float32)
+    lit = lit * rng.uniform(0.85, 1.15, size=3).astype(np.float32) + np.float32(rng.uniform(-12, 12))
+    start = int(rng.integers(len(_NOISE) - lit.shape[1] * lit.shape[2] * 3))
+    for i in range(len(lit)):  # another stretch of the bank for every frame
+        at = (start + i * 99991) % (len(_NOISE) - h * w * 3)
+        lit[i] += np.float32(rng.uniform(0, 4)) * _NOISE[at : at + h * w * 3].reshape(h, w, 3)
+    return replace(example, scene=scene, frames=np.clip(lit, 0, 255).astype(np.uint8), shift=(dy / h, dx / w))
+
+
+def mirror(scene: Scene) -> Scene:
+    """The scene seen in a mirror: left and right change places."""
+
+    def turn(spell: Spell) -> Spell:
+        x0, y0, x1, y1 = spell.path
+        return replace(spell, family=_MIRRORED.get(spell.family, spell.family), path=(1 - x0, y0, 1 - x1, y1))
+
+    actors = tuple(replace(a, spells=tuple(turn(s) for s in a.spells)) for a in scene.actors)
+    questions = tuple(replace(q, family=_MIRRORED.get(q.family, q.family)) for q in scene.questions)
+    return replace(scene, actors=actors, questions=questions)
+
+
+def window(example: Example, pairs: int, rng: np.random.Generator) -> Example:
+    """A stretch of ``pairs`` frame pairs that holds at least one whole event; times stay what they were."""
+    total = len(example.times_s) // 2
+    if pairs >= total:
+        return example
+    times = example.times_s.reshape(-1, 2)
+    target = example.scene.questions[int(rng.integers(len(example.scene.questions)))].span
+    first = min(int(np.searchsorted(times[:, 0], target[0], "right")) - 1, total - pairs)
+    last = min(int(np.searchsorted(times[:, 1], target[1])), total - 1)
+    start = int(rng.integers(max(0, min(last - pairs + 1, first)), max(0, min(first, total - pairs)) + 1))
+    cut = slice(2 * start, 2 * (start + pairs))
+    inside = tuple(
+        q
+        for q in example.scene.questions
+        if times[start, 0] <= q.span[0] + 1e-6 and q.span[1] <= times[start + pairs - 1, 1] + GRID_S / 2
+    )
+    return replace(
+        example,
+        scene=replace(example.scene, questions=inside),
+        frames=example.frames[cut],
+        times_s=example.times_s[cut],
+    )
+
+
+def sampled_times(scene: Scene, fps: float = 2.0) -> np.ndarray:
+    """The times at which the budget samples this scene's file (constant rate)."""
+    total = int(round(scene.duration_s * scene.fps))
+    n = max(4, int(total / scene.fps * fps) // 2 * 2)
+    return np.linspace(0, total - 1, n).round() / scene.fps
+
+
+def model_size_px(scene: Scene) -> tuple[int, int]:
+    h, w = scene.size_px
+    return (64, 64) if h == w else ((64, 96) if w > h else (96, 64))
+
+
+def render_example(split: str, seed: int, index: int) -> Example:
+    from torchvision.transforms.v2 import functional as tv
+
+    torch.set_num_threads(1)
+    scene = compose(split, seed, index)
+    renderer = Renderer(scene)
+    times = sampled_times(scene)
+    frames = np.stack([renderer.frame(float(t)) for t in times])
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    small = tv.resize(
+        pixels, list(model_size_px(scene)), interpolation=tv.InterpolationMode.BICUBIC, antialias=True
+    )
+    return Example(scene=scene, frames=small.permute(0, 2, 3, 1).contiguous().numpy(), times_s=times)
+
+
+def _render(args: tuple[str, int, int]) -> Example:
+    return render_example(*args)
+
+
+def render_pool(split: str, seed: int, indices: Sequence[int], workers: int = 2) -> list[Example]:
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(_render, [(split, seed, i) for i in indices], chunksize=16))
+
+
+def patches(frames: np.ndarray) -> torch.Tensor:
+    """Qwen3-VL's patch layout of uint8 frames [T, H, W, 3], scaled to [-1, 1]: [T/2·H/16·W/16, 1536]."""
+    t, h, w, _ = frames.shape
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = x.view(t // 2, 2, 3, h // 32, 2, 16, w // 32, 2, 16).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return x.reshape(t // 2 * (h // 16) * (w // 16), 1536)
+
+
+def reword(scene: Scene, index: int, rng: np.random.Generator) -> str:
+    """The same question in other words."""
+    q = scene.questions[index]
+    actor = scene.actors[q.actor]
+    article = "the" if rng.random() < 0.7 else "a"
+    spell = next((s for s in actor.spells if s.family == q.family), actor.spells[0])
+    other = None
+    if spell.other is not None:
+        met = scene.actors[spell.other]
+        other = noun(met.colour, met.shape, article=article)
+    name = noun(actor.colour, actor.shape, article=article)
+    return phrase(q.family, name, int(rng.integers(variants(q.family))), other=other, colour=spell.colour)
+
+
+def blur(
+    span: tuple[float, float], duration: float, jitter: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Loose boundaries, as in weakly aligned data."""
+    length = span[1] - span[0]
+    s, e = span[0] + rng.normal(0, jitter * length), span[1] + rng.normal(0, jitter * length)
+    s, e = np.clip(s, 0, duration), np.clip(e, 0, duration)
+    if e - s < 0.5:
+        return span
+    return round(float(s) * 2) / 2, round(float(e) * 2) / 2
+
+
+def label_events(scene: Scene, pair_times: np.ndarray) -> np.ndarray:
+    """uint8 [pairs, 4, looks, families]: active in the first and second frame, begins, ends in this pair."""
+    out = np.zeros((len(pair_times), 4, len(LOOKS), len(FAMILIES)), np.uint8)
+    flat = pair_times.reshape(-1)
+    for q in scene.questions:
+        actor = scene.actors[q.actor]
+        look, family = LOOKS.index((actor.colour, actor.shape)), FAMILIES.index(q.family)
+        active = (flat >= q.span[0] - 1e-6) & (flat < q.span[1] - 1e-6)
+        out[:, :2, look, family] |= active.reshape(-1, 2)
+        for channel, when in ((2, q.span[0]), (3, q.span[1])):
+            if not flat[0] - 0.3 <= when <= flat[-1] + 0.3:
+                continue
+            at = min(int(np.searchsorted(flat, when - 1e-6)), len(flat) - 1) // 2
+            out[at, channel, look, family] = 1
+    return out
+
+
+def label_cells(
+    scene: Scene, pair_times: np.ndarray, gh: int, gw: int, shift: tuple[float, float] = (0.0, 0.0)
+) -> np.ndarray:
+    """uint8 [pairs·gh·gw, 2·looks + looks·families]: whose centre lies in this cell in either frame of the
+    pair, and which event of whom is going on here."""
+    out = np.zeros((len(pair_times), gh, gw, OBJECTS + STATES), np.uint8)
+    for actor in scene.actors:
+        own = LOOKS.index((actor.colour, actor.shape))
+        for spell in actor.spells:
+            x0, y0, x1, y1 = spell.path
+            begin, end = spell.event_s
+            inside = (pair_times >= spell.start_s - 1e-6) & (pair_times < spell.end_s - 1e-6)
+            for i, frame in np.argwhere(inside):
+                t = float(pair_times[i, frame]) + 1e-6
+                active = begin <= t < end
+                if spell.family == "blinks" and active and int((t - begin) / 0.5) % 2 == 1:
+                    continue
+                p = (
+                    float(active)
+                    if spell.family == "meets"
+                    else min(max((t - begin) / (end - begin), 0.0), 1.0)
+                )
+                look = own
+                if spell.family == "recolours" and active and spell.colour:
+                    look = LOOKS.index((spell.colour, actor.shape))
+                y, x = (y0 + (y1 - y0) * p + shift[0]) % 1, (x0 + (x1 - x0) * p + shift[1]) % 1
+                cell = out[i, min(gh - 1, int(y * gh)), min(gw - 1, int(x * gw))]
+                cell[frame * len(LOOKS) + look] = 1
+                if active and spell.family != "idle":
+                    cell[OBJECTS + own * len(FAMILIES) + FAMILIES.index(spell.family)] = 1
+    return out.reshape(-1, OBJECTS + STATES)
+
+
+def by_size(examples: Sequence[Example]) -> list[list[Example]]:
+    groups: dict[tuple[int, ...], list[Example]] = {}
+    for ex in examples:
+        groups.setdefault(ex.frames.shape[1:3], []).append(ex)
+    return list(groups.values())
+
+
+def batches(pool: Sequence[Example], size: int, rng: np.random.Generator) -> Iterator[list[Example]]:
+    groups = by_size(pool)
+    weights = np.array([len(g) for g in groups]) / len(pool)
+    while True:
+        group = groups[int(rng.choice(len(groups), p=weights))]
+        yield [group[int(i)] for i in rng.choice(len(group), size, replace=False)]

@@ -1,0 +1,209 @@
+"""From random weights to a base and a teacher: stages of training, as a recipe file lists them.
+
+Stages run in order, each from the weights of the one before; a stage may write the model folder that is
+shipped. Killed and repeated, it continues at the stage where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from video_opd.errors import UserError
+from video_opd.progress import log, task
+from video_opd.strict import TreeReader
+from video_opd.world.pretraining.auxiliary import Pretrainer
+from video_opd.world.pretraining.check import evaluate
+from video_opd.world.pretraining.examples import (
+    Example,
+    augment,
+    batches,
+    label_cells,
+    render_pool,
+    window,
+)
+from video_opd.world.pretraining.muon import Muon
+from video_opd.world.pretraining.packing import Packer
+from video_opd.world.tiny import build_model, build_processor
+
+LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0}
+VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
+TRAIN_SEED, CHECK_SEED = 1000, 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training.
+
+    ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
+    tower alone, on what is where. ``blur`` is the standard deviation of the noise on the annotated boundaries, in
+    units of the event's length: loose labels, as those of weakly aligned data.
+    """
+
+    name: str
+    steps: int
+    batch_size: int = 10
+    kind: str = "answers"
+    pairs: int | None = None
+    lr: float = 1.5e-3
+    muon_lr: float = 0.02
+    vision_lr: float = 0.3  # of the vision tower, as a factor, while the answers are trained
+    warmup: int = 30
+    decay: float = 0.0  # share of the steps at the end over which the rate falls to a hundredth
+    blur: float = 0.0
+    auxiliary: float = 1.0  # weight of the auxiliary losses
+    start_from: str | None = None  # another stage's weights instead of the one before
+    save_as: str | None = None  # write the model folder of this name at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A recipe: the pool, the model's size, the stages."""
+
+    size: str = "tiny"
+    seed: int = 0
+    videos: int = 7500
+    check_videos: int = 40
+    questions: int = 4  # a video
+    weight_decay: float = 0.1
+    stages: tuple[Stage, ...] = ()
+
+
+def read_pretraining(path: str | Path) -> Pretraining:
+    """Raises :class:`UserError` for a file that is not a pretraining recipe."""
+    tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a pretraining recipe; see world/recipes/pretraining.yaml")
+    stages = tuple(TreeReader(Stage, {}).read(stage) for stage in tree.pop("stages", []))
+    return Pretraining(**{**asdict(TreeReader(Pretraining, {}).read(tree)), "stages": stages})
+
+
+class Trainer:
+    """Runs the stages; everything random follows from the recipe's seed and the stage's name."""
+
+    def __init__(self, recipe: Pretraining, out: Path, workers: int | None = None) -> None:
+        self.recipe, self.out = recipe, out
+        self.processor = build_processor()
+        self.packer = Packer(self.processor)
+        self.module = Pretrainer(build_model(recipe.size, recipe.seed))
+        out.mkdir(parents=True, exist_ok=True)
+        log(f"rendering {recipe.videos} videos")
+        pool = render_pool("train", TRAIN_SEED, range(recipe.videos), workers)
+        self.pool = [example for example in pool if example.scene.questions]
+        self.checks = {
+            split: render_pool(split, CHECK_SEED, range(recipe.check_videos), workers)
+            for split in ("short", "long", "subtle")
+        }
+
+    def run(self) -> None:
+        for index, stage in enumerate(self.recipe.stages):
+            weights = self.out / f"{stage.name}.pt"
+            if not weights.exists():
+                source = stage.start_from or (self.recipe.stages[index - 1].name if index else None)
+                if source:
+                    self.module.load_state_dict(torch.load(self.out / f"{source}.pt", weights_only=True))
+                self.stage(stage, index)
+                torch.save(self.module.state_dict(), weights)
+                if stage.kind != "vision":
+                    self.check(stage.name)
+
+    def stage(self, stage: Stage, index: int) -> None:
+        rng = np.random.default_rng([self.recipe.seed, index])
+        optimizers = self.optimizers(stage)
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        stream = batches(self.pool, stage.batch_size, rng)
+        sums: dict[str, float] = {}
+        began = time.perf_counter()
+        with task(stage.name, stage.steps) as bar:
+            for step in range(1, stage.steps + 1):
+                factor = schedule(step, stage)
+                for optimizer, own in zip(optimizers, rates, strict=True):
+                    for group, rate in zip(optimizer.param_groups, own, strict=True):
+                        group["lr"] = rate * factor
+                losses = self.losses(stage, next(stream), rng)
+                weight = {**dict.fromkeys(LOSS_WEIGHTS, stage.auxiliary), "answer": 1.0}
+                total = torch.stack([LOSS_WEIGHTS[k] * weight[k] * v for k, v in losses.items()]).sum()
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                total.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                for key, value in losses.items():
+                    sums[key] = sums.get(key, 0.0) + float(value.detach())
+                if step % 50 == 0:
+                    note = " ".join(f"{k} {v / 50:.3f}" for k, v in sums.items())
+                    log(f"{stage.name} {step} {(time.perf_counter() - began) / step:.2f}s {note}")
+                    sums = {}
+                bar.advance()
+
+    def losses(
+        self, stage: Stage, examples: Sequence[Example], rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        if stage.kind == "vision":
+            frames, labels = [], []
+            for example in examples:
+                example = augment(window(example, VISION_PAIRS, rng), rng)
+                h, w = example.frames.shape[1:3]
+                frames.append(example.frames)
+                times = example.times_s.reshape(-1, 2)
+                labels.append(label_cells(example.scene, times, h // 32, w // 32, example.shift))
+            return {"objects": self.module.vision_loss(frames, np.concatenate(labels))}
+        pairs = stage.pairs
+        if pairs is not None:  # stretches of about this length, the same in a batch
+            shortest = min(len(example.times_s) // 2 for example in examples)
+            pairs = min(shortest, int(rng.integers(pairs - 1, pairs + 2)))
+            examples = [window(example, pairs, rng) for example in examples]
+        examples = [augment(example, rng) for example in examples]
+        return self.module.losses(self.packer.batch(examples, rng, self.recipe.questions, stage.blur))
+
+    def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside blocks, AdamW for embeddings, heads, biases and norms."""
+        vision_only = stage.kind == "vision"
+        factor = 1.0 if vision_only else stage.vision_lr
+        muon, adam = [], []
+        for name, p in self.module.named_parameters():
+            seeing = ".visual." in name or name.startswith("objects")
+            if vision_only and not seeing:
+                continue
+            inside = p.ndim == 2 and any(part in name for part in (".layers.", ".blocks.", "merger"))
+            scale = factor if seeing else 1.0
+            if inside:
+                muon.append({"params": [p], "lr": stage.muon_lr * scale})
+            else:
+                adam.append({"params": [p], "lr": stage.lr * scale})
+        decay = self.recipe.weight_decay
+        return [
+            Muon(_merge(muon), lr=stage.muon_lr, weight_decay=decay),
+            torch.optim.AdamW(_merge(adam), betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def check(self, name: str) -> dict[str, dict[str, float]]:
+        scores = {s: evaluate(self.module, self.packer, examples) for s, examples in self.checks.items()}
+        for split, values in scores.items():
+            log(f"{name} {split} " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
+        (self.out / f"{name}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        return scores
+
+
+def _merge(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One group a learning rate."""
+    merged: dict[float, dict[str, Any]] = {}
+    for group in groups:
+        merged.setdefault(group["lr"], {"params": [], "lr": group["lr"]})["params"].extend(group["params"])
+    return list(merged.values())
+
+
+def schedule(step: int, stage: Stage) -> float:
+    rise = min(1.0, step / stage.warmup) if stage.warmup else 1.0
+    left = (stage.steps - step) / (stage.decay * stage.steps) if stage.decay else 1.0
+    return rise * min(1.0, max(0.01, left))
