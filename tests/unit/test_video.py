@@ -217,11 +217,11 @@ def broken(folder: Path, kind: str) -> Path:
         data = write_video(path, 200, container_options={"movflags": "faststart"}).read_bytes()
         path.write_bytes(data[: len(data) // 2])
     elif kind == "corrupt":
-        data = bytearray(write_video(path, 200).read_bytes())
-        start = len(data) // 3
+        noisy = bytearray(write_video(path, 200).read_bytes())
+        start = len(noisy) // 3
         noise = np.random.default_rng(0)
-        data[start : start + 9_000 : 7] = noise.bytes(len(range(start, start + 9_000, 7)))
-        path.write_bytes(data)
+        noisy[start : start + 9_000 : 7] = noise.bytes(len(range(start, start + 9_000, 7)))
+        path.write_bytes(noisy)
     elif kind == "no-frames":
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=10)

@@ -36,7 +36,7 @@ def write_video(
     *,
     fps: float = 10.0,
     size: tuple[int, int] = (64, 192),
-    times_s: Sequence[float] | None = None,
+    times_s: Sequence[float] | np.ndarray | None = None,
     codec: str = "libx264",
     rotation: int = 0,
     codec_options: dict[str, str] | None = None,

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class ClipCache:
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
+        self._lock = threading.Lock()
         self._writable = True
         self._puts = 0
         self._bytes = 0
@@ -100,22 +102,25 @@ class ClipCache:
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
-            self._writable = False
-            logger.warning("%s: no more clips are cached here (%s)", self.folder, error.strerror)
+            with self._lock:
+                first, self._writable = self._writable, False
+            if first:
+                logger.warning("%s: no more clips are cached here (%s)", self.folder, error.strerror)
 
     def _trim(self, added_bytes: int) -> None:
-        self._bytes += added_bytes
-        self._puts += 1
-        if self._bytes <= self.max_bytes and self._puts % _RESCAN_EVERY != 1:
-            return
-        entries = []
-        for entry in self.folder.glob("*.npz"):
-            with contextlib.suppress(OSError):  # another process removed it
-                stat = entry.stat()
-                entries.append((stat.st_mtime_ns, stat.st_size, entry))
-        self._bytes = sum(size for _, size, _ in entries)
-        for _, size, entry in sorted(entries):
-            if self._bytes <= self.max_bytes:
-                break
-            entry.unlink(missing_ok=True)
-            self._bytes -= size
+        with self._lock:
+            self._bytes += added_bytes
+            self._puts += 1
+            if self._bytes <= self.max_bytes and self._puts % _RESCAN_EVERY != 1:
+                return
+            entries = []
+            for entry in self.folder.glob("*.npz"):
+                with contextlib.suppress(OSError):  # another process removed it
+                    stat = entry.stat()
+                    entries.append((stat.st_mtime_ns, stat.st_size, entry))
+            self._bytes = sum(size for _, size, _ in entries)
+            for _, size, entry in sorted(entries):
+                if self._bytes <= self.max_bytes:
+                    break
+                entry.unlink(missing_ok=True)
+                self._bytes -= size
