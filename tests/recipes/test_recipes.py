@@ -1,0 +1,83 @@
+"""Every recipe in the repository, found by itself: it reads, it is complete, and its first steps run.
+
+The steps are taken on random tiny models and two generated videos, with everything else as the recipe says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from video_opd.config import dump_recipe, load_recipe, recipe_from_dict
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl
+from video_opd.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NAMES = [path.relative_to(ROOT / "recipes").as_posix() for path in RECIPES]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny models and two videos with a few questions each."""
+    from video_opd.world.make import make_world
+    from video_opd.world.tiny import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("world")
+    for seed, name in enumerate(("base", "teacher")):
+        build_model("test", seed=seed).save_pretrained(folder / name)
+        build_processor().save_pretrained(folder / name)
+    make_world(folder, videos={"train": 1, "short": 1}, workers=1)
+    return folder
+
+
+def test_there_are_recipes():
+    assert {"tiny/video-opd.yaml", "qwen3-vl-8b/video-opd.yaml"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_it_reads_and_survives_yaml(path: Path):
+    recipe = load_recipe(path)
+    assert recipe_from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
+    changes = {
+        "model.path": world / "base",
+        "teacher.path": world / "teacher",
+        "data.train": world / "train.jsonl",
+        "data.video_root": "null",
+        "evaluate.data": f"[{world / 'short.jsonl'}]",
+        "evaluate.max_new_tokens": 4,
+        "video.max_video_tokens": 64,
+        "sampling.max_new_tokens": 4,
+        "optim.batch_size": 2,
+        "optim.micro_batch_size": 1,
+        "optim.max_steps": 2,
+        "run.dir": tmp_path / "run",
+    }
+    words = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
+    result = train(load_recipe(path, words))
+    rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["update/done"] == 1 and row["rollouts"] == 2 for row in rows)
+    assert result.model.joinpath("config.json").exists()
+    record = json.loads((tmp_path / "run" / "eval" / "student-short.json").read_text())
+    assert record["n"] > 0 and record["missing"] == 0 and record["best_constant"]["mIoU"] > 0
+
+
+def test_an_evaluation_that_could_not_be_made_is_refused_at_once(world: Path, tmp_path: Path):
+    words = [f"--model.path={world / 'base'}", f"--teacher.path={world / 'teacher'}"]
+    words += [f"--data.train={world / 'train.jsonl'}", f"--run.dir={tmp_path / 'run'}"]
+    for files, expected in (
+        (str(tmp_path / "nowhere.jsonl"), r"nowhere\.jsonl"),
+        (f"[{world / 'short.jsonl'}, other/short.jsonl]", "two files of one name"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            train(load_recipe(RECIPES[0], [*words, f"--evaluate.data={files}"]))
+    assert not (tmp_path / "run" / "model").exists()
