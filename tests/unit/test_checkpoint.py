@@ -150,7 +150,9 @@ def test_random_states_come_back():
 
 def test_a_run_folder_belongs_to_one_recipe(tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
+    folder.claim(make_recipe(tmp_path / "run", run={"dir": "x", "seed": 9}))  # which failed before a step
     folder.claim(make_recipe(tmp_path / "run"))
+    folder.metrics.write_text('{"step": 1}\n')
     folder.claim(make_recipe(tmp_path / "elsewhere"))  # the folder was moved: run.dir may differ
     with pytest.raises(UserError, match=r"run\.seed = 0, now it is 5"):
         folder.claim(make_recipe(tmp_path / "run", run={"dir": str(tmp_path), "seed": 5}))

@@ -108,7 +108,7 @@ def test_a_subset_estimates_the_share():
     before = probe.read()
     assert before.numel() == 4000
     with torch.no_grad():
-        parameters[2] += 1.0
+        parameters[2].add_(1.0)
     share, _ = probe.changed(before)
     assert abs(share - 20_000 / 30_001) < 0.03
     assert torch.equal(WeightProbe(parameters, seed=1, size=4000).read(), probe.read())

@@ -40,10 +40,10 @@ class RunFolder:
     def claim(self, recipe: Recipe) -> None:
         """Makes the folder this recipe's, or finds that it already is.
 
-        Raises :class:`UserError` naming the first key that differs when another recipe made it, and when the
-        folder cannot be written.
+        Raises :class:`UserError` naming the first key that differs when a run of another recipe is in it, and
+        when the folder cannot be written. A start that failed before its first step leaves it free.
         """
-        if self.recipe.exists():
+        if self.recipe.exists() and (self.metrics.exists() or self.model.exists()):
             self._check_same(recipe)
             return
         write_text(self.recipe, dump_recipe(recipe))
