@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.config import Recipe, load_recipe
+from video_opd.files import write_text
 from video_opd.progress import log, track
 from video_opd.types import Sample
+from video_opd.world.measure import evaluate_model, make_test_sets
 
 POOL_VIDEOS = 160  # of the training split: about 700 candidates
-TEST_VIDEOS = {"short": 40, "long": 24, "subtle": 40}
-TEST_SEED = 0
 TRAIN_SEED = 100  # + the demo's seed: other videos for every seed, never those the models were made on
 TEACHER_K, STUDENT_K = 4, 2
 MIN_TEACHER_IOU = 0.5
@@ -51,7 +51,7 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     pool = make_world(
         out / "world" / "train", videos={"train": POOL_VIDEOS}, seed=TRAIN_SEED + seed, track=track
     )
-    tests = make_world(out / "world" / "test", videos=TEST_VIDEOS, seed=TEST_SEED, track=track)
+    tests = make_test_sets(out / "world" / "test")
 
     score_pool(recipe, pool["train"], out / "scores.jsonl")
     assert recipe.optim.max_steps is not None
@@ -64,11 +64,9 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
         min_teacher_iou=MIN_TEACHER_IOU,
         out=out / "selected.jsonl",
     )
-    log(
-        f"TVDF: {summary.selected} of {summary.rows} candidates, {summary.candidates} passed the teacher gate"
-    )
+    log(f"TVDF: {summary.selected} of {summary.rows} candidates; {summary.candidates} passed the gate")
+    write_text(out / "select.json", json.dumps(summary.to_json()) + "\n")
     train(recipe)
-    (out / "select.json").write_text(json.dumps(summary.to_json()) + "\n", encoding="utf-8")
 
     models = {"base": Path(recipe.model.path), "student": out / "model", "teacher": Path(recipe.teacher.path)}
     for name, path in models.items():
@@ -123,37 +121,6 @@ def score_pool(recipe: Recipe, data: Path, out: Path) -> None:
         ),
         batch_size=32,
     )
-
-
-def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) -> None:
-    """Greedy answers and metrics of one model on one test set: ``video-opd evaluate``."""
-    from video_opd.data.annotations import read_samples
-    from video_opd.evaluation import metrics
-    from video_opd.evaluation.opened import open_model, read_access
-    from video_opd.evaluation.predict import AnswerSettings, predict
-    from video_opd.evaluation.predictions import read_predictions
-    from video_opd.evaluation.tables import evaluation_record
-
-    out.mkdir(parents=True, exist_ok=True)
-    samples, answers = read_samples(data), out / f"predictions-{name}-{split}.jsonl"
-    opened = open_model(read_access(str(model), []))
-    predict(
-        opened.policy,
-        samples,
-        opened.loader,
-        answers,
-        made_by=opened.made_by(),
-        settings=AnswerSettings(max_new_tokens=24),
-        batch_size=32,
-    )
-    predictions = read_predictions(answers)
-    record = evaluation_record(
-        metrics.evaluate(samples, predictions),
-        metrics.best_constant(samples),
-        metrics.query_swap(samples, predictions),
-    )
-    text = json.dumps({**record, "model": name, "testset": split}) + "\n"
-    (out / f"{name}-{split}.json").write_text(text, encoding="utf-8")
 
 
 def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:

@@ -13,9 +13,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from video_opd.models.vision_attention import use_batched_frames
-from video_opd.world.pretraining.examples import LOOKS, OBJECTS, STATES, patches
+from video_opd.world.pretraining.examples import patches
 from video_opd.world.pretraining.packing import Batch
-from video_opd.world.queries import FAMILIES
+from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 
 POINTER_LAYER = 2  # the decoder layer whose first two heads are taught where to look
 EVENT_LAYER = 2  # events are read from the hidden state that enters this layer
@@ -42,6 +42,28 @@ def _tapped_sdpa(module, query, key, value, attention_mask=None, **kwargs):
 AttentionInterface.register(_TAPPED, _tapped_sdpa)
 
 
+class FactoredHead(nn.Module):
+    """Logits of (colour, shape) or (colour, shape, family), from parts that are shared between classes.
+
+    Each of a few slots scores every colour, shape and family by itself; a class is as likely as the best slot
+    finds its parts together. So a red ring helps to learn both red and ring, and two events at once keep
+    their attributes apart.
+    """
+
+    def __init__(self, hidden: int, channels: int, slots: int, *, families: bool, bias: float) -> None:
+        super().__init__()
+        self.shape = (channels, slots)
+        self.parts = (len(COLOURS), len(SHAPES), len(FAMILIES) if families else 1)
+        self.linear = nn.Linear(hidden, channels * slots * sum(self.parts))
+        self.bias = nn.Parameter(torch.full((channels, slots, 1, 1, 1), bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] → logits [N, channels · colours · shapes (· families)]."""
+        colour, shape, family = self.linear(x).view(len(x), *self.shape, -1).split(self.parts, -1)
+        joint = colour[..., :, None, None] + shape[..., None, :, None] + family[..., None, None, :]
+        return torch.logsumexp(joint + self.bias, dim=2).flatten(1)
+
+
 class Pretrainer(nn.Module):
     """The model and the auxiliary heads."""
 
@@ -49,11 +71,14 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.model = model
         hidden = model.config.text_config.hidden_size
-        self.events = nn.Linear(hidden, 4 * len(LOOKS) * len(FAMILIES))
+        self.events = FactoredHead(hidden, 4, 3, families=True, bias=-6.0)
         self.clock = nn.Linear(hidden, 3 * 11)
-        self.objects = nn.Linear(hidden, OBJECTS + STATES)
-        nn.init.constant_(self.events.bias, -5.0)
-        nn.init.constant_(self.objects.bias, -4.0)
+        self.objects = nn.ModuleList(
+            [
+                FactoredHead(hidden, 2, 2, families=False, bias=-5.0),
+                FactoredHead(hidden, 1, 2, families=True, bias=-6.0),
+            ]
+        )
         use_batched_frames(model)
         # a config of its own: the name must not reach what is saved
         language = model.model.language_model
@@ -86,6 +111,10 @@ class Pretrainer(nn.Module):
         handle.remove()
         return out.last_hidden_state, kept[0], vision.pooler_output
 
+    def see(self, visual: torch.Tensor) -> torch.Tensor:
+        """Logits [N, OBJECTS + STATES] at visual tokens [N, hidden]."""
+        return torch.cat([head(visual) for head in self.objects], dim=1)
+
     def vision_loss(self, frames: list[np.ndarray], objects: np.ndarray) -> torch.Tensor:
         """Objects at visual tokens, without the decoder."""
         t, h, w, _ = frames[0].shape
@@ -93,7 +122,7 @@ class Pretrainer(nn.Module):
         grid = torch.tensor([[t // 2, h // 16, w // 16]] * len(frames))
         visual = self.model.model.visual(pixels, grid_thw=grid)
         target = torch.from_numpy(objects).float()
-        loss = F.binary_cross_entropy_with_logits(self.objects(visual.pooler_output), target, reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(self.see(visual.pooler_output), target, reduction="sum")
         return loss / (len(target) / (h // 32 * (w // 32)))
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -111,7 +140,7 @@ class Pretrainer(nn.Module):
         )
         clock = F.cross_entropy(self.clock(at_end).view(-1, 11), digits.view(-1))
         objects = F.binary_cross_entropy_with_logits(
-            self.objects(visual), batch.objects.float(), reduction="sum"
+            self.see(visual), batch.objects.float(), reduction="sum"
         ) / len(at_end)
         b, q, head, k = batch.pointers.unbind(1)
         assert TAP.query is not None and TAP.key is not None

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 import yaml
 
 from video_opd.errors import UserError
+from video_opd.files import write_text
 from video_opd.progress import log, task
 from video_opd.strict import TreeReader
+from video_opd.world.measure import evaluate_model, make_test_sets
 from video_opd.world.pretraining.auxiliary import Pretrainer
 from video_opd.world.pretraining.check import evaluate
 from video_opd.world.pretraining.examples import (
@@ -30,10 +33,12 @@ from video_opd.world.pretraining.examples import (
     render_pool,
     window,
 )
+from video_opd.world.pretraining.export import export
 from video_opd.world.pretraining.muon import Muon
 from video_opd.world.pretraining.packing import Packer
 from video_opd.world.tiny import build_model, build_processor
 
+MADE = "made.json"  # in a shipped folder: the recipe that made it, and its scores
 LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0}
 VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
 TRAIN_SEED, CHECK_SEED = 1000, 7
@@ -86,6 +91,14 @@ def read_pretraining(path: str | Path) -> Pretraining:
     return Pretraining(**{**asdict(TreeReader(Pretraining, {}).read(tree)), "stages": stages})
 
 
+def run_recipe(path: str | Path | None, out: str | Path, workers: int | None = None) -> list[Path]:
+    """Trains what the recipe lists (the shipped one when None); returns the model folders it wrote."""
+    path = path or str(resources.files("video_opd.world") / "recipes" / "pretraining.yaml")
+    recipe, out = read_pretraining(path), Path(out)
+    Trainer(recipe, out, workers).run()
+    return [out / stage.save_as for stage in recipe.stages if stage.save_as]
+
+
 class Trainer:
     """Runs the stages; everything random follows from the recipe's seed and the stage's name."""
 
@@ -114,6 +127,21 @@ class Trainer:
                 torch.save(self.module.state_dict(), weights)
                 if stage.kind != "vision":
                     self.check(stage.name)
+            if stage.save_as and not (self.out / stage.save_as / MADE).exists():
+                self.module.load_state_dict(torch.load(weights, weights_only=True))
+                self.export(stage)
+
+    def export(self, stage: Stage) -> None:
+        """Writes the stage's model folder and measures it as a user would, on files."""
+        folder = self.out / stage.save_as
+        export(self.module.model, self.processor, folder)
+        tests = make_test_sets(self.out / "world")
+        scores = {
+            split: evaluate_model(stage.save_as, folder, split, data, self.out / "eval")
+            for split, data in tests.items()
+        }
+        facts = {"stage": stage.name, "recipe": asdict(self.recipe), "scores": scores}
+        write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
 
     def stage(self, stage: Stage, index: int) -> None:
         rng = np.random.default_rng([self.recipe.seed, index])
