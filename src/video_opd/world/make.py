@@ -30,7 +30,7 @@ def frame_times(scene: Scene) -> np.ndarray:
 
     A variable-rate file spaces its frames irregularly, by 0.5 to 1.5 of the mean interval.
     """
-    count = int(round(scene.duration_s * scene.fps))
+    count = round(scene.duration_s * scene.fps)
     if not scene.variable_rate:
         times = np.arange(count) / scene.fps
     else:
@@ -59,7 +59,7 @@ def write_video(scene: Scene, path: Path) -> None:
             stream.options = {"preset": "superfast", "crf": "24", "threads": "1", "g": "48"}
             for t in frame_times(scene):
                 frame = av.VideoFrame.from_ndarray(renderer.frame(float(t)), format="rgb24")
-                frame.pts, frame.time_base = int(round(t * CLOCK_HZ)), Fraction(1, CLOCK_HZ)
+                frame.pts, frame.time_base = round(float(t) * CLOCK_HZ), Fraction(1, CLOCK_HZ)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         os.replace(temporary, path)

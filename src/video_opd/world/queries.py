@@ -32,13 +32,19 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
         "{a} appears", "{a} is visible", "{a} shows up", "{a} can be seen", "there is {a} in the scene",
         "{a} stays in view",
     ),
-    "moves left": ("{a} moves left", "{a} moves to the left", "{a} slides left", "{a} travels to the left side"),
-    "moves right": ("{a} moves right", "{a} moves to the right", "{a} slides right", "{a} travels to the right side"),
+    "moves left": (
+        "{a} moves left", "{a} moves to the left", "{a} slides left", "{a} travels to the left side",
+    ),
+    "moves right": (
+        "{a} moves right", "{a} moves to the right", "{a} slides right", "{a} travels to the right side",
+    ),
     "moves up": ("{a} moves up", "{a} rises", "{a} goes upwards", "{a} climbs to the top"),
     "moves down": ("{a} moves down", "{a} falls", "{a} goes downwards", "{a} drops to the bottom"),
     "blinks": ("{a} blinks", "{a} flashes", "{a} flickers on and off", "{a} is blinking"),
     "grows": ("{a} grows", "{a} gets bigger", "{a} becomes larger", "{a} is growing"),
-    "recolours": ("{a} turns {c}", "{a} changes colour to {c}", "{a} becomes {c}", "the colour of {a} changes to {c}"),
+    "recolours": (
+        "{a} turns {c}", "{a} changes colour to {c}", "{a} becomes {c}", "the colour of {a} changes to {c}",
+    ),
     "meets": ("{a} touches {b}", "{a} meets {b}", "{a} and {b} touch", "{a} comes next to {b}"),
 }  # fmt: skip
 

@@ -32,9 +32,9 @@ class Renderer:
 
     def frame(self, t: float) -> np.ndarray:
         """The picture at ``t`` seconds: uint8 [H, W, 3]."""
-        dy, dx = (int(round(d * t)) % _TEXTURE_PX for d in self.drift)
+        dy, dx = (round(d * t) % _TEXTURE_PX for d in self.drift)
         image = np.roll(self.texture, (dy, dx), (0, 1))[: self.height, : self.width].copy()
-        step = int(round(t * 1000))
+        step = round(t * 1000)
         image += np.roll(
             self.noise_bank[step % 4], (step * 7919 % self.height, step * 104729 % self.width), (0, 1)
         )

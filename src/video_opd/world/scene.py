@@ -47,7 +47,8 @@ STYLES = {
         event_s=(1.5, 3.5), embedded=0.5, contrast=0.5, noise=7.0, crowd=3, vfr=0.3,
     ),
     "subtle": Style(
-        duration_s=(13, 17), actors=(2, 3), spells=(1, 2), families=("blinks", "grows", "recolours", "meets", *_MOVES),
+        duration_s=(13, 17), actors=(2, 3), spells=(1, 2),
+        families=("blinks", "grows", "recolours", "meets", *_MOVES),
         event_s=(1.5, 2.5), embedded=0.9, contrast=0.4, noise=6.0, vfr=0.2,
     ),
 }  # fmt: skip
@@ -55,7 +56,7 @@ STYLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spell:
-    """An actor on screen from ``start_s`` to ``end_s``; the event, if any, from ``event_s[0]`` to ``event_s[1]``."""
+    """An actor on screen from ``start_s`` to ``end_s``; ``event_s`` is (start, end) of its event, if any."""
 
     start_s: float
     end_s: float

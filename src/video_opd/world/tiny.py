@@ -58,7 +58,7 @@ def build_processor() -> Qwen3VLProcessor:
 
 
 def build_model(size: str = "test", seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised float32 model for :func:`build_processor`'s tokens; the same for the same seed."""
+    """A randomly initialised float32 model for :func:`build_processor`'s tokens; a seed is one model."""
     import torch
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
