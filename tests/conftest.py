@@ -1,7 +1,20 @@
-"""Two processes that spin on two cores slow each other tenfold: tests run torch on one thread each."""
+"""Tests share their machine with whatever else runs on it: one thread each, and no verdict by the clock."""
 
 import os
+import sys
 
+from hypothesis import HealthCheck, settings
+
+# Two processes that spin on two cores slow each other tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Overruled by --hypothesis-profile.
+settings.register_profile("video-opd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("video-opd")
+
+
+def pytest_runtest_setup() -> None:
+    if torch := sys.modules.get("torch"):  # where a test needs it, it is imported by now
+        torch.set_num_threads(1)

@@ -119,7 +119,7 @@ SPANS = st.lists(
 
 
 @given(spans=SPANS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_written_samples_read_the_same_from_another_folder(tmp_path_factory, spans):
     folder = tmp_path_factory.mktemp("data")
     (sample,) = read_samples(data_file(folder, ROW | {"spans": spans, "duration": 80.0, "extra": "kept"}))

@@ -62,7 +62,6 @@ def test_frame_counts_equal_the_librarys_over_a_grid():
         assert plan_frames(count, fps, PAPER) == library_frames(count, fps, PAPER), (count, fps)
 
 
-@settings(deadline=None)
 @given(
     count=st.integers(2, 400_000),
     fps=st.floats(0.5, 240),
@@ -108,7 +107,7 @@ BUDGETS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(size=SIDES, duration_s=st.floats(2, 3 * 3600), fps=st.floats(1, 120), budget=BUDGETS | st.just(PAPER))
 def test_the_total_is_a_hard_bound_and_the_library_is_followed_below_it(size, duration_s, fps, budget):
     count = max(1, int(duration_s * fps))
@@ -122,7 +121,6 @@ def test_the_total_is_a_hard_bound_and_the_library_is_followed_below_it(size, du
         assert (made.n_frames, made.height_px, made.width_px) == (n_frames, *theirs)
 
 
-@settings(deadline=None)
 @given(size=SIDES, n_frames=st.integers(2, 768))
 def test_frames_are_thinned_only_when_the_smallest_size_is_too_much(size, n_frames):
     ratio = max(size) / min(size)
@@ -131,7 +129,6 @@ def test_frames_are_thinned_only_when_the_smallest_size_is_too_much(size, n_fram
         assert made.n_frames == n_frames // 2 * 2
 
 
-@settings(deadline=None)
 @given(size=SIDES, n_frames=st.integers(64, 768))
 def test_a_frame_keeps_its_shape_when_the_floor_gives_way(size, n_frames):
     height, width = plan_size(n_frames, size[0], size[1], PAPER)
@@ -150,7 +147,6 @@ def test_long_and_elongated_videos_are_thinned_evenly():
     assert gaps.max() - gaps.min() <= 1
 
 
-@settings(deadline=None)
 @given(count=st.integers(2, 400_000), n_frames=st.integers(2, 768))
 def test_frame_numbers_are_the_librarys(count, n_frames):
     import torch
@@ -160,7 +156,6 @@ def test_frame_numbers_are_the_librarys(count, n_frames):
     assert uniform_indices(count, n_frames).tolist() == theirs.tolist()
 
 
-@settings(deadline=None)
 @given(
     gaps=st.lists(st.floats(0.001, 5.0), min_size=1, max_size=60),
     n_frames=st.integers(2, 40),

@@ -156,7 +156,7 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path):
         load_recipe(tmp_path / "none.yaml")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lr=st.floats(1e-12, 1e3),
     micro=st.integers(1, 8),

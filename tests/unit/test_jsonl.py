@@ -25,7 +25,7 @@ VALUES = st.recursive(
 ROWS = st.lists(st.dictionaries(st.text(max_size=8), VALUES, max_size=4), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(first=ROWS, second=ROWS)
 def test_what_is_written_is_read_with_its_line_numbers(tmp_path_factory, first, second):
     path = tmp_path_factory.mktemp("rows") / "deep" / "rows.jsonl"
@@ -64,7 +64,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
 
 
 @given(cut=st.integers(0, 200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_cut_anywhere_then_appended_to_keeps_every_whole_row(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("cut") / "rows.jsonl"
     rows = [{"id": str(i), "text": "é" * i} for i in range(6)]

@@ -100,7 +100,7 @@ def test_no_sources_no_parts() -> None:
     assert evaluate([sample("a", (0.0, 1.0))], {}).by_source == {}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(*[st.integers(0, 30)] * 4), min_size=1, max_size=8))
 def test_recall_is_exact_at_its_thresholds(rows: list[tuple[int, int, int, int]]) -> None:
     """Tenths of a second, where float IoUs fall a rounding step beside 0.3, 0.5 and 0.7."""

@@ -84,7 +84,6 @@ def reference_bbds(scores: list[Score], k: int, count: int, fill: bool) -> tuple
 # --- deterministic samplers
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.data())
 def test_uniform_positions_are_eq_14_exactly(n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, n))
@@ -106,7 +105,6 @@ def test_eq_14_where_floats_fall_one_short() -> None:
     assert short > 0  # so the integers matter
 
 
-@settings(deadline=None)
 @given(DELTAS, st.integers(1, 45))
 def test_topk_and_dsus(deltas: list[float], k: int) -> None:
     scores = with_deltas(*deltas)
@@ -118,7 +116,7 @@ def test_topk_and_dsus(deltas: list[float], k: int) -> None:
     assert [order[rank - 1] for rank in dsus.ranks] == list(dsus.ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(DELTAS.filter(bool), st.integers(1, 45), st.sampled_from([1, 2, 4, 5, 8]), st.booleans())
 def test_bbds(deltas: list[float], k: int, buckets: int, fill: bool) -> None:
     # δ in quarters, so with 1, 2, 4 and 8 buckets many lie exactly on an edge; fifths are never on one
@@ -225,7 +223,6 @@ def test_weights_too_small_for_floats_still_give_a_full_selection() -> None:
 # --- all of them
 
 
-@settings(deadline=None)
 @given(SOME_SCORES, st.sampled_from(STRATEGIES), st.integers(1, 35), st.integers(0, 3), st.randoms())
 def test_a_selection_is_a_set_of_measured_ids_in_rank_order(
     scores: list[Score], strategy: Strategy, k: int, seed: int, random: object

@@ -24,7 +24,7 @@ def test_uniforms_never_change_between_releases() -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),

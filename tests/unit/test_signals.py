@@ -24,7 +24,7 @@ def test_eq_5_has_the_teachers_log_prob_first_and_no_gradient():
     assert not r.requires_grad
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), vocabulary=st.integers(2, 9))
 def test_reverse_kl_is_the_sum_over_the_vocabulary(seed: int, vocabulary: int):
     p, q = random_logp(2, 3, vocabulary, seed=seed), random_logp(2, 3, vocabulary, seed=seed + 1)

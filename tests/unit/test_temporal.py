@@ -32,7 +32,6 @@ def seconds(span: tuple[int, int]) -> tuple[float, float]:
     return span[0] / 100, span[1] / 100
 
 
-@settings(deadline=None)
 @given(SPAN, SPAN)
 def test_iou_counts_grid_cells(a: tuple[int, int], b: tuple[int, int]) -> None:
     cells_a, cells_b = set(range(*a)), set(range(*b))
@@ -40,7 +39,6 @@ def test_iou_counts_grid_cells(a: tuple[int, int], b: tuple[int, int]) -> None:
     assert iou(seconds(a), seconds(b)) == pytest.approx(float(expected), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(SPAN, SPAN)
 def test_iou_is_symmetric_and_one_only_for_itself(a: tuple[int, int], b: tuple[int, int]) -> None:
     assert iou(seconds(a), seconds(b)) == iou(seconds(b), seconds(a))
@@ -66,7 +64,6 @@ def test_best_iou_takes_the_best_of_several() -> None:
     assert best_iou(None, [(0.0, 1.0)]) == 0.0
 
 
-@settings(deadline=None)
 @given(SPAN, SPAN, st.integers(1, 500))
 def test_timestamp_aware_iou_is_time_r1s_product(a: tuple[int, int], b: tuple[int, int], d: int) -> None:
     cells_a, cells_b = set(range(*a)), set(range(*b))
@@ -102,7 +99,6 @@ def test_format_span_has_two_decimals() -> None:
     assert format_span((0.0, 3661.0)) == "0.00 to 3661.00"
 
 
-@settings(deadline=None)
 @given(SPAN)
 def test_a_formatted_span_is_read_back_exactly(span: tuple[int, int]) -> None:
     parsed = parse_answer(format_span(seconds(span)))
@@ -237,7 +233,7 @@ PIECES = (
 WORDS = st.sampled_from([*PIECES.split(), "\n"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(st.text(max_size=200), st.lists(WORDS, max_size=14).map(" ".join)), st.booleans())
 def test_never_raises_and_never_makes_up_a_number(text: str, thinking: bool) -> None:
     parsed = parse_answer(text, thinking=thinking)
