@@ -1,11 +1,13 @@
 """The words around a query.
 
 A style is a system instruction and a user text with ``{query}`` in it. ``paper`` is figure 7 (sec. D.7),
-word for word, with the quotation marks as printed.
+word for word, with the quotation marks as printed. ``timelens`` is what TimeLens' evaluation asks models that
+see the times of their frames, as Qwen3-VL does.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,24 @@ from video_opd.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PromptStyle:
-    """``system`` may be empty (no system message); ``user`` holds ``{query}`` once."""
+    """``system`` may be empty (no system message); ``user`` holds ``{query}`` once.
+
+    ``bare_query``: a query is a phrase inside a sentence, so its white space is collapsed and the full stops
+    around it are taken off, as TimeLens does.
+    """
 
     system: str
     user: str
+    bare_query: bool = False
 
     def __post_init__(self) -> None:
         assert self.user.count("{query}") == 1, "a style asks one question"
+
+    def ask(self, query: str) -> str:
+        """The user text for ``query``."""
+        if self.bare_query:
+            query = re.sub(r"\s+", " ", query).strip().strip(".").strip()
+        return self.user.replace("{query}", query)
 
 
 # Table 8's variant: the paper does not print its instruction, so it is the shortest that says the format.
@@ -34,6 +47,14 @@ STYLES: dict[str, PromptStyle] = {
             "the event. Provide the start and end times (in seconds, precise to two decimal places) in the "
             "format “start time to end time”. For example: “12.54 to 17.83”."
         ),
+    ),
+    "timelens": PromptStyle(
+        system="",
+        user=(
+            "Please find the visual event described by the sentence '{query}', determining its starting and "
+            "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
+        ),
+        bare_query=True,
     ),
 }
 
@@ -52,7 +73,7 @@ def build_messages(query: str, style: str = "paper", thinking: bool = False) -> 
     if style not in STYLES:
         raise UserError(f"unknown prompt style {style!r}; choose one of: {', '.join(sorted(STYLES))}")
     chosen = STYLES[style]
-    text = chosen.user.replace("{query}", query) + (THINKING_INSTRUCTION if thinking else "")
+    text = chosen.ask(query) + (THINKING_INSTRUCTION if thinking else "")
     user = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}
     if not chosen.system:
         return [user]
