@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
@@ -174,15 +175,20 @@ def test_two_processes_equal_one(tmp_path: Path):
 
 
 def test_kills_at_random_moments_leave_no_trace(undisturbed: RunResult, tmp_path: Path):
+    """Each start is killed within about two steps, so that most of them do not reach a checkpoint."""
     recipe = make_recipe(tmp_path / "run", optim={"epochs": 2})
     folder = RunFolder(tmp_path / "run")
+    run_s = sum(row["time/step_s"] for row in rows_of(undisturbed.path / "metrics.jsonl"))
     draws = random.Random(0)
+    struck = 0
     for _ in range(KILLS):
         process = start(0, 1, free_port(), recipe, Build())
-        kill_later(process, folder, draws.uniform(0.0, 3.0))
+        kill_later(process, folder, draws.uniform(0.0, 0.5 * run_s))
+        struck += process.exitcode == -signal.SIGKILL
         steps = [int(path.name.split("-")[1]) for path in folder.checkpoints.glob("step-*")]
         if steps:  # what a checkpoint stands on was reported, whole
             assert len(folder.metrics.read_bytes().splitlines()) >= max(steps)
+    assert struck > KILLS // 2  # the others came after the end
     process = start(0, 1, free_port(), recipe, Build())
     process.join()
     assert process.exitcode == 0
@@ -190,14 +196,20 @@ def test_kills_at_random_moments_leave_no_trace(undisturbed: RunResult, tmp_path
 
 
 def kill_later(process: Any, folder: RunFolder, after_s: float) -> None:
-    """Kills a run ``after_s`` seconds after it has begun in earnest, whatever it is doing then."""
+    """Kills a start ``after_s`` seconds after everything is loaded, whatever it is doing then."""
+    before = started_ns(folder)
     deadline = time.monotonic() + 120
-    while process.exitcode is None and not folder.environment.exists():
+    while process.exitcode is None and started_ns(folder) == before:
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
     time.sleep(after_s)
     process.kill()
     process.join()
+
+
+def started_ns(folder: RunFolder) -> int:
+    """Every start writes the environment just before its first step."""
+    return folder.environment.stat().st_mtime_ns if folder.environment.exists() else 0
 
 
 @pytest.mark.parametrize("damage", ["late rows", "half a row", "half a checkpoint", "no model"])

@@ -28,7 +28,7 @@ def make_recipe(run_dir: Path, **sections: dict[str, Any]) -> Recipe:
         "model": {"path": "base"},
         "teacher": {"path": "teacher"},
         "data": {"train": "train.jsonl", "workers": 0},
-        "sampling": {"max_new_tokens": 6},
+        "sampling": {"max_new_tokens": 4},
         "optim": {"lr": 1e-3, "batch_size": 4, "micro_batch_size": 2},
         "run": {"dir": str(run_dir), "trackers": [], "save_every": 2, "check": False},
     }

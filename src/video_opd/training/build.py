@@ -71,11 +71,8 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
     check_same_tokens((model, processor), (teacher_model, teacher_processor))
     freeze(model, recipe.model)
     if recipe.model.gradient_checkpointing:
-        # transformers 5.23 renamed it.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        old_name = model.gradient_checkpointing_enable  # before transformers 5.23
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
     forward_module, optimizer = accelerator.prepare(model, optimizer)
