@@ -38,7 +38,12 @@ class Method(Protocol):
     def trajectories(
         self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
     ) -> list[list[Rollout]]:
-        """A list of rollouts for each prompt of ``prefix``; ``seeds[i][j]`` decides rollout j of prompt i."""
+        """A list of rollouts for each prompt.
+
+        ``prefix`` is what ``policy.prefill`` returned, or the prompts themselves; ``samples`` are their rows.
+        ``seeds`` has a list for each prompt, and in it a non-negative integer for each rollout, as
+        ``policy.sample`` takes them: ``seeds[i][j]`` decides rollout j of prompt i, and nothing else does.
+        """
         ...
 
     def signal(self, batch: Trajectories) -> torch.Tensor:
