@@ -88,6 +88,8 @@ def test_every_command_has_an_example_that_parses() -> None:
         (["train", "no/such.yaml"], "no/such.yaml"),
         (["report", "no/such-run", "--out", "r.html"], "no/such-run"),
         (["evaluate", "--data", "no/such.jsonl", "--predictions", "p"], "no/such.jsonl"),
+        (["select", "--data=d", "--scores=s", "--k=1"], "--out --explain"),
+        (["select", "--data=d", "--scores=s", "--k=1", "--out=o"], "--strategy"),
         (["score", "--student", "a", "--out", "s"], "--teacher"),
         (["ground", "m", "no/such.mp4", "a cat"], "no/such.mp4"),
         (["world", "make", "--out", "w", "--videos", "train"], "SPLIT=N"),
@@ -180,7 +182,34 @@ def test_select_needs_no_torch(tmp_path) -> None:
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["b", "d"]
     summary = json.loads(done.stdout)
     assert (summary["selected"], summary["failed_gate"]) == (2, 1)
-    assert "4 rows → 3 candidates" in run_without_torch(*words).stdout
+    shown = run_without_torch(*words).stdout
+    assert "4 rows → 3 candidates" in shown and "+0.8 to +0.9        1       1" in shown
+
+
+def test_select_explains_what_each_gate_would_leave_and_writes_nothing(tmp_path) -> None:
+    names = [f"r{i}" for i in range(12)]
+    rows = [{"id": i, "video": "v.mp4", "query": i, "spans": [[0, 1]]} for i in names]
+    teacher = [0.05, 0.15, 0.25, 0.35, 0.45, 0.5, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0]
+    scored = [{"id": i, "teacher_iou": t, "student_iou": 0.6} for i, t in zip(names, teacher, strict=True)]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    # Rows of another data set do not count.
+    other = {"id": "other", "teacher_iou": 1.0, "student_iou": 0.0}
+    scores = write_rows(tmp_path / "s.jsonl", [*scored, other])
+    words = ("select", "--data", data, "--scores", scores, "--k", 4)
+    before = sorted(tmp_path.iterdir())
+    done = run_without_torch(*words, "--explain", "--json")
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    table = {round(row["min_teacher_iou"], 1): row for row in json.loads(done.stdout)}
+    assert [row["passed"] for row in table.values()] == [12, 11, 10, 9, 8, 7, 5, 4, 3, 2]
+    assert table[0.5]["positive"] == 5 and table[0.7]["kth_delta"] == pytest.approx(0.75 - 0.6)
+    assert table[0.8]["kth_delta"] is None
+    chosen = run_without_torch(
+        *words, "--strategy", "topk", "--min-teacher-iou", 0.5, "--out", tmp_path / "o.jsonl", "--json"
+    )
+    assert json.loads(chosen.stdout)["candidates"] == table[0.5]["passed"]
+    shown = run_without_torch(*words, "--explain").stdout.splitlines()
+    assert shown[0].split()[:2] == ["gate", "passed"] and shown[6].split()[:2] == ["0.5", "7"]
 
 
 def test_evaluate_needs_no_torch(tmp_path) -> None:

@@ -152,7 +152,13 @@ def _scored(arguments: argparse.Namespace) -> tuple[Access, Access, str, str | N
 
 
 def select(arguments: argparse.Namespace) -> None:
+    if arguments.explain:
+        _explain(arguments)
+        return
+    if arguments.strategy is None:
+        raise UserError("select --out needs a --strategy; see video-opd select --help")
     from video_opd.curriculum.samplers import SamplerSettings
+    from video_opd.curriculum.tables import print_summary
     from video_opd.curriculum.tvdf import select_file
 
     settings = SamplerSettings(
@@ -176,10 +182,19 @@ def select(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(summary.to_json())
     else:
-        from video_opd.curriculum.tables import print_summary
-
         print_summary(summary)
     log(f"wrote {arguments.out}")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from video_opd.curriculum.tables import print_explanation
+    from video_opd.curriculum.tvdf import explain_file
+
+    table = explain_file(arguments.data, arguments.scores, arguments.k)
+    if arguments.json:
+        print_json([row.to_json() for row in table])
+    else:
+        print_explanation(table, arguments.k)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

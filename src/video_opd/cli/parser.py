@@ -167,9 +167,13 @@ def _select(commands: Any) -> None:
     )
     parser.add_argument("--data", required=True, metavar="D.jsonl", help="the candidates")
     parser.add_argument("--scores", required=True, metavar="S.jsonl", help="made by video-opd score")
-    parser.add_argument("--strategy", required=True, choices=STRATEGIES)
+    parser.add_argument("--strategy", choices=STRATEGIES, help="needed with --out")
     parser.add_argument("--k", required=True, type=_positive, metavar="N", help="rows to choose")
-    parser.add_argument("--out", required=True, metavar="OUT.jsonl", help="the chosen data rows")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="OUT.jsonl", help="the chosen data rows")
+    target.add_argument(
+        "--explain", action="store_true", help="choose nothing: show what each gate would leave"
+    )
     parser.add_argument("--rank-by", choices=("iou_gap", "reverse_kl"), default="iou_gap", help="%(default)s")
     parser.add_argument("--min-teacher-iou", type=float, metavar="X", help="the gate; default: 0.5, or none")
     parser.add_argument("--buckets", type=_positive, default=5, metavar="N", help="of bbds; default: 5")

@@ -250,6 +250,18 @@ class ThresholdRow:
     positive: int  # of those, with δ > 0: something to learn
     kth_delta: float  # δ of the k-th of them; NaN where there are fewer
 
+    def to_json(self) -> dict[str, float | None]:
+        return {key: None if math.isnan(value) else value for key, value in asdict(self).items()}
+
+
+def explain_file(data: str | Path, scores: str | Path, k: int) -> list[ThresholdRow]:
+    """:func:`explain` for the annotated rows of a data file.
+
+    Raises :class:`UserError` for what is wrong in the files.
+    """
+    rows, known = _read_rows(data), read_scores(scores)
+    return explain((known[i] for i, row in rows.items() if i in known and row.get("spans")), k)
+
 
 def explain(scores: Iterable[Score], k: int) -> list[ThresholdRow]:
     """One row for each threshold 0.0, 0.1 … 0.9 over the scores with a finite δ."""
