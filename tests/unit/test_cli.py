@@ -93,6 +93,7 @@ def test_every_command_has_an_example_that_parses() -> None:
         (["score", "--student", "a", "--out", "s"], "--teacher"),
         (["ground", "m", "no/such.mp4", "a cat"], "no/such.mp4"),
         (["world", "make", "--out", "w", "--videos", "train"], "SPLIT=N"),
+        (["world", "train", "--recipe", "no/such.yaml"], "no/such.yaml"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(words, names, capsys, tmp_path, monkeypatch) -> None:
@@ -271,6 +272,26 @@ def test_world_make_prints_the_files_that_it_wrote(tmp_path, capsys) -> None:
     assert rows and all((tmp_path / "w" / row["video"]).exists() for row in rows)
     assert main(["world", "make", "--out", str(tmp_path / "w"), "--videos", "shrt=1"]) == 2
     assert "shrt" in capsys.readouterr().err
+
+
+def test_world_train_prints_the_folders_of_its_models(tmp_path, capsys, monkeypatch) -> None:
+    asked = []
+
+    def run_recipe(path: str | None, out: str, workers: int | None) -> list[Path]:
+        asked.append((path, out, workers))
+        return [Path(out) / "tiny-base", Path(out) / "tiny-teacher"]
+
+    monkeypatch.setattr("video_opd.world.pretraining.stages.run_recipe", run_recipe)
+    assert main(["world", "train", "--out", "made"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["made/tiny-base", "made/tiny-teacher"]
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("stages: []\n")
+    assert main(["world", "train", "--recipe", str(recipe), "--workers", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        "runs/world-models/tiny-base",
+        "runs/world-models/tiny-teacher",
+    ]
+    assert asked == [(None, "made", None), (str(recipe), "runs/world-models", 3)]
 
 
 # --- commands with a model ---------------------------------------------------------------------------

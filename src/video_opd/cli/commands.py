@@ -351,6 +351,19 @@ def world_make(arguments: argparse.Namespace) -> None:
         print(f"{split}: {path}")
 
 
+def world_train(arguments: argparse.Namespace) -> None:
+    if arguments.recipe and not Path(arguments.recipe).is_file():
+        raise UserError(f"{arguments.recipe}: no such file; name a YAML file, or leave --recipe out")
+    from video_opd.world.pretraining.stages import run_recipe
+
+    folders = run_recipe(arguments.recipe, arguments.out, arguments.workers)
+    if arguments.json:
+        print_json([str(folder) for folder in folders])
+        return
+    for folder in folders:
+        print(folder)
+
+
 def print_json(record: Any) -> None:
     print(_json(record))
 
