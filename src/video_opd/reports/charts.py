@@ -92,13 +92,14 @@ class Scale:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round values that cover [low, high]; the ends may lie outside of it."""
-    if not high > low:
-        low, high = (low - 0.5, high + 0.5) if low == high else (0.0, 1.0)
+    if not high - low > 1e-12 * max(abs(low), abs(high), 1e-280):  # a point, but for rounding
+        low, high = (low - 0.5, high + 0.5) if high >= low else (0.0, 1.0)
     rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
+    exponent = math.floor(math.log10(rough))
+    power = 10.0**exponent
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step, 2 - exponent) for i in range(first, last + 1)]
 
 
 def number(value: float) -> str:
