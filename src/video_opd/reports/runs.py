@@ -38,17 +38,18 @@ class Evaluation:
     @property
     def best_constant(self) -> float | None:
         """mIoU in percent of the best answer that ignores the video."""
-        value = self.record.get("best_constant")
-        if isinstance(value, Mapping):
-            value = value.get("mIoU")
-        return float(value) if isinstance(value, int | float) else None
+        return self._control("best_constant", "mIoU")
 
     @property
     def query_swap(self) -> float | None:
         """Percent of answers that are nearer to their own event than to the other query's (chance: 50)."""
-        value = self.record.get("query_swap")
+        return self._control("query_swap", "share")
+
+    def _control(self, name: str, figure: str) -> float | None:
+        """A figure of a control: written plainly or inside its record."""
+        value = self.record.get(name)
         if isinstance(value, Mapping):
-            value = value.get("share")
+            value = value.get(figure)
         return float(value) if isinstance(value, int | float) else None
 
 
