@@ -74,7 +74,9 @@ def test_no_two_questions_of_a_video_ask_the_same_thing_with_other_answers():
 @pytest.mark.parametrize("split", TEST_SPLITS)
 def test_best_constant_answer_stays_below_a_quarter(split):
     """Brute force over constant answers relative to the duration, with its own arithmetic."""
-    truth = np.array([(q.span[0] / s.duration_s, q.span[1] / s.duration_s) for s in scenes(split, 60) for q in s.questions])
+    truth = np.array(
+        [(q.span[0] / s.duration_s, q.span[1] / s.duration_s) for s in scenes(split, 60) for q in s.questions]
+    )
     best = 0.0
     for a in np.arange(0, 1, 0.04):
         for b in np.arange(a + 0.04, 1.001, 0.04):
@@ -98,12 +100,22 @@ def find(split: str, family: str, bare: bool) -> tuple[Scene, int]:
 
 @pytest.mark.parametrize(
     ("split", "family", "bare"),
-    [("short", "appears", True), ("short", "moves left", True), ("subtle", "recolours", False), ("subtle", "grows", False), ("short", "blinks", True)],
+    [
+        ("short", "appears", True),
+        ("short", "moves left", True),
+        ("subtle", "recolours", False),
+        ("subtle", "grows", False),
+        ("short", "blinks", True),
+    ],
 )
 def test_pixels_change_exactly_at_the_labelled_times(split, family, bare):
     scene, index = find(split, family, bare)
     spell = scene.actors[0].spells[0]
-    q = next(q for q in compose(scene.split, scene.seed, scene.index).questions if q.actor == index and q.family == family)
+    q = next(
+        q
+        for q in compose(scene.split, scene.seed, scene.index).questions
+        if q.actor == index and q.family == family
+    )
     assert q.span == spell.event_s
     renderer = Renderer(scene)
     idle = renderer.frame(spell.start_s + 1e-3) if not bare else renderer.frame(0.0)

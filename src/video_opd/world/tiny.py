@@ -77,7 +77,7 @@ def build_model(size: str = "test", seed: int = 0) -> Qwen3VLForConditionalGener
             "max_position_embeddings": 32768,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10000.0,
+                "rope_theta": 1000000.0,
                 "mrope_section": list(s.mrope_section),
                 "mrope_interleaved": True,
             },

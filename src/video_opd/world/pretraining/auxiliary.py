@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from video_opd.models.vision_attention import use_batched_frames
-from video_opd.world.pretraining.examples import patches
+from video_opd.world.pretraining.examples import OBJECTS, STATES, patches
 from video_opd.world.pretraining.packing import Batch
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 
@@ -42,26 +42,34 @@ def _tapped_sdpa(module, query, key, value, attention_mask=None, **kwargs):
 AttentionInterface.register(_TAPPED, _tapped_sdpa)
 
 
-class FactoredHead(nn.Module):
-    """Logits of (colour, shape) or (colour, shape, family), from parts that are shared between classes.
+class EventHead(nn.Module):
+    """What a frame pair shows and what a query asks for, read with the same vectors.
 
-    Each of a few slots scores every colour, shape and family by itself; a class is as likely as the best slot
-    finds its parts together. So a red ring helps to learn both red and ring, and two events at once keep
-    their attributes apart.
+    For each channel (active in the first frame, in the second, begins, ends) every colour, shape and family
+    has one vector; an event is as likely as its parts are together. A query is read with the vectors of
+    "begins" where the start is about to be written, of "ends" for the end. So both sides of the look-up speak
+    one code, and an attention head finds the pair by plain similarity.
     """
 
-    def __init__(self, hidden: int, channels: int, slots: int, *, families: bool, bias: float) -> None:
-        super().__init__()
-        self.shape = (channels, slots)
-        self.parts = (len(COLOURS), len(SHAPES), len(FAMILIES) if families else 1)
-        self.linear = nn.Linear(hidden, channels * slots * sum(self.parts))
-        self.bias = nn.Parameter(torch.full((channels, slots, 1, 1, 1), bias))
+    CHANNELS = 4
+    PARTS = (len(COLOURS), len(SHAPES), len(FAMILIES))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] → logits [N, channels · colours · shapes (· families)]."""
-        colour, shape, family = self.linear(x).view(len(x), *self.shape, -1).split(self.parts, -1)
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(self.CHANNELS, sum(self.PARTS), hidden) * hidden**-0.5)
+        self.bias = nn.Parameter(torch.full((self.CHANNELS, 1, 1, 1), -6.0))
+
+    def scores(self, x: torch.Tensor, channels: torch.Tensor | slice) -> tuple[torch.Tensor, ...]:
+        """[N, hidden] → scores of colours, shapes, families: [N, channels, ·], or [N, ·] for N channels."""
+        x = F.rms_norm(x, x.shape[-1:])
+        equation = "nd,cpd->ncp" if isinstance(channels, slice) else "nd,npd->np"
+        return torch.einsum(equation, x, self.vectors[channels]).split(self.PARTS, -1)
+
+    def events(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, hidden] → logits [N, channels · looks · families]."""
+        colour, shape, family = self.scores(x, slice(None))
         joint = colour[..., :, None, None] + shape[..., None, :, None] + family[..., None, None, :]
-        return torch.logsumexp(joint + self.bias, dim=2).flatten(1)
+        return (joint + self.bias).flatten(1)
 
 
 class Pretrainer(nn.Module):
@@ -71,14 +79,14 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.model = model
         hidden = model.config.text_config.hidden_size
-        self.events = FactoredHead(hidden, 4, 3, families=True, bias=-6.0)
+        self.events = EventHead(hidden)
         self.clock = nn.Linear(hidden, 3 * 11)
-        self.objects = nn.ModuleList(
-            [
-                FactoredHead(hidden, 2, 2, families=False, bias=-5.0),
-                FactoredHead(hidden, 1, 2, families=True, bias=-6.0),
-            ]
-        )
+        self.objects = nn.Linear(hidden, OBJECTS + STATES)
+        nn.init.constant_(self.objects.bias, -4.0)
+        attention = model.model.language_model.layers[POINTER_LAYER].self_attn
+        with torch.no_grad():  # plain similarity to begin with
+            keys = attention.k_proj.weight
+            keys.copy_(attention.q_proj.weight[: len(keys)])
         use_batched_frames(model)
         # a config of its own: the name must not reach what is saved
         language = model.model.language_model
@@ -111,10 +119,6 @@ class Pretrainer(nn.Module):
         handle.remove()
         return out.last_hidden_state, kept[0], vision.pooler_output
 
-    def see(self, visual: torch.Tensor) -> torch.Tensor:
-        """Logits [N, OBJECTS + STATES] at visual tokens [N, hidden]."""
-        return torch.cat([head(visual) for head in self.objects], dim=1)
-
     def vision_loss(self, frames: list[np.ndarray], objects: np.ndarray) -> torch.Tensor:
         """Objects at visual tokens, without the decoder."""
         t, h, w, _ = frames[0].shape
@@ -122,7 +126,7 @@ class Pretrainer(nn.Module):
         grid = torch.tensor([[t // 2, h // 16, w // 16]] * len(frames))
         visual = self.model.model.visual(pixels, grid_thw=grid)
         target = torch.from_numpy(objects).float()
-        loss = F.binary_cross_entropy_with_logits(self.see(visual.pooler_output), target, reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(self.objects(visual.pooler_output), target, reduction="sum")
         return loss / (len(target) / (h // 32 * (w // 32)))
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -132,7 +136,7 @@ class Pretrainer(nn.Module):
         answer = F.cross_entropy(logits.float(), batch.targets[wanted])
         at_end = middle[batch.ends[:, 0], batch.ends[:, 1]]
         events = F.binary_cross_entropy_with_logits(
-            self.events(at_end), batch.events.flatten(1).float(), reduction="sum"
+            self.events.events(at_end), batch.events.flatten(1).float(), reduction="sum"
         ) / len(at_end)
         tenths = (batch.pair_times * 10).round().long()  # the tie at .05 is noise
         digits = torch.stack(
@@ -140,7 +144,7 @@ class Pretrainer(nn.Module):
         )
         clock = F.cross_entropy(self.clock(at_end).view(-1, 11), digits.view(-1))
         objects = F.binary_cross_entropy_with_logits(
-            self.see(visual), batch.objects.float(), reduction="sum"
+            self.objects(visual), batch.objects.float(), reduction="sum"
         ) / len(at_end)
         b, q, head, k = batch.pointers.unbind(1)
         assert TAP.query is not None and TAP.key is not None
@@ -150,5 +154,14 @@ class Pretrainer(nn.Module):
         scores = torch.einsum("md,mld->ml", queries, keys) * queries.shape[-1] ** -0.5
         scores = scores.masked_fill(~batch.mask[b, 0, q], float("-inf"))
         pointer = F.cross_entropy(scores, k)
+        asked = self.events.scores(middle[b, q], 2 + head)
+        query = torch.stack([F.cross_entropy(part, batch.about[:, i]) for i, part in enumerate(asked)]).sum()
         TAP.query = TAP.key = None
-        return {"answer": answer, "events": events, "clock": clock, "objects": objects, "pointer": pointer}
+        return {
+            "answer": answer,
+            "events": events,
+            "clock": clock,
+            "objects": objects,
+            "pointer": pointer,
+            "query": query,
+        }

@@ -85,7 +85,7 @@ def window(example: Example, pairs: int, rng: np.random.Generator) -> Example:
 
 def sampled_times(scene: Scene, fps: float = 2.0) -> np.ndarray:
     """The times at which the budget samples this scene's file (constant rate)."""
-    total = int(round(scene.duration_s * scene.fps))
+    total = round(scene.duration_s * scene.fps)
     n = max(4, int(total / scene.fps * fps) // 2 * 2)
     return np.linspace(0, total - 1, n).round() / scene.fps
 
@@ -114,7 +114,7 @@ def _render(args: tuple[str, int, int]) -> Example:
     return render_example(*args)
 
 
-def render_pool(split: str, seed: int, indices: Sequence[int], workers: int = 2) -> list[Example]:
+def render_pool(split: str, seed: int, indices: Sequence[int], workers: int | None = None) -> list[Example]:
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_render, [(split, seed, i) for i in indices], chunksize=16))
 

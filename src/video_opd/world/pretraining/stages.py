@@ -24,7 +24,7 @@ from video_opd.progress import log, task
 from video_opd.strict import TreeReader
 from video_opd.world.measure import evaluate_model, make_test_sets
 from video_opd.world.pretraining.auxiliary import Pretrainer
-from video_opd.world.pretraining.check import evaluate
+from video_opd.world.pretraining.check import check
 from video_opd.world.pretraining.examples import (
     Example,
     augment,
@@ -39,7 +39,7 @@ from video_opd.world.pretraining.packing import Packer
 from video_opd.world.tiny import build_model, build_processor
 
 MADE = "made.json"  # in a shipped folder: the recipe that made it, and its scores
-LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0}
+LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
 VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
 TRAIN_SEED, CHECK_SEED = 1000, 7
 
@@ -49,8 +49,8 @@ class Stage:
     """One stretch of training.
 
     ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
-    tower alone, on what is where. ``blur`` is the standard deviation of the noise on the annotated boundaries, in
-    units of the event's length: loose labels, as those of weakly aligned data.
+    tower alone, on what is where. ``blur`` is the standard deviation of the noise on the annotated
+    boundaries, in units of the event's length: loose labels, as those of weakly aligned data.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Trainer:
         self.recipe, self.out = recipe, out
         self.processor = build_processor()
         self.packer = Packer(self.processor)
+        torch.manual_seed(recipe.seed)  # of the auxiliary heads
         self.module = Pretrainer(build_model(recipe.size, recipe.seed))
         out.mkdir(parents=True, exist_ok=True)
         log(f"rendering {recipe.videos} videos")
@@ -129,18 +130,18 @@ class Trainer:
                     self.check(stage.name)
             if stage.save_as and not (self.out / stage.save_as / MADE).exists():
                 self.module.load_state_dict(torch.load(weights, weights_only=True))
-                self.export(stage)
+                self.export(stage.name, stage.save_as)
 
-    def export(self, stage: Stage) -> None:
+    def export(self, stage: str, name: str) -> None:
         """Writes the stage's model folder and measures it as a user would, on files."""
-        folder = self.out / stage.save_as
+        folder = self.out / name
         export(self.module.model, self.processor, folder)
         tests = make_test_sets(self.out / "world")
         scores = {
-            split: evaluate_model(stage.save_as, folder, split, data, self.out / "eval")
+            split: evaluate_model(name, folder, split, data, self.out / "eval")
             for split, data in tests.items()
         }
-        facts = {"stage": stage.name, "recipe": asdict(self.recipe), "scores": scores}
+        facts = {"stage": stage, "recipe": asdict(self.recipe), "scores": scores}
         write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
 
     def stage(self, stage: Stage, index: int) -> None:
@@ -216,9 +217,9 @@ class Trainer:
         ]
 
     def check(self, name: str) -> dict[str, dict[str, float]]:
-        scores = {s: evaluate(self.module, self.packer, examples) for s, examples in self.checks.items()}
+        scores = {split: check(self.module, self.packer, examples) for split, examples in self.checks.items()}
         for split, values in scores.items():
-            log(f"{name} {split} " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            log(f"{name} {split} " + " ".join(f"{k} {v:.1f}" for k, v in values.items()))
         (self.out / f"{name}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         return scores
 
