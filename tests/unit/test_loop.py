@@ -249,7 +249,7 @@ class Watched(Build):
             self.sampled.append((prefix.prompts, [[r.token_ids for r in group] for group in groups]))
             return groups
 
-        self.parts.policy.sample = watched
+        self.parts.policy.sample = watched  # type: ignore[method-assign,assignment]
         return self.parts
 
 
@@ -264,8 +264,10 @@ def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
     )
     ((prompts, responses),) = build.sampled
     student = build.parts.policy.logprobs(prompts, responses, full=True)
+    assert build.parts.teacher is not None
     teacher = build.parts.teacher.logprobs(prompts, responses, full=True)
-    p, q = (scores.full_BTV[student.mask_BT].double() for scores in (student, teacher))
+    assert student.full_BTV is not None and teacher.full_BTV is not None
+    p, q = (full[student.mask_BT].double() for full in (student.full_BTV, teacher.full_BTV))
     after = (p.exp() * (p - q)).sum(-1).mean().item()
     before = result.metrics["reverse_kl/analytic"]
     assert after < before - 3e-3  # of 0.807 nats: one step, by 0.006
@@ -326,7 +328,7 @@ class Spoilt(Build):
         def moving(*args: Any, **kwargs: Any) -> Any:
             rollouts = sample(*args, **kwargs)
             with torch.no_grad():
-                parts.model.lm_head.weight.mul_(1.05)
+                parts.model.get_parameter("lm_head.weight").mul_(1.05)
             return rollouts
 
         def nan(*args: Any, **kwargs: Any) -> Any:
@@ -336,9 +338,9 @@ class Spoilt(Build):
             return scores
 
         if self.what == "moves":
-            parts.policy.sample = moving
+            parts.policy.sample = moving  # type: ignore[method-assign]
         else:
-            parts.policy.logprobs = nan
+            parts.policy.logprobs = nan  # type: ignore[method-assign]
         return parts
 
 
