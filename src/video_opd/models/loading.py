@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,15 @@ def load_model(
     if config.model_type != "qwen3_vl":
         raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with 'qwen3_vl' checkpoints")
     processor = _load_processor(path)
-    model, report = _read(
-        path,
-        "the weights",
-        Qwen3VLForConditionalGeneration.from_pretrained,
-        dtype=DTYPES[dtype],
-        attn_implementation=attn,
-        output_loading_info=True,
-    )
+    with no_library_bars():
+        model, report = _read(
+            path,
+            "the weights",
+            Qwen3VLForConditionalGeneration.from_pretrained,
+            dtype=DTYPES[dtype],
+            attn_implementation=attn,
+            output_loading_info=True,
+        )
     if lost := sorted(report["missing_keys"]):
         raise UserError(f"{path}: {len(lost)} weights are missing, first {lost[0]!r}; save it again")
     use_batched_frames(model)
@@ -179,3 +181,17 @@ def _usable_device(device: str | torch.device) -> torch.device:
             f"device {device!s} cannot be used here; choose 'cpu' or an accelerator of this machine"
         ) from error
     return target
+
+
+@contextlib.contextmanager
+def no_library_bars() -> Iterator[None]:
+    """transformers draws a bar for every checkpoint that it reads or writes: it would cut through ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

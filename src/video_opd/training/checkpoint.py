@@ -23,6 +23,7 @@ import torch
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.evaluation.opened import MODEL_FACTS
+from video_opd.models.loading import no_library_bars
 
 if TYPE_CHECKING:
     pass
@@ -121,26 +122,12 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _fill_model_folder(model: Any, processor: Any, folder: Path, recipe: Recipe) -> None:
-    with _no_library_bars():
+    with no_library_bars():
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
     video = {name: value for name, value in asdict(recipe.video).items() if name != "backend"}
     facts = {"method": recipe.method, "video": video, "prompt": asdict(recipe.prompt)}
     (folder / MODEL_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _no_library_bars() -> Iterator[None]:
-    """A bar of transformers' for each checkpoint would cut through ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

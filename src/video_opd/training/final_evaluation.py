@@ -14,9 +14,10 @@ from video_opd.evaluation.predict import AnswerSettings, predict
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.resume import model_fingerprint
 from video_opd.evaluation.tables import evaluation_record
+from video_opd.files import write_text
 from video_opd.progress import log
 from video_opd.training.build import Parts
-from video_opd.training.run_folder import RunFolder, write_text
+from video_opd.training.run_folder import RunFolder
 
 
 def check_evaluation_files(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
+from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
@@ -30,7 +31,7 @@ from video_opd.training.build import Parts, build_parts
 from video_opd.training.checks import check_first_prompts
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
-from video_opd.training.run_folder import RunFolder, write_text
+from video_opd.training.run_folder import RunFolder
 from video_opd.training.step import Stepper, StepResult
 from video_opd.training.weights import WeightProbe
 

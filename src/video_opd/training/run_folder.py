@@ -17,6 +17,7 @@ import yaml
 import video_opd
 from video_opd.config import Recipe, dump_recipe
 from video_opd.errors import UserError
+from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.strict import flatten, to_dict
 
@@ -95,19 +96,6 @@ class RunFolder:
             **facts,
         }
         write_text(self.environment, json.dumps(environment, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file atomically; :class:`UserError` when that cannot be done."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another run.dir"
-        ) from error
 
 
 def _versions() -> Iterator[tuple[str, str]]:
