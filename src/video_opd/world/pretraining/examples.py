@@ -142,15 +142,13 @@ def reword(scene: Scene, index: int, rng: np.random.Generator) -> str:
 
 
 def blur(
-    span: tuple[float, float], duration: float, jitter: float, rng: np.random.Generator
+    span: tuple[float, float], duration: float, looseness: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Loose boundaries, as in weakly aligned data."""
+    """Loose boundaries, as in weakly aligned data: each is up to ``2·looseness`` event lengths too far out."""
     length = span[1] - span[0]
-    s, e = span[0] + rng.normal(0, jitter * length), span[1] + rng.normal(0, jitter * length)
-    s, e = np.clip(s, 0, duration), np.clip(e, 0, duration)
-    if e - s < 0.5:
-        return span
-    return round(float(s) * 2) / 2, round(float(e) * 2) / 2
+    before, after = rng.uniform(0, 2 * looseness * length, size=2)
+    start, end = max(0.0, span[0] - before), min(duration, span[1] + after)
+    return round(start / GRID_S) * GRID_S, round(end / GRID_S) * GRID_S
 
 
 def label_events(scene: Scene, pair_times: np.ndarray) -> np.ndarray:

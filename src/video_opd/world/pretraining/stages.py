@@ -49,8 +49,8 @@ class Stage:
     """One stretch of training.
 
     ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
-    tower alone, on what is where. ``blur`` is the standard deviation of the noise on the annotated
-    boundaries, in units of the event's length: loose labels, as those of weakly aligned data.
+    tower alone, on what is where. ``blur`` loosens the annotated boundaries: the mean distance
+    by which they are too far out, in event lengths, as in weakly aligned data.
     """
 
     name: str
