@@ -57,12 +57,16 @@ def read_model_facts(path: str | Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
-    """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``."""
+    """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``.
+
+    ``cache_dir`` keeps decoded clips, for whoever shows the same videos to several models.
+    """
 
     access: Access
     policy: HFPolicy
     encoder: PromptEncoder
     budget: VideoBudget
+    cache_dir: Path | None = None
 
     def made_by(self) -> dict[str, Any]:
         """Everything about the model that its answers depend on."""
@@ -90,6 +94,7 @@ class Loading(contextlib.AbstractContextManager["Loading"]):
             model.budget,
             max_failed_share=1.0,  # whoever evaluates is told what is missing, and gets the rest
             backend=model.access.video.backend,
+            cache_dir=model.cache_dir,
         )
 
     def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
@@ -101,7 +106,7 @@ class Loading(contextlib.AbstractContextManager["Loading"]):
         return None
 
 
-def open_model(access: Access, device: str | None = None) -> OpenModel:
+def open_model(access: Access, device: str | None = None, cache_dir: str | Path | None = None) -> OpenModel:
     """Loads the checkpoint ``access.model.path``. Raises UserError when it is not one."""
     import torch
 
@@ -117,6 +122,7 @@ def open_model(access: Access, device: str | None = None) -> OpenModel:
         policy=HFPolicy(model, processor, access.model.engine),
         encoder=PromptEncoder(processor, access.prompt),
         budget=budget_of(access.video),
+        cache_dir=None if cache_dir is None else Path(cache_dir),
     )
 
 

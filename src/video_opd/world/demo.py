@@ -82,6 +82,7 @@ def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
         "model.path": shipped("tiny-base"),
         "teacher.path": shipped("tiny-teacher"),
         "data.train": out / "selected.jsonl",
+        "data.cache_dir": out / "clips",
         "run.dir": out,
         "run.seed": seed,
     }
@@ -99,7 +100,8 @@ def score_pool(recipe: Recipe, data: Path, out: Path) -> None:
 
     def opened(path: str):
         model = recipe.model.__class__(path=path, engine=recipe.model.engine)
-        return open_model(Access(model=model, video=recipe.video, prompt=recipe.prompt))
+        access = Access(model=model, video=recipe.video, prompt=recipe.prompt)
+        return open_model(access, cache_dir=recipe.data.cache_dir)
 
     student, teacher = opened(recipe.model.path), opened(recipe.teacher.path)
     score(

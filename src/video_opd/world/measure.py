@@ -32,7 +32,7 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
 
     out.mkdir(parents=True, exist_ok=True)
     samples, answers = read_samples(data), out / f"predictions-{name}-{split}.jsonl"
-    opened = open_model(read_access(str(model), []))
+    opened = open_model(read_access(str(model), []), cache_dir=out.parent / "clips")
     predict(
         opened.policy,
         samples,

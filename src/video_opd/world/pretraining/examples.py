@@ -144,7 +144,7 @@ def reword(scene: Scene, index: int, rng: np.random.Generator) -> str:
 def blur(
     span: tuple[float, float], duration: float, looseness: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Loose boundaries, as in weakly aligned data: each is up to ``2·looseness`` event lengths too far out."""
+    """Loose boundaries, as in weakly aligned data: each up to ``2·looseness`` event lengths too far out."""
     length = span[1] - span[0]
     before, after = rng.uniform(0, 2 * looseness * length, size=2)
     start, end = max(0.0, span[0] - before), min(duration, span[1] + after)
