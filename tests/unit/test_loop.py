@@ -260,7 +260,7 @@ def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
         tmp_path / "run",
         build,
         optim={"max_steps": 1, "lr": 1e-3, "micro_batch_size": 4},
-        sampling={"rollouts": 16, "max_new_tokens": 3},
+        sampling={"rollouts": 128, "max_new_tokens": 3},  # enough for the sample's noise to be small
     )
     ((prompts, responses),) = build.sampled
     student = build.parts.policy.logprobs(prompts, responses, full=True)
@@ -270,7 +270,7 @@ def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
     p, q = (full[student.mask_BT].double() for full in (student.full_BTV, teacher.full_BTV))
     after = (p.exp() * (p - q)).sum(-1).mean().item()
     before = result.metrics["reverse_kl/analytic"]
-    assert after < before - 3e-3  # of 0.807 nats: one step, by 0.006
+    assert after < before - 3e-3  # of 0.80 nats: one step, by 0.019
 
 
 def test_a_student_that_is_its_own_teacher_stays_where_it_is(tmp_path: Path):
