@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video_opd.algorithms.signals import entropy, reverse_kl, sampled_reverse_kl
+from video_opd.algorithms.signals import entropy, forward_kl, reverse_kl, sampled_reverse_kl
 
 
 def random_logp(*shape: int, seed: int) -> torch.Tensor:
@@ -76,3 +76,27 @@ def test_entropy_is_that_of_torch():
     assert torch.allclose(entropy(p), torch.distributions.Categorical(logits=p).entropy())
     uniform = torch.full((1, 1, 8), math.log(1 / 8))
     assert math.isclose(float(entropy(uniform)), math.log(8), rel_tol=1e-6)
+
+
+def test_forbidden_tokens_may_be_written_differently_by_the_two_models():
+    """−inf in one and a large negative number in the other: probability 0 in both."""
+    p, q = torch.tensor([[[0.0, -1e30, -math.inf]]]), torch.tensor([[[0.0, -math.inf, -1e30]]])
+    p.requires_grad_(True)
+    kl = reverse_kl(p, q)
+    kl.sum().backward()
+    assert kl.item() == 0.0 and p.grad is not None
+    assert p.grad.tolist() == [[[1.0, 0.0, 0.0]]]  # d(p log p) at p = 1
+    assert forward_kl(p, q).item() == 0.0
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), vocabulary=st.integers(2, 9))
+def test_forward_kl_is_weighed_by_the_teacher(seed: int, vocabulary: int):
+    p, q = random_logp(2, 3, vocabulary, seed=seed), random_logp(2, 3, vocabulary, seed=seed + 1)
+    measured = forward_kl(p, q)
+    for b in range(2):
+        for t in range(3):
+            by_hand = math.fsum(
+                math.exp(y) * (y - x) for x, y in zip(p[b, t].tolist(), q[b, t].tolist(), strict=True)
+            )
+            assert math.isclose(measured[b, t].item(), by_hand, rel_tol=1e-10, abs_tol=1e-12)

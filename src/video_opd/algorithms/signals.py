@@ -33,15 +33,23 @@ def sampled_reverse_kl(teacher_BT: torch.Tensor, old_BT: torch.Tensor) -> torch.
 def reverse_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.Tensor:
     """Σ_v p(v) log(p(v)/q(v)) at every position, [B, T], for log-probabilities p (student) and q (teacher).
 
-    Tokens that the student cannot write (log p = −inf, such as vision placeholders) add 0, also where the
-    teacher cannot write them either.
+    Tokens that the student cannot write (such as vision placeholders: log p is −inf, or so low that p is 0)
+    add 0, also where the teacher cannot write them either.
     """
     assert student_BTV.shape == teacher_BTV.shape, (student_BTV.shape, teacher_BTV.shape)
-    possible = student_BTV > -torch.inf
+    possible = student_BTV.exp() > 0
     # Both sides of a `where` are differentiated: the masked side must be finite before it is dropped.
     p = torch.where(possible, student_BTV, 0.0)
     q = torch.where(possible, teacher_BTV, 0.0)
     return torch.where(possible, p.exp() * (p - q), 0.0).sum(-1)
+
+
+def forward_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.Tensor:
+    """eq 27: Σ_v q(v) log(q(v)/p(v)) at every position, [B, T], with p the student and q the teacher.
+
+    Tokens of teacher probability 0 add 0.
+    """
+    return reverse_kl(teacher_BTV, student_BTV)
 
 
 def entropy(student_BTV: torch.Tensor) -> torch.Tensor:
