@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video_opd.algorithms.signals import entropy, forward_kl, reverse_kl, sampled_reverse_kl
+from video_opd.algorithms.signals import (
+    entropy,
+    forward_kl,
+    group_advantages,
+    kl_baseline,
+    reverse_kl,
+    sampled_reverse_kl,
+    scaled_reverse_kl,
+)
 
 
 def random_logp(*shape: int, seed: int) -> torch.Tensor:
@@ -100,3 +109,92 @@ def test_forward_kl_is_weighed_by_the_teacher(seed: int, vocabulary: int):
                 math.exp(y) * (y - x) for x, y in zip(p[b, t].tolist(), q[b, t].tolist(), strict=True)
             )
             assert math.isclose(measured[b, t].item(), by_hand, rel_tol=1e-10, abs_tol=1e-12)
+
+
+# --- G-OPD -------------------------------------------------------------------------------------------
+
+
+def test_the_scaled_signal_token_by_token():
+    teacher, old, reference = (random_logp(3, 4, seed=seed) for seed in (21, 22, 23))
+    old.requires_grad_(True)
+    with_reference = scaled_reverse_kl(teacher, old, 1.25, reference)
+    without = scaled_reverse_kl(teacher, old, 1.25)
+    for b in range(3):
+        for t in range(4):
+            x, y, z = (tensor[b, t].item() for tensor in (teacher, old, reference))
+            assert math.isclose(with_reference[b, t], 1.25 * (x - z) - (y - z), rel_tol=1e-10, abs_tol=1e-12)
+            assert math.isclose(without[b, t], 1.25 * x - y, rel_tol=1e-10, abs_tol=1e-12)
+    assert not with_reference.requires_grad and not without.requires_grad
+
+
+def test_a_scale_of_one_is_eq_5_to_the_bit_whatever_the_reference():
+    teacher, old = random_logp(3, 4, seed=27).float(), random_logp(3, 4, seed=28).float()
+    expected = sampled_reverse_kl(teacher, old)
+    assert torch.equal(scaled_reverse_kl(teacher, old, 1.0), expected)
+    assert torch.equal(scaled_reverse_kl(teacher, old, 1.0, torch.full((3, 4), math.nan)), expected)
+
+
+def test_the_scaled_signal_goes_to_eq_5_as_the_scale_goes_to_one():
+    teacher, old, reference = (random_logp(3, 4, seed=seed) for seed in (24, 25, 26))
+    near = scaled_reverse_kl(teacher, old, 1 + 1e-9, reference)
+    assert torch.allclose(near, sampled_reverse_kl(teacher, old), atol=1e-8)
+
+
+def test_the_optimum_of_a_scaled_signal_lies_past_the_teacher():
+    """At π ∝ π_ref (π_tea/π_ref)^λ all tokens are credited alike: there is nothing left to gain."""
+    teacher, reference = random_logp(1, 1, 5, seed=31), random_logp(1, 1, 5, seed=32)
+    past = (reference + 1.5 * (teacher - reference)).log_softmax(-1)
+    r = scaled_reverse_kl(teacher[0], past[0], 1.5, reference[0])
+    assert torch.allclose(r, r[0, 0].expand_as(r), atol=1e-12)
+    at_teacher = scaled_reverse_kl(teacher[0], teacher[0], 1.5, reference[0])
+    assert at_teacher.max() - at_teacher.min() > 0.1
+
+
+# --- the control variate, and groups -----------------------------------------------------------------
+
+
+def test_the_baseline_is_the_mean_signal_of_each_state():
+    student, teacher = random_logp(2, 3, 5, seed=41).requires_grad_(True), random_logp(2, 3, 5, seed=42)
+    baseline = kl_baseline(student, teacher)
+    assert not baseline.requires_grad
+    for b in range(2):
+        for t in range(3):
+            p, q = student[b, t].tolist(), teacher[b, t].tolist()
+            mean = math.fsum(math.exp(x) * (y - x) for x, y in zip(p, q, strict=True))
+            assert math.isclose(baseline[b, t].item(), mean, rel_tol=1e-10)
+            assert mean < 0
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    centred = [-0.5, 0.5, 0.5, -0.5, -0.3, -0.1, 0.1, 0.3]
+    assert group_advantages(rewards, 4, False).tolist() == pytest.approx(centred, rel=1e-12)
+    # Unbiased: √(4·0.25/3) and √((2·0.09 + 2·0.01)/3).
+    stds = [math.sqrt(1 / 3)] * 4 + [math.sqrt(0.2 / 3)] * 4
+    expected = [c / (s + 1e-4) for c, s in zip(centred, stds, strict=True)]
+    assert group_advantages(rewards, 4, True).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_advantages_are_trls():
+    rewards = torch.rand(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rewards.requires_grad_(True)
+    mean = rewards.view(-1, 8).mean(dim=1).repeat_interleave(8)
+    std = torch.std(rewards.view(-1, 8), dim=1).repeat_interleave(8)
+    measured = group_advantages(rewards, 8, True)
+    assert not measured.requires_grad
+    assert torch.allclose(measured, (rewards - mean) / (std + 1e-4), rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalise_std", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_of_equal_rewards_says_nothing(normalise_std: bool, dtype: torch.dtype):
+    rewards = torch.tensor([0.1] * 7 + [0.0, 0.5, 1.0, 0.0, 0.5, 1.0, 0.0], dtype=dtype)
+    advantages = group_advantages(rewards, 7, normalise_std)
+    assert (advantages[:7] == 0).all()  # exactly, though the mean of seven tenths may be rounded
+    assert (advantages[8:10] != 0).all() and abs(advantages[7:].sum()) < 1e-5
+
+
+@pytest.mark.parametrize("rollouts", [0, 1])
+def test_a_group_needs_company(rollouts: int):
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(torch.tensor([0.5]), rollouts, True)

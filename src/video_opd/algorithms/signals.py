@@ -1,6 +1,7 @@
 """Per-token signals and divergences: pure functions on tensors, no model in sight.
 
-Shapes: ``B`` trajectories, ``T`` response tokens (right-padded), ``V`` vocabulary. All in nats.
+Shapes: ``B`` trajectories (``N`` prompts × ``G`` rollouts, prompt-major), ``T`` response tokens
+(right-padded), ``V`` vocabulary. All in nats.
 
 The sign, once and for all. r_t (eq 5) is the *negative* of the sampled-token reverse KL, so that a larger r_t
 is better and eq 6 ascends it:
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import torch
 
+STD_FLOOR = 1e-4  # TRL's; verl has 1e-6
+
 
 def sampled_reverse_kl(teacher_BT: torch.Tensor, old_BT: torch.Tensor) -> torch.Tensor:
     """eq 5: r_t = log π_tea(a_t|s_t) − log π_old(a_t|s_t), detached, [B, T].
@@ -28,6 +31,54 @@ def sampled_reverse_kl(teacher_BT: torch.Tensor, old_BT: torch.Tensor) -> torch.
     """
     assert teacher_BT.shape == old_BT.shape, (teacher_BT.shape, old_BT.shape)
     return (teacher_BT - old_BT).detach()
+
+
+def scaled_reverse_kl(
+    teacher_BT: torch.Tensor, old_BT: torch.Tensor, scale: float, reference_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """G-OPD: r_t = λ(log π_tea − log π_ref) − (log π_old − log π_ref) for λ = ``scale``, detached, [B, T].
+
+    What the teacher adds to the reference, weighed against staying near the reference (Yang et al. 2026,
+    arXiv 2602.12125). λ = 1 is eq 5, exactly, and looks at no reference; λ > 1 goes on past the teacher.
+    Without a reference r_t = λ log π_tea − log π_old, that of a uniform one but for a constant.
+    """
+    assert teacher_BT.shape == old_BT.shape, (teacher_BT.shape, old_BT.shape)
+    if scale == 1:
+        return sampled_reverse_kl(teacher_BT, old_BT)
+    if reference_BT is None:
+        return (scale * teacher_BT - old_BT).detach()
+    assert reference_BT.shape == old_BT.shape, (reference_BT.shape, old_BT.shape)
+    return (scale * (teacher_BT - reference_BT) - (old_BT - reference_BT)).detach()
+
+
+def kl_baseline(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.Tensor:
+    """b_t = E_{a ~ π}[r_t] = −KL(π ‖ π_tea) at every visited state, detached, [B, T].
+
+    A control variate for eq 5: b_t does not depend on the token, and E_{a ~ π}[∇ log π(a)] = 0, so
+    r_t − b_t has the same expected gradient. Its variance is smaller where the signals of a state lie on one
+    side of 0 and far from it; where they lie on both sides it can be larger.
+    """
+    with torch.no_grad():
+        return -reverse_kl(student_BTV, teacher_BTV)
+
+
+def group_advantages(rewards_B: torch.Tensor, rollouts: int, normalise_std: bool) -> torch.Tensor:
+    """eq 2's r̂_G: how each reward compares with the others of its prompt, detached, [B].
+
+    ``rewards_B`` is prompt-major with G = ``rollouts`` entries for each prompt. (r − mean) / (std + 1e-4)
+    with the unbiased std of the group, as in TRL; r − mean without ``normalise_std`` (Dr. GRPO). Exactly 0
+    where all rewards of a group are equal. Raises ValueError for fewer than two rollouts.
+    """
+    if rollouts < 2:
+        raise ValueError(f"{rollouts} rollouts a prompt have no group to compare with; set at least 2")
+    assert rewards_B.ndim == 1 and len(rewards_B) % rollouts == 0, "rollouts for every prompt"
+    rewards_NG = rewards_B.detach().reshape(-1, rollouts)
+    centred_NG = rewards_NG - rewards_NG.mean(-1, keepdim=True)
+    if normalise_std:
+        centred_NG = centred_NG / (rewards_NG.std(-1, keepdim=True) + STD_FLOOR)
+    # The mean of equal numbers may differ from them by a rounding, which the division would enlarge.
+    equal_N1 = (rewards_NG == rewards_NG[:, :1]).all(-1, keepdim=True)
+    return torch.where(equal_N1, 0.0, centred_NG).reshape(-1)
 
 
 def reverse_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.Tensor:
