@@ -1,4 +1,5 @@
-"""Eq 6 against loops, finite differences, and exact enumeration: the update lowers the reverse KL."""
+"""Every loss and its gradient against loops written from the equations, finite differences, and exact
+enumeration: the update lowers the reverse KL."""
 
 from __future__ import annotations
 
@@ -7,9 +8,18 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from video_opd.algorithms.losses import divisor, importance_surrogate
-from video_opd.algorithms.signals import reverse_kl, sampled_reverse_kl
+from video_opd.algorithms.losses import (
+    clipped_share,
+    divisor,
+    importance_surrogate,
+    k3_penalty,
+    negative_log_likelihood,
+    truncated_weights,
+)
+from video_opd.algorithms.signals import kl_baseline, reverse_kl, sampled_reverse_kl
 
 
 def case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,3 +182,243 @@ def test_the_update_moves_towards_the_teacher():
         optimiser.step()
         history.append(divergence())
     assert history[-1] < 0.05 * before
+
+
+# --- clipping and importance weights -----------------------------------------------------------------
+
+LOW, HIGH = 0.2, 0.3
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "slope", "share"),
+    [
+        (2.0, 1.5, -2.0 * 1.3, 0.0, 1.0),  # good and likelier already: clipped above
+        (2.0, 0.5, -2.0 * 0.5, -2.0 * 0.5, 0.0),  # good and less likely: pulled back
+        (-2.0, 1.5, 2.0 * 1.5, 2.0 * 1.5, 0.0),  # bad and likelier: pushed down
+        (-2.0, 0.5, 2.0 * 0.8, 0.0, 1.0),  # bad and less likely already: clipped below
+        (2.0, 1.25, -2.0 * 1.25, -2.0 * 1.25, 0.0),  # inside; a symmetric 0.2 would clip it
+        (-2.0, 0.85, 2.0 * 0.85, 2.0 * 0.85, 0.0),
+        (0.0, 1.5, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_clip_case_by_case(advantage: float, ratio: float, loss: float, slope: float, share: float):
+    logp = torch.tensor([[math.log(ratio) - 1.0]], dtype=torch.float64, requires_grad=True)
+    old, a = torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    measured = importance_surrogate(logp, old, a, mask, 1.0, clip=(LOW, HIGH))
+    measured.backward()
+    assert logp.grad is not None
+    assert math.isclose(measured.item(), loss, rel_tol=1e-12, abs_tol=1e-15)
+    assert math.isclose(logp.grad.item(), slope, rel_tol=1e-12, abs_tol=1e-15)
+    assert clipped_share(logp, old, a, mask, (LOW, HIGH)).item() == share
+
+
+def test_the_clipped_weighted_surrogate_is_ppos_formula_token_by_token():
+    logp, old, advantage, mask = case(4)
+    weight = torch.rand(3, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
+    logp.requires_grad_(True)
+    loss = importance_surrogate(logp, old, advantage, mask, 8.0, clip=(LOW, HIGH), weight_BT=weight)
+    loss.backward()
+    total, clipped, slopes = 0.0, 0, torch.zeros(3, 4, dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        ratio = math.exp(logp[b, t].item()) / math.exp(old[b, t].item())
+        a, w = advantage[b, t].item(), weight[b, t].item()
+        free, bounded = ratio * a, min(max(ratio, 1 - LOW), 1 + HIGH) * a
+        total -= w * min(free, bounded) / 8
+        slopes[b, t] = 0.0 if bounded < free else -w * a * ratio / 8
+        clipped += bounded < free
+    assert 0 < clipped < 8  # both branches are walked
+    assert math.isclose(loss.item(), total, rel_tol=1e-12)
+    assert logp.grad is not None and torch.allclose(logp.grad, slopes, rtol=1e-12, atol=1e-15)
+    share = clipped_share(logp, old, advantage, mask, (LOW, HIGH))
+    assert math.isclose(share.item(), clipped / 8, rel_tol=1e-6) and not share.requires_grad
+
+
+def test_a_clip_that_is_never_reached_and_weights_of_one_change_no_bit():
+    logp, old, advantage, mask = case(5)
+    plain = importance_surrogate(logp, old, advantage, mask, 3.0)
+    assert torch.equal(importance_surrogate(logp, old, advantage, mask, 3.0, clip=(1.0, 1e6)), plain)
+    ones = torch.ones_like(logp)
+    assert torch.equal(importance_surrogate(logp, old, advantage, mask, 3.0, weight_BT=ones), plain)
+
+
+def test_a_clipped_ratio_may_overflow_without_spoiling_the_gradient():
+    logp = torch.tensor([[200.0, -0.5]], requires_grad=True)  # exp(200) is inf in float32
+    ones, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    loss = importance_surrogate(logp, torch.zeros(1, 2), ones, mask, 1.0, clip=(0.2, 0.2))
+    loss.backward()
+    assert math.isclose(loss.item(), -1.2 - math.exp(-0.5), rel_tol=1e-6)
+    assert logp.grad is not None and logp.grad[0, 0] == 0.0
+    assert math.isclose(logp.grad[0, 1].item(), -math.exp(-0.5), rel_tol=1e-6)
+
+
+def test_the_share_of_no_tokens_is_zero():
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    x = torch.full((2, 3), math.nan)
+    assert clipped_share(x, x, x, none, (0.2, 0.2)).item() == 0.0
+
+
+def test_weights_are_the_ratio_up_to_the_limit_and_constant():
+    trainer = torch.tensor([[-1.0, -1.0, -5.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    sampler = torch.tensor([[-1.5, -4.0, -1.0, math.inf]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False]])
+    weights = truncated_weights(trainer, sampler, mask, 2.0)
+    assert not weights.requires_grad
+    assert weights[0].tolist() == pytest.approx([math.exp(0.5), 2.0, math.exp(-4.0), 1.0], rel=1e-12)
+
+
+def test_weights_turn_the_samplers_expectation_into_the_trainers():
+    """By enumeration, and only as long as the limit is not reached."""
+    trainer, sampler = softmax_policy(5).log_softmax(-1), softmax_policy(6).log_softmax(-1)
+    values = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    ratios = [math.exp(t - s) for t, s in zip(trainer.tolist(), sampler.tolist(), strict=True)]
+
+    def expectation(limit: float) -> float:
+        weights = truncated_weights(trainer[None], sampler[None], mask, limit)[0].tolist()
+        return sum(
+            math.exp(s) * w * f for s, w, f in zip(sampler.tolist(), weights, values.tolist(), strict=True)
+        )
+
+    exact = sum(math.exp(t) * f for t, f in zip(trainer.tolist(), values.tolist(), strict=True))
+    assert math.isclose(expectation(max(ratios) + 1), exact, rel_tol=1e-12)
+    assert not math.isclose(expectation(max(ratios) / 2), exact, rel_tol=1e-2)
+
+
+# --- k3 and the likelihood ---------------------------------------------------------------------------
+
+
+def test_k3_and_its_gradient_token_by_token():
+    logp, reference, _, mask = case(6)
+    logp.requires_grad_(True)
+    loss = k3_penalty(logp, reference, mask, 3.0)
+    loss.backward()
+    total, slopes = 0.0, torch.zeros(3, 4, dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        ratio = math.exp(reference[b, t].item()) / math.exp(logp[b, t].item())
+        total += (ratio - math.log(ratio) - 1) / 3
+        slopes[b, t] = (1 - ratio) / 3
+    assert math.isclose(loss.item(), total, rel_tol=1e-10)
+    assert logp.grad is not None and torch.allclose(logp.grad, slopes, rtol=1e-10, atol=1e-15)
+
+
+@settings(max_examples=50)
+@given(logp=st.floats(-30, 0), reference=st.floats(-30, 0))
+def test_k3_is_never_negative(logp: float, reference: float):
+    x, y = (torch.tensor([[v]], dtype=torch.float64) for v in (logp, reference))
+    value = k3_penalty(x, y, torch.ones(1, 1, dtype=torch.bool), 1.0).item()
+    assert value >= 0
+    assert value > 0 or abs(logp - reference) < 1e-6
+
+
+def test_k3_in_expectation():
+    """The value is the reverse KL; the gradient, through the log-prob alone, the forward KL's."""
+    logits = softmax_policy(7).requires_grad_(True)
+    reference = softmax_policy(8).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    terms = [k3_penalty(logp[a].view(1, 1), reference[a].view(1, 1), one, 1.0) for a in range(4)]
+    expected = torch.stack([logp[a].detach().exp() * terms[a] for a in range(4)]).sum()
+    p, q = logp.detach().exp().tolist(), reference.exp().tolist()
+    reverse = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+    assert math.isclose(expected.item(), reverse, rel_tol=1e-10)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    of_forward = torch.tensor([x - y for x, y in zip(p, q, strict=True)], dtype=torch.float64)
+    of_reverse = [x * (math.log(x / y) - reverse) for x, y in zip(p, q, strict=True)]
+    assert torch.allclose(gradient, of_forward, rtol=1e-10, atol=1e-14)
+    assert not torch.allclose(gradient, torch.tensor(of_reverse, dtype=torch.float64), rtol=1e-2)
+
+
+def test_the_negative_log_likelihood_and_its_gradient():
+    logp, _, _, mask = case(7)
+    logp.requires_grad_(True)
+    loss = negative_log_likelihood(logp, mask, 8.0)
+    loss.backward()
+    total = -sum(logp[b, t].item() for b, t in mask.nonzero().tolist()) / 8
+    assert math.isclose(loss.item(), total, rel_tol=1e-12)
+    assert logp.grad is not None and torch.allclose(logp.grad, -mask.double() / 8)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_padding_of_the_token_losses_may_hold_anything(garbage: float):
+    logp, old, advantage, mask = case(8)
+    weight = torch.full_like(logp, 1.5)
+    clip = (0.1, 0.1)
+
+    def losses(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        logp, old, advantage, weight = tensors
+        return [
+            importance_surrogate(logp, old, advantage, mask, 3.0, clip=clip, weight_BT=weight),
+            k3_penalty(logp, old, mask, 3.0),
+            negative_log_likelihood(logp, mask, 3.0),
+        ]
+
+    clean = logp.clone().requires_grad_(True)
+    dirty = torch.where(mask, logp, garbage).requires_grad_(True)
+    rest = [torch.where(mask, x, garbage) for x in (old, advantage, weight)]
+    for a, b in zip(losses(clean, old, advantage, weight), losses(dirty, *rest), strict=True):
+        assert torch.equal(a, b)
+        (expected,), (measured,) = torch.autograd.grad(a, clean), torch.autograd.grad(b, dirty)
+        assert torch.equal(measured, expected) and (measured[~mask] == 0).all()
+    share = clipped_share(logp, old, advantage, mask, clip)
+    assert share > 0 and torch.equal(clipped_share(dirty, rest[0], rest[1], mask, clip), share)
+    assert (truncated_weights(dirty, rest[0], mask, 2.0)[~mask] == 1).all()
+
+
+def test_micro_batches_of_the_token_losses_add_up():
+    logp, old, advantage, mask = case(9)
+    rows = [(logp[b, None], old[b, None], advantage[b, None], mask[b, None]) for b in range(3)]
+    clip = (0.1, 0.1)
+    wholes = [
+        importance_surrogate(logp, old, advantage, mask, 3.0, clip=clip, weight_BT=advantage.abs()),
+        k3_penalty(logp, old, mask, 3.0),
+        negative_log_likelihood(logp, mask, 3.0),
+    ]
+    parts = [
+        sum(importance_surrogate(*row, 3.0, clip=clip, weight_BT=row[2].abs()) for row in rows),
+        sum(k3_penalty(x, y, m, 3.0) for x, y, _, m in rows),
+        sum(negative_log_likelihood(x, m, 3.0) for x, _, _, m in rows),
+    ]
+    for whole, part in zip(wholes, parts, strict=True):
+        assert math.isclose(whole, part, rel_tol=1e-12)
+
+
+# --- the control variate -----------------------------------------------------------------------------
+
+
+def enumerated(logits: torch.Tensor, teacher: torch.Tensor, baseline: float) -> tuple[torch.Tensor, float]:
+    """Mean and total variance, over the tokens of the policy, of eq 6's gradient with r − baseline."""
+    gradients, weights = [], []
+    for a in range(len(teacher)):
+        logp = logits.log_softmax(-1)[a].view(1, 1)
+        old = logp.detach()
+        signal = sampled_reverse_kl(teacher[a].view(1, 1), old) - baseline
+        loss = importance_surrogate(logp, old, signal, torch.ones(1, 1, dtype=torch.bool), 1.0)
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+        weights.append(old.exp().item())
+    stacked, p = torch.stack(gradients), torch.tensor(weights, dtype=torch.float64)
+    mean = p @ stacked
+    return mean, float(p @ (stacked - mean).square().sum(-1))
+
+
+def test_the_control_variate_keeps_the_expected_gradient_and_lowers_the_variance():
+    logits = softmax_policy(21).requires_grad_(True)
+    # The teacher differs by a token of its own, so that every token the student writes scores below zero.
+    teacher = torch.cat([logits.detach(), torch.tensor([4.0], dtype=torch.float64)]).log_softmax(-1)[:4]
+    baseline = kl_baseline(logits.log_softmax(-1).view(1, 1, -1), teacher.view(1, 1, -1)).item()
+    assert baseline < -1
+    plain_mean, plain_variance = enumerated(logits, teacher, 0.0)
+    mean, variance = enumerated(logits, teacher, baseline)
+    assert torch.allclose(mean, plain_mean, atol=1e-12)
+    assert variance < 1e-6 * plain_variance
+
+
+def test_the_control_variate_is_no_guarantee():
+    """The mean of r is not the best constant where the signals lie on both sides of 0."""
+    logits = softmax_policy(0).requires_grad_(True)
+    teacher = softmax_policy(1).log_softmax(-1)
+    baseline = kl_baseline(logits.log_softmax(-1).view(1, 1, -1), teacher.view(1, 1, -1)).item()
+    plain_mean, plain_variance = enumerated(logits, teacher, 0.0)
+    mean, variance = enumerated(logits, teacher, baseline)
+    assert torch.allclose(mean, plain_mean, atol=1e-12) and mean.abs().max() > 1e-2
+    assert variance > plain_variance

@@ -1,6 +1,7 @@
 """Losses: pure functions from tensors to one scalar that is minimised.
 
 Shapes: ``B`` trajectories, ``T`` response tokens (right-padded), ``V`` vocabulary.
+Log-probabilities are natural; every loss is in nats.
 
 Every loss is a *sum* divided by a count that the caller passes in, taken over the global batch: all ranks,
 all micro-batches. So the sum of the micro-batches' losses is the loss of the whole, however it was cut.
@@ -22,18 +23,100 @@ def importance_surrogate(
     advantage_BT: torch.Tensor,
     mask_BT: torch.Tensor,
     divisor: float,
+    *,
+    clip: tuple[float, float] | None = None,
+    weight_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """eq 6: −Σ_t sg(r_t) · exp(log π_θ(a_t) − log π_old(a_t)) / divisor, a scalar.
 
     Its gradient is −Σ_t r_t · ratio_t · ∇log π_θ(a_t) / divisor. ``logp_BT`` carries the gradient;
     ``old_BT`` and ``advantage_BT`` are constants; positions where ``mask_BT`` is False count for nothing,
     whatever stands there.
+
+    ``clip=(low, high)`` makes each term min(ratio·A, clamp(ratio, 1 − low, 1 + high)·A) (PPO, GRPO; unequal
+    bounds as in DAPO); a term in its clipped branch has no gradient. ``weight_BT`` multiplies each term by a
+    constant of its own: the :func:`truncated_weights` of a sampler that is not the trainer's engine.
     """
     assert logp_BT.shape == old_BT.shape == advantage_BT.shape == mask_BT.shape, "one value for each token"
     assert divisor > 0, "an empty global batch has no loss"
     advantage_BT = torch.where(mask_BT, advantage_BT.detach(), 0.0)
     log_ratio_BT = torch.where(mask_BT, logp_BT - old_BT.detach(), 0.0)
-    return -(advantage_BT * log_ratio_BT.exp()).sum() / divisor
+    if clip is None:
+        terms_BT = advantage_BT * log_ratio_BT.exp()
+    else:
+        low, high = clip
+        clipped_BT = _clipped(log_ratio_BT, advantage_BT, clip)
+        # Not torch.minimum: its backward multiplies 0 by a ratio that may have overflowed.
+        ratio_BT = torch.where(clipped_BT, 0.0, log_ratio_BT).exp()
+        bound_BT = log_ratio_BT.detach().exp().clamp(1.0 - low, 1.0 + high)
+        terms_BT = advantage_BT * torch.where(clipped_BT, bound_BT, ratio_BT)
+    if weight_BT is not None:
+        assert weight_BT.shape == mask_BT.shape, "one weight for each token"
+        terms_BT = terms_BT * torch.where(mask_BT, weight_BT.detach(), 0.0)
+    return -terms_BT.sum() / divisor
+
+
+def _clipped(
+    log_ratio_BT: torch.Tensor, advantage_BT: torch.Tensor, clip: tuple[float, float]
+) -> torch.Tensor:
+    """Bool [B, T]: where clamp(ratio)·A is below ratio·A."""
+    low, high = clip
+    assert low >= 0 and high >= 0, "clip is how far the ratio may leave 1, downwards and upwards"
+    ratio_BT = log_ratio_BT.detach().exp()
+    return ((advantage_BT > 0) & (ratio_BT > 1.0 + high)) | ((advantage_BT < 0) & (ratio_BT < 1.0 - low))
+
+
+def clipped_share(
+    logp_BT: torch.Tensor,
+    old_BT: torch.Tensor,
+    advantage_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    clip: tuple[float, float],
+) -> torch.Tensor:
+    """Share of the tokens whose term is clipped and so moves nothing, a scalar in [0, 1], detached.
+
+    A > 0 and ratio > 1 + high, or A < 0 and ratio < 1 − low; 0 where there are no tokens.
+    """
+    assert logp_BT.shape == old_BT.shape == advantage_BT.shape == mask_BT.shape, "one value for each token"
+    clipped_BT = _clipped(logp_BT - old_BT, advantage_BT, clip) & mask_BT
+    return clipped_BT.sum() / mask_BT.sum().clamp(min=1)
+
+
+def truncated_weights(
+    trainer_BT: torch.Tensor, sampler_BT: torch.Tensor, mask_BT: torch.Tensor, limit: float
+) -> torch.Tensor:
+    """min(π_trainer(a_t) / π_sampler(a_t), limit), detached, [B, T]; 1 where ``mask_BT`` is False.
+
+    Corrects for an engine that samples from slightly other probabilities than the trainer computes; the
+    bound exchanges a small bias for a finite variance. Truncated importance sampling: Ionides 2008; Yao et
+    al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    assert trainer_BT.shape == sampler_BT.shape == mask_BT.shape, "one value for each token"
+    assert limit > 0, "a weight is positive"
+    ratio_BT = (trainer_BT - sampler_BT).detach().exp()
+    return torch.where(mask_BT, ratio_BT.clamp(max=limit), 1.0)
+
+
+def k3_penalty(
+    logp_BT: torch.Tensor, reference_BT: torch.Tensor, mask_BT: torch.Tensor, divisor: float
+) -> torch.Tensor:
+    """Σ_t (exp(d_t) − d_t − 1) / divisor with d_t = log π_ref(a_t) − log π_θ(a_t), a scalar ≥ 0.
+
+    The k3 estimator (Schulman 2020, "Approximating KL divergence"; GRPO's penalty, Shao et al. 2024). Over
+    tokens of π_θ its *value* estimates KL(π_θ ‖ π_ref) without bias. Its *gradient*, through ``logp_BT``
+    alone, is in expectation that of KL(π_ref ‖ π_θ): the two agree to first order around π_ref.
+    """
+    assert logp_BT.shape == reference_BT.shape == mask_BT.shape, "one value for each token"
+    assert divisor > 0, "an empty global batch has no loss"
+    log_ratio_BT = torch.where(mask_BT, reference_BT.detach() - logp_BT, 0.0)
+    return (log_ratio_BT.expm1() - log_ratio_BT).sum() / divisor
+
+
+def negative_log_likelihood(logp_BT: torch.Tensor, mask_BT: torch.Tensor, divisor: float) -> torch.Tensor:
+    """−Σ_t log π_θ(a_t|s_t) / divisor, a scalar: supervised fine-tuning on given tokens."""
+    assert logp_BT.shape == mask_BT.shape, "one value for each token"
+    assert divisor > 0, "an empty global batch has no loss"
+    return -torch.where(mask_BT, logp_BT, 0.0).sum() / divisor
 
 
 def divisor(response_lengths: Sequence[int], reduction: Reduction) -> float:
