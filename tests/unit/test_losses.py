@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from hypothesis import strategies as st
 from video_opd.algorithms.losses import (
     clipped_share,
     divisor,
+    forward_kl_loss,
     importance_surrogate,
     k3_penalty,
     negative_log_likelihood,
+    reverse_kl_loss,
+    topk_reverse_kl_loss,
     truncated_weights,
 )
-from video_opd.algorithms.signals import kl_baseline, reverse_kl, sampled_reverse_kl
+from video_opd.algorithms.signals import forward_kl, kl_baseline, reverse_kl, sampled_reverse_kl
 
 
 def case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -339,6 +343,98 @@ def test_the_negative_log_likelihood_and_its_gradient():
     assert logp.grad is not None and torch.allclose(logp.grad, -mask.double() / 8)
 
 
+# --- divergences over the vocabulary -----------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+def vocabulary_case(seed: int, size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a student and log-probabilities of a teacher, [2, 3, V]."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 3, size, generator=g, dtype=torch.float64) * 2
+    return logits, (torch.randn(2, 3, size, generator=g, dtype=torch.float64) * 2).log_softmax(-1)
+
+
+def by_hand(kind: str, logits: list[float], teacher: list[float]) -> tuple[float, list[float]]:
+    """The divergence at one position and its gradient in the student's logits, from the definitions."""
+    total = math.fsum(math.exp(x) for x in logits)
+    p, q = [math.exp(x) / total for x in logits], [math.exp(x) for x in teacher]
+    if kind == "forward":  # eq 27; eq 28 with ∇log-softmax
+        value = math.fsum(y * math.log(y / x) for x, y in zip(p, q, strict=True))
+        return value, [x - y for x, y in zip(p, q, strict=True)]
+    k = len(p) if kind == "reverse" else int(kind)
+    kept = sorted(range(len(p)), key=lambda v: -p[v])[:k]
+    rest = [v for v in range(len(p)) if v not in kept]
+    outcomes = [[v] for v in kept] + ([rest] if rest else [])
+    value, log_ratio = 0.0, [0.0] * len(p)
+    for outcome in outcomes:
+        mass_p, mass_q = math.fsum(p[v] for v in outcome), math.fsum(q[v] for v in outcome)
+        value += mass_p * math.log(mass_p / mass_q)
+        for v in outcome:
+            log_ratio[v] = math.log(mass_p / mass_q)
+    return value, [p[v] * (log_ratio[v] - value) for v in range(len(p))]
+
+
+def topk(k: int) -> Divergence:
+    return lambda student, teacher, mask, count: topk_reverse_kl_loss(student, teacher, mask, count, k)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward": forward_kl_loss,
+    "reverse": reverse_kl_loss,
+    **{str(k): topk(k) for k in (1, 2, 3, 5, 6)},
+}
+every_divergence = pytest.mark.parametrize("kind", DIVERGENCES)
+
+
+@every_divergence
+def test_a_divergence_and_its_gradient_position_by_position(kind: str):
+    logits, teacher = vocabulary_case(11)
+    logits.requires_grad_(True)
+    loss = DIVERGENCES[kind](logits.log_softmax(-1), teacher, MASK, 2.0)
+    loss.backward()
+    total, slopes = 0.0, torch.zeros_like(logits)
+    for b, t in MASK.nonzero().tolist():
+        value, slope = by_hand(kind, logits[b, t].tolist(), teacher[b, t].tolist())
+        total += value / 2
+        slopes[b, t] = torch.tensor(slope, dtype=torch.float64) / 2
+    assert math.isclose(loss.item(), total, rel_tol=1e-10) and total > 0.1
+    assert logits.grad is not None and slopes.abs().max() > 1e-2
+    assert torch.allclose(logits.grad, slopes, rtol=1e-10, atol=1e-13)
+
+
+@every_divergence
+def test_a_divergence_by_finite_differences_and_only_through_the_student(kind: str):
+    logits, teacher = vocabulary_case(12)
+    logits.requires_grad_(True)
+    teacher.requires_grad_(True)
+    loss = DIVERGENCES[kind]
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x.log_softmax(-1), teacher.detach(), MASK, 2.0), logits, atol=1e-8
+    )
+    # As a function of log-probabilities that need not sum to one, too.
+    free = logits.detach().log_softmax(-1).requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher.detach(), MASK, 2.0), free, atol=1e-8)
+    loss(logits.log_softmax(-1), teacher, MASK, 2.0).backward()
+    assert teacher.grad is None
+
+
+@every_divergence
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_padding_of_a_divergence_may_hold_anything(kind: str, garbage: float):
+    logits, teacher = vocabulary_case(13)
+    student = logits.log_softmax(-1).requires_grad_(True)
+    clean = DIVERGENCES[kind](student, teacher, MASK, 2.0)
+    (expected,) = torch.autograd.grad(clean, student)
+    dirty = torch.where(MASK[..., None], student.detach(), garbage).requires_grad_(True)
+    loss = DIVERGENCES[kind](dirty, torch.where(MASK[..., None], teacher, garbage), MASK, 2.0)
+    loss.backward()
+    assert torch.equal(loss, clean) and dirty.grad is not None
+    assert torch.equal(dirty.grad, expected)
+    assert (dirty.grad[~MASK] == 0).all()
+
+
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 def test_padding_of_the_token_losses_may_hold_anything(garbage: float):
     logp, old, advantage, mask = case(8)
@@ -365,6 +461,14 @@ def test_padding_of_the_token_losses_may_hold_anything(garbage: float):
     assert (truncated_weights(dirty, rest[0], mask, 2.0)[~mask] == 1).all()
 
 
+@every_divergence
+def test_micro_batches_of_a_divergence_add_up(kind: str):
+    logits, teacher = vocabulary_case(14)
+    student, loss = logits.log_softmax(-1), DIVERGENCES[kind]
+    parts = sum(loss(student[b, None], teacher[b, None], MASK[b, None], 4.0) for b in range(2))
+    assert math.isclose(loss(student, teacher, MASK, 4.0), parts, rel_tol=1e-12)
+
+
 def test_micro_batches_of_the_token_losses_add_up():
     logp, old, advantage, mask = case(9)
     rows = [(logp[b, None], old[b, None], advantage[b, None], mask[b, None]) for b in range(3)]
@@ -381,6 +485,100 @@ def test_micro_batches_of_the_token_losses_add_up():
     ]
     for whole, part in zip(wholes, parts, strict=True):
         assert math.isclose(whole, part, rel_tol=1e-12)
+
+
+@every_divergence
+def test_no_tokens_no_loss_and_no_gradient(kind: str):
+    logits, teacher = vocabulary_case(15)
+    logits.requires_grad_(True)
+    loss = DIVERGENCES[kind](logits.log_softmax(-1), teacher, torch.zeros_like(MASK), 1.0)
+    loss.backward()
+    assert loss.item() == 0.0 and logits.grad is not None and not logits.grad.any()
+
+
+@every_divergence
+@pytest.mark.parametrize(
+    ("in_student", "in_teacher"),
+    [(-1e30, -1e30), (-math.inf, -math.inf), (-1e9, -1e9 + 3), (-1e30, -math.inf), (-math.inf, -1e30)],
+)
+def test_unwritable_tokens_add_nothing(kind: str, in_student: float, in_teacher: float):
+    """The same loss and gradient as over the writable tokens alone; for k = 5 they are the whole tail."""
+    logits, teacher = vocabulary_case(16, size=4)
+    alone = logits.clone().requires_grad_(True)
+    expected = DIVERGENCES[kind](alone.log_softmax(-1), teacher, MASK, 2.0)
+    expected.backward()
+    forbidden = torch.ones(2, 3, 3, dtype=torch.float64)
+    padded = torch.cat([logits, forbidden * in_student], -1).requires_grad_(True)
+    loss = DIVERGENCES[kind](
+        padded.log_softmax(-1), torch.cat([teacher, forbidden * in_teacher], -1), MASK, 2.0
+    )
+    loss.backward()
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-10)
+    assert padded.grad is not None and alone.grad is not None
+    assert torch.allclose(padded.grad[..., :4], alone.grad, rtol=1e-10, atol=1e-14)
+    assert (padded.grad[..., 4:] == 0).all()
+
+
+def test_a_tail_without_mass_is_nothing_in_float32_too():
+    """What the models give: float32, −1e30 for what cannot be written, two tokens left."""
+    logits = torch.full((1, 1, 50), -1e30)
+    logits[..., :2] = torch.tensor([0.3, -0.4])
+    logits.requires_grad_(True)
+    teacher = torch.full((1, 1, 50), -1e30)
+    teacher[..., :2] = torch.tensor([0.5, 0.5]).log()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for k in (2, 3, 49, 50):
+        loss = topk_reverse_kl_loss(logits.log_softmax(-1), teacher, mask, 1.0, k)
+        full = reverse_kl_loss(logits.log_softmax(-1), teacher, mask, 1.0)
+        assert math.isclose(loss.item(), full.item(), rel_tol=1e-6)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert torch.isfinite(gradient).all() and gradient.abs().max() > 1e-2
+
+
+def test_a_tiny_tail_is_summed_and_not_a_difference_from_one():
+    """A tail of about 1e-20 would be 0 as 1 − Σ; against the teacher's 0.5 its log-ratio is −45."""
+    student = torch.tensor([[[0.0, -46.0, -47.0]]], dtype=torch.float64)
+    teacher = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64).log()
+    free = student.clone().requires_grad_(True)
+    topk_reverse_kl_loss(free, teacher, torch.ones(1, 1, dtype=torch.bool), 1.0, 1).backward()
+    tail = math.exp(-46) + math.exp(-47)
+    slope = math.log(tail / 0.5) + 1  # d/d log p_v = p_v (log(p_tail/q_tail) + 1)
+    assert free.grad is not None
+    assert math.isclose(free.grad[0, 0, 1].item(), math.exp(-46) * slope, rel_tol=1e-10)
+    assert math.isclose(free.grad[0, 0, 2].item(), math.exp(-47) * slope, rel_tol=1e-10)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), size=st.integers(2, 9), spread=st.floats(0.1, 10))
+def test_top_k_rises_with_k_to_the_full_divergence(seed: int, size: int, spread: float):
+    logits, teacher = vocabulary_case(seed, size)
+    student = (logits * spread).log_softmax(-1)
+    values = [topk_reverse_kl_loss(student, teacher, MASK, 1.0, k).item() for k in range(1, size + 3)]
+    full = reverse_kl_loss(student, teacher, MASK, 1.0).item()
+    slack = 1e-12 * max(full, 1.0)
+    assert values[0] >= -slack
+    assert all(a <= b + slack for a, b in itertools.pairwise(values))
+    assert all(value <= full + slack for value in values)
+    for at_or_past_the_vocabulary in values[size - 1 :]:
+        assert math.isclose(at_or_past_the_vocabulary, full, rel_tol=1e-10, abs_tol=1e-12)
+
+
+def test_the_tokens_kept_are_the_students():
+    student = torch.tensor([[[0.7, 0.2, 0.1]]], dtype=torch.float64)
+    teacher = torch.tensor([[[0.1, 0.3, 0.6]]], dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss = topk_reverse_kl_loss(student.log(), teacher.log(), mask, 1.0, 1).item()
+    assert math.isclose(loss, 0.7 * math.log(0.7 / 0.1) + 0.3 * math.log(0.3 / 0.9), rel_tol=1e-12)
+
+
+def test_the_two_directions_differ_and_vanish_only_at_the_teacher():
+    logits, teacher = vocabulary_case(17)
+    student = logits.log_softmax(-1)
+    forward = forward_kl_loss(student, teacher, MASK, 1.0)
+    assert not torch.allclose(forward, reverse_kl_loss(student, teacher, MASK, 1.0), rtol=1e-2)
+    assert torch.allclose(forward, forward_kl(student, teacher)[MASK].sum())
+    for loss in DIVERGENCES.values():
+        assert abs(loss(teacher, teacher, MASK, 1.0).item()) < 1e-12
 
 
 # --- the control variate -----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Losses: pure functions from tensors to one scalar that is minimised.
 
-Shapes: ``B`` trajectories, ``T`` response tokens (right-padded), ``V`` vocabulary.
+Shapes: ``B`` trajectories, ``T`` response tokens (right-padded), ``V`` vocabulary, ``K`` kept tokens.
 Log-probabilities are natural; every loss is in nats.
 
 Every loss is a *sum* divided by a count that the caller passes in, taken over the global batch: all ranks,
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+
+from video_opd.algorithms.signals import forward_kl, reverse_kl
 
 Reduction = Literal["sum", "token_mean"]
 
@@ -117,6 +119,68 @@ def negative_log_likelihood(logp_BT: torch.Tensor, mask_BT: torch.Tensor, diviso
     assert logp_BT.shape == mask_BT.shape, "one value for each token"
     assert divisor > 0, "an empty global batch has no loss"
     return -torch.where(mask_BT, logp_BT, 0.0).sum() / divisor
+
+
+def forward_kl_loss(
+    student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor, divisor: float
+) -> torch.Tensor:
+    """eq 27–29: Σ_t KL(π_tea ‖ π_θ) over the vocabulary / divisor, a scalar.
+
+    Log-probabilities; the gradient goes through the student only (eq 28). Positions where ``mask_BT`` is
+    False count for nothing, whatever stands there.
+    """
+    assert divisor > 0, "an empty global batch has no loss"
+    student_BTV, teacher_BTV = _unmasked(student_BTV, teacher_BTV, mask_BT)
+    return forward_kl(student_BTV, teacher_BTV).sum() / divisor
+
+
+def reverse_kl_loss(
+    student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor, divisor: float
+) -> torch.Tensor:
+    """Σ_t KL(π_θ ‖ π_tea) over the vocabulary / divisor, a scalar: what eq 6 samples, without the sampling.
+
+    Its gradient is the expectation of eq 6's at each visited state. Log-probabilities; the gradient goes
+    through the student only. Positions where ``mask_BT`` is False count for nothing, whatever stands there.
+    """
+    assert divisor > 0, "an empty global batch has no loss"
+    student_BTV, teacher_BTV = _unmasked(student_BTV, teacher_BTV, mask_BT)
+    return reverse_kl(student_BTV, teacher_BTV).sum() / divisor
+
+
+def topk_reverse_kl_loss(
+    student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor, divisor: float, k: int
+) -> torch.Tensor:
+    """The reverse KL over the student's ``k`` likeliest tokens and the rest as *one* outcome, a scalar.
+
+    Σ_t [ Σ_{v∈S_t} p(v) log(p(v)/q(v)) + p(rest) log(p(rest)/q(rest)) ] / divisor, with p the student's
+    probabilities, q the teacher's and S_t a constant. Merging outcomes can only lower a KL (data processing
+    inequality): never above :func:`reverse_kl_loss`, not below 0, and equal to it where ``k`` reaches V or
+    S_t holds all the mass. Positions where ``mask_BT`` is False count for nothing, whatever stands there.
+    """
+    assert k >= 1, "at least one token is kept"
+    assert divisor > 0, "an empty global batch has no loss"
+    student_BTV, teacher_BTV = _unmasked(student_BTV, teacher_BTV, mask_BT)
+    top_BTK = student_BTV.detach().topk(min(k, student_BTV.shape[-1]), dim=-1).indices
+    return reverse_kl(_merge_rest(student_BTV, top_BTK), _merge_rest(teacher_BTV, top_BTK)).sum() / divisor
+
+
+def _merge_rest(logp_BTV: torch.Tensor, kept_BTK: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the kept tokens and, last, of all others together: [B, T, K + 1]."""
+    rest_BTV = logp_BTV.scatter(-1, kept_BTK, -torch.inf)
+    some_BT1 = (rest_BTV > -torch.inf).any(-1, keepdim=True)
+    # logsumexp over nothing but −inf has no gradient, not even behind a `where`.
+    rest_BT1 = torch.where(some_BT1, rest_BTV, 0.0).logsumexp(-1, keepdim=True)
+    return torch.cat([logp_BTV.gather(-1, kept_BTK), torch.where(some_BT1, rest_BT1, -torch.inf)], -1)
+
+
+def _unmasked(
+    student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with zeros where the mask is False, so that they do not diverge there; the teacher's detached."""
+    assert student_BTV.shape == teacher_BTV.shape, (student_BTV.shape, teacher_BTV.shape)
+    assert student_BTV.shape[:-1] == mask_BT.shape, "one distribution for each token"
+    mask_BT1 = mask_BT[..., None]
+    return torch.where(mask_BT1, student_BTV, 0.0), torch.where(mask_BT1, teacher_BTV.detach(), 0.0)
 
 
 def divisor(response_lengths: Sequence[int], reduction: Reduction) -> float:
