@@ -1,0 +1,126 @@
+"""Rewards of whole answers, for group-relative policy optimisation (section 2.2): plain floats, no torch.
+
+A reward is any callable ``(sample, text) -> float``: the row of the data file with its annotated spans, and
+the text that the policy wrote, special tokens left out. Larger is better.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TypeAlias
+
+from video_opd.errors import UserError
+from video_opd.temporal import best_iou, parse_answer, timestamp_aware_iou
+from video_opd.types import Sample
+
+Reward: TypeAlias = Callable[[Sample, str], float]
+
+KINDS = ("timestamp_aware", "plain")
+_THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?!.*</?think>)", re.S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IoUReward:
+    """``iou_weight`` · IoU + ``format_weight`` · format, the reward of Time-R1 by default.
+
+    The IoU part is that of the span read in the answer with the annotated span it fits best: with
+    ``timestamp_aware`` IoU · (1 − |s − ŝ|/D) · (1 − |e − ê|/D), D the video's duration, with ``plain`` the
+    bare IoU; 0 where no span can be read. The format part is 1 where the answer is "A to B" and nothing else,
+    else 0. With ``thinking`` the answer is what follows ``</think>``, and the format asks for exactly one
+    ``<think>…</think>`` before it.
+
+    Raises UserError, naming the sample, where there is nothing to compare with: no annotated span or, for
+    ``timestamp_aware``, no duration.
+
+    Example: ``IoUReward(kind="plain")(sample, "3.00 to 5.50")``.
+    """
+
+    kind: Literal["timestamp_aware", "plain"] = "timestamp_aware"
+    iou_weight: float = 1.0
+    format_weight: float = 0.0
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"there is no reward kind {self.kind!r}; choose one of {', '.join(KINDS)}")
+        for name in ("iou_weight", "format_weight"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"{name} is {weight}; it must be a finite number, 0 or more")
+
+    def __call__(self, sample: Sample, text: str) -> float:
+        answer = parse_answer(text, thinking=self.thinking)
+        well_formed = answer.rule == "exact" and (not self.thinking or _THOUGHT.match(text) is not None)
+        return self.iou_weight * self._iou(sample, answer.span) + self.format_weight * well_formed
+
+    def _iou(self, sample: Sample, span: tuple[float, float] | None) -> float:
+        if not sample.spans:
+            raise UserError(
+                f"sample {sample.id!r} has no spans to reward an answer by; annotate it or drop it"
+            )
+        if self.kind == "plain":
+            return best_iou(span, sample.spans)
+        duration_s = sample.duration_s
+        if duration_s is None or not (math.isfinite(duration_s) and duration_s > 0):
+            raise UserError(
+                f"sample {sample.id!r}: its duration is {duration_s}, and the timestamp-aware reward divides "
+                "by it; add 'duration' in seconds to the data row, or choose the plain reward"
+            )
+        return max(timestamp_aware_iou(span, true, duration_s) for true in sample.spans)
+
+
+def load_reward(path: str) -> Reward:
+    """A reward of one's own: ``"package.module:function"``, or ``"file.py:function"`` relative to the cwd.
+
+    Raises UserError where it cannot be imported or is not callable.
+    """
+    source, _, name = path.rpartition(":")
+    if not source or not name:
+        raise UserError(f"reward {path!r}: write package.module:function or file.py:function")
+    try:
+        module = _run_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(
+            f"reward {path!r}: {source} cannot be imported ({type(error).__name__}: {error}); mend it, or "
+            "write package.module:function of an installed package or file.py:function of a file"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        what = f"{name} in it is a {type(found).__name__}" if hasattr(module, name) else f"it has no {name}"
+        raise UserError(f"reward {path!r}: {what}; name a function (sample, text) -> float")
+    return found
+
+
+def _run_file(file: Path) -> ModuleType:
+    name = f"video_opd_reward_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file.resolve())
+    assert spec is not None and spec.loader is not None, "a name that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is run
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def checked(reward: Reward, sample: Sample, text: str) -> float:
+    """What ``reward`` returns, as a float; UserError naming the sample where that is no finite number."""
+    value: object = reward(sample, text)
+    if not isinstance(value, Real) or not math.isfinite(value):
+        name = getattr(reward, "__qualname__", type(reward).__qualname__)
+        raise UserError(
+            f"sample {sample.id!r}: the reward {name} returned {value!r} for {text[:80]!r}; "
+            "it must return a finite number"
+        )
+    return float(value)
