@@ -68,22 +68,6 @@ def _clipped(
     return ((advantage_BT > 0) & (ratio_BT > 1.0 + high)) | ((advantage_BT < 0) & (ratio_BT < 1.0 - low))
 
 
-def clipped_share(
-    logp_BT: torch.Tensor,
-    old_BT: torch.Tensor,
-    advantage_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
-    clip: tuple[float, float],
-) -> torch.Tensor:
-    """Share of the tokens whose term is clipped and so moves nothing, a scalar in [0, 1], detached.
-
-    A > 0 and ratio > 1 + high, or A < 0 and ratio < 1 − low; 0 where there are no tokens.
-    """
-    assert logp_BT.shape == old_BT.shape == advantage_BT.shape == mask_BT.shape, "one value for each token"
-    clipped_BT = _clipped(logp_BT - old_BT, advantage_BT, clip) & mask_BT
-    return clipped_BT.sum() / mask_BT.sum().clamp(min=1)
-
-
 def truncated_weights(
     trainer_BT: torch.Tensor, sampler_BT: torch.Tensor, mask_BT: torch.Tensor, limit: float
 ) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The last layer, at response positions only: logits and log-probabilities in float32.
+"""The last layer, at response positions only: logits and log-probabilities in float32 (or wider weights).
 
 Shapes: ``N`` response tokens of all rows together, ``D`` hidden size, ``V`` vocabulary.
 """
@@ -26,7 +26,7 @@ class ResponseHead:
         self._bias_V: torch.Tensor | None = None
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, V], with what cannot be written pushed out of reach.
+        """[N, V] in float32 (float64 for a float64 model), with what cannot be written pushed out of reach.
 
         The product itself is taken in float32: rounded to bfloat16, logits of 20 are 0.125 apart, and that is
         an error of the log-probabilities as large as the signal that is made of them.
@@ -35,8 +35,8 @@ class ResponseHead:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             if type(head) is not nn.Linear:  # quantised or adapted: it brings its own arithmetic
                 logits_NV = head(hidden_ND)[:, :size].float()
-            elif head.weight.dtype == torch.float32:
-                logits_NV = head(hidden_ND.float())[:, :size]
+            elif head.weight.dtype in (torch.float32, torch.float64):
+                logits_NV = head(hidden_ND.to(head.weight.dtype))[:, :size]
             else:
                 rows = head.weight[:size].split(ROWS_A_CHUNK)
                 logits_NV = torch.cat([linear(hidden_ND.float(), w.float()) for w in rows], dim=1)
@@ -47,7 +47,7 @@ class ResponseHead:
     def score(
         self, hidden_ND: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, full: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Float32 log-probabilities of ``ids_N`` [N], and of the whole vocabulary [N, V] if asked for."""
+        """Log-probabilities of ``ids_N`` [N], and of the whole vocabulary [N, V] if asked for."""
         picked, whole = [], []
         for hidden, ids in zip(hidden_ND.split(TOKENS_A_CHUNK), ids_N.split(TOKENS_A_CHUNK), strict=True):
             logits = self.logits(hidden) / temperature
