@@ -22,6 +22,14 @@ import yaml
 from video_opd.errors import UserError
 from video_opd.strict import TreeReader, apply_overrides, need, parse_yaml, to_dict
 
+MethodName = Literal["video-opd", "grpo", "sft", "op-rkd", "op-fkd"]
+ON_POLICY = (
+    "video-opd",
+    "grpo",
+)  # the student writes what it is trained on; the others: the annotation's text
+WITH_TEACHER = ("video-opd", "op-rkd", "op-fkd")
+ModelPart = Literal["vision", "merger", "language", "lm_head"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -33,20 +41,42 @@ class ModelConfig:
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # ours
     engine: Literal["prefix", "plain"] = "prefix"  # ours: encode a prompt once for all that is done with it
     gradient_checkpointing: bool = False  # ours
-    freeze: tuple[Literal["vision", "merger", "language", "lm_head"], ...] = ()  # ours: nothing is frozen
+    freeze: tuple[ModelPart, ...] = ()  # ours: nothing is frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (peft) in place of the full weights of some parts of the model.
+
+    A part is trained in full (the default), through adapters (named here), or not at all (``model.freeze``).
+    There is no dropout: it would make the forward of an update another policy than the one that sampled.
+    """
+
+    parts: tuple[Literal["vision", "merger", "language"], ...] = ()  # ours: full-parameter
+    rank: int = 16  # ours
+    alpha: float = 32.0  # ours; the update is scaled by alpha / rank
+
+    def __post_init__(self) -> None:
+        need(self.rank >= 1, "lora.rank must be at least 1; without adapters, leave lora.parts empty")
+        need(self.alpha > 0, "lora.alpha must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The frozen teacher. The paper's, Qwen3-VL-32B after GRPO (sec. 4.1), is not public: name yours."""
 
-    path: str
+    path: str = ""
+    by_source: dict[str, str] = field(default_factory=dict)  # other teachers, for rows of these sources
     dtype: Literal["float32", "bfloat16"] = "float32"  # ours
     micro_batch_size: int | None = None  # prompts a forward; none: as optim.micro_batch_size
+    distributions: bool = True  # false: it gives the log-probs of written tokens only
+    reward_scale: float = 1.0  # λ of G-OPD (arXiv 2602.12125): above 1 goes beyond the teacher; 1 is eq 5
 
     def __post_init__(self) -> None:
-        need(bool(self.path), "teacher.path is empty: name the folder of the teacher's checkpoint")
         need((self.micro_batch_size or 1) >= 1, "teacher.micro_batch_size must be at least 1")
+        need(self.reward_scale >= 1, "teacher.reward_scale must be at least 1 (1 is the paper's eq 5)")
+        for source, path in self.by_source.items():
+            need(bool(path), f"teacher.by_source.{source} is empty: name a teacher's folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +140,8 @@ class SamplingConfig:
     temperature: float = 1.0  # DESIGN: the log-probs are of the distribution that was sampled
     top_p: float = 1.0
     top_k: int = 0  # 0: off
-    max_new_tokens: int = 64  # ours: an answer is about a dozen tokens
-    rollouts: int = 1  # sec. 3.1: a single rollout for each prompt
+    max_new_tokens: int = 64  # ours: an answer is about a dozen tokens; thinking mode must say its own
+    rollouts: int = 1  # sec. 3.1: a single rollout for each prompt; grpo: 8 (sec. 4.1)
     micro_batch_size: int | None = None  # prompts sampled together; none: as optim.micro_batch_size
 
     def __post_init__(self) -> None:
@@ -131,7 +161,8 @@ class OptimConfig:
     batch_size: int = 32  # sec. 4.1: prompts an optimiser step, over all processes
     micro_batch_size: int = 1  # prompts a forward and backward; does not change the result
     epochs: int = 1  # sec. 4.1
-    max_steps: int | None = None  # none: as many as the epochs have
+    updates_per_batch: int = 1  # optimiser steps on the same rollouts; eq 6's ratio then leaves 1
+    max_steps: int | None = None  # optimiser steps; none: as many as the epochs have
     weight_decay: float = 0.0  # ours
     betas: tuple[float, float] = (0.9, 0.999)  # ours
     eps: float = 1e-8  # ours
@@ -148,7 +179,13 @@ class OptimConfig:
             f"{self.micro_batch_size}: choose a divisor of it",
         )
         need(self.epochs >= 1, "optim.epochs must be at least 1; for less, set optim.max_steps")
+        need(self.updates_per_batch >= 1, "optim.updates_per_batch must be at least 1")
         need(self.max_steps is None or self.max_steps >= 1, "optim.max_steps must be at least 1")
+        need(
+            (self.max_steps or 0) % self.updates_per_batch == 0,
+            f"optim.max_steps {self.max_steps} is not a multiple of optim.updates_per_batch "
+            f"{self.updates_per_batch}: rollouts would be left half used",
+        )
         need(self.weight_decay >= 0 and self.eps > 0, "optim needs weight_decay >= 0 and eps > 0")
         need(all(0 <= beta < 1 for beta in self.betas), "optim.betas must be in [0, 1)")
         need(self.max_grad_norm > 0, "optim.max_grad_norm must be above 0 (.inf turns clipping off)")
@@ -160,9 +197,58 @@ class LossConfig:
     reduction: Literal["sum", "token_mean"] = "sum"  # eq 6: sum over tokens, mean over trajectories
     nonfinite: Literal["raise", "mask"] = "raise"  # a log-prob that is nan or inf
     ratio_tolerance: float | None = None  # largest |ratio - 1|; none: 1e-3 in float32, 0.5 in bfloat16
+    estimator: Literal["sampled", "full", "topk"] = "sampled"  # eq 5; beyond the paper: the analytic KL
+    top_k: int = 64  # tokens that estimator topk keeps apart; the rest counts as one
+    baseline: Literal["none", "kl"] = "none"  # kl: r_t less its expectation at the state, a control variate
+    clip_low: float | None = None  # the ratio is held above 1 - clip_low; none: eq 6, unclipped
+    clip_high: float | None = None  # and below 1 + clip_high; none: as clip_low
+    kl_beta: float = 0.0  # grpo: weight of the KL to the reference, the initial student (eq 1)
+    max_importance_weight: float | None = (
+        None  # truncated weights, where sampler and trainer differ; none: off
+    )
 
     def __post_init__(self) -> None:
         need(self.ratio_tolerance is None or self.ratio_tolerance > 0, "loss.ratio_tolerance: above 0")
+        need(self.top_k >= 1, "loss.top_k must be at least 1")
+        need(self.clip_low is None or 0 < self.clip_low < 1, "loss.clip_low must be in (0, 1)")
+        need(self.clip_high is None or self.clip_high > 0, "loss.clip_high must be above 0")
+        need(
+            self.clip_high is None or self.clip_low is not None,
+            "loss.clip_high without loss.clip_low: set both, or clip_low alone for a symmetric clip",
+        )
+        need(self.kl_beta >= 0, "loss.kl_beta must not be negative")
+        need(
+            self.max_importance_weight is None or self.max_importance_weight >= 1,
+            "loss.max_importance_weight must be at least 1 (none turns the weights off)",
+        )
+
+    @property
+    def clip(self) -> tuple[float, float] | None:
+        """(low, high), or None for the unclipped surrogate."""
+        if self.clip_low is None:
+            return None
+        return self.clip_low, self.clip_low if self.clip_high is None else self.clip_high
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What a whole answer is worth to ``grpo``; the other methods have no such reward."""
+
+    iou: Literal["timestamp_aware", "plain"] = "timestamp_aware"  # sec. 2.2: Time-R1's
+    iou_weight: float = 1.0  # ours
+    format_weight: float = 0.0  # ours: off; TVG-R1: 0.1 beside an iou_weight of 0.9
+    function: str | None = None  # "package.module:function" or "file.py:function", in place of all above
+    normalise_std: bool = True  # eq 2: divide by the group's standard deviation; false: only centre
+
+    def __post_init__(self) -> None:
+        need(
+            self.iou_weight >= 0 and self.format_weight >= 0 and self.iou_weight + self.format_weight > 0,
+            "reward weights must not be negative, and not both 0",
+        )
+        need(
+            self.function is None or ":" in self.function,
+            f"reward.function {self.function!r}: write package.module:function or file.py:function",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +280,7 @@ class EvaluateConfig:
     video_root: str | None = None
     limit: int | None = None
     batch_size: int = 8  # prompts a forward
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # as sampling.max_new_tokens, where that is given
 
     def __post_init__(self) -> None:
         need(self.limit is None or self.limit >= 1, "evaluate.limit must be at least 1")
@@ -206,35 +292,123 @@ class EvaluateConfig:
 class Recipe:
     """One run, completely: the same recipe on the same machine gives the same weights."""
 
-    method: Literal["video-opd"] = "video-opd"
+    method: MethodName = "video-opd"
     model: ModelConfig = field(default_factory=ModelConfig)
-    teacher: TeacherConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig
     video: VideoConfig = field(default_factory=VideoConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        sampling = self.sampling
-        # The teacher's log-probs are those of its plain distribution. Were the student's of a sharpened or
-        # cut one, r_t (eq 5) would compare two different things and its mean would not be the reverse KL.
-        for name, value, plain in (
-            ("temperature", sampling.temperature, 1.0),
-            ("top_p", sampling.top_p, 1.0),
-            ("top_k", sampling.top_k, 0),
-        ):
-            need(
-                value == plain,
-                f"sampling.{name} {value} with method {self.method}: r_t compares plain log-probs, so the "
-                f"student must be sampled plainly; set sampling.{name} to {plain}",
-            )
+        self._check_parts()
+        self._check_teacher()
+        self._check_sampling()
+        self._check_loss()
         need(
             self.optim.max_steps is None or self.optim.warmup_steps <= self.optim.max_steps,
             "optim.warmup_steps is above optim.max_steps: the learning rate would never be reached",
+        )
+
+    def _check_parts(self) -> None:
+        both = sorted(set(self.lora.parts) & set(self.model.freeze))
+        need(
+            not both,
+            f"{', '.join(both)} stands in lora.parts and in model.freeze: adapters train a part, so take it "
+            "out of one of them",
+        )
+
+    def _check_teacher(self) -> None:
+        method, teacher = self.method, self.teacher
+        if method not in WITH_TEACHER:
+            return
+        need(
+            bool(teacher.path),
+            f"teacher.path is missing: method {method} learns from a teacher; name its folder",
+        )
+        if teacher.distributions:
+            return
+        wanted = {
+            "method op-fkd needs": method == "op-fkd",
+            f"loss.estimator {self.loss.estimator} needs": self.loss.estimator != "sampled",
+            "loss.baseline kl needs": self.loss.baseline == "kl",
+        }
+        for what, holds in wanted.items():
+            need(
+                not holds,
+                f"{what} the teacher's distributions, and teacher.distributions is false: use a teacher "
+                "that gives them, or method video-opd with loss.estimator sampled",
+            )
+
+    def _check_sampling(self) -> None:
+        method, sampling = self.method, self.sampling
+        if method not in ON_POLICY:
+            need(
+                not self.prompt.thinking,
+                f"prompt.thinking with method {method}: it trains on the annotation, which has no reasoning "
+                "to imitate; use video-opd or grpo",
+            )
+            need(
+                sampling.rollouts == 1,
+                f"sampling.rollouts {sampling.rollouts} with method {method}: an annotation is one "
+                "trajectory, so leave it at 1",
+            )
+            return
+        need(
+            method != "grpo" or sampling.rollouts >= 2,
+            f"sampling.rollouts {sampling.rollouts} with method grpo: a reward is compared within its group "
+            "(eq 2), which needs at least 2; the paper takes 8",
+        )
+        # What was sampled must be what is scored again. A sharpened distribution has its own log-probs at
+        # the update (GRPO), but not the teacher's; a cut one has none outside the cut.
+        plain: dict[str, float] = {"top_p": 1.0, "top_k": 0}
+        if method == "video-opd":
+            plain["temperature"] = 1.0
+        for name, value in plain.items():
+            mine = getattr(sampling, name)
+            need(
+                mine == value,
+                f"sampling.{name} {mine} with method {method}: its log-probs are those of the plain "
+                f"distribution, so the student must be sampled plainly; set sampling.{name} to {value}",
+            )
+
+    def _check_loss(self) -> None:
+        method, loss = self.method, self.loss
+        only: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "loss.estimator": (loss.estimator != "sampled", ("video-opd",)),
+            "loss.baseline": (loss.baseline != "none", ("video-opd",)),
+            "teacher.reward_scale": (self.teacher.reward_scale != 1, ("video-opd", "op-rkd")),
+            "teacher.by_source": (bool(self.teacher.by_source), WITH_TEACHER),
+            "loss.kl_beta": (loss.kl_beta != 0, ("grpo",)),
+            "loss.clip_low": (loss.clip is not None, ("video-opd", "grpo", "op-rkd")),
+            "loss.max_importance_weight": (loss.max_importance_weight is not None, ON_POLICY),
+            "reward.function": (self.reward.function is not None, ("grpo",)),
+        }
+        for key, (is_set, methods) in only.items():
+            need(
+                not is_set or method in methods,
+                f"{key} means nothing to method {method} (only to {', '.join(methods)}): take it out",
+            )
+        if loss.estimator != "sampled":
+            for key, is_set in {
+                "loss.baseline": loss.baseline != "none",
+                "teacher.reward_scale": self.teacher.reward_scale != 1,
+                "loss.clip_low": loss.clip is not None,
+                "loss.max_importance_weight": loss.max_importance_weight is not None,
+            }.items():
+                need(
+                    not is_set,
+                    f"{key} belongs to loss.estimator sampled; {loss.estimator} differentiates the KL itself",
+                )
+        need(
+            loss.baseline == "none" or self.teacher.reward_scale == 1,
+            "loss.baseline kl is the expectation of eq 5's r_t: it needs teacher.reward_scale 1",
         )
 
     @property
@@ -252,6 +426,12 @@ _SYNONYMS = {
     "max_completion_length": "sampling.max_new_tokens",
     "output_dir": "run.dir",
     "gradient_accumulation_steps": "optim.micro_batch_size",
+    "num_iterations": "optim.updates_per_batch",
+    "beta": "loss.kl_beta",
+    "epsilon": "loss.clip_low",
+    "epsilon_high": "loss.clip_high",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
 }
 
 
@@ -274,9 +454,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from nested dicts, strictly; ``where`` opens every message."""
     try:
-        return TreeReader(Recipe, _SYNONYMS).read(tree)
+        return TreeReader(Recipe, _SYNONYMS).read(_with_dependent_defaults(tree))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error.__cause__
+
+
+def _with_dependent_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with the defaults that depend on other keys, where they were left out."""
+    tree = dict(tree)
+
+    def section(name: str) -> dict[str, Any] | None:
+        """A copy to add to; None for what is no section, which the reader will say."""
+        value = tree.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            return None
+        tree[name] = dict(value or {})
+        return tree[name]
+
+    sampling, evaluate, prompt = section("sampling"), section("evaluate"), section("prompt")
+    if sampling is None or evaluate is None or prompt is None:
+        return tree
+    if tree.get("method") == "grpo":
+        sampling.setdefault("rollouts", 8)  # sec. 4.1
+    if prompt.get("thinking") is True and tree.get("method", "video-opd") in ON_POLICY:
+        need(
+            "max_new_tokens" in sampling,
+            "prompt.thinking without a length limit: reasoning has no natural end, so set "
+            "sampling.max_new_tokens (the paper's answers without it have about a dozen tokens)",
+        )
+    if "max_new_tokens" in sampling:
+        evaluate.setdefault("max_new_tokens", sampling["max_new_tokens"])
+    return tree
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -1,7 +1,8 @@
 """Settings classes from plain trees, strictly: an unknown key or a wrong type is an error that says where.
 
 Knows nothing of any particular setting; :mod:`video_opd.config` holds those. Supported annotations: bool,
-int, float, str, ``Literal``, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]`` and other settings classes.
+int, float, str, ``Literal``, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]`` and other
+settings classes.
 """
 
 from __future__ import annotations
@@ -133,6 +134,9 @@ class TreeReader:
             return None if value is None else self._value(value, inner, path)
         if origin is Literal:
             return _choice(value, arguments, path)
+        if origin is dict:
+            need(isinstance(value, Mapping), f"{path} must be a section of keys, not {value!r}")
+            return {str(key): self._value(item, arguments[1], f"{path}.{key}") for key, item in value.items()}
         if origin is tuple:
             items = list(value) if isinstance(value, list | tuple) else [value]
             kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)

@@ -102,6 +102,16 @@ def test_wrong_types_are_refused(tree: dict, expected: str):
         ("run", {"keep_checkpoints": 0}, "at least 1"),
         ("loss", {"ratio_tolerance": 0}, "above 0"),
         ("evaluate", {"batch_size": 0}, "at least 1"),
+        ("optim", {"updates_per_batch": 2, "max_steps": 5}, "half used"),
+        ("teacher", {"reward_scale": 0.5}, "at least 1"),
+        ("teacher", {"by_source": {"web": ""}}, "by_source.web is empty"),
+        ("loss", {"clip_high": 0.3}, "clip_low alone"),
+        ("loss", {"kl_beta": 0.1}, "means nothing to method video-opd"),
+        ("loss", {"max_importance_weight": 0.5}, "at least 1"),
+        ("reward", {"function": "mine.py:reward"}, "means nothing to method video-opd"),
+        ("reward", {"function": "mine"}, "file.py:function"),
+        ("reward", {"iou_weight": 0.0}, "not both 0"),
+        ("lora", {"rank": 0}, "at least 1"),
     ],
 )
 def test_impossible_settings_fail_at_once_with_the_remedy(section: str, keys: dict, expected: str):
@@ -142,7 +152,7 @@ def test_broken_overrides(tmp_path: Path, words: list[str], expected: str):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("optim: [", "line 1"), ("just text", "expected sections"), ("", "teacher.path is missing")],
+    [("optim: [", "line 1"), ("just text", "expected sections"), ("", "data.train is missing")],
 )
 def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
     path = write(tmp_path, text)
@@ -191,3 +201,61 @@ def test_float32_asks_for_a_tighter_ratio():
 def test_the_settings_import_no_torch():
     code = "import sys, video_opd.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (
+            {"method": "op-fkd", "teacher": {"path": "t", "distributions": False}},
+            "op-fkd needs the teacher's dist",
+        ),
+        (
+            {"loss": {"estimator": "full"}, "teacher": {"path": "t", "distributions": False}},
+            "estimator full needs",
+        ),
+        (
+            {"loss": {"estimator": "topk"}, "teacher": {"path": "t", "distributions": False}},
+            "estimator topk needs",
+        ),
+        ({"loss": {"baseline": "kl"}, "teacher": {"path": "t", "distributions": False}}, "baseline kl needs"),
+        ({"method": "grpo", "sampling": {"rollouts": 1}}, "needs at least 2; the paper takes 8"),
+        ({"prompt": {"thinking": True}}, "set sampling.max_new_tokens"),
+        ({"method": "grpo", "prompt": {"thinking": True}}, "set sampling.max_new_tokens"),
+        ({"method": "sft", "prompt": {"thinking": True}}, "no reasoning"),
+        ({"method": "sft", "sampling": {"rollouts": 8}}, "an annotation is one trajectory"),
+        ({"method": "grpo", "sampling": {"top_p": 0.9}}, "set sampling.top_p to 1.0"),
+        ({"method": "video-opd", "sampling": {"top_p": 0.9}}, "set sampling.top_p to 1.0"),
+        ({"method": "video-opd", "teacher": {}}, "method video-opd learns from a teacher"),
+        ({"method": "op-rkd", "teacher": {}}, "method op-rkd learns from a teacher"),
+        ({"method": "sft", "loss": {"baseline": "kl"}}, "means nothing to method sft"),
+        ({"method": "grpo", "loss": {"estimator": "full"}}, "means nothing to method grpo"),
+        ({"loss": {"estimator": "full", "clip_low": 0.2}}, "belongs to loss.estimator sampled"),
+        (
+            {"loss": {"baseline": "kl"}, "teacher": {"path": "t", "reward_scale": 2}},
+            "needs teacher.reward_scale 1",
+        ),
+        (
+            {"model": {"freeze": ["vision"]}, "lora": {"parts": ["vision"]}},
+            "stands in lora.parts and in model.freeze",
+        ),
+        ({"teacher": {"path": "t", "by_source": ["a"]}}, "by_source must be a section"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_before_anything_is_loaded(tree: dict, expected: str):
+    with pytest.raises(UserError, match=expected):
+        recipe_from_dict({**SMALLEST, **tree})
+
+
+def test_defaults_follow_the_method_and_the_prompt():
+    grpo = recipe_from_dict({"method": "grpo", "data": {"train": "d"}})
+    assert grpo.sampling.rollouts == 8 and grpo.loss.kl_beta == 0 and grpo.loss.clip is None  # sec. 4.1
+    assert grpo.reward.iou == "timestamp_aware" and grpo.reward.normalise_std
+    assert recipe_from_dict({"method": "grpo", "data": {"train": "d"}, "sampling": {"temperature": 0.9}})
+    thinking = make(prompt={"thinking": True}, sampling={"max_new_tokens": 512})
+    assert thinking.evaluate.max_new_tokens == 512
+    assert make(loss={"clip_low": 0.2}).loss.clip == (0.2, 0.2)
+    assert make(loss={"clip_low": 0.2, "clip_high": 0.28}).loss.clip == (0.2, 0.28)
+    routed = make(teacher={"by_source": {"web": "w"}})
+    assert routed.teacher.by_source == {"web": "w"}
+    assert recipe_from_dict(yaml.safe_load(dump_recipe(routed))) == routed
