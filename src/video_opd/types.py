@@ -75,16 +75,23 @@ class Rollout:
     """One answer that a policy wrote, and the log-probability of each of its tokens at that time.
 
     The end-of-sequence token, when the policy wrote one, is the last token. ``truncated`` means that the
-    length limit came first; nothing is appended then.
+    length limit came first; nothing is appended then. An annotation that is trained on has no ``logprobs``:
+    nobody sampled it.
     """
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # nats, of the distribution that was sampled
+    logprobs: tuple[float, ...] | None  # nats, of the distribution that was sampled
     text: str  # decoded without special tokens
     truncated: bool
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), "one log-prob for each token"
+        assert self.logprobs is None or len(self.token_ids) == len(self.logprobs), "one log-prob a token"
+
+    @property
+    def recorded(self) -> tuple[float, ...]:
+        """The log-probs of an answer that was sampled."""
+        assert self.logprobs is not None, "an annotation was not sampled"
+        return self.logprobs
 
 
 @dataclass(frozen=True, kw_only=True)

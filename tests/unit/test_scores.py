@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from answer_cases import FakeLoader, FakePolicy, make_samples
 
+from video_opd.curriculum.samplers import select
 from video_opd.curriculum.scorefile import read_scores
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.errors import UserError
@@ -140,3 +141,17 @@ def test_greedy_needs_one_answer(tmp_path: Path) -> None:
     assert not (tmp_path / "s.jsonl").exists()
     _, student, _ = run(tmp_path / "s.jsonl", settings=ScoreSettings(k=1, temperature=0.0))
     assert {call["temperature"] for call in student.calls} == {0.0}
+
+
+def test_without_a_teacher_only_the_student_is_scored(tmp_path: Path) -> None:
+    """What GRPO's choice by difficulty reads (eqs 30–31)."""
+    out = tmp_path / "s.jsonl"
+    student = FakePolicy(wavering)
+    score(student, None, make_samples(4), FakeLoader(), out, made_by={**MADE_BY, "teacher": None})
+    assert all("teacher_iou" not in row and row["student_iou"] >= 0 for row in rows_of(out).values())
+    scores = list(read_scores(out).values())
+    assert select(scores, "gaussian", 2).candidates == 4
+    assert select(scores, "topk", 2).candidates == 0  # δ needs both
+    for more in ({"settings": ScoreSettings(reverse_kl=True)}, {"teacher_from": out}):
+        with pytest.raises(UserError, match="name the teacher"):
+            score(student, None, make_samples(4), FakeLoader(), out, made_by=MADE_BY, **more)

@@ -96,10 +96,11 @@ def score(arguments: argparse.Namespace) -> None:
 
     samples = read_samples(data, arguments.video_root or video_root)
     student = open_model(access, arguments.device)
-    teacher = open_model(teacher_access, arguments.device)
-    check_same_tokens(
-        (student.policy.model, student.policy.processor), (teacher.policy.model, teacher.policy.processor)
-    )
+    teacher = None if teacher_access is None else open_model(teacher_access, arguments.device)
+    if teacher is not None:
+        check_same_tokens(
+            (student.policy.model, student.policy.processor), (teacher.policy.model, teacher.policy.processor)
+        )
     settings = ScoreSettings(
         k=arguments.k,
         student_k=arguments.student_k,
@@ -111,13 +112,13 @@ def score(arguments: argparse.Namespace) -> None:
     )
     result = run(
         student.policy,
-        teacher.policy,
+        None if teacher is None else teacher.policy,
         samples,
         student.loader,
         arguments.out,
         made_by={
             "student": student.made_by()["model"],
-            "teacher": teacher.made_by()["model"],
+            "teacher": None if teacher is None else teacher.made_by()["model"],
             "input": student.made_by()["input"],
         },
         settings=settings,
@@ -131,22 +132,26 @@ def score(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored")
 
 
-def _scored(arguments: argparse.Namespace) -> tuple[Access, Access, str, str | None]:
-    """Student, teacher (shown the same input), data file and video root: of a recipe or of the options."""
-    named = (arguments.student, arguments.teacher, arguments.data)
-    if arguments.recipe and any(named):
+def _scored(arguments: argparse.Namespace) -> tuple[Access, Access | None, str, str | None]:
+    """Student, teacher (shown the same input; none where none is named), data file and video root: of a
+    recipe or of the options."""
+    if arguments.recipe and any((arguments.student, arguments.teacher, arguments.data)):
         raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
-    if not arguments.recipe and not all(named):
-        raise UserError("score needs a RECIPE, or all of --student, --teacher and --data")
+    if not arguments.recipe and not (arguments.student and arguments.data):
+        raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
     from video_opd.config import load_recipe
     from video_opd.evaluation.opened import Access, read_access
 
     if arguments.recipe:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         access = Access(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
+        if not recipe.teacher.path:
+            return access, None, recipe.data.train, recipe.data.video_root
         teacher_model = replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
         return access, replace(access, model=teacher_model), recipe.data.train, recipe.data.video_root
     access = read_access(arguments.student, arguments.overrides)
+    if not arguments.teacher:
+        return access, None, arguments.data, None
     teacher_model = replace(access.model, path=arguments.teacher)
     return access, replace(access, model=teacher_model), arguments.data, None
 

@@ -143,7 +143,9 @@ def _score(commands: Any) -> None:
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names student, teacher and data")
     parser.add_argument("--student", metavar="M", help="the student's checkpoint folder")
-    parser.add_argument("--teacher", metavar="M", help="the teacher's checkpoint folder")
+    parser.add_argument(
+        "--teacher", metavar="M", help="the teacher's; left out, only the student is scored, for gaussian"
+    )
     parser.add_argument("--data", metavar="D.jsonl", help="the candidates")
     parser.add_argument("--out", required=True, metavar="S.jsonl", help="the scores file")
     parser.add_argument("--k", type=_positive, default=4, metavar="K", help="answers a model; default: 4")

@@ -79,7 +79,7 @@ class ScoreResult:
 
 def score(
     student: Policy,
-    teacher: Policy,
+    teacher: Policy | None,
     samples: Sequence[Sample],
     make_loader: MakeLoader,
     out: str | Path,
@@ -92,12 +92,15 @@ def score(
 ) -> ScoreResult:
     """Appends a row of the scores file for every sample that has none.
 
+    Without a ``teacher`` only the student answers, which is all that GRPO's choice by difficulty needs (D.1).
     ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, and ``"input"``: prompt and video
     budget. ``teacher_from`` is an earlier scores file: the teacher's part of its rows is taken over if the
     same teacher made them from the same input and settings. Raises :class:`UserError` where it is not, and
     where ``out`` holds rows that something else made.
     """
     settings = settings or ScoreSettings()
+    if teacher is None and (settings.reverse_kl or teacher_from is not None):
+        raise UserError("scores without a teacher have no reverse KL and no teacher's part: name the teacher")
     # Checked now, not after the first video; and what the two parts of a row depend on.
     note = {
         **made_by,
@@ -132,7 +135,7 @@ def score(
 
 def _score_batch(
     student: Policy,
-    teacher: Policy,
+    teacher: Policy | None,
     batch: Sequence[Item],
     settings: ScoreSettings,
     known: Mapping[str, Mapping[str, Any]],
@@ -140,19 +143,19 @@ def _score_batch(
     prompts = [prompt for _, prompt in batch]
     rows: list[dict[str, Any]] = [{"id": sample.id, "query": sample.query} for sample, _ in batch]
 
-    unknown = [i for i, (sample, _) in enumerate(batch) if sample.id not in known]
-    taught = (
-        answer(teacher, [prompts[i] for i in unknown], settings.teacher, "score teacher") if unknown else []
-    )
-    for i, rollouts in zip(unknown, taught, strict=True):
-        rows[i] |= _part("teacher", batch[i][0], rollouts, settings)
+    if teacher is not None:
+        unknown = [i for i, (sample, _) in enumerate(batch) if sample.id not in known]
+        asked = [prompts[i] for i in unknown]
+        taught = answer(teacher, asked, settings.teacher, "score teacher") if unknown else []
+        for i, rollouts in zip(unknown, taught, strict=True):
+            rows[i] |= _part("teacher", batch[i][0], rollouts, settings)
     for (sample, _), row in zip(batch, rows, strict=True):
         row |= known.get(sample.id, {})
 
     written = answer(student, prompts, settings.student, "score student")
     for (sample, _), row, rollouts in zip(batch, rows, written, strict=True):
         row |= _part("student", sample, rollouts, settings)
-    if settings.reverse_kl:
+    if settings.reverse_kl and teacher is not None:
         for row, kl in zip(rows, _reverse_kl(student, teacher, prompts, written, settings), strict=True):
             row |= kl
     return rows
@@ -185,7 +188,7 @@ def _reverse_kl(
     taught_BT = teacher.logprobs(prompts, responses).logprobs_BT.tolist()
     flat = [rollout for rollouts in written for rollout in rollouts]
     if settings.temperature in (0.0, 1.0):  # what was recorded is the model's own distribution
-        own_BT: list[Sequence[float]] = [rollout.logprobs for rollout in flat]
+        own_BT: list[Sequence[float]] = [rollout.recorded for rollout in flat]
     else:
         own_BT = student.logprobs(prompts, responses).logprobs_BT.tolist()
     # Rows of the answers, right-padded: zip would be strict but for that.

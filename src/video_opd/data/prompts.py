@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.temporal import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +20,13 @@ class PromptStyle:
     """``system`` may be empty (no system message); ``user`` holds ``{query}`` once.
 
     ``bare_query``: a query is a phrase inside a sentence, so its white space is collapsed and the full stops
-    around it are taken off, as TimeLens does.
+    around it are taken off, as TimeLens does. ``reply`` is the answer that the instruction asks for.
     """
 
     system: str
     user: str
     bare_query: bool = False
+    reply: str = "{start:.2f} to {end:.2f}"
 
     def __post_init__(self) -> None:
         assert self.user.count("{query}") == 1, "a style asks one question"
@@ -34,6 +36,10 @@ class PromptStyle:
         if self.bare_query:
             query = re.sub(r"\s+", " ", query).strip().strip(".").strip()
         return self.user.replace("{query}", query)
+
+    def answer(self, span: Interval) -> str:
+        """What a model that knows ``span`` would write: what annotations are turned into."""
+        return self.reply.format(start=span[0], end=span[1])
 
 
 # Table 8's variant: the paper does not print its instruction, so it is the shortest that says the format.
@@ -55,6 +61,7 @@ STYLES: dict[str, PromptStyle] = {
             "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
         ),
         bare_query=True,
+        reply="The event happens in {start:.2f} - {end:.2f} seconds",
     ),
 }
 
