@@ -41,6 +41,7 @@ NO_TORCH = (
     "temporal",
     "config",
     "seeds",
+    "algorithms.rewards",
     "evaluation.metrics",
     "evaluation.predictions",
     "evaluation.tables",

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_cases import Build, make_recipe, repeatable, weights_of
+from training_cases import (
+    Build,
+    assert_equal_to_rounding,
+    assert_same_run,
+    free_port,
+    make_recipe,
+    rows_of,
+    start,
+)
 
-from video_opd.config import OptimConfig, Recipe
+from video_opd.config import OptimConfig
 from video_opd.errors import UserError
-from video_opd.jsonl import read_jsonl
 from video_opd.training.checks import CheckError
 from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.run_folder import RunFolder
@@ -30,11 +34,7 @@ from video_opd.training.trajectories import RatioError
 KILLS = int(os.environ.get("VIDEO_OPD_KILLS", "3"))
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(path)]
-
-
-def run(path: Path, build: Build | None = None, **sections: dict[str, Any]) -> RunResult:
+def run(path: Path, build: Build | None = None, **sections: Any) -> RunResult:
     return train(make_recipe(path, **sections), build or Build())
 
 
@@ -42,15 +42,6 @@ def run(path: Path, build: Build | None = None, **sections: dict[str, Any]) -> R
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """Eight rows, four a step, two epochs: four steps. Others are compared with it."""
     return run(tmp_path_factory.mktemp("undisturbed") / "run", optim={"epochs": 2})
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit, but for the seconds."""
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert repeatable(rows_of(a / name)) == repeatable(rows_of(b / name))
-    mine, theirs = weights_of(a), weights_of(b)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_a_run_leaves_its_folder(undisturbed: RunResult):
@@ -112,55 +103,12 @@ def test_micro_batches_change_nothing(undisturbed: RunResult, tmp_path: Path, mi
     assert_equal_to_rounding(undisturbed.path, other.path)
 
 
-def assert_equal_to_rounding(a: Path, b: Path) -> None:
-    for x, y in zip(rows_of(a / "metrics.jsonl"), rows_of(b / "metrics.jsonl"), strict=True):
-        for key in ("loss", "reverse_kl/sampled", "reverse_kl/analytic", "update/grad_norm", "reward/std"):
-            assert math.isclose(x[key], y[key], rel_tol=2e-3), key
-        for key in ("rollouts", "tokens/response", "tokens/video", "response/length_max"):
-            assert x[key] == y[key]
-    for x, y in zip(rows_of(a / "rollouts.jsonl"), rows_of(b / "rollouts.jsonl"), strict=True):
-        assert (x["id"], x["token_ids"]) == (y["id"], y["token_ids"])
-    mine, theirs = weights_of(a), weights_of(b)
-    # Adam divides by |g|: a gradient that is all rounding may turn round. So compare what all weights did.
-    off = torch.cat([(mine[key] - theirs[key]).flatten() for key in mine])
-    assert off.abs().mean() < 1e-6  # lr is 1e-3, and there were four steps
-
-
 # ------------------------------------------------------------------------------------- several processes
-
-
-def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)  # the parent's single process is inherited by the fork
-    train(recipe, build)
-
-
-def start(*arguments: Any) -> Any:
-    """A fork of this process: torch and transformers are imported once."""
-    process = multiprocessing.get_context("fork").Process(target=worker, args=arguments)
-    process.start()
-    return process
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_two_processes_equal_one(tmp_path: Path):
     """Seven rows in batches of four: the last batch gives one rank two rows and the other one."""
-    sections: dict[str, dict[str, Any]] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
+    sections: dict[str, Any] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
     alone = run(tmp_path / "one", Build(rows=7, broken=("s3",)), **sections)
     port = free_port()
     recipe = make_recipe(tmp_path / "two", **sections)

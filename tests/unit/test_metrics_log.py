@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from video_opd.algorithms.method import Needs
 from video_opd.config import OptimConfig
 from video_opd.training.build import make_optimizer
 from video_opd.training.metrics import RolloutRecord, Stopwatch, rollout_metrics, token_counts
@@ -19,9 +20,11 @@ NAN = math.nan
 def record(**changes: Any) -> RolloutRecord:
     facts: dict[str, Any] = {
         "position": 0, "index": 0, "sample_id": "a", "video": "a.mp4", "query": "q", "text": "1.0 to 2.0",
-        "token_ids": (5, 6), "truncated": False, "rule": "exact", "span": (1.0, 2.0), "spans": ((1.0, 2.0),),
+        "token_ids": (5, 6), "sampled": True, "truncated": False, "answer_reward": None, "rule": "exact",
+        "span": (1.0, 2.0), "spans": ((1.0, 2.0),),
         "iou": 1.0, "prompt_tokens": 100, "video_tokens": 80, "old": (-1.0, -2.0), "teacher": (-2.0, -1.5),
-        "signal": (-1.0, 0.5), "ratio": (1.0, 1.0), "kl": (0.2, 0.4), "entropy": (1.0, 3.0),
+        "reward": (-1.0, 0.5), "advantage": (-1.0, 0.5), "ratio": (1.0, 1.0), "kl": (0.2, 0.4),
+        "entropy": (1.0, 3.0), "current": (-1.0, -2.0), "reference": (NAN, NAN), "weight": (NAN, NAN),
     }  # fmt: skip
     return RolloutRecord(**{**facts, **changes})
 
@@ -31,11 +34,17 @@ def test_each_metric_by_hand():
         [
             record(),
             record(
-                position=1, token_ids=(7, 8, 9), truncated=True, span=None, iou=0.0, signal=(-6.0, NAN, 0.5),
-                ratio=(1.25, NAN, 0.5), kl=(0.6, NAN, 0.0), entropy=(2.0, NAN, 2.0),
+                position=1, token_ids=(7, 8, 9), truncated=True, span=None, iou=0.0, reward=(-6.0, NAN, 0.5),
+                ratio=(1.25, NAN, 0.5), kl=(0.6, NAN, 0.0), entropy=(2.0, NAN, 2.0), old=(-1.0, NAN, -2.0),
+                teacher=(-7.0, NAN, -1.5), current=(-1.0, NAN, -3.0), advantage=(3.0, NAN, -1.0),
+                reference=(NAN, NAN, NAN),
             ),
-            record(position=2, spans=(), iou=None, token_ids=(1,), signal=(1.0,), ratio=(1.0,), kl=(0.0,)),
-        ]
+            record(
+                position=2, spans=(), iou=None, token_ids=(1,), reward=(1.0,), ratio=(1.0,), kl=(0.0,),
+                old=(-1.0,), teacher=(0.0,), current=(-1.0,), advantage=(1.0,), reference=(NAN,),
+            ),
+        ],
+        clip=(0.2, 0.2),
     )  # fmt: skip
     signal = [-1.0, 0.5, -6.0, 0.5, 1.0]
     mean = sum(signal) / 5
@@ -47,6 +56,10 @@ def test_each_metric_by_hand():
     assert math.isclose(row["reverse_kl/analytic"], (0.2 + 0.4 + 0.6 + 0.0 + 0.0) / 5)
     assert math.isclose(row["policy/entropy"], (1 + 3 + 2 + 2 + 1 + 3) / 6)
     assert row["policy/ratio_off_max"] == 0.5
+    assert row["policy/clipped_share"] == 2 / 5  # 1.25 with A > 0, 0.5 with A < 0
+    assert math.isclose(row["response/nll"], (1 + 2 + 1 + 3 + 1) / 5)
+    advantages = [-1.0, 0.5, 3.0, -1.0, 1.0]
+    assert math.isclose(row["advantage/mean"], sum(advantages) / 5)
     assert row["response/length_mean"] == 2.0 and row["response/length_max"] == 3
     assert row["response/truncated_share"] == row["response/unparsed_share"] == 1 / 3
     assert row["response/iou_mean"] == 0.5  # of the two annotated ones; an unparsed answer counts 0
@@ -67,13 +80,38 @@ def test_tokens_are_counted_a_stage():
         record(index=1, token_ids=(1, 2, 3)),
         record(position=1, prompt_tokens=50, video_tokens=20),
     ]
-    once = token_counts(records, reads_prompts_once=True, teacher=True)
+    once = token_counts(records, reads_prompts_once=True, needs=Needs(sampling=True, teacher=True))
     assert once == {
         "tokens/video": 100, "tokens/prompt": 150, "tokens/response": 7, "tokens/prefill": 150,
-        "tokens/sample": 7, "tokens/teacher": 157, "tokens/update": 157,
+        "tokens/sample": 7, "tokens/teacher": 157, "tokens/reference": 0, "tokens/update": 157,
     }  # fmt: skip
-    again = token_counts(records, reads_prompts_once=False, teacher=False)
+    again = token_counts(records, reads_prompts_once=False, needs=Needs(sampling=True, reference=True))
     assert again["tokens/update"] == 257 and again["tokens/prefill"] == 0 and again["tokens/teacher"] == 0
+    assert again["tokens/reference"] == 257
+    annotated = token_counts(records, reads_prompts_once=True, needs=Needs(annotation=True))
+    assert annotated["tokens/prefill"] == annotated["tokens/sample"] == 0
+    assert annotated["tokens/update"] == 157
+
+
+def test_a_group_reward_is_of_whole_answers():
+    rows = [
+        record(answer_reward=reward, position=i // 2, reward=(NAN, NAN), teacher=(NAN, NAN))
+        for i, reward in enumerate((0.0, 1.0, 0.5, 0.5))
+    ]
+    row = rollout_metrics(rows)
+    assert row["reward/mean"] == 0.5 and (row["reward/min"], row["reward/max"]) == (0.0, 1.0)
+    assert row["reward/equal_group_share"] == 0.5  # a group without a difference teaches nothing
+    assert math.isnan(row["reverse_kl/sampled"]) and math.isnan(row["reward/outlier_share"])
+
+
+def test_an_annotation_estimates_no_reverse_kl():
+    row = rollout_metrics([record(sampled=False)])
+    assert math.isnan(row["reverse_kl/sampled"]) and row["reward/mean"] == -0.25
+
+
+def test_the_distance_to_the_initial_student_is_k3():
+    row = rollout_metrics([record(reference=(-1.5, -1.0))])
+    assert math.isclose(row["reference_kl/sampled"], (math.exp(-0.5) - 0.5 + math.exp(1.0) - 2) / 2)
 
 
 def test_the_stopwatch_adds_up_and_starts_again():

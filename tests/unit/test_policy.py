@@ -46,7 +46,7 @@ def tokens_of(rollouts: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
 
 
 def old_logprobs(rollouts: list[list[Rollout]], width: int) -> torch.Tensor:
-    rows = [r.logprobs for group in rollouts for r in group]
+    rows = [r.recorded for group in rollouts for r in group]
     return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
 
 

@@ -1,5 +1,7 @@
 """A teacher that is its own student finds nothing to correct; a broken one says so."""
 
+from typing import Any
+
 import pytest
 import torch
 from model_cases import mixed_prompts, model, processor
@@ -7,7 +9,7 @@ from model_cases import mixed_prompts, model, processor
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Policy, Teacher
-from video_opd.models.teachers import LocalTeacher
+from video_opd.models.teachers import LocalTeacher, RoutedTeacher
 
 
 def test_self_distillation_is_zero_on_every_token() -> None:
@@ -16,7 +18,7 @@ def test_self_distillation_is_zero_on_every_token() -> None:
     prompts = mixed_prompts()
     rollouts = student.sample(prompts, n=2, max_new_tokens=10, seeds=[[1, 2], [3, 4], [5, 6]])
     scores = teacher.logprobs(prompts, [[r.token_ids for r in group] for group in rollouts], full=True)
-    old = [r.logprobs for group in rollouts for r in group]
+    old = [r.recorded for group in rollouts for r in group]
     for row, logprobs in enumerate(old):
         r_T = scores.logprobs_BT[row, : len(logprobs)] - torch.tensor(logprobs)  # eq 5
         assert r_T.abs().max() < 1e-4
@@ -68,3 +70,37 @@ def test_a_score_that_is_not_finite_can_be_masked() -> None:
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="nonfinite"):
         LocalTeacher(HFPolicy(model(), processor()), nonfinite="ignore")  # type: ignore[arg-type]
+
+
+def test_each_prompt_is_scored_by_its_own_teacher() -> None:
+    """Answers of different numbers and lengths, teachers taking turns: row by row what each says alone."""
+    prompts = [*mixed_prompts(), *mixed_prompts()[:1]]
+    responses: list[list[tuple[int, ...]]] = [
+        [(9, 10), (11,)],
+        [(12, 13, 14, 15)],
+        [(9,), (10, 11, 12)],
+        [(20, 21)],
+    ]
+    teachers = {name: LocalTeacher(HFPolicy(model(seed), processor())) for seed, name in enumerate("ab")}
+    names = iter("abab")
+    assigned = [next(names) for _ in prompts]
+    calls: list[str] = []
+
+    def route(prompt: Any) -> str:
+        calls.append(assigned[len(calls)])
+        return calls[-1]
+
+    routed = RoutedTeacher(teachers, route).logprobs(prompts, responses, full=True)
+    row = 0
+    for prompt, group, name in zip(prompts, responses, assigned, strict=True):
+        alone = teachers[name].logprobs([prompt], [group], full=True)
+        assert alone.full_BTV is not None and routed.full_BTV is not None
+        for b, tokens in enumerate(group):
+            n = len(tokens)
+            assert routed.mask_BT[row].sum() == n
+            torch.testing.assert_close(
+                routed.logprobs_BT[row, :n], alone.logprobs_BT[b, :n], atol=1e-5, rtol=0
+            )
+            torch.testing.assert_close(routed.full_BTV[row, :n], alone.full_BTV[b, :n], atol=1e-4, rtol=1e-5)
+            row += 1
+    assert row == len(routed.mask_BT)

@@ -46,7 +46,8 @@ def test_signal_and_loss_by_hand():
     batch = make_trajectories(ROWS, GROUPS, student, teacher)
     method = VideoOPD(SamplingConfig())
     signal = method.signal(batch)
-    assert signal.tolist() == [[-1.0, 1.5], [0.25, 0.0]]
+    assert signal.token_reward_BT is signal.advantage_BT is not None
+    assert signal.advantage_BT.tolist() == [[-1.0, 1.5], [0.25, 0.0]]
     loss = method.loss(student, batch, signal, divisor=2.0)
     assert math.isclose(loss.item(), -(-1.0 + 1.5 + 0.25) / 2)
 
@@ -188,7 +189,7 @@ def test_ranks_share_a_batch_and_a_broken_video_moves_nobody(
     for rank in range(world):
         stream = BatchStream(plan, 0, rank, world)
         loader = ((s, PROMPT) for s in stream.wanted() if s.id not in bad)
-        streams.append(list(stream.steps(loader)))
+        streams.append(list(stream.batches(loader)))
     for step, planned in enumerate(plan.batches()):
         got = {row.position: row.sample.id for stream in streams for row in stream[step][1]}
         assert got == {i: s.id for i, s in enumerate(planned) if s.id not in bad}
@@ -209,7 +210,7 @@ def test_a_loader_is_asked_only_for_what_a_step_needs():
             yield s, PROMPT
 
     stream = BatchStream(plan_of(8, batch_size=4), 0)
-    steps = stream.steps(loader(stream.wanted()))
+    steps = stream.batches(loader(stream.wanted()))
     assert len(next(steps)[1]) == 4 and len(asked) == 4
 
 

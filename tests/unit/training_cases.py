@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import multiprocessing
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,12 +15,14 @@ from typing import Any
 import torch
 from model_cases import encode, model, processor
 
-from video_opd.algorithms.video_opd import VideoOPD
-from video_opd.config import ModelConfig, Recipe, recipe_from_dict
+from video_opd.algorithms.registry import make_method
+from video_opd.config import Recipe, recipe_from_dict
+from video_opd.jsonl import read_jsonl
 from video_opd.models.loading import load_model
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
-from video_opd.training.build import Parts, freeze, make_optimizer
+from video_opd.training.build import Parts, freeze, make_optimizer, usable_samples
+from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
 
@@ -23,8 +30,9 @@ from video_opd.types import EncodedPrompt, Sample
 UNREPEATABLE = ("time/",)
 
 
-def make_recipe(run_dir: Path, **sections: dict[str, Any]) -> Recipe:
-    tree: dict[str, dict[str, Any]] = {
+def make_recipe(run_dir: Path, method: str = "video-opd", **sections: Any) -> Recipe:
+    tree: dict[str, Any] = {
+        "method": method,
         "model": {"path": "base"},
         "teacher": {"path": "teacher"},
         "data": {"train": "train.jsonl", "workers": 0},
@@ -65,6 +73,7 @@ class Build:
         student = model(0, sharpness=8.0)
         if Path(weights).is_dir():
             student, _ = load_model(weights, dtype="float32")
+        method = make_method(recipe, processor().tokenizer)
         freeze(student, recipe.model)
         optimizer = make_optimizer([p for p in student.parameters() if p.requires_grad], recipe.optim)
         forward_module, optimizer = accelerator.prepare(student, optimizer)
@@ -73,12 +82,13 @@ class Build:
             model=student,
             forward_module=forward_module,
             policy=HFPolicy(student, processor(), self.engine, forward_module=forward_module),
-            reference=HFPolicy(student, processor(), "plain"),
+            plain=HFPolicy(student, processor(), "plain"),
             teacher=LocalTeacher(teacher),
-            method=VideoOPD(recipe.sampling),
+            reference=LocalTeacher(HFPolicy(model(0, sharpness=8.0), processor(), self.engine)),
+            method=method,
             optimizer=optimizer,
             processor=processor(),
-            samples=[sample(i) for i in range(self.rows)],
+            samples=usable_samples(recipe, method, [sample(i) for i in range(self.rows)]),
             loader=self.load,
             evaluation_loader=self.load,
         )
@@ -97,4 +107,65 @@ def repeatable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(UNREPEATABLE)} for row in rows]
 
 
-__all__ = ["Build", "ModelConfig", "make_recipe", "prompt", "repeatable", "sample", "weights_of"]
+def a_reward(sample: Sample, text: str) -> float:
+    """Of no meaning, but different for different answers: random models write no time spans."""
+    return sum(map(ord, text)) % 11 / 11
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit, but for the seconds."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert repeatable(rows_of(a / name)) == repeatable(rows_of(b / name))
+    mine, theirs = weights_of(a), weights_of(b)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def assert_equal_to_rounding(a: Path, b: Path) -> None:
+    keys = ["loss", "reverse_kl/sampled", "reverse_kl/analytic", "update/grad_norm", "reward/std"]
+    keys += ["response/nll"]
+    for x, y in zip(rows_of(a / "metrics.jsonl"), rows_of(b / "metrics.jsonl"), strict=True):
+        for key in keys:
+            measured = x[key], y[key]  # null where the method has no such thing
+            assert measured == (None, None) or math.isclose(*measured, rel_tol=2e-3, abs_tol=1e-6), key
+        for key in ("rollouts", "tokens/response", "tokens/video", "response/length_max"):
+            assert x[key] == y[key]
+    for x, y in zip(rows_of(a / "rollouts.jsonl"), rows_of(b / "rollouts.jsonl"), strict=True):
+        assert (x["id"], x["token_ids"]) == (y["id"], y["token_ids"])
+    mine, theirs = weights_of(a), weights_of(b)
+    # Adam divides by |g|: a gradient that is all rounding may turn round. So compare what all weights did.
+    off = torch.cat([(mine[key] - theirs[key]).flatten() for key in mine])
+    assert off.abs().mean() < 1e-6  # lr is 1e-3, and there were four steps
+
+
+def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # the parent's single process is inherited by the fork
+    train(recipe, build)
+
+
+def start(*arguments: Any) -> Any:
+    """A fork of this process: torch and transformers are imported once."""
+    process = multiprocessing.get_context("fork").Process(target=worker, args=arguments)
+    process.start()
+    return process
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,15 +1,15 @@
-"""A frozen model that scores the student's own answers, token by token."""
+"""Frozen models that score the student's own answers, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
-from video_opd.models.protocols import Responses
+from video_opd.models.protocols import Responses, Teacher
 from video_opd.types import EncodedPrompt, TokenLogprobs
 
 
@@ -61,3 +61,67 @@ class LocalTeacher:
             mask_BT=scores.mask_BT & finite_BT,
             full_BTV=None if full_BTV is None else torch.where(finite_BT[..., None], full_BTV, 0.0),
         )
+
+
+class RoutedTeacher:
+    """Several teachers, each for its own samples (``teacher.by_source``).
+
+    ``route`` names the teacher of a prompt. Prompts of one teacher are scored together; the result is in the
+    order that was asked for.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher], route: Callable[[EncodedPrompt], str]) -> None:
+        self.teachers, self.route = teachers, route
+
+    def logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Responses,
+        *,
+        full: bool = False,
+        temperature: float = 1.0,
+    ) -> TokenLogprobs:
+        """As :meth:`LocalTeacher.logprobs`, each row by its own teacher."""
+        mine: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            mine.setdefault(self.route(prompt), []).append(i)
+        scored = [
+            self.teachers[name].logprobs(
+                [prompts[i] for i in group],
+                [responses[i] for i in group],
+                full=full,
+                temperature=temperature,
+            )
+            for name, group in mine.items()
+        ]
+        order = [i for group in mine.values() for i in group]  # prompts, as they were scored
+        starts, row = {}, 0
+        for i in order:
+            starts[i], row = row, row + len(responses[i])
+        rows = torch.tensor([starts[i] + j for i in range(len(prompts)) for j in range(len(responses[i]))])
+        whole = stack(scored)
+        rows = rows.to(whole.mask_BT.device)
+        return TokenLogprobs(
+            logprobs_BT=whole.logprobs_BT[rows],
+            mask_BT=whole.mask_BT[rows],
+            full_BTV=None if whole.full_BTV is None else whole.full_BTV[rows],
+        )
+
+
+def stack(pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:
+    """Joins scores that were padded to different lengths, row after row."""
+    longest = max(piece.mask_BT.shape[1] for piece in pieces)
+
+    def join(name: str) -> torch.Tensor:
+        padded = []
+        for piece in pieces:
+            x = getattr(piece, name)
+            shape = (x.shape[0], longest - x.shape[1], *x.shape[2:])
+            padded.append(torch.cat([x, x.new_zeros(shape)], dim=1))
+        return torch.cat(padded)
+
+    return TokenLogprobs(
+        logprobs_BT=join("logprobs_BT"),
+        mask_BT=join("mask_BT"),
+        full_BTV=None if pieces[0].full_BTV is None else join("full_BTV"),
+    )

@@ -24,7 +24,8 @@ class BatchPlan:
 
     samples: Sequence[Sample]
     batch_size: int  # prompts, over all processes
-    total_steps: int
+    total_steps: int  # optimiser steps
+    updates_per_batch: int  # of them, on one batch
     seed: int
     shuffle: bool
 
@@ -34,11 +35,13 @@ class BatchPlan:
         samples = samples[: recipe.data.limit]
         if not samples:
             raise UserError(f"{recipe.data.train} has no rows: nothing to train on")
-        steps = recipe.optim.epochs * -(-len(samples) // recipe.optim.batch_size)
+        updates = recipe.optim.updates_per_batch
+        steps = updates * recipe.optim.epochs * -(-len(samples) // recipe.optim.batch_size)
         return cls(
             samples=samples,
             batch_size=recipe.optim.batch_size,
             total_steps=recipe.optim.max_steps or steps,
+            updates_per_batch=updates,
             seed=recipe.run.seed,
             shuffle=recipe.data.shuffle,
         )
@@ -55,11 +58,12 @@ class BatchPlan:
         )
 
     def batches(self, start: int = 0) -> Iterator[list[Sample]]:
-        """The global batches of steps ``start``, ``start + 1``, … up to the last."""
-        steps_an_epoch = -(-len(self.samples) // self.batch_size)
+        """The global batches from step ``start`` (the first on its batch) up to the last."""
+        assert start % self.updates_per_batch == 0, "a batch is sampled and used up whole"
+        batches_an_epoch = -(-len(self.samples) // self.batch_size)
         order: list[int] = []
-        for step in range(start, self.total_steps):
-            epoch, place = divmod(step, steps_an_epoch)
+        for step in range(start, self.total_steps, self.updates_per_batch):
+            epoch, place = divmod(step // self.updates_per_batch, batches_an_epoch)
             if place == 0 or not order:
                 order = self.order(epoch)
             rows = order[place * self.batch_size : (place + 1) * self.batch_size]
@@ -91,8 +95,8 @@ class BatchStream:
             sample for batch in self.plan.batches(self.start) for sample in batch[self.rank :: self.world]
         ]
 
-    def steps(self, loader: Iterable[tuple[Sample, EncodedPrompt]]) -> Generator[tuple[int, list[Row]]]:
-        """``(size of the planned global batch, this process's rows)`` for each step."""
+    def batches(self, loader: Iterable[tuple[Sample, EncodedPrompt]]) -> Generator[tuple[int, list[Row]]]:
+        """``(size of the planned global batch, this process's rows)`` for each batch."""
         source = iter(loader)
         head: tuple[Sample, EncodedPrompt] | None = None
         for batch in self.plan.batches(self.start):

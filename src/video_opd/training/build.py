@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from video_opd.algorithms.method import Method
-from video_opd.algorithms.video_opd import VideoOPD
+from video_opd.algorithms.registry import make_method, make_reward
 from video_opd.config import ModelConfig, OptimConfig, Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.data.budget import VideoBudget
@@ -20,7 +20,8 @@ from video_opd.errors import UserError
 from video_opd.models.loading import DTYPES, check_same_tokens, load_model
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Policy, Teacher
-from video_opd.models.teachers import LocalTeacher
+from video_opd.models.teachers import LocalTeacher, RoutedTeacher
+from video_opd.progress import log
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
 
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 # From samples to ``(sample, prompt)`` in the same order, without those whose video cannot be decoded.
 Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 
-METHODS: dict[str, Callable[[Recipe], Method]] = {
-    "video-opd": lambda recipe: VideoOPD(recipe.sampling),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -42,8 +39,9 @@ class Parts:
     model: torch.nn.Module  # the student's bare module; its weights are float32
     forward_module: torch.nn.Module  # what Accelerate wrapped around it
     policy: Policy
-    reference: Policy  # the same weights through the plain engine, for checks
+    plain: Policy  # the same weights through the plain engine, for checks
     teacher: Teacher | None
+    reference: Teacher | None  # the initial student, frozen
     method: Method
     optimizer: torch.optim.Optimizer
     processor: Any
@@ -62,13 +60,16 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
     Raises :class:`UserError` for models that cannot be loaded or do not share their tokens, and for data
     files that cannot be read.
     """
+    if recipe.method == "grpo":
+        make_reward(recipe)  # a function that cannot be imported is found before any model is loaded
     samples = read_samples(recipe.data.train, recipe.data.video_root)
     device = accelerator.device
     model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
-    teacher_model, teacher_processor = load_model(
-        recipe.teacher.path, dtype=recipe.teacher.dtype, device=device, attn=recipe.model.attn
-    )
-    check_same_tokens((model, processor), (teacher_model, teacher_processor))
+    method = make_method(recipe, processor.tokenizer)
+    samples = usable_samples(recipe, method, samples)
+    teacher = None
+    if method.needs.teacher:
+        teacher = load_teachers(recipe, samples, (model, processor), device)
     freeze(model, recipe.model)
     if recipe.model.gradient_checkpointing:
         old_name = model.gradient_checkpointing_enable  # before transformers 5.23
@@ -80,14 +81,14 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
     policy = HFPolicy(
         model, processor, recipe.model.engine, compute_dtype=compute_dtype, forward_module=forward_module
     )
-    teacher_policy = HFPolicy(teacher_model, teacher_processor, recipe.model.engine)
     return Parts(
         model=model,
         forward_module=forward_module,
         policy=policy,
-        reference=HFPolicy(model, processor, "plain", compute_dtype=compute_dtype),
-        teacher=LocalTeacher(teacher_policy, nonfinite=recipe.loss.nonfinite),
-        method=METHODS[recipe.method](recipe),
+        plain=HFPolicy(model, processor, "plain", compute_dtype=compute_dtype),
+        teacher=teacher,
+        reference=load_reference(recipe, device) if method.needs.reference else None,
+        method=method,
         optimizer=optimizer,
         processor=processor,
         samples=samples,
@@ -97,6 +98,60 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         # An evaluation counts what is missing; it does not stop for it.
         evaluation_loader=prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0),
     )
+
+
+def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> list[Sample]:
+    """Without the rows that the method cannot learn from; they are counted."""
+    if not method.needs.annotation:
+        return samples
+    kept = [sample for sample in samples if sample.spans]
+    if samples and not kept:
+        raise UserError(
+            f"{recipe.data.train}: no row has spans, and method {recipe.method} learns from the annotation; "
+            "add spans, or use video-opd"
+        )
+    if len(kept) < len(samples):
+        log(f"{recipe.data.train}: {len(samples) - len(kept)} of {len(samples)} rows have no spans, left out")
+    return kept
+
+
+def load_teachers(
+    recipe: Recipe, samples: Sequence[Sample], student: tuple[Any, Any], device: torch.device
+) -> Teacher:
+    """The teacher, or one for each source that ``teacher.by_source`` names. A folder is loaded once.
+
+    Raises :class:`UserError` for one that does not share the student's tokens, and for a source that no row
+    has.
+    """
+    settings = recipe.teacher
+    sources = {sample.id: sample.source for sample in samples}
+    for source in settings.by_source:
+        if source not in sources.values():
+            known = ", ".join(sorted({str(name) for name in sources.values()}))
+            raise UserError(
+                f"teacher.by_source names {source!r}, which no row of {recipe.data.train} has as its source "
+                f"(there: {known})"
+            )
+
+    def load(path: str) -> LocalTeacher:
+        loaded = load_model(path, dtype=settings.dtype, device=device, attn=recipe.model.attn)
+        check_same_tokens(student, loaded)
+        return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
+
+    teachers = {path: load(path) for path in dict.fromkeys([settings.path, *settings.by_source.values()])}
+    if not settings.by_source:
+        return teachers[settings.path]
+
+    def route(prompt: EncodedPrompt) -> str:
+        return settings.by_source.get(sources[prompt.sample_id] or "", settings.path)
+
+    return RoutedTeacher(teachers, route)
+
+
+def load_reference(recipe: Recipe, device: torch.device) -> Teacher:
+    """The student before its first step, in the precision that it is trained in, whatever was resumed."""
+    loaded = load_model(recipe.model.path, dtype=recipe.model.dtype, device=device, attn=recipe.model.attn)
+    return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
 
 
 def prompt_loader(

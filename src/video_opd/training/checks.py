@@ -38,7 +38,7 @@ def check_first_prompts(recipe: Recipe, parts: Parts, rows: Sequence[Row]) -> di
     responses = [[rollout.token_ids for rollout in group] for group in groups]
     rollouts = [rollout for group in groups for rollout in group]
     own = parts.policy.logprobs(prompts, responses)
-    plain = parts.reference.logprobs(prompts, responses)
+    plain = parts.plain.logprobs(prompts, responses)
     measured = {
         "self-distillation |r_t|": _largest_gap(own.logprobs_BT, rollouts),
         "parity with the plain engine": _largest_gap(plain.logprobs_BT, rollouts),
@@ -56,7 +56,7 @@ def check_first_prompts(recipe: Recipe, parts: Parts, rows: Sequence[Row]) -> di
 
 def _largest_gap(logprobs_BT: torch.Tensor, rollouts: Sequence[Rollout]) -> float:
     gaps = [
-        (logprobs_BT[row, : len(rollout.logprobs)].cpu() - torch.tensor(rollout.logprobs)).abs().max().item()
+        (logprobs_BT[row, : len(rollout.recorded)].cpu() - torch.tensor(rollout.recorded)).abs().max().item()
         for row, rollout in enumerate(rollouts)
     ]
     return max(gaps)

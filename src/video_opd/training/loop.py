@@ -1,6 +1,6 @@
 """A training run, from a recipe to a model folder. Killed at any moment and repeated, it ends the same.
 
-    plan → (rows → rollouts → teacher → signal → update → metrics → checkpoint)* → model/
+    plan → (rows → trajectories → teacher → signal → (update → metrics)+ → checkpoint)* → model/
 
 What is the same on every process: the plan, the weights, the step. What is split: the rows of a batch.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ from video_opd.training.checks import check_first_prompts
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
 from video_opd.training.run_folder import RunFolder
-from video_opd.training.step import Stepper, StepResult
+from video_opd.training.step import Prepared, Stepper, StepResult
 from video_opd.training.weights import WeightProbe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STAGES = ("decode_wait", "prefill", "sample", "teacher", "update", "checkpoint")
+STAGES = ("decode_wait", "prefill", "sample", "teacher", "reference", "update", "checkpoint")
+PROGRESS = {"reverse_kl/sampled": "reverse KL", "reward/mean": "reward", "response/nll": "nats a token"}
 Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Parts]
 
 
@@ -95,27 +96,34 @@ class Run:
 
     def steps(self, start: int) -> None:
         """Steps ``start`` … to the last, each with its metrics row and, where one is due, a checkpoint."""
-        accelerator, total = self.accelerator, self.plan.total_steps
-        stream = BatchStream(self.plan, start, accelerator.process_index, accelerator.num_processes)
-        batches = stream.steps(self.parts.loader(stream.wanted()))
-        with closing(batches), task("training", total) as bar:
+        accelerator, plan, every = self.accelerator, self.plan, self.recipe.run.save_every
+        stream = BatchStream(plan, start, accelerator.process_index, accelerator.num_processes)
+        batches = stream.batches(self.parts.loader(stream.wanted()))
+        with closing(batches), task("training", plan.total_steps) as bar:
             if start:
                 bar.advance(start, note="continued")
-            for step in range(start, total):
+            for first in range(start, plan.total_steps, plan.updates_per_batch):
                 began_s = time.perf_counter()
                 with self.watch.stage("decode_wait"):
                     planned, rows = next(batches)
-                if step == 0 and self.recipe.run.check:
+                if first == 0 and self.recipe.run.check:
                     check_first_prompts(self.recipe, self.parts, rows)
-                lr = learning_rate(step, total, self.recipe.optim)
-                for group in self.parts.optimizer.param_groups:
-                    group["lr"] = lr
-                before = self.probe.read()
-                result = self.stepper.run(step, planned, rows)
-                row = self._report(step, result, before, lr, time.perf_counter() - began_s)
-                if (step + 1) % self.recipe.run.save_every == 0:
-                    self._save(step + 1)
-                bar.advance(note=f"reverse KL {row['reverse_kl/sampled']:.3f}")
+                prepared = self.stepper.prepare(first, planned, rows)
+                done = first + plan.updates_per_batch
+                for step in range(first, done):
+                    row = self._step(step, prepared, began_s)
+                    began_s = time.perf_counter()
+                    bar.advance(note=_progress(row))
+                if done // every > first // every:
+                    self._save(done)
+
+    def _step(self, step: int, prepared: Prepared, began_s: float) -> dict[str, Any]:
+        lr = learning_rate(step, self.plan.total_steps, self.recipe.optim)
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = lr
+        before = self.probe.read()
+        result = self.stepper.update(step, prepared)
+        return self._report(step, result, before, lr, time.perf_counter() - began_s)
 
     def _report(
         self, step: int, result: StepResult, before: torch.Tensor, lr: float, seconds: float
@@ -129,14 +137,14 @@ class Run:
         as_held, as_bf16 = self.probe.changed(before)
         row: dict[str, Any] = {
             "step": step + 1,
-            **rollout_metrics(records),
+            **rollout_metrics(records, self.recipe.loss.clip),
             "loss": math.fsum(gather_object([result.loss])),
             "update/grad_norm": result.grad_norm,
             "update/lr": lr,
             "update/done": int(result.updated),
             "weights/changed": as_held,
             "weights/changed_bf16": as_bf16,
-            **token_counts(records, self.recipe.model.engine == "prefix", self.parts.method.uses_teacher),
+            **token_counts(records, self.recipe.model.engine == "prefix", self.parts.method.needs),
             **self.watch.take(STAGES),
             "time/step_s": seconds,
         }
@@ -171,6 +179,14 @@ class Run:
                     recipe=self.recipe,
                 )
             self.accelerator.wait_for_everyone()
+
+
+def _progress(row: Mapping[str, Any]) -> str:
+    """The figure that tells how the method is doing."""
+    for key, name in PROGRESS.items():
+        if math.isfinite(row[key]):
+            return f"{name} {row[key]:.3f}"
+    return f"loss {row['loss']:.3f}"
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:

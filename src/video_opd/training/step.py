@@ -1,4 +1,6 @@
-"""One optimiser step: sample, score, update. Everything that differs between methods is in the method.
+"""Optimiser steps: sample and score once, then update once or several times.
+
+Everything that differs between methods is in the method.
 
 Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, ``V`` vocabulary.
 """
@@ -14,9 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from video_opd.algorithms.losses import divisor
+from video_opd.algorithms.method import Signal, Trajectories
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.modes import call_through
+from video_opd.models.protocols import Teacher
+from video_opd.models.teachers import stack
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row, micro_batches
 from video_opd.training.build import Parts
@@ -38,33 +43,65 @@ class StepResult:
     updated: bool
 
 
+@dataclass(kw_only=True)
+class _Piece:
+    """A micro-batch. What is constant over the updates on it is filled in by the first of them."""
+
+    rows: Sequence[Row]
+    groups: Sequence[Sequence[Rollout]]
+    batch: Trajectories | None = None
+    signal: Signal | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A batch whose trajectories are there: what one or several updates are made from."""
+
+    pieces: Sequence[_Piece]
+    divisor: float | None  # None: no video of the whole batch could be decoded
+
+
 class Stepper:
-    """Runs optimiser steps. ``watch`` adds up the seconds of each stage."""
+    """Makes batches ready, and updates on them. ``watch`` adds up the seconds of each stage."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, parts: Parts, watch: Stopwatch) -> None:
         self.recipe, self.accelerator, self.parts, self.watch = recipe, accelerator, parts, watch
+        self.needs = parts.method.needs
+        self.full = self.needs.distributions or (
+            recipe.run.analytic_kl and (recipe.teacher.distributions or not self.needs.teacher)
+        )
+        # Scored as it was sampled; the teacher's own distribution is never sharpened.
+        self.temperature = recipe.sampling.temperature if self.needs.sampling else 1.0
 
-    def run(self, step: int, planned: int, rows: Sequence[Row]) -> StepResult:
-        """Step ``step`` (from 0) on this process's ``rows`` of a global batch of ``planned`` prompts."""
+    def prepare(self, step: int, planned: int, rows: Sequence[Row]) -> Prepared:
+        """The trajectories of this process's ``rows`` of a global batch of ``planned`` prompts.
+
+        ``step`` (from 0) is the first optimiser step that will be made on them.
+        """
         from accelerate.utils import gather_object
 
         rollouts = self.sample(step, rows)
         lengths = gather_object([len(r.token_ids) for group in rollouts.values() for r in group])
-        if not lengths:  # no video of the whole batch could be decoded: there is nothing to learn from
-            return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
-        count = divisor(lengths, self.recipe.loss.reduction)
-
-        records: list[RolloutRecord] = []
-        loss = 0.0
         pieces = micro_batches(
             rows, planned, self.accelerator.num_processes, self.recipe.optim.micro_batch_size
         )
-        for i, piece in enumerate(pieces):
-            last = i + 1 == len(pieces)
+        return Prepared(
+            pieces=[_Piece(rows=piece, groups=[rollouts[row.position] for row in piece]) for piece in pieces],
+            divisor=divisor(lengths, self.recipe.loss.reduction) if lengths else None,
+        )
+
+    def update(self, step: int, prepared: Prepared) -> StepResult:
+        """One optimiser step."""
+        if prepared.divisor is None:  # there is nothing to learn from
+            return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
+        records: list[RolloutRecord] = []
+        loss = 0.0
+        for i, piece in enumerate(prepared.pieces):
+            last = i + 1 == len(prepared.pieces)
             # Gradients are added up locally and exchanged once, by the backward of the last piece.
             with self.accelerator.no_sync(self.parts.forward_module) if not last else nullcontext():
-                if piece:
-                    part, new = self._update(piece, [rollouts[row.position] for row in piece], count)
+                if piece.rows:
+                    part, new = self._update(piece, prepared.divisor)
                     records += new
                     loss += part
                 else:
@@ -87,47 +124,65 @@ class Stepper:
                 ]
                 for row in piece
             ]
+            once = self.needs.sampling and recipe.model.engine == "prefix"
             with self.watch.stage("prefill"):
-                prefix = parts.policy.prefill(prompts) if recipe.model.engine == "prefix" else prompts
+                prefix = parts.policy.prefill(prompts) if once else prompts
             with self.watch.stage("sample"):
                 groups = parts.method.trajectories(parts.policy, prefix, [row.sample for row in piece], seeds)
             for row, group in zip(piece, groups, strict=True):
                 rollouts[row.position] = group
         return rollouts
 
-    def _update(
-        self, piece: Sequence[Row], groups: Sequence[Sequence[Rollout]], count: float
-    ) -> tuple[float, list[RolloutRecord]]:
-        """Teacher, student, loss and backward of one micro-batch: (its part of the loss, its records)."""
-        parts, full = self.parts, self.recipe.run.analytic_kl
-        prompts = [row.prompt for row in piece]
-        responses = [[rollout.token_ids for rollout in group] for group in groups]
-        with self.watch.stage("teacher"):
-            teacher = self._score(prompts, responses, full)
+    def _update(self, piece: _Piece, divisor: float) -> tuple[float, list[RolloutRecord]]:
+        """Student, loss and backward of one micro-batch, and before the first of its updates everything that
+        stays: (its part of the loss, its records)."""
+        parts, recipe = self.parts, self.recipe
+        prompts = [row.prompt for row in piece.rows]
+        responses = [[rollout.token_ids for rollout in group] for group in piece.groups]
+        teacher = reference = None
+        if piece.batch is None:
+            with self.watch.stage("teacher"):
+                teacher = self._score(parts.teacher, prompts, responses) if self.needs.teacher else None
+            with self.watch.stage("reference"):
+                reference = self._score(parts.reference, prompts, responses) if self.needs.reference else None
         with self.watch.stage("update"):
-            student = parts.policy.logprobs(prompts, responses, grad=True, full=full)
-            batch = make_trajectories(piece, groups, student, teacher)
-            batch = without_nonfinite(batch, student, self.recipe.loss.nonfinite)
-            signal_BT = parts.method.signal(batch)
-            check_ratio(batch, student, self.recipe.ratio_tolerance)
-            loss = parts.method.loss(student, batch, signal_BT, count)
-            # Data-parallel wrappers average over ranks; ``count`` is already global, so undo that.
+            student = parts.policy.logprobs(
+                prompts, responses, grad=True, full=self.full, temperature=self.temperature
+            )
+            if piece.batch is None:
+                limit = recipe.loss.max_importance_weight
+                batch = make_trajectories(piece.rows, piece.groups, student, teacher, reference, limit)
+                piece.batch = without_nonfinite(batch, student, recipe.loss.nonfinite)
+                piece.signal = parts.method.signal(piece.batch)
+                check_ratio(piece.batch, student, recipe.ratio_tolerance)
+            assert piece.signal is not None
+            # An update may have broken what was finite before it.
+            batch = without_nonfinite(piece.batch, student, recipe.loss.nonfinite)
+            loss = parts.method.loss(student, batch, piece.signal, divisor)
+            # Data-parallel wrappers average over ranks; ``divisor`` is already global, so undo that.
             self.accelerator.backward(loss * self.accelerator.num_processes)
-            records = make_records(piece, groups, batch, student, signal_BT, self.recipe.prompt.thinking)
+            records = make_records(
+                piece.rows, piece.groups, batch, student, piece.signal, recipe.prompt.thinking
+            )
             return loss.item(), records
 
     def _score(
-        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[Sequence[int]]], full: bool
-    ) -> TokenLogprobs | None:
-        if not self.parts.method.uses_teacher:
-            return None
-        assert self.parts.teacher is not None, "the method needs a teacher"
+        self,
+        judge: Teacher | None,
+        prompts: Sequence[EncodedPrompt],
+        responses: Sequence[Sequence[Sequence[int]]],
+    ) -> TokenLogprobs:
+        """What the teacher, or the initial student, says of the trajectories."""
+        assert judge is not None, "the method needs a model that was not built"
+        teacher = judge is self.parts.teacher
+        full = self.full and teacher
+        temperature = 1.0 if teacher else self.temperature
         size = self.recipe.teacher.micro_batch_size or len(prompts)
         pieces = [
-            self.parts.teacher.logprobs(prompts[i : i + size], responses[i : i + size], full=full)
+            judge.logprobs(prompts[i : i + size], responses[i : i + size], full=full, temperature=temperature)
             for i in range(0, len(prompts), size)
         ]
-        return pieces[0] if len(pieces) == 1 else _stack(pieces)
+        return pieces[0] if len(pieces) == 1 else stack(pieces)
 
     def _update_nothing(self) -> None:
         """A backward with zero gradients, where other ranks have rows and this one has none left."""
@@ -156,22 +211,3 @@ class Stepper:
                 parts.optimizer.step()
             parts.optimizer.zero_grad(set_to_none=True)
         return norm, finite
-
-
-def _stack(pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:
-    """Joins micro-batches that were padded to different lengths."""
-    longest = max(piece.mask_BT.shape[1] for piece in pieces)
-
-    def join(name: str) -> torch.Tensor:
-        padded = []
-        for piece in pieces:
-            x = getattr(piece, name)
-            shape = (x.shape[0], longest - x.shape[1], *x.shape[2:])
-            padded.append(torch.cat([x, x.new_zeros(shape)], dim=1))
-        return torch.cat(padded)
-
-    return TokenLogprobs(
-        logprobs_BT=join("logprobs_BT"),
-        mask_BT=join("mask_BT"),
-        full_BTV=None if pieces[0].full_BTV is None else join("full_BTV"),
-    )

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from video_opd.algorithms.method import Trajectories
+from video_opd.algorithms.losses import truncated_weights
+from video_opd.algorithms.method import Signal, Trajectories
 from video_opd.algorithms.signals import entropy, reverse_kl
 from video_opd.errors import UserError
 from video_opd.temporal import best_iou, parse_answer
@@ -30,37 +31,60 @@ def make_trajectories(
     groups: Sequence[Sequence[Rollout]],
     student: TokenLogprobs,
     teacher: TokenLogprobs | None,
+    reference: TokenLogprobs | None = None,
+    max_weight: float | None = None,
 ) -> Trajectories:
-    """Pads the recorded log-probs like ``student``'s; tokens that the teacher masked are masked."""
+    """The constants of an update, from the student's scores before it.
+
+    π_old is what was recorded while sampling. An annotation was not sampled: its π_old is ``student`` itself.
+    With ``max_weight`` sampler and trainer may differ: π_old is then the trainer's, and each token carries
+    the truncated importance weight between the two. Tokens that teacher or reference masked are masked.
+    """
     rollouts = [rollout for group in groups for rollout in group]
-    old_BT = torch.zeros_like(student.logprobs_BT, requires_grad=False)
+    current_BT = torch.where(student.mask_BT, student.logprobs_BT.detach(), 0.0)
+    old_BT = current_BT.clone()
     for row, rollout in enumerate(rollouts):
-        old_BT[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs, dtype=old_BT.dtype)
+        if rollout.logprobs is not None:
+            old_BT[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs, dtype=old_BT.dtype)
+    weight_BT = None
+    if max_weight is not None:
+        weight_BT = truncated_weights(current_BT, old_BT, student.mask_BT, max_weight)
+        old_BT = current_BT
+    teacher, reference = _beside(teacher, old_BT), _beside(reference, old_BT)
     mask_BT = student.mask_BT
-    if teacher is not None:
-        teacher = TokenLogprobs(
-            logprobs_BT=teacher.logprobs_BT.to(old_BT.device),
-            mask_BT=teacher.mask_BT.to(old_BT.device),
-            full_BTV=None if teacher.full_BTV is None else teacher.full_BTV.to(old_BT.device),
-        )
-        mask_BT = mask_BT & teacher.mask_BT
+    for other in (teacher, reference):
+        mask_BT = mask_BT if other is None else mask_BT & other.mask_BT
     return Trajectories(
         samples=[row.sample for row, group in zip(piece, groups, strict=True) for _ in group],
         rollouts=rollouts,
         old_BT=old_BT,
         mask_BT=mask_BT,
         teacher=teacher,
+        reference=reference,
+        old_full_BTV=None if student.full_BTV is None else student.full_BTV.detach(),
+        weight_BT=weight_BT,
+    )
+
+
+def _beside(scores: TokenLogprobs | None, old_BT: torch.Tensor) -> TokenLogprobs | None:
+    """On the student's device."""
+    if scores is None:
+        return None
+    return TokenLogprobs(
+        logprobs_BT=scores.logprobs_BT.to(old_BT.device),
+        mask_BT=scores.mask_BT.to(old_BT.device),
+        full_BTV=None if scores.full_BTV is None else scores.full_BTV.to(old_BT.device),
     )
 
 
 def without_nonfinite(batch: Trajectories, student: TokenLogprobs, mode: str) -> Trajectories:
     """Tokens whose log-prob is nan or infinite: an error that names the sample, or out of the mask."""
     bad_BT = torch.zeros_like(batch.mask_BT)
-    for who, values_BT in (
-        ("the student's", student.logprobs_BT.detach()),
-        ("the student's recorded", batch.old_BT),
-        ("the teacher's", batch.teacher.logprobs_BT if batch.teacher is not None else batch.old_BT),
-    ):
+    values = {"the student's": student.logprobs_BT.detach(), "the student's recorded": batch.old_BT}
+    for name, scores in (("the teacher's", batch.teacher), ("the reference's", batch.reference)):
+        if scores is not None:
+            values[name] = scores.logprobs_BT
+    for who, values_BT in values.items():
         found_BT = batch.mask_BT & ~values_BT.isfinite()
         if mode == "raise" and bool(found_BT.any()):
             row, token = found_BT.nonzero()[0].tolist()
@@ -91,20 +115,34 @@ def make_records(
     groups: Sequence[Sequence[Rollout]],
     batch: Trajectories,
     student: TokenLogprobs,
-    signal_BT: torch.Tensor,
+    signal: Signal,
     thinking: bool,
 ) -> list[RolloutRecord]:
     """What is reported of each rollout."""
     ratio_BT = (student.logprobs_BT - batch.old_BT).exp()
-    teacher = batch.teacher
-    columns = {"old": batch.old_BT, "signal": signal_BT, "ratio": ratio_BT}
-    columns["teacher"] = torch.full_like(ratio_BT, math.nan) if teacher is None else teacher.logprobs_BT
-    columns["entropy"] = columns["kl"] = torch.full_like(ratio_BT, math.nan)
+    unknown_BT = torch.full_like(ratio_BT, math.nan)
+    teacher, reference = batch.teacher, batch.reference
+
+    def known(x_BT: torch.Tensor | None) -> torch.Tensor:
+        return unknown_BT if x_BT is None else x_BT
+
+    columns = {
+        "old": batch.old_BT,
+        "ratio": ratio_BT,
+        "reward": known(signal.token_reward_BT),
+        "advantage": known(signal.advantage_BT),
+        "teacher": known(None if teacher is None else teacher.logprobs_BT),
+        "reference": known(None if reference is None else reference.logprobs_BT),
+        "weight": known(batch.weight_BT),
+        "current": student.logprobs_BT,
+    }
+    columns["entropy"] = columns["kl"] = unknown_BT
     if student.full_BTV is not None:
         columns["entropy"] = entropy(student.full_BTV)
         if teacher is not None and teacher.full_BTV is not None:
             columns["kl"] = reverse_kl(student.full_BTV, teacher.full_BTV)
     lists = {name: torch.where(batch.mask_BT, x, math.nan).tolist() for name, x in columns.items()}
+    answer_rewards = None if signal.reward_B is None else signal.reward_B.tolist()
     records: list[RolloutRecord] = []
     for row, group in zip(piece, groups, strict=True):
         for index, rollout in enumerate(group):
@@ -119,7 +157,9 @@ def make_records(
                     query=row.sample.query,
                     text=rollout.text,
                     token_ids=rollout.token_ids,
+                    sampled=rollout.logprobs is not None,
                     truncated=rollout.truncated,
+                    answer_reward=None if answer_rewards is None else answer_rewards[b],
                     rule=answer.rule,
                     span=answer.span,
                     spans=row.sample.spans,
