@@ -34,16 +34,22 @@ CURVES: tuple[tuple[str, str, bool, Mapping[str, str]], ...] = (
         {"reverse_kl/sampled": "sampled", "reverse_kl/analytic": "analytic"},
     ),
     (
-        "Overlap of the sampled answers",
-        "Mean IoU of the student's own answers with the annotation. Only watched: training never sees it.",
+        "Overlap of the answers that were trained on",
+        "Mean IoU with the annotation. GRPO is rewarded for it, Video-OPD never sees it, annotations have 1.",
         True,
-        {"response/iou_mean": "IoU of the rollouts"},
+        {"response/iou_mean": "IoU of the answers"},
     ),
     (
-        "Reward r_t",
-        "Mean over the sampled tokens of log π_teacher − log π_student. 0 means that both agree.",
+        "Reward",
+        "With a teacher: mean over tokens of log π_teacher − log π_student; 0: both agree. GRPO: of answers.",
         True,
-        {"reward/mean": "mean r_t"},
+        {"reward/mean": "mean reward"},
+    ),
+    (
+        "Surprise at the answers that are trained on",
+        "Mean of −log π_student over their tokens, in nats. Supervised training lowers it.",
+        True,
+        {"response/nll": "nats a token"},
     ),
     (
         "Gradient norm",
@@ -58,11 +64,34 @@ CURVES: tuple[tuple[str, str, bool, Mapping[str, str]], ...] = (
         {"response/unparsed_share": "not a time span", "response/truncated_share": "cut off"},
     ),
 )
+# What the colours of the tokens mean.
+TOKEN_HELP = {
+    "video-opd": (
+        "answers that the student wrote while it was trained. Orange tokens are those that the teacher finds "
+        "less likely than the student did (r_t < 0) and are pushed down; blue ones are pushed up. Colour "
+        "fades as the two agree."
+    ),
+    "grpo": (
+        "answers that the student wrote while it was trained. All tokens of an answer share its advantage: "
+        "orange answers overlap less with the truth than the others of their group and are pushed down; blue "
+        "ones are pushed up."
+    ),
+    "sft": "annotations as answers. Every token is pushed up; there is no other signal.",
+    "op-rkd": (
+        "annotations as answers. Orange tokens are those that the teacher finds less likely than the student "
+        "did (r_t < 0) and are pushed down; blue ones are pushed up."
+    ),
+    "op-fkd": (
+        "annotations as answers. Orange tokens are those that the teacher finds less likely than the student "
+        "did; the loss compares whole distributions at each of them."
+    ),
+}
 TIMES = {
     "time/decode_wait_s": "wait for decoding",
     "time/prefill_s": "prefill",
     "time/sample_s": "sample",
     "time/teacher_s": "teacher",
+    "time/reference_s": "initial student",
     "time/update_s": "update",
     "time/checkpoint_s": "checkpoint",
 }
@@ -151,6 +180,7 @@ def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
         "charts": charts,
         "timelines": [timeline(row) for row in run.timelines[:MOST_TIMELINES]],
         "timelines_left_out": max(0, len(run.timelines) - MOST_TIMELINES),
+        "token_help": TOKEN_HELP.get(run.method, TOKEN_HELP["video-opd"]),
         "early": early,
         "late": late,
         "environment": story.table(run.environment),
@@ -240,17 +270,24 @@ def _rollout(row: Mapping[str, Any]) -> RolloutView:
     note = f"IoU {row['iou']:.2f}" if row.get("iou") is not None else ""
     if row.get("truncated"):
         note += " · cut off at the length limit"
-    tokens = [_token(text, r) for text, r in zip(row["tokens"], row["r"], strict=True)]
+    credit = credits_of(row)
+    tokens = [_token(text, r) for text, r in zip(row["tokens"], credit, strict=True)]
     query = str(row.get("query") or row.get("id"))
     return RolloutView(step=int(row["step"]), query=query, note=note, tokens=tokens)
+
+
+def credits_of(row: Mapping[str, Any]) -> Sequence[float | None]:
+    """What the tokens of a row were credited with: r_t, or without a teacher the advantage."""
+    credit: Sequence[float | None] = row["r"]
+    return row.get("advantage") or credit if all(r is None for r in credit) else credit
 
 
 def _token(text: str, r: float | None) -> TokenView:
     shown = text.replace("\n", "⏎") or "∅"
     if r is None:
-        return TokenView(text=shown, sign="up", strength=0.0, tooltip="r_t is not finite")
+        return TokenView(text=shown, sign="up", strength=0.0, tooltip="without a finite signal")
     sign = "down" if r < 0 else "up"
-    return TokenView(text=shown, sign=sign, strength=_strength(r), tooltip=f"r_t = {number(r)}")
+    return TokenView(text=shown, sign=sign, strength=_strength(r), tooltip=f"signal {number(r)}")
 
 
 def _strength(r: float) -> float:

@@ -135,7 +135,7 @@ def _certainty(run: Run, found: Gap) -> list[str]:
 def _training(run: Run) -> list[str]:
     _, kl = run.series(REVERSE_KL)
     if len(kl) < 2:
-        return []
+        return [f"Training took {duration(seconds)}."] if (seconds := train_seconds(run)) else []
     few = max(1, len(kl) // 10)
     start, end = fmean(kl[:few]), fmean(kl[-few:])
     fell = "fell" if end < start else "rose"
