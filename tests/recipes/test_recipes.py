@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from video_opd.config import dump_recipe, load_recipe, recipe_from_dict
+from video_opd.config import MethodName, dump_recipe, load_recipe, recipe_from_dict
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 from video_opd.training.loop import train
@@ -36,7 +37,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_recipes():
-    assert {"tiny/video-opd.yaml", "qwen3-vl-8b/video-opd.yaml"} <= set(NAMES)
+    methods = get_args(MethodName)
+    assert {f"{size}/{method}.yaml" for size in ("tiny", "qwen3-vl-8b") for method in methods} <= set(NAMES)
+    assert all(load_recipe(path).method in path.stem for path in RECIPES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
@@ -62,10 +65,12 @@ def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
         "run.dir": tmp_path / "run",
     }
     words = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
-    result = train(load_recipe(path, words))
+    recipe = load_recipe(path, words)
+    result = train(recipe)
     rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(row["update/done"] == 1 and row["rollouts"] == 2 for row in rows)
+    rollouts = 2 * recipe.sampling.rollouts
+    assert all(row["update/done"] == 1 and row["rollouts"] == rollouts for row in rows)
     assert result.model.joinpath("config.json").exists()
     record = json.loads((tmp_path / "run" / "eval" / "student-short.json").read_text())
     assert record["n"] > 0 and record["missing"] == 0 and record["best_constant"]["mIoU"] > 0
