@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import BASE, TEACHER, machine, write_result
 
 from video_opd.algorithms.rewards import IoUReward, checked
 from video_opd.algorithms.signals import group_advantages, kl_baseline, sampled_reverse_kl
@@ -39,7 +38,6 @@ from video_opd.types import EncodedPrompt, Sample
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 
-ROOT = Path(__file__).parents[1]
 GROUP = 8
 
 
@@ -47,8 +45,8 @@ def main() -> None:
     arguments = parse()
     torch.manual_seed(0)
     data = make_world(Path(arguments.out), videos={"train": arguments.prompts}, seed=400)["train"]
-    student = open_model(read_access(str(shipped("tiny-base")), []), cache_dir=Path(arguments.out) / "clips")
-    teacher = LocalTeacher(open_model(read_access(str(shipped("tiny-teacher")), [])).policy)
+    student = open_model(read_access(str(shipped(BASE)), []), cache_dir=Path(arguments.out) / "clips")
+    teacher = LocalTeacher(open_model(read_access(str(shipped(TEACHER)), [])).policy)
     one_each: dict[Path, Sample] = {}
     for sample in read_samples(data):
         one_each.setdefault(sample.video, sample)
@@ -60,15 +58,13 @@ def main() -> None:
             print(sample.id, json.dumps(row), file=sys.stderr, flush=True)
     record = {
         "command": sys.argv,
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "torch": torch.__version__},
+        "machine": machine(),
         "rollouts": arguments.rollouts,
         "group": GROUP,
         "prompts": rows,
     }
-    result = ROOT / "benchmarks" / "results" / "gradient_variance.json"
-    result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    print(f"wrote {result.relative_to(ROOT)}")
+    write_result("gradient_variance", record)
 
 
 def parse() -> argparse.Namespace:
