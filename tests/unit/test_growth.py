@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import resources
 
 import model_cases as cases
 import numpy as np
@@ -15,7 +16,7 @@ from video_opd.world.pretraining import stages
 from video_opd.world.pretraining.auxiliary import POINTER_LAYER, Pretrainer
 from video_opd.world.pretraining.examples import Example, batches
 from video_opd.world.pretraining.growth import grow, size_of
-from video_opd.world.pretraining.stages import Trainer, read_pretraining
+from video_opd.world.pretraining.stages import Trainer, read_pretraining, sizes
 from video_opd.world.scene import compose, style_name
 from video_opd.world.tiny import SIZES, build_model
 
@@ -88,6 +89,13 @@ def test_a_recipe_that_cannot_be_followed(tmp_path, lines, message):
     path.write_text("stages:\n" + "".join(f"  - {line}\n" for line in lines))
     with pytest.raises(UserError, match=message):
         read_pretraining(path)
+
+
+def test_the_shipped_teacher_is_deeper_than_the_base():
+    path = resources.files("video_opd.world") / "recipes" / "pretraining.yaml"
+    recipe = read_pretraining(str(path))
+    saved = {stage.save_as: sizes(recipe)[stage.name] for stage in recipe.stages if stage.save_as}
+    assert saved == {"tiny-teacher-small": "tiny", "tiny-teacher": "small", "tiny-base": "tiny"}
 
 
 def test_a_recipe_of_an_unknown_size(tmp_path):
