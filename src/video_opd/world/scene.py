@@ -161,13 +161,18 @@ def _path(rng: np.random.Generator, family: str) -> tuple[float, float, float, f
     return tuple(round(float(v), 4) for v in path)  # type: ignore[return-value]
 
 
+def style_name(split: str, index: int) -> str:
+    """The style of a scene: its split's, in the split "train" one of the three by turns."""
+    return split if split in STYLES else ("short", "short", "long", "subtle")[index % 4]
+
+
 def compose(split: str, seed: int, index: int) -> Scene:
     """The scene number ``index`` of a split; raises ``KeyError`` for a split that is not in ``STYLES``.
 
     The split "train" mixes the three test styles, with other seeds.
     """
     rng = scene_rng(split, seed, index, "scene")
-    style = STYLES[split] if split in STYLES else STYLES[("short", "short", "long", "subtle")[index % 4]]
+    style = STYLES[style_name(split, index)]
     if split not in STYLES and split != "train":
         raise KeyError(split)
     duration = _grid(rng.uniform(*style.duration_s))

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.world.pretraining.examples import OBJECTS, STATES, patches
+from video_opd.world.pretraining.growth import grow
 from video_opd.world.pretraining.packing import Batch
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 
@@ -73,9 +74,9 @@ class EventHead(nn.Module):
 
 
 class Pretrainer(nn.Module):
-    """The model and the auxiliary heads."""
+    """The model and the auxiliary heads; ``fresh``: the model is still random."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, fresh: bool = True) -> None:
         super().__init__()
         self.model = model
         hidden = model.config.text_config.hidden_size
@@ -83,10 +84,11 @@ class Pretrainer(nn.Module):
         self.clock = nn.Linear(hidden, 3 * 11)
         self.objects = nn.Linear(hidden, OBJECTS + STATES)
         nn.init.constant_(self.objects.bias, -4.0)
-        attention = model.model.language_model.layers[POINTER_LAYER].self_attn
-        with torch.no_grad():  # plain similarity to begin with
-            keys = attention.k_proj.weight
-            keys.copy_(attention.q_proj.weight[: len(keys)])
+        if fresh:  # plain similarity to begin with
+            attention = model.model.language_model.layers[POINTER_LAYER].self_attn
+            with torch.no_grad():
+                keys = attention.k_proj.weight
+                keys.copy_(attention.q_proj.weight[: len(keys)])
         use_batched_frames(model)
         # a config of its own: the name must not reach what is saved
         language = model.model.language_model
@@ -96,6 +98,13 @@ class Pretrainer(nn.Module):
             if getattr(module, "config", None) is language.config and module is not language:
                 module.config = own
         language.config = own
+
+    def grown(self, size: str) -> Pretrainer:
+        """A deeper module that computes the same, with the same auxiliary heads."""
+        module = Pretrainer(grow(self.model, size), fresh=False)
+        heads = {k: v for k, v in self.state_dict().items() if not k.startswith("model.")}
+        module.load_state_dict(heads, strict=False)
+        return module
 
     def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(last hidden [B, L, D], hidden entering EVENT_LAYER, visual embeddings)."""

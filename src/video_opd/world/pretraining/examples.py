@@ -11,7 +11,7 @@ import torch
 
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES, noun, phrase, variants
 from video_opd.world.render import Renderer
-from video_opd.world.scene import GRID_S, Scene, Spell, compose
+from video_opd.world.scene import GRID_S, Scene, Spell, compose, style_name
 
 LOOKS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 OBJECTS, STATES = 2 * len(LOOKS), len(LOOKS) * len(FAMILIES)
@@ -208,9 +208,23 @@ def by_size(examples: Sequence[Example]) -> list[list[Example]]:
     return list(groups.values())
 
 
-def batches(pool: Sequence[Example], size: int, rng: np.random.Generator) -> Iterator[list[Example]]:
+def batches(
+    pool: Sequence[Example], size: int, rng: np.random.Generator, long_share: float | None = None
+) -> Iterator[list[Example]]:
+    """Videos of one frame size, without end; about ``long_share`` of them long (none: as they come)."""
     groups = by_size(pool)
     weights = np.array([len(g) for g in groups]) / len(pool)
     while True:
         group = groups[int(rng.choice(len(groups), p=weights))]
-        yield [group[int(i)] for i in rng.choice(len(group), size, replace=False)]
+        chances = _chances(group, long_share)
+        yield [group[int(i)] for i in rng.choice(len(group), size, replace=False, p=chances)]
+
+
+def _chances(group: Sequence[Example], long_share: float | None) -> np.ndarray | None:
+    if long_share is None:
+        return None
+    is_long = np.array([style_name(e.scene.split, e.scene.index) == "long" for e in group])
+    count = int(is_long.sum())
+    if count in (0, len(group)):
+        return None
+    return np.where(is_long, long_share / count, (1 - long_share) / (len(group) - count))

@@ -21,7 +21,7 @@ import yaml
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log, task
-from video_opd.strict import TreeReader
+from video_opd.strict import TreeReader, need
 from video_opd.world.measure import evaluate_model, make_test_sets
 from video_opd.world.pretraining.auxiliary import Pretrainer
 from video_opd.world.pretraining.check import check
@@ -34,9 +34,10 @@ from video_opd.world.pretraining.examples import (
     window,
 )
 from video_opd.world.pretraining.export import export
+from video_opd.world.pretraining.growth import check_growth
 from video_opd.world.pretraining.muon import Muon
 from video_opd.world.pretraining.packing import Packer
-from video_opd.world.tiny import build_model, build_processor
+from video_opd.world.tiny import SIZES, build_model, build_processor
 
 MADE = "made.json"  # in a shipped folder: the recipe that made it, and its scores
 LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
@@ -50,7 +51,9 @@ class Stage:
 
     ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
     tower alone, on what is where. ``blur`` loosens the annotated boundaries: the mean distance
-    by which they are too far out, in event lengths, as in weakly aligned data.
+    by which they are too far out, in event lengths, as in weakly aligned data. ``grow`` makes the model
+    deeper before the first step, without changing what it computes. ``long_share`` is about the share of the
+    videos that are long and crowded (none: as in the pool, a quarter).
     """
 
     name: str
@@ -65,7 +68,9 @@ class Stage:
     decay: float = 0.0  # share of the steps at the end over which the rate falls to a hundredth
     blur: float = 0.0
     auxiliary: float = 1.0  # weight of the auxiliary losses
-    start_from: str | None = None  # another stage's weights instead of the one before
+    start_from: str | None = None  # an earlier stage's weights instead of the one just before
+    grow: str | None = None  # a size of world/tiny.py
+    long_share: float | None = None
     save_as: str | None = None  # write the model folder of this name at the end
 
 
@@ -88,7 +93,41 @@ def read_pretraining(path: str | Path) -> Pretraining:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a pretraining recipe; see world/recipes/pretraining.yaml")
     stages = tuple(TreeReader(Stage, {}).read(stage) for stage in tree.pop("stages", []))
-    return Pretraining(**{**asdict(TreeReader(Pretraining, {}).read(tree)), "stages": stages})
+    recipe = Pretraining(**{**asdict(TreeReader(Pretraining, {}).read(tree)), "stages": stages})
+    sizes(recipe)
+    for stage in stages:
+        share = stage.long_share
+        need(share is None or 0 <= share <= 1, f"{stage.name}: long_share is {share}; it lies in 0 to 1")
+    return recipe
+
+
+def sizes(recipe: Pretraining) -> dict[str, str]:
+    """The model's size at the end of every stage; raises :class:`UserError` where it cannot be had."""
+    known = ", ".join(SIZES)
+    need(recipe.size in SIZES, f"size is {recipe.size!r}; choose one of: {known}")
+    found: dict[str, str] = {}
+    for index, stage in enumerate(recipe.stages):
+        source = source_of(recipe, index)
+        need(
+            source is None or source in found,
+            f"{stage.name}: start_from is {source!r}; choose an earlier stage: {', '.join(found) or 'none'}",
+        )
+        size = found[source] if source else recipe.size
+        if stage.grow is not None:
+            need(stage.grow in SIZES, f"{stage.name}: grow is {stage.grow!r}; choose one of: {known}")
+            try:
+                check_growth(SIZES[size], SIZES[stage.grow])
+            except UserError as error:
+                raise UserError(f"{stage.name}: grow from {size} to {stage.grow}: {error}") from error
+            size = stage.grow
+        found[stage.name] = size
+    return found
+
+
+def source_of(recipe: Pretraining, index: int) -> str | None:
+    """The stage whose weights the stage number ``index`` starts from; None: random weights."""
+    before = recipe.stages[index - 1].name if index else None
+    return recipe.stages[index].start_from or before
 
 
 def run_recipe(path: str | Path | None, out: str | Path, workers: int | None = None) -> list[Path]:
@@ -107,6 +146,7 @@ class Trainer:
         self.processor = build_processor()
         self.packer = Packer(self.processor)
         torch.manual_seed(recipe.seed)  # of the auxiliary heads
+        self.size, self.sizes = recipe.size, sizes(recipe)
         self.module = Pretrainer(build_model(recipe.size, recipe.seed))
         out.mkdir(parents=True, exist_ok=True)
         log(f"rendering {recipe.videos} videos")
@@ -121,16 +161,25 @@ class Trainer:
         for index, stage in enumerate(self.recipe.stages):
             weights = self.out / f"{stage.name}.pt"
             if not weights.exists():
-                source = stage.start_from or (self.recipe.stages[index - 1].name if index else None)
+                source = source_of(self.recipe, index)
                 if source:
-                    self.module.load_state_dict(torch.load(self.out / f"{source}.pt", weights_only=True))
+                    self.load(source)
+                if stage.grow:
+                    self.module, self.size = self.module.grown(stage.grow), stage.grow
                 self.stage(stage, index)
                 torch.save(self.module.state_dict(), weights)
                 if stage.kind != "vision":
                     self.check(stage.name)
             if stage.save_as and not (self.out / stage.save_as / MADE).exists():
-                self.module.load_state_dict(torch.load(weights, weights_only=True))
+                self.load(stage.name)
                 self.export(stage.name, stage.save_as)
+
+    def load(self, stage: str) -> None:
+        """The weights that a stage left, in a module of the size it had."""
+        size = self.sizes[stage]
+        if size != self.size:
+            self.module, self.size = Pretrainer(build_model(size)), size
+        self.module.load_state_dict(torch.load(self.out / f"{stage}.pt", weights_only=True))
 
     def export(self, stage: str, name: str) -> None:
         """Writes the stage's model folder and measures it as a user would, on files."""
@@ -149,7 +198,7 @@ class Trainer:
         optimizers = self.optimizers(stage)
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        stream = batches(self.pool, stage.batch_size, rng)
+        stream = batches(self.pool, stage.batch_size, rng, stage.long_share)
         sums: dict[str, float] = {}
         began = time.perf_counter()
         with task(stage.name, stage.steps) as bar:
