@@ -23,8 +23,8 @@ from video_opd.progress import log, track
 from video_opd.types import Sample
 from video_opd.world.measure import evaluate_model, make_test_sets
 
-POOL_VIDEOS = 100  # of the training split: about 430 candidates
-SELECTED = 256  # of them, the most that are trained on; a few passes over them
+POOL_VIDEOS = 160  # of the training split: about 690 candidates
+SELECTED = 448  # of them, the most that are trained on; a few passes over them
 TRAIN_SEED = 100  # + the demo's seed: other videos for every seed, never those the models were made on
 TEACHER_K, STUDENT_K = 4, 2
 MIN_TEACHER_IOU = 0.5

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from video_opd.evaluation.opened import MODEL_FACTS
+from video_opd.models.loading import no_library_bars
 
 # What a tiny model was shown in pretraining: frames of 64×64 to 64×96 pixels, four to six tokens a pair.
 TINY_VIDEO = {
@@ -25,7 +26,8 @@ TINY_VIDEO = {
 def export(model: Any, processor: Any, path: Path) -> None:
     """bf16 safetensors, the processor, and how the model is shown its videos."""
     whole = copy.deepcopy(model).to(torch.bfloat16)
-    whole.save_pretrained(path)
+    with no_library_bars():
+        whole.save_pretrained(path)
     processor.save_pretrained(path)
     shown = {"video": TINY_VIDEO, "prompt": {"style": "paper", "thinking": False}}
     (path / MODEL_FACTS).write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ import yaml
 
 from video_opd.errors import UserError
 from video_opd.files import write_text
+from video_opd.models.loading import load_model
 from video_opd.progress import log, task
 from video_opd.strict import TreeReader, need
 from video_opd.world.measure import evaluate_model, make_test_sets
@@ -37,6 +38,7 @@ from video_opd.world.pretraining.export import export
 from video_opd.world.pretraining.growth import check_growth
 from video_opd.world.pretraining.muon import Muon
 from video_opd.world.pretraining.packing import Packer
+from video_opd.world.teachers import post_train
 from video_opd.world.tiny import SIZES, build_model, build_processor
 
 MADE = "made.json"  # in a shipped folder: the recipe that made it, and its scores
@@ -72,6 +74,7 @@ class Stage:
     grow: str | None = None  # a size of world/tiny.py
     long_share: float | None = None
     save_as: str | None = None  # write the model folder of this name at the end
+    grpo: str | None = None  # a recipe beside this one: post-train by it before the folder is written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ class Trainer:
                     self.check(stage.name)
             if stage.save_as and not (self.out / stage.save_as / MADE).exists():
                 self.load(stage.name)
-                self.export(stage.name, stage.save_as)
+                self.export(stage, stage.save_as)
 
     def load(self, stage: str) -> None:
         """The weights that a stage left, in a module of the size it had."""
@@ -181,17 +184,29 @@ class Trainer:
             self.module, self.size = Pretrainer(build_model(size)), size
         self.module.load_state_dict(torch.load(self.out / f"{stage}.pt", weights_only=True))
 
-    def export(self, stage: str, name: str) -> None:
-        """Writes the stage's model folder and measures it as a user would, on files."""
+    def export(self, stage: Stage, name: str) -> None:
+        """Writes the stage's model folder, post-trained if it says so, and measures it as a user would."""
         folder = self.out / name
-        export(self.module.model, self.processor, folder)
+        facts: dict[str, Any] = {"stage": stage.name, "recipe": asdict(self.recipe)}
+        if stage.grpo is None:
+            export(self.module.model, self.processor, folder)
+        else:
+            pretrained = self.out / "pretrained" / name
+            export(self.module.model, self.processor, pretrained)
+            facts["scores_before_grpo"] = self.measure(f"{name}-before-grpo", pretrained)
+            trained = post_train(pretrained, stage.grpo, self.out / "grpo" / name)
+            export(load_model(trained, dtype="float32")[0], self.processor, folder)
+            facts["grpo"] = yaml.safe_load((trained.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        facts["scores"] = self.measure(name, folder)
+        write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
+
+    def measure(self, name: str, folder: Path) -> dict[str, Any]:
+        """Scores of a model folder on the world's files, by test set."""
         tests = make_test_sets(self.out / "world")
-        scores = {
+        return {
             split: evaluate_model(name, folder, split, data, self.out / "eval")
             for split, data in tests.items()
         }
-        facts = {"stage": stage, "recipe": asdict(self.recipe), "scores": scores}
-        write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
 
     def stage(self, stage: Stage, index: int) -> None:
         rng = np.random.default_rng([self.recipe.seed, index])
