@@ -80,7 +80,7 @@ class Stepper:
         """
         from accelerate.utils import gather_object
 
-        # Prompts of like length together: a micro-batch is padded to its longest, and its cut does not matter.
+        # Prompts of like length together: a micro-batch is padded to its longest, and the cut is free.
         rows = sorted(rows, key=lambda row: row.prompt.length)
         rollouts = self.sample(step, rows)
         lengths = gather_object([len(r.token_ids) for group in rollouts.values() for r in group])
