@@ -18,6 +18,7 @@ from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.loading import DTYPES, check_same_tokens, load_model
+from video_opd.models.parts import part_modules
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Policy, Teacher
 from video_opd.models.teachers import LocalTeacher, RoutedTeacher
@@ -191,21 +192,10 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig)
 
 
 def freeze(model: torch.nn.Module, settings: ModelConfig) -> None:
-    """Takes the parts of a Qwen3-VL model that ``model.freeze`` names out of training.
-
-    ``vision`` is the tower without its mergers, ``merger`` the projections into the language model.
-    """
-    inner: Any = model
-    visual = inner.model.visual
-    mergers = [visual.merger, visual.deepstack_merger_list]
-    modules = {
-        "vision": [child for child in visual.children() if child not in mergers],
-        "merger": mergers,
-        "language": [inner.model.language_model],
-        "lm_head": [inner.lm_head],
-    }
-    for name in settings.freeze:
-        for module in modules[name]:
+    """Takes the parts that ``model.freeze`` names out of training."""
+    parts = part_modules(model)
+    for part in settings.freeze:
+        for _, module in parts[part]:
             module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.freeze {list(settings.freeze)} leaves nothing to train: take one of them out")

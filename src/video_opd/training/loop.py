@@ -22,6 +22,7 @@ from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
+from video_opd.models.parts import cast_weights
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
 from video_opd.strict import flatten, to_dict
@@ -258,9 +259,9 @@ def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Acc
 
 def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> RunResult:
     if accelerator.is_main_process:
-        model = parts.model.to(getattr(torch, recipe.run.save_dtype))
+        cast_weights(parts.model, getattr(torch, recipe.run.save_dtype))
         if not folder.model.is_dir():
-            checkpoints.save_model_folder(model, parts.processor, folder.model, recipe)
+            checkpoints.save_model_folder(parts.model, parts.processor, folder.model, recipe)
         evaluate_model(recipe, parts, folder)
         write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
         log(f"wrote {folder.model}")
