@@ -34,7 +34,8 @@ ModelPart = Literal["vision", "merger", "language", "lm_head"]
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The student. Its weights and the optimiser's state are float32 whatever ``dtype`` says, because an
-    update at lr 1e-6 is below the rounding step of bfloat16."""
+    update at lr 1e-6 is below the rounding step of bfloat16. (With LoRA, what is frozen is held in
+    ``dtype``.)"""
 
     path: str = "Qwen/Qwen3-VL-8B-Instruct"  # sec. 4.1; a folder, or a name that transformers resolves
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation (bfloat16: autocast); ours

@@ -6,13 +6,14 @@ The steps are taken on random tiny models and two generated videos, with everyth
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
 
-from video_opd.config import MethodName, dump_recipe, load_recipe, recipe_from_dict
+from video_opd.config import MethodName, Recipe, dump_recipe, load_recipe, recipe_from_dict
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 from video_opd.training.loop import train
@@ -48,9 +49,9 @@ def test_it_reads_and_survives_yaml(path: Path):
     assert recipe_from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
-    changes = {
+def small(path: Path, world: Path, run: Path, **changes: object) -> Recipe:
+    """Two steps of the recipe on the tiny world."""
+    values = {
         "model.path": world / "base",
         "teacher.path": world / "teacher",
         "data.train": world / "train.jsonl",
@@ -62,10 +63,15 @@ def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
         "optim.batch_size": 2,
         "optim.micro_batch_size": 1,
         "optim.max_steps": 2,
-        "run.dir": tmp_path / "run",
+        "run.dir": run,
+        **changes,
     }
-    words = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
-    recipe = load_recipe(path, words)
+    return load_recipe(path, [text for key, value in values.items() for text in (f"--{key}", str(value))])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
+    recipe = small(path, world, tmp_path / "run")
     result = train(recipe)
     rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert [row["step"] for row in rows] == [1, 2]
@@ -74,6 +80,24 @@ def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
     assert result.model.joinpath("config.json").exists()
     record = json.loads((tmp_path / "run" / "eval" / "student-short.json").read_text())
     assert record["n"] > 0 and record["missing"] == 0 and record["best_constant"]["mIoU"] > 0
+
+
+@pytest.mark.parametrize("name", ["tiny/video-opd-lora.yaml", "qwen3-vl-8b/video-opd-lora.yaml"])
+def test_adapters_continue_where_they_were_cut_off(name: str, world: Path, tmp_path: Path):
+    """After a step, and again when only the evaluation is left, where the model needs no adapters."""
+    run = tmp_path / "run"
+    recipe = small(ROOT / "recipes" / name, world, run, **{"run.save_every": 1})
+    train(recipe)
+    kept = [run / "model" / "model.safetensors", run / "adapter" / "adapter_model.safetensors"]
+    kept += [run / "eval" / "student-short.jsonl", run / "eval" / "student-short.json"]
+    before = [path.read_bytes() for path in kept]
+    shutil.rmtree(run / "checkpoints" / "step-2")
+    for gone in (["model", "adapter", "eval"], ["eval"]):
+        (run / "done.json").unlink()
+        for folder in gone:
+            shutil.rmtree(run / folder)
+        train(recipe)
+        assert [path.read_bytes() for path in kept] == before
 
 
 def test_an_evaluation_that_could_not_be_made_is_refused_at_once(world: Path, tmp_path: Path):

@@ -26,6 +26,7 @@ from training_cases import (
 
 from video_opd.config import OptimConfig
 from video_opd.errors import UserError
+from video_opd.models.loading import load_model
 from video_opd.training.checks import CheckError
 from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.run_folder import RunFolder
@@ -241,6 +242,17 @@ def test_the_checks_pass_and_the_reduction_scales_the_loss(tmp_path: Path, reduc
     total = row["reverse_kl/sampled"] * row["tokens/response"]
     count = row["rollouts"] if reduction == "sum" else row["tokens/response"]
     assert math.isclose(row["loss"], total / count, rel_tol=1e-4)
+
+
+def test_what_is_evaluated_is_what_was_saved(tmp_path: Path):
+    """In bfloat16 the weights are rounded, the rotary frequencies not: nobody saves or loads those."""
+    build = Watched(rows=4)
+    run(tmp_path / "run", build, optim={"max_steps": 1}, run={"save_dtype": "bfloat16"})
+    held = build.parts.model
+    loaded, _ = load_model(tmp_path / "run" / "model", dtype="bfloat16")
+    assert all(torch.equal(weight, held.get_parameter(name)) for name, weight in loaded.named_parameters())
+    assert all(torch.equal(buffer, held.get_buffer(name)) for name, buffer in loaded.named_buffers())
+    assert {weight.dtype for weight in held.parameters()} == {torch.bfloat16}
 
 
 # -------------------------------------------------------------------------------------------- what goes wrong

@@ -19,9 +19,11 @@ from video_opd.algorithms.registry import make_method
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
 from video_opd.models.loading import load_model
+from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.policy import HFPolicy
-from video_opd.models.teachers import LocalTeacher
-from video_opd.training.build import Parts, freeze, make_optimizer, usable_samples
+from video_opd.models.protocols import Teacher
+from video_opd.models.teachers import LocalTeacher, WithoutAdapters
+from video_opd.training.build import Parts, adapt, freeze, make_optimizer, usable_samples
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
@@ -71,20 +73,24 @@ class Build:
 
     def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
         student = model(0, sharpness=8.0)
-        if Path(weights).is_dir():
+        if Path(weights).is_dir() and not is_adapter(weights):
             student, _ = load_model(weights, dtype="float32")
         method = make_method(recipe, processor().tokenizer)
-        freeze(student, recipe.model)
+        if recipe.lora.parts and Path(weights) != folder.model:
+            adapt(student, recipe, weights)
+        else:
+            freeze(student, recipe.model)
         optimizer = make_optimizer([p for p in student.parameters() if p.requires_grad], recipe.optim)
         forward_module, optimizer = accelerator.prepare(student, optimizer)
+        policy = HFPolicy(student, processor(), self.engine, forward_module=forward_module)
         teacher = HFPolicy(model(self.teacher_seed, sharpness=8.0), processor(), self.engine)
         return Parts(
             model=student,
             forward_module=forward_module,
-            policy=HFPolicy(student, processor(), self.engine, forward_module=forward_module),
+            policy=policy,
             plain=HFPolicy(student, processor(), "plain"),
             teacher=LocalTeacher(teacher),
-            reference=LocalTeacher(HFPolicy(model(0, sharpness=8.0), processor(), self.engine)),
+            reference=self.reference(policy),
             method=method,
             optimizer=optimizer,
             processor=processor(),
@@ -92,6 +98,11 @@ class Build:
             loader=self.load,
             evaluation_loader=self.load,
         )
+
+    def reference(self, policy: HFPolicy) -> Teacher:
+        if has_adapters(policy.model) and not trained_in_full(policy.model):
+            return WithoutAdapters(policy)
+        return LocalTeacher(HFPolicy(model(0, sharpness=8.0), processor(), self.engine))
 
     def load(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         return ((s, prompt(int(s.id[1:]))) for s in samples if s.id not in self.broken)

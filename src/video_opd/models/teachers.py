@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 
 from video_opd.errors import UserError
+from video_opd.models.lora import adapters_off, trained_in_full
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Responses, Teacher
 from video_opd.types import EncodedPrompt, TokenLogprobs
+
+Nonfinite = Literal["raise", "mask"]
 
 
 class LocalTeacher:
@@ -20,7 +23,7 @@ class LocalTeacher:
     when it is made. With the ``prefix`` engine each prompt is read once, however many answers are scored.
     """
 
-    def __init__(self, policy: HFPolicy, *, nonfinite: Literal["raise", "mask"] = "raise") -> None:
+    def __init__(self, policy: HFPolicy, *, nonfinite: Nonfinite = "raise") -> None:
         if nonfinite not in ("raise", "mask"):
             raise ValueError(f"nonfinite is {nonfinite!r}; it must be 'raise' or 'mask'")
         self.policy = policy
@@ -42,25 +45,32 @@ class LocalTeacher:
         those tokens are taken out of the mask instead.
         """
         scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
-        finite_BT = scores.logprobs_BT.isfinite()
-        if scores.full_BTV is not None:
-            finite_BT = finite_BT & scores.full_BTV.isfinite().all(-1)
-        if bool(finite_BT.all()):
-            return scores
-        if self.nonfinite == "raise":
-            row, token = (~finite_BT).nonzero()[0].tolist()
-            sample_ids = [p.sample_id for p, group in zip(prompts, responses, strict=True) for _ in group]
-            raise UserError(
-                f"sample {sample_ids[row]!r}: the teacher's log-probability of response token {token} is "
-                f"{scores.logprobs_BT[row, token].item()}; check the teacher's weights and precision, or set "
-                "nonfinite to 'mask'"
-            )
-        full_BTV = scores.full_BTV
-        return TokenLogprobs(
-            logprobs_BT=torch.where(finite_BT, scores.logprobs_BT, 0.0),
-            mask_BT=scores.mask_BT & finite_BT,
-            full_BTV=None if full_BTV is None else torch.where(finite_BT[..., None], full_BTV, 0.0),
-        )
+        return _finite(scores, prompts, responses, self.nonfinite)
+
+
+class WithoutAdapters:
+    """The student as it was before its first step: its adapters are switched off while it scores.
+
+    A :class:`~video_opd.models.protocols.Teacher` that needs no memory of its own. Only for a student of
+    which nothing but adapters is trained.
+    """
+
+    def __init__(self, policy: HFPolicy, *, nonfinite: Nonfinite = "raise") -> None:
+        assert not trained_in_full(policy.model), "what is trained in full cannot be switched off"
+        self.policy, self.nonfinite = policy, nonfinite
+
+    def logprobs(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Responses,
+        *,
+        full: bool = False,
+        temperature: float = 1.0,
+    ) -> TokenLogprobs:
+        """As :meth:`LocalTeacher.logprobs`."""
+        with adapters_off(self.policy.model):
+            scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
+        return _finite(scores, prompts, responses, self.nonfinite)
 
 
 class RoutedTeacher:
@@ -106,6 +116,30 @@ class RoutedTeacher:
             mask_BT=whole.mask_BT[rows],
             full_BTV=None if whole.full_BTV is None else whole.full_BTV[rows],
         )
+
+
+def _finite(
+    scores: TokenLogprobs, prompts: Sequence[EncodedPrompt], responses: Responses, nonfinite: Nonfinite
+) -> TokenLogprobs:
+    finite_BT = scores.logprobs_BT.isfinite()
+    if scores.full_BTV is not None:
+        finite_BT = finite_BT & scores.full_BTV.isfinite().all(-1)
+    if bool(finite_BT.all()):
+        return scores
+    if nonfinite == "raise":
+        row, token = (~finite_BT).nonzero()[0].tolist()
+        sample_ids = [p.sample_id for p, group in zip(prompts, responses, strict=True) for _ in group]
+        raise UserError(
+            f"sample {sample_ids[row]!r}: the teacher's log-probability of response token {token} is "
+            f"{scores.logprobs_BT[row, token].item()}; check the teacher's weights and precision, or set "
+            "nonfinite to 'mask'"
+        )
+    full_BTV = scores.full_BTV
+    return TokenLogprobs(
+        logprobs_BT=torch.where(finite_BT, scores.logprobs_BT, 0.0),
+        mask_BT=scores.mask_BT & finite_BT,
+        full_BTV=None if full_BTV is None else torch.where(finite_BT[..., None], full_BTV, 0.0),
+    )
 
 
 def stack(pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:

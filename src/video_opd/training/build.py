@@ -18,9 +18,11 @@ from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.loading import DTYPES, check_same_tokens, load_model
+from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
+from video_opd.models.parts import cast_weights, part_modules
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Policy, Teacher
-from video_opd.models.teachers import LocalTeacher, RoutedTeacher
+from video_opd.models.teachers import LocalTeacher, RoutedTeacher, WithoutAdapters
 from video_opd.progress import log
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
@@ -36,7 +38,7 @@ Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 class Parts:
     """What a run trains, with what, on what. ``policy`` and ``teacher`` may be anything of that protocol."""
 
-    model: torch.nn.Module  # the student's bare module; its weights are float32
+    model: torch.nn.Module  # the student's bare module; what is trained of it is float32
     forward_module: torch.nn.Module  # what Accelerate wrapped around it
     policy: Policy
     plain: Policy  # the same weights through the plain engine, for checks
@@ -55,7 +57,8 @@ class Parts:
 
 
 def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, weights: str | Path) -> Parts:
-    """Loads everything that a run needs; ``weights`` is the student's folder (a checkpoint's, on a resume).
+    """Loads everything that a run needs; ``weights`` is the student's folder (a checkpoint's, on a resume;
+    the run's own ``model/``, when only its evaluation is left).
 
     Raises :class:`UserError` for models that cannot be loaded or do not share their tokens, and for data
     files that cannot be read.
@@ -64,13 +67,12 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         make_reward(recipe)  # a function that cannot be imported is found before any model is loaded
     samples = read_samples(recipe.data.train, recipe.data.video_root)
     device = accelerator.device
-    model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
+    model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
     method = make_method(recipe, processor.tokenizer)
     samples = usable_samples(recipe, method, samples)
     teacher = None
     if method.needs.teacher:
         teacher = load_teachers(recipe, samples, (model, processor), device)
-    freeze(model, recipe.model)
     if recipe.model.gradient_checkpointing:
         old_name = model.gradient_checkpointing_enable  # before transformers 5.23
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
@@ -87,7 +89,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         policy=policy,
         plain=HFPolicy(model, processor, "plain", compute_dtype=compute_dtype),
         teacher=teacher,
-        reference=load_reference(recipe, device) if method.needs.reference else None,
+        reference=load_reference(recipe, policy, device) if method.needs.reference else None,
         method=method,
         optimizer=optimizer,
         processor=processor,
@@ -98,6 +100,37 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         # An evaluation counts what is missing; it does not stop for it.
         evaluation_loader=prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0),
     )
+
+
+def load_student(
+    recipe: Recipe, weights: str | Path, device: torch.device, *, merged: bool = False
+) -> tuple[Any, Any]:
+    """(model, processor), in which exactly what is to be trained requires gradients, and is float32.
+
+    With LoRA ``weights`` is the base, or a checkpoint's ``adapter/``; ``merged`` says that it is a finished
+    model, which needs no adapters.
+    """
+    if not recipe.lora.parts or merged:
+        model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
+        freeze(model, recipe.model)
+        return model, processor
+    # On the CPU in float32, until it is known which weights are trained; the device never holds that.
+    model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn)
+    adapt(model, recipe, weights)
+    return model.to(device), processor
+
+
+def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path) -> None:
+    """Puts adapters on the base: a checkpoint's where ``weights`` is its ``adapter/``, else new ones.
+
+    Weights that are then not trained are held in ``model.dtype``; no update has to be seen in them.
+    """
+    if is_adapter(weights):
+        load_adapter(model, weights)
+    else:
+        add_adapters(model, recipe.lora, recipe.run.seed, recipe.model.path)
+    freeze(model, recipe.model)
+    cast_weights(model, DTYPES[recipe.model.dtype], frozen_only=True)
 
 
 def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> list[Sample]:
@@ -148,8 +181,13 @@ def load_teachers(
     return RoutedTeacher(teachers, route)
 
 
-def load_reference(recipe: Recipe, device: torch.device) -> Teacher:
-    """The student before its first step, in the precision that it is trained in, whatever was resumed."""
+def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Teacher:
+    """The student before its first step, in the precision that it is trained in, whatever was resumed.
+
+    Where only adapters are trained, that is the student itself without them; otherwise a copy.
+    """
+    if has_adapters(policy.model) and not trained_in_full(policy.model):
+        return WithoutAdapters(policy, nonfinite=recipe.loss.nonfinite)
     loaded = load_model(recipe.model.path, dtype=recipe.model.dtype, device=device, attn=recipe.model.attn)
     return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
 
@@ -191,21 +229,10 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig)
 
 
 def freeze(model: torch.nn.Module, settings: ModelConfig) -> None:
-    """Takes the parts of a Qwen3-VL model that ``model.freeze`` names out of training.
-
-    ``vision`` is the tower without its mergers, ``merger`` the projections into the language model.
-    """
-    inner: Any = model
-    visual = inner.model.visual
-    mergers = [visual.merger, visual.deepstack_merger_list]
-    modules = {
-        "vision": [child for child in visual.children() if child not in mergers],
-        "merger": mergers,
-        "language": [inner.model.language_model],
-        "lm_head": [inner.lm_head],
-    }
-    for name in settings.freeze:
-        for module in modules[name]:
+    """Takes the parts that ``model.freeze`` names out of training."""
+    parts = part_modules(model)
+    for part in settings.freeze:
+        for _, module in parts[part]:
             module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.freeze {list(settings.freeze)} leaves nothing to train: take one of them out")

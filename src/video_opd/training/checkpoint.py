@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there, and model folders that anyone can load.
 
 ``checkpoints/step-N/``: ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser and
-random states), ``state.json`` (step, sizes of all files). It is written beside and renamed at the end, so a
-kill or a full disk leaves the checkpoints that were there.
+random states), ``state.json`` (step, sizes of all files). With LoRA, ``adapter/`` (what is trained, and
+nothing of the base) stands in place of ``model/``. It is written beside and renamed at the end, so a kill or
+a full disk leaves the checkpoints that were there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,9 @@ from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.evaluation.opened import MODEL_FACTS
 from video_opd.models.loading import no_library_bars
+from video_opd.models.lora import has_adapters, save_adapter
 
-if TYPE_CHECKING:
-    pass
-
+ADAPTER = "adapter"
 _PREFIX = "step-"
 _PART = ".part-"
 
@@ -43,6 +43,12 @@ class Checkpoint:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def weights(self) -> Path:
+        """The folder that a resume loads: a whole model, or what is put on the base."""
+        adapter = self.path / ADAPTER
+        return adapter if adapter.is_dir() else self.model
+
 
 def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Recipe) -> None:
     """A folder for ``from_pretrained`` with the processor, and ``video_opd.json``: the video budget and the
@@ -53,6 +59,12 @@ def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Reci
     path = Path(path)
     with _written_beside(path) as folder:
         _fill_model_folder(model, processor, folder, recipe)
+
+
+def save_adapter_folder(model: Any, path: str | Path) -> None:
+    """The adapter in peft's format. Replaces ``path`` atomically; raises as :func:`save_model_folder`."""
+    with _written_beside(Path(path)) as folder:
+        save_adapter(model, folder)
 
 
 def save_checkpoint(
@@ -70,7 +82,10 @@ def save_checkpoint(
     """
     path = root / f"{_PREFIX}{step}"
     with _written_beside(path) as folder:
-        _fill_model_folder(model, processor, folder / "model", recipe)
+        if has_adapters(model):
+            save_adapter(model, folder / ADAPTER)
+        else:
+            _fill_model_folder(model, processor, folder / "model", recipe)
         torch.save(dict(training), folder / "training.pt")
         state = {"step": step, "files": _sizes(folder)}
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")

@@ -22,6 +22,8 @@ from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
+from video_opd.models.lora import has_adapters, merge_adapters
+from video_opd.models.parts import cast_weights
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
 from video_opd.strict import flatten, to_dict
@@ -71,7 +73,7 @@ def train(recipe: Recipe, build: Build = build_parts) -> RunResult:
     if folder.model.is_dir():  # trained, but not yet evaluated
         return _finish(recipe, accelerator, folder, build(recipe, accelerator, folder, folder.model))
     saved = next(iter(checkpoints.find_checkpoints(folder.checkpoints)), None)
-    parts = build(recipe, accelerator, folder, saved.model if saved else recipe.model.path)
+    parts = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, parts, accelerator)
     if accelerator.is_main_process:
         checkpoints.discard_parts(folder.checkpoints)
@@ -258,9 +260,13 @@ def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Acc
 
 def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> RunResult:
     if accelerator.is_main_process:
-        model = parts.model.to(getattr(torch, recipe.run.save_dtype))
+        if has_adapters(parts.model):  # before model/, which says that all is there
+            checkpoints.save_adapter_folder(parts.model, folder.adapter)
+        save_dtype = getattr(torch, recipe.run.save_dtype)
+        merge_adapters(parts.model, save_dtype)
+        cast_weights(parts.model, save_dtype)
         if not folder.model.is_dir():
-            checkpoints.save_model_folder(model, parts.processor, folder.model, recipe)
+            checkpoints.save_model_folder(parts.model, parts.processor, folder.model, recipe)
         evaluate_model(recipe, parts, folder)
         write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
         log(f"wrote {folder.model}")

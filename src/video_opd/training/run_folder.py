@@ -21,7 +21,7 @@ from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.strict import flatten, to_dict
 
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "torchvision", "av", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
 
 class RunFolder:
@@ -36,6 +36,7 @@ class RunFolder:
         self.skipped = self.path / "skipped.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.adapter = self.path / "adapter"  # of a LoRA run; merged in model/
         self.done = self.path / "done.json"  # written last of all
 
     def claim(self, recipe: Recipe) -> None:

@@ -1,0 +1,211 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: put on, switched off, saved, merged.
+
+peft replaces the linear layers of the adapted parts in place, so a model stays the
+``Qwen3VLForConditionalGeneration`` that it was, and nobody else needs to know. An adapted layer computes
+W x + (alpha / rank) B A x, with W frozen and A [rank, in] and B [out, rank] in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from video_opd.config import LoraConfig
+from video_opd.errors import UserError
+from video_opd.models.parts import part_modules
+from video_opd.seeds import derive_seed
+
+NAME = "default"  # peft keeps adapters by name; we have one
+WEIGHTS = "adapter_model.safetensors"  # peft's own file name
+# What peft's format has no place for: the weights of parts that are trained in full beside the adapters.
+FULL_WEIGHTS = "trained_in_full.safetensors"
+_PREFIX = "base_model.model."  # of every key in peft's file
+
+
+def add_adapters(model: nn.Module, settings: LoraConfig, seed: int, base: str | None = None) -> None:
+    """Adapts every linear layer (attention and MLP) of ``settings.parts`` and freezes what else is in them.
+
+    B is 0, so the model computes what it did; A is uniform, a function of ``seed`` and the layer's name.
+    ``base`` is noted in the adapter's config as the model that it belongs to.
+    """
+    import peft
+
+    names = [
+        f"{prefix}.{name}"
+        for part in settings.parts
+        for prefix, module in part_modules(model)[part]
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear
+    ]
+    _inject(
+        model,
+        peft.LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=0.0,
+            target_modules=_pattern(names),
+            base_model_name_or_path=base,
+        ),
+    )
+    assert {name for name, _ in adapted_layers(model)} == set(names), "the pattern means other layers"
+    for name, layer in adapted_layers(model):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
+        weight = torch.empty(layer.lora_A[NAME].weight.shape)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)  # as peft does
+        layer.lora_A[NAME].weight.data.copy_(weight)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(True for _ in adapted_layers(model))
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether :func:`save_adapter` (or peft) wrote this folder."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, peft's layer) of every layer with an adapter."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # importing peft takes two seconds
+            yield name, module
+
+
+def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every A and B, by its name in the model."""
+    return {
+        f"{layer_name}.{name}": parameter
+        for layer_name, layer in adapted_layers(model)
+        for name, parameter in layer.named_parameters()
+        if name.startswith(("lora_A.", "lora_B."))
+    }
+
+
+def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained weights that are not adapters."""
+    adapters = {id(parameter) for parameter in adapter_weights(model).values()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapters
+    }
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters: exactly the base. Not between a forward and its backward."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Makes ``model`` a plain one: W + (alpha / rank) B A, summed in float32 and held in ``dtype``.
+
+    Other weights are left as they are.
+    """
+    for name, layer in list(adapted_layers(model)):
+        linear = layer.get_base_layer()
+        weight = linear.weight.float() + layer.get_delta_weight(NAME).float()
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=linear.weight.requires_grad)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Writes what is trained: the adapter in peft's format, beside it the parts trained in full, if any."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    inner: Any = model
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    inner.peft_config[NAME].save_pretrained(folder)
+    # Without looking for embeddings: peft would ask a hub about the base.
+    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    save_file(
+        {f"{_PREFIX}{name}": weight.contiguous() for name, weight in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    if full := trained_in_full(model):
+        held = {name: weight.detach().contiguous() for name, weight in full.items()}
+        save_file(held, folder / FULL_WEIGHTS)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Puts on a plain model, the base, what :func:`save_adapter` wrote.
+
+    Raises :class:`UserError` for an adapter that does not fit the model.
+    """
+    import peft
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    assert not has_adapters(model), "one adapter"
+    folder = Path(folder)
+    try:
+        config = peft.LoraConfig.from_pretrained(folder)
+        weights = load_file(folder / WEIGHTS)
+        full = load_file(folder / FULL_WEIGHTS) if (folder / FULL_WEIGHTS).exists() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: the adapter cannot be read ({error})") from error
+    _inject(model, config)
+    mine = {
+        name.replace(f".{NAME}.", "."): parameter.data for name, parameter in adapter_weights(model).items()
+    }
+    _copy({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, mine, folder)
+    others = {name: parameter.data for name, parameter in model.named_parameters() if name in full}
+    _copy(full, others, folder)
+
+
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], folder: Path) -> None:
+    for name in sorted(source.keys() | target.keys()):
+        if name not in source or name not in target or source[name].shape != target[name].shape:
+            raise UserError(
+                f"{folder}: {name} is not the same layer there as in the model; use the model and the lora "
+                "settings that the adapter was trained with"
+            )
+        target[name].copy_(source[name])
+
+
+def _inject(model: nn.Module, config: Any) -> None:
+    """peft freezes everything but the adapters; here, parts without any are trained as they were before."""
+    from peft import inject_adapter_in_model
+    from peft.functional import cast_adapter_dtype
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=[]):  # peft draws weights that are then replaced
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    cast_adapter_dtype(model, NAME)  # peft makes them in the precision of the base
+    of_adapted_parts = {
+        id(parameter)
+        for part in part_modules(model).values()
+        if any(has_adapters(module) for _, module in part)
+        for _, module in part
+        for parameter in module.parameters()
+    }
+    for parameter in trained:  # a tensor that two parts share is frozen if one of them has adapters
+        parameter.requires_grad_(id(parameter) not in of_adapted_parts)
+
+
+def _pattern(names: list[str]) -> str:
+    """A regular expression for exactly these layers, the numbers of blocks left open: short, and in peft's
+    config the same for the same parts (a list of names becomes a set there, in any order)."""
+    kinds = {re.sub(r"\.\d+(?=\.)", r".\\d+", name) for name in names}
+    return "|".join(sorted(kind.replace(".", r"\.") for kind in kinds))
