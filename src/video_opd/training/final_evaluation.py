@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from video_opd.config import Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
+from video_opd.evaluation.batching import whole_windows
 from video_opd.evaluation.metrics import best_constant, evaluate, query_swap
 from video_opd.evaluation.predict import AnswerSettings, predict
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.resume import model_fingerprint
 from video_opd.evaluation.tables import evaluation_record
 from video_opd.files import write_text
+from video_opd.models.loading import DTYPES, load_model
+from video_opd.models.policy import HFPolicy
+from video_opd.models.protocols import Policy
 from video_opd.progress import log
-from video_opd.training.build import Parts
+from video_opd.training.build import Loader, Parts, prompt_loader
 from video_opd.training.run_folder import RunFolder
 
 
@@ -30,30 +36,73 @@ def check_evaluation_files(recipe: Recipe) -> None:
             raise UserError(f"{path}: no row has spans to measure against; take it out of evaluate.data")
 
 
+def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
+    """Whether :func:`evaluate_base` and its like have nothing left to do."""
+    return all((out / f"{name}-{Path(path).stem}.json").exists() for path in recipe.evaluate.data)
+
+
 def evaluate_model(recipe: Recipe, parts: Parts, folder: RunFolder) -> None:
     """Writes ``eval/student-<data>.json`` and the answers beside it; goes on where a kill left off."""
+    _evaluate("student", recipe, parts.policy, parts.evaluation_loader, folder.model, folder.evaluations)
+
+
+def evaluate_base(recipe: Recipe, out: Path) -> None:
+    """The same for the student as it was, ``base-<data>.json``; measured as the trained one is."""
+    computed = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
+    _evaluate_frozen("base", recipe, "float32", computed, out)
+
+
+def evaluate_teacher(recipe: Recipe, out: Path) -> None:
+    """The same for the teacher, ``teacher-<data>.json``."""
+    model = replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
+    _evaluate_frozen("teacher", replace(recipe, model=model), model.dtype, None, out)
+
+
+def _evaluate_frozen(
+    name: str, recipe: Recipe, weights_dtype: str, compute_dtype: torch.dtype | None, out: Path
+) -> None:
+    model = recipe.model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded, processor = load_model(model.path, dtype=weights_dtype, device=device, attn=model.attn)
+    policy = HFPolicy(loaded, processor, model.engine, compute_dtype=compute_dtype)
+    loader = prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0)
+    _evaluate(name, recipe, policy, loader, Path(model.path), out)
+
+
+def _evaluate(
+    name: str,
+    recipe: Recipe,
+    policy: Policy,
+    loader: Loader,
+    model: Path,
+    out: Path,
+) -> None:
     settings = recipe.evaluate
     for path in settings.data:
         samples = read_samples(path, settings.video_root)[: settings.limit]
-        out = folder.path / "eval" / f"student-{Path(path).stem}.jsonl"
-        predict(
-            parts.policy,
-            samples,
-            parts.evaluation_loader,
-            out,
-            made_by={
-                "model": model_fingerprint(folder.model),
-                "dtype": recipe.model.dtype,
-                "input": {"video": asdict(recipe.video), "prompt": asdict(recipe.prompt)},
-            },
-            settings=AnswerSettings(
-                max_new_tokens=settings.max_new_tokens, thinking=recipe.prompt.thinking, seed=recipe.run.seed
-            ),
-            batch_size=settings.batch_size,
-        )
-        answers = read_predictions(out)
+        answered = out / f"{name}-{Path(path).stem}.jsonl"
+        with whole_windows(loader, answered) as repeatable:
+            predict(
+                policy,
+                samples,
+                repeatable,
+                answered,
+                made_by={
+                    "model": model_fingerprint(model),
+                    "dtype": recipe.model.dtype,
+                    "input": {"video": asdict(recipe.video), "prompt": asdict(recipe.prompt)},
+                },
+                settings=AnswerSettings(
+                    max_new_tokens=settings.max_new_tokens,
+                    thinking=recipe.prompt.thinking,
+                    seed=recipe.run.seed,
+                ),
+                batch_size=settings.batch_size,
+            )
+        answers = read_predictions(answered)
         protocol = recipe.prompt.style  # a protocol is a prompt and its rules
         result = evaluate(samples, answers, protocol)
         record = evaluation_record(result, best_constant(samples), query_swap(samples, answers, protocol))
-        write_text(out.with_suffix(".json"), json.dumps({**record, "data": path}, indent=2) + "\n")
-        log(f"{path}: mIoU {result.miou:.1f} (wrote {out.with_suffix('.json')})")
+        written = answered.with_suffix(".json")
+        write_text(written, json.dumps({**record, "data": path}, indent=2) + "\n")
+        log(f"{path}: mIoU {result.miou:.1f} (wrote {written})")

@@ -37,6 +37,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"  # of a LoRA run; merged in model/
+        self.evaluations = self.path / "eval"
         self.done = self.path / "done.json"  # written last of all
 
     def claim(self, recipe: Recipe) -> None:
