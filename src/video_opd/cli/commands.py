@@ -88,19 +88,11 @@ def _answers(arguments: argparse.Namespace, model: OpenModel, samples: list[Samp
 
 def score(arguments: argparse.Namespace) -> None:
     access, teacher_access, data, video_root = _scored(arguments)
+    from video_opd.curriculum.pool import score_pool
     from video_opd.curriculum.scores import ScoreSettings
-    from video_opd.curriculum.scores import score as run
     from video_opd.data.annotations import read_samples
-    from video_opd.evaluation.opened import open_model
-    from video_opd.models.loading import check_same_tokens
 
     samples = read_samples(data, arguments.video_root or video_root)
-    student = open_model(access, arguments.device)
-    teacher = None if teacher_access is None else open_model(teacher_access, arguments.device)
-    if teacher is not None:
-        check_same_tokens(
-            (student.policy.model, student.policy.processor), (teacher.policy.model, teacher.policy.processor)
-        )
     settings = ScoreSettings(
         k=arguments.k,
         student_k=arguments.student_k,
@@ -110,19 +102,14 @@ def score(arguments: argparse.Namespace) -> None:
         thinking=access.prompt.thinking,
         reverse_kl=arguments.reverse_kl,
     )
-    result = run(
-        student.policy,
-        None if teacher is None else teacher.policy,
+    result = score_pool(
+        access,
+        teacher_access,
         samples,
-        student.loader,
         arguments.out,
-        made_by={
-            "student": student.made_by()["model"],
-            "teacher": None if teacher is None else teacher.made_by()["model"],
-            "input": student.made_by()["input"],
-        },
         settings=settings,
         batch_size=arguments.batch_size,
+        device=arguments.device,
         teacher_from=arguments.teacher_from,
         overwrite=arguments.overwrite,
     )
@@ -140,15 +127,13 @@ def _scored(arguments: argparse.Namespace) -> tuple[Access, Access | None, str, 
     if not arguments.recipe and not (arguments.student and arguments.data):
         raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
     from video_opd.config import load_recipe
-    from video_opd.evaluation.opened import Access, read_access
+    from video_opd.evaluation.opened import read_access
 
     if arguments.recipe:
+        from video_opd.curriculum.pool import accesses
+
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        access = Access(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
-        if not recipe.teacher.path:
-            return access, None, recipe.data.train, recipe.data.video_root
-        teacher_model = replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
-        return access, replace(access, model=teacher_model), recipe.data.train, recipe.data.video_root
+        return *accesses(recipe), recipe.data.train, recipe.data.video_root
     access = read_access(arguments.student, arguments.overrides)
     if not arguments.teacher:
         return access, None, arguments.data, None

@@ -42,8 +42,11 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     ``steps`` is the number of optimiser steps (the recipe's own when None). Raises
     :class:`~video_opd.errors.UserError` when ``out`` cannot be written or holds another demo.
     """
+    from video_opd.curriculum.pool import accesses, score_pool
     from video_opd.curriculum.samplers import SamplerSettings
+    from video_opd.curriculum.scores import ScoreSettings
     from video_opd.curriculum.tvdf import select_file
+    from video_opd.data.annotations import read_samples
     from video_opd.training.loop import train
     from video_opd.world.make import make_world
 
@@ -54,7 +57,16 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     )
     tests = make_test_sets(out / "world" / "test")
 
-    score_pool(recipe, pool["train"], out / "scores.jsonl")
+    score_pool(
+        *accesses(recipe),
+        read_samples(pool["train"]),
+        out / "scores.jsonl",
+        settings=ScoreSettings(
+            k=TEACHER_K, student_k=STUDENT_K, max_new_tokens=recipe.sampling.max_new_tokens, seed=seed
+        ),
+        batch_size=32,
+        cache_dir=recipe.data.cache_dir,
+    )
     _, summary = select_file(
         pool["train"],
         out / "scores.jsonl",
@@ -90,39 +102,6 @@ def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
         changes["optim.max_steps"] = steps
     path = Path(str(resources.files("video_opd.world") / "recipes" / "video-opd.yaml"))
     return load_recipe(path, [text for key, value in changes.items() for text in (f"--{key}", str(value))])
-
-
-def score_pool(recipe: Recipe, data: Path, out: Path) -> None:
-    """TVDF's measurements of every candidate: ``video-opd score``."""
-    from video_opd.curriculum.scores import ScoreSettings, score
-    from video_opd.data.annotations import read_samples
-    from video_opd.evaluation.opened import Access, open_model
-
-    def opened(path: str):
-        model = recipe.model.__class__(path=path, engine=recipe.model.engine)
-        access = Access(model=model, video=recipe.video, prompt=recipe.prompt)
-        return open_model(access, cache_dir=recipe.data.cache_dir)
-
-    student, teacher = opened(recipe.model.path), opened(recipe.teacher.path)
-    score(
-        student.policy,
-        teacher.policy,
-        read_samples(data),
-        student.loader,
-        out,
-        made_by={
-            "student": student.made_by()["model"],
-            "teacher": teacher.made_by()["model"],
-            "input": student.made_by()["input"],
-        },
-        settings=ScoreSettings(
-            k=TEACHER_K,
-            student_k=STUDENT_K,
-            max_new_tokens=recipe.sampling.max_new_tokens,
-            seed=recipe.run.seed,
-        ),
-        batch_size=32,
-    )
 
 
 def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:

@@ -1,0 +1,105 @@
+"""Scores of a candidate pool by two checkpoints: what ``video-opd score``, the demo and the rounds share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from video_opd.config import Recipe
+from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
+from video_opd.evaluation.batching import whole_windows
+from video_opd.evaluation.opened import Access, OpenModel, open_model
+from video_opd.evaluation.resume import model_fingerprint
+from video_opd.models.loading import check_same_tokens
+from video_opd.types import Sample
+
+if TYPE_CHECKING:
+    from video_opd.models.protocols import Policy
+
+
+def accesses(recipe: Recipe) -> tuple[Access, Access | None]:
+    """A recipe's student and teacher; both are shown the same. No teacher where the recipe names none."""
+    student = Access(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
+    if not recipe.teacher.path:
+        return student, None
+    return student, replace(
+        student, model=replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
+    )
+
+
+def score_pool(
+    student: Access,
+    teacher: Access | None,
+    samples: Sequence[Sample],
+    out: str | Path,
+    *,
+    settings: ScoreSettings,
+    batch_size: int = 8,
+    device: str | None = None,
+    cache_dir: str | Path | None = None,
+    teacher_from: str | Path | None = None,
+    overwrite: bool = False,
+    repeatable: bool = False,
+) -> ScoreResult:
+    """Opens the models and scores ``samples`` (:func:`~video_opd.curriculum.scores.score`).
+
+    With ``teacher_from`` the teacher is loaded only if it is asked. ``repeatable``: an output that was killed
+    ends with the same bytes as one that was not. Raises :class:`UserError` for models that do not share their
+    tokens.
+    """
+    opened = open_model(student, device, cache_dir)
+    other = None if teacher is None else Opening(lambda: _open_teacher(teacher, opened, device))
+    if other is not None and teacher_from is None:
+        other.load()
+    made_by: dict[str, Any] = {
+        "student": opened.made_by()["model"],
+        "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
+        "input": opened.made_by()["input"],
+    }
+    windows = whole_windows(opened.loader, out) if repeatable else contextlib.nullcontext(opened.loader)
+    with windows as loader:
+        return score(
+            opened.policy,
+            other,
+            samples,
+            loader,
+            out,
+            made_by=made_by,
+            settings=settings,
+            batch_size=batch_size,
+            teacher_from=teacher_from,
+            overwrite=overwrite,
+        )
+
+
+def _open_teacher(teacher: Access, student: OpenModel, device: str | None) -> Policy:
+    opened = open_model(teacher, device)
+    check_same_tokens(
+        (student.policy.model, student.policy.processor), (opened.policy.model, opened.policy.processor)
+    )
+    return opened.policy
+
+
+class Opening:
+    """A policy that is loaded when it is first asked: where all its answers are known, that is never."""
+
+    def __init__(self, load: Callable[[], Policy]) -> None:
+        self._load = load
+        self._policy: Policy | None = None
+
+    def load(self) -> Policy:
+        if self._policy is None:
+            self._policy = self._load()
+        return self._policy
+
+    def prefill(self, *arguments: Any, **settings: Any) -> Any:
+        return self.load().prefill(*arguments, **settings)
+
+    def sample(self, *arguments: Any, **settings: Any) -> Any:
+        return self.load().sample(*arguments, **settings)
+
+    def logprobs(self, *arguments: Any, **settings: Any) -> Any:
+        return self.load().logprobs(*arguments, **settings)
