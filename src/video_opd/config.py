@@ -21,6 +21,7 @@ import yaml
 
 from video_opd.errors import UserError
 from video_opd.strict import TreeReader, apply_overrides, need, parse_yaml, to_dict
+from video_opd.types import UNGATED, RankBy, Strategy
 
 MethodName = Literal["video-opd", "grpo", "sft", "op-rkd", "op-fkd"]
 ON_POLICY = (
@@ -290,6 +291,76 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TVDFConfig:
+    """How ``video-opd rounds`` chooses what a round trains on; ``train`` ignores it."""
+
+    k: int = 2500  # sec. 4.1: rows a round
+    strategy: Strategy = "topk"  # eq 16
+    rank_by: RankBy = "iou_gap"  # eq 12; reverse_kl: sec. 3.2, step 2
+    min_teacher_iou: float = 0.5  # the gate (sec. 3.2, step 1, leaves it open); gaussian and random: 0, none
+    buckets: int = 5  # sec. B.3, of bbds
+    center: float | None = None  # none: 0.9 of gwds (sec. B.4), 0.3 of gaussian (sec. D.1)
+    sigma: float | None = None  # none: 0.2 of both
+    teacher_k: int = 4  # the teacher's answers to a candidate (sec. 3.2 leaves it open)
+    student_k: int | None = None  # the student's; none: as teacher_k
+    temperature: float = 1.0  # of the answers; ours
+    batch_size: int = 8  # candidates that are answered together; ours
+
+    def __post_init__(self) -> None:
+        need(self.k >= 1, "tvdf.k must be at least 1: a round trains on something")
+        need(self.teacher_k >= 1, "tvdf.teacher_k must be at least 1: the gate reads the teacher's answers")
+        need(
+            self.answers_of_student >= 1,
+            f"tvdf.student_k must be at least 1: strategy {self.strategy} reads the student's answers",
+        )
+        need(self.min_teacher_iou <= 1, "tvdf.min_teacher_iou is a share, at most 1 (0: no gate)")
+        need(self.buckets >= 1, "tvdf.buckets must be at least 1")
+        need(self.sigma is None or self.sigma > 0, "tvdf.sigma must be above 0")
+        need(self.batch_size >= 1, "tvdf.batch_size must be at least 1")
+        need(self.temperature >= 0, "tvdf.temperature must not be negative (0: greedy)")
+        need(
+            self.temperature > 0 or self.teacher_k == self.answers_of_student == 1,
+            "tvdf.temperature 0 makes all answers the same: set tvdf.teacher_k and student_k to 1",
+        )
+        only: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "buckets": (self.buckets != 5, ("bbds",)),
+            "center": (self.center is not None, ("gwds", "gaussian")),
+            "sigma": (self.sigma is not None, ("gwds", "gaussian")),
+            "rank_by": (self.rank_by != "iou_gap", ("topk", "dsus", "bbds", "gwds")),
+        }
+        for key, (is_set, strategies) in only.items():
+            need(
+                not is_set or self.strategy in strategies,
+                f"tvdf.{key} means nothing to strategy {self.strategy} (only to {', '.join(strategies)}): "
+                "take it out",
+            )
+
+    @property
+    def answers_of_student(self) -> int:
+        return self.teacher_k if self.student_k is None else self.student_k
+
+    @property
+    def gated(self) -> bool:
+        return self.min_teacher_iou > 0
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the choice depends on the teacher's answers; GRPO's choice by difficulty does not."""
+        return self.gated or self.strategy != "gaussian"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig:
+    """How often ``video-opd rounds`` scores, selects, trains and evaluates; ``train`` ignores it."""
+
+    count: int = 3  # sec. D.4, table 6
+    reuse: bool = False  # ours: a row that was trained on is no candidate again
+
+    def __post_init__(self) -> None:
+        need(self.count >= 1, "rounds.count must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, completely: the same recipe on the same machine gives the same weights."""
 
@@ -306,6 +377,8 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tvdf: TVDFConfig = field(default_factory=TVDFConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
 
     def __post_init__(self) -> None:
         self._check_parts()
@@ -412,6 +485,19 @@ class Recipe:
             "loss.baseline kl is the expectation of eq 5's r_t: it needs teacher.reward_scale 1",
         )
 
+    def check_rounds(self) -> None:
+        """What ``rounds`` needs beyond ``train``. Raises :class:`UserError` with the remedy."""
+        need(
+            bool(self.teacher.path) or not self.tvdf.asks_teacher,
+            f"teacher.path is missing: tvdf.strategy {self.tvdf.strategy} asks a teacher; name its folder, "
+            "or use strategy gaussian without a gate, which needs none",
+        )
+        need(
+            not self.teacher.by_source or not self.tvdf.asks_teacher,
+            "teacher.by_source: a selection asks one teacher about all candidates; run the rounds for each "
+            "source with its own teacher.path",
+        )
+
     @property
     def ratio_tolerance(self) -> float:
         """Largest |π_θ/π_old − 1| on the update that follows sampling, where it is 1 but for rounding."""
@@ -473,8 +559,11 @@ def _with_dependent_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
         return tree[name]
 
     sampling, evaluate, prompt = section("sampling"), section("evaluate"), section("prompt")
-    if sampling is None or evaluate is None or prompt is None:
+    tvdf = section("tvdf")
+    if sampling is None or evaluate is None or prompt is None or tvdf is None:
         return tree
+    if tvdf.get("strategy") in UNGATED:
+        tvdf.setdefault("min_teacher_iou", 0.0)
     if tree.get("method") == "grpo":
         sampling.setdefault("rollouts", 8)  # sec. 4.1
     if prompt.get("thinking") is True and tree.get("method", "video-opd") in ON_POLICY:

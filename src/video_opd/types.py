@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+Strategy: TypeAlias = Literal["topk", "dsus", "bbds", "gwds", "gaussian", "random"]  # curriculum/samplers.py
+RankBy: TypeAlias = Literal["iou_gap", "reverse_kl"]
+UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # no TVDF, so no gate unless it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 from video_opd.errors import UserError
 from video_opd.seeds import derive_uniform
-from video_opd.types import Score
-
-Strategy: TypeAlias = Literal["topk", "dsus", "bbds", "gwds", "gaussian", "random"]
-RankBy: TypeAlias = Literal["iou_gap", "reverse_kl"]
+from video_opd.types import RankBy, Score, Strategy
 
 BUCKETS = 5  # sec. B.3
 GWDS_CENTER, GWDS_SIGMA = 0.9, 0.2  # sec. B.4

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.curriculum.gate import MIN_TEACHER_IOU, passes
-from video_opd.curriculum.samplers import SamplerSettings, Selection, Strategy, rank_value, select
+from video_opd.curriculum.samplers import SamplerSettings, Selection, rank_value, select
 from video_opd.curriculum.scorefile import read_scores
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, write_jsonl
-from video_opd.types import Score
+from video_opd.types import UNGATED, Score, Strategy
 
 HISTOGRAM_BINS = 20  # of δ over [−1, 1]
-UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # no TVDF, so no gate unless it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
