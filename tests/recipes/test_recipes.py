@@ -40,7 +40,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_are_recipes():
     methods = get_args(MethodName)
     assert {f"{size}/{method}.yaml" for size in ("tiny", "qwen3-vl-8b") for method in methods} <= set(NAMES)
-    assert all(load_recipe(path).method in path.stem for path in RECIPES)
+    assert all(load_recipe(path).method in path.stem for path in RECIPES if path.stem != "rounds")
+    for size in ("tiny", "qwen3-vl-8b"):
+        load_recipe(ROOT / "recipes" / size / "rounds.yaml").check_rounds()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
@@ -57,6 +59,7 @@ def small(path: Path, world: Path, run: Path, **changes: object) -> Recipe:
         "data.train": world / "train.jsonl",
         "data.video_root": "null",
         "evaluate.data": f"[{world / 'short.jsonl'}]",
+        "evaluate.video_root": "null",
         "evaluate.max_new_tokens": 4,
         "video.max_video_tokens": 64,
         "sampling.max_new_tokens": 4,

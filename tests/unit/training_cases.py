@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,18 @@ def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> No
 def start(*arguments: Any) -> Any:
     """A fork of this process: torch and transformers are imported once."""
     process = multiprocessing.get_context("fork").Process(target=worker, args=arguments)
+    process.start()
+    return process
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def fork(work: Callable[..., Any], *arguments: Any) -> Any:
+    """``work`` in a fork of this process, to be killed."""
+    process = multiprocessing.get_context("fork").Process(target=alone, args=(work, *arguments))
     process.start()
     return process
 

@@ -50,6 +50,37 @@ def train(arguments: argparse.Namespace) -> None:
         print(f"{result.steps} steps; model: {result.model}")
 
 
+def rounds(arguments: argparse.Namespace) -> None:
+    from video_opd.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe.check_rounds()  # before torch is imported
+    from video_opd.reports.html import write_report
+    from video_opd.reports.runs import read_run
+    from video_opd.reports.text import before_after
+    from video_opd.training.rounds import run_rounds
+
+    def report(folder: Path) -> Path:
+        return write_report([folder], folder / "report.html")
+
+    result = run_rounds(recipe, after_round=report)
+    if not is_first_process():
+        return
+    written = report(result.path)
+    if arguments.json:
+        print_json({"path": result.path, "model": result.model, "report": written, **result.summary})
+        return
+    for record in result.summary["rounds"]:
+        counts = f"{record['selected']} of {record['rows']} rows, {record['steps']} steps"
+        print(f"round {record['round']}: {counts}; model: {result.path / record['model']}")
+    run = read_run(result.path)
+    if run.testsets:
+        print("\n".join(before_after(run)))
+    if result.summary["ended"]:
+        print(result.summary["ended"])
+    print(f"report: {written}")
+
+
 def predict(arguments: argparse.Namespace) -> None:
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.opened import open_model, read_access

@@ -60,7 +60,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"video-opd {video_opd.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _train, _predict, _score, _select, _evaluate, _ground, _report, _data, _world):
+    for add in (
+        _demo,
+        _train,
+        _rounds,
+        _predict,
+        _score,
+        _select,
+        _evaluate,
+        _ground,
+        _report,
+        _data,
+        _world,
+    ):
         add(commands)
     return parser
 
@@ -110,6 +122,21 @@ def _train(commands: Any) -> None:
         overrides=True,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    _json_flag(parser)
+
+
+def _rounds(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "rounds",
+        "rounds",
+        "score, select, train and evaluate, repeated from the last student; repeated, it continues",
+        "video-opd rounds recipes/tiny/rounds.yaml --rounds.count 2 --tvdf.k 128 --run.dir runs/b",
+        overrides=True,
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file as for train; data.train is the candidate pool"
+    )
     _json_flag(parser)
 
 

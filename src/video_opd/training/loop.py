@@ -207,11 +207,9 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
     return optim.lr
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """One process or many, as ``accelerate launch`` or torchrun says."""
-    from accelerate import Accelerator
+def check_trackers(recipe: Recipe) -> None:
+    """Raises :class:`UserError` for one that is not installed."""
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import set_seed
 
     available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     for name in recipe.run.trackers:
@@ -219,6 +217,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             raise UserError(
                 f"run.trackers names {name}, which is not installed: pip install {name}, or leave it out"
             )
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """One process or many, as ``accelerate launch`` or torchrun says."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    check_trackers(recipe)
     accelerator = Accelerator(
         # The policy casts by itself, so that sampling, scoring and training are cast alike.
         mixed_precision="no",

@@ -46,16 +46,32 @@ class RunFolder:
         Raises :class:`UserError` naming the first key that differs when a run of another recipe is in it, and
         when the folder cannot be written. A start that failed before its first step leaves it free.
         """
+        if self.round(1).exists():
+            raise UserError(f"{self.path} holds the rounds of video-opd rounds: choose another run.dir")
         if self.recipe.exists() and (self.metrics.exists() or self.model.exists()):
+            self._check_same(recipe, ("tvdf.", "rounds."))  # which train ignores
+            return
+        write_text(self.recipe, dump_recipe(recipe))
+
+    def claim_for_rounds(self, recipe: Recipe) -> None:
+        """The same for several rounds; a start that failed before its first score leaves the folder free."""
+        if self.metrics.exists() or self.model.exists():
+            raise UserError(f"{self.path} holds a run of video-opd train: choose another run.dir")
+        if self.recipe.exists() and self.round(1).exists():
             self._check_same(recipe)
             return
         write_text(self.recipe, dump_recipe(recipe))
 
-    def _check_same(self, recipe: Recipe) -> None:
+    def round(self, number: int) -> Path:
+        """The folder of a round, from 1: itself a run's."""
+        return self.path / f"round-{number}"
+
+    def _check_same(self, recipe: Recipe, ignored: tuple[str, ...] = ()) -> None:
         before = dict(flatten(yaml.safe_load(self.recipe.read_text(encoding="utf-8")) or {}))
         now = dict(flatten(to_dict(recipe)))
         for key in dict.fromkeys((*now, *before)):
-            if key == "run.dir":  # the folder may have been moved, or be named from elsewhere
+            # The folder may have been moved, or be named from elsewhere.
+            if key == "run.dir" or key.startswith(ignored):
                 continue
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if old != new:

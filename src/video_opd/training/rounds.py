@@ -1,0 +1,290 @@
+"""Several rounds of TVDF (section 3.2, table 6): each trains the last student on what it has not learned yet.
+
+    (score → gate → rank → select → train → evaluate)*, in RUN/round-1, RUN/round-2, …
+
+Every stage is the one that the command of the same name runs, and is skipped when its files are there. A
+round is a run folder with three more files: ``scores.jsonl``, ``selected.jsonl`` and, when both are complete,
+``select.json``. Killed at any moment and repeated, the rounds end the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from video_opd.algorithms.registry import make_reward
+from video_opd.config import Recipe, dump_recipe
+from video_opd.curriculum.pool import accesses, score_pool
+from video_opd.curriculum.samplers import SamplerSettings
+from video_opd.curriculum.scorefile import read_scores
+from video_opd.curriculum.scores import ScoreSettings
+from video_opd.curriculum.tables import summary_lines
+from video_opd.curriculum.tvdf import select_file
+from video_opd.data.annotations import read_samples
+from video_opd.errors import UserError
+from video_opd.evaluation.metrics import METRICS
+from video_opd.files import write_text
+from video_opd.jsonl import read_jsonl
+from video_opd.progress import is_first_process, log
+from video_opd.training.build import build_parts
+from video_opd.training.final_evaluation import (
+    check_evaluation_files,
+    evaluate_base,
+    evaluate_teacher,
+    is_evaluated,
+)
+from video_opd.training.loop import Build, check_trackers, train
+from video_opd.training.run_folder import RunFolder
+
+POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsResult:
+    """Where the rounds left their results. ``summary`` is what ``rounds.json`` holds."""
+
+    path: Path
+    model: Path  # of the last round
+    summary: dict[str, Any]
+
+
+def run_rounds(
+    recipe: Recipe, build: Build = build_parts, after_round: Callable[[Path], object] | None = None
+) -> RoundsResult:
+    """Runs all rounds, or continues what was killed, or returns at once when they are finished.
+
+    ``after_round`` is given the folder whenever there is something new to report. Raises :class:`UserError`
+    for what a user can get wrong, at the earliest moment, and when the first selection is empty; a later one
+    that is empty ends the rounds, and ``rounds.json`` says so.
+    """
+    recipe.check_rounds()
+    rounds = Rounds(recipe, build)
+    if is_first_process():
+        rounds.folder.claim_for_rounds(recipe)
+    if not rounds.finished:
+        rounds.run(after_round or (lambda folder: None))
+    else:
+        log(f"{rounds.folder.path} is finished: nothing to do")
+    summary = json.loads(rounds.summary.read_text(encoding="utf-8"))
+    model = rounds.folder.path / summary["rounds"][-1]["model"]
+    return RoundsResult(path=rounds.folder.path, model=model, summary=summary)
+
+
+class Rounds:
+    """The rounds of one folder; holds what they share."""
+
+    def __init__(self, recipe: Recipe, build: Build) -> None:
+        self.recipe, self.build = recipe, build
+        self.folder = RunFolder(recipe.run.dir)
+        self.summary = self.folder.path / "rounds.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.exists() and json.loads(self.summary.read_text(encoding="utf-8"))["finished"]
+
+    def run(self, after_round: Callable[[Path], object]) -> None:
+        recipe, count = self.recipe, self.recipe.rounds.count
+        check_evaluation_files(recipe)
+        check_trackers(recipe)
+        if recipe.method == "grpo":
+            make_reward(recipe)
+        self.samples = read_samples(recipe.data.train, recipe.data.video_root)[: recipe.data.limit]
+        self._evaluate_others()
+        done, ended = 0, None
+        for number in range(1, count + 1):
+            folder = RunFolder(self.folder.round(number))
+            chosen = folder.path / "select.json"
+            _on_first_process(lambda n=number: self._select(n), chosen.exists)  # type: ignore[misc]
+            ended = _nothing_selected(number, json.loads(chosen.read_text(encoding="utf-8")))
+            if ended is not None:
+                break
+            if not folder.finished:
+                log(f"round {number} of {count}: training")
+                settings = self.round_recipe(number)
+                if is_first_process():
+                    # It follows from the run's recipe, which was checked; the folder may have been moved.
+                    write_text(folder.recipe, dump_recipe(settings))
+                train(settings, self.build)
+                _release_memory()
+            done = number
+            if is_first_process():
+                self._write_summary(done, None, finished=False)
+                after_round(self.folder.path)
+        if not done:
+            raise UserError(f"{self.folder.path}: {ended}")
+        _on_first_process(lambda: self._write_summary(done, ended, finished=True), lambda: self.finished)
+        log(f"{done} of {count} rounds are done" + (f"; {ended}" if ended else ""))
+
+    def round_recipe(self, number: int) -> Recipe:
+        """What ``train`` is given: the last student, the round's rows, seeds of its own."""
+        recipe, folder = self.recipe, self.folder.round(number)
+        return replace(
+            recipe,
+            model=replace(recipe.model, path=self._student(number)),
+            data=replace(recipe.data, train=str(folder / "selected.jsonl"), limit=None),
+            run=replace(recipe.run, dir=str(folder), seed=recipe.run.seed + number - 1),
+        )
+
+    def _student(self, number: int) -> str:
+        """The model that a round starts from."""
+        return self.recipe.model.path if number == 1 else str(self.folder.round(number - 1) / "model")
+
+    def _evaluate_others(self) -> None:
+        """The base and the teacher, between which the rounds are seen."""
+        recipe, out = self.recipe, self.folder.evaluations
+        models = {"base": evaluate_base, "teacher": evaluate_teacher}
+        for name, evaluate in models.items():
+            if recipe.evaluate.data and (name == "base" or recipe.teacher.path):
+                _on_first_process(
+                    lambda evaluate=evaluate: evaluate(recipe, out),  # type: ignore[misc]
+                    lambda name=name: is_evaluated(name, recipe, out),  # type: ignore[misc]
+                )
+                _release_memory()
+
+    def _select(self, number: int) -> None:
+        """``scores.jsonl``, then ``selected.jsonl``, then ``select.json``."""
+        recipe, tvdf, folder = self.recipe, self.recipe.tvdf, self.folder.round(number)
+        used = set() if recipe.rounds.reuse else self._used(number)
+        wanted = [s for s in self.samples if s.id not in used and (s.spans or not tvdf.gated)]
+        log(f"round {number} of {recipe.rounds.count}: scoring {len(wanted)} candidates")
+        student, teacher = accesses(self.round_recipe(number))
+        score_pool(
+            student,
+            teacher if tvdf.asks_teacher else None,
+            wanted,
+            folder / "scores.jsonl",
+            settings=ScoreSettings(
+                k=tvdf.teacher_k,
+                student_k=tvdf.student_k,
+                temperature=tvdf.temperature,
+                max_new_tokens=recipe.sampling.max_new_tokens,
+                seed=recipe.run.seed,  # in all rounds, so that the teacher's answers stay the same
+                thinking=recipe.prompt.thinking,
+                reverse_kl=tvdf.rank_by == "reverse_kl",
+            ),
+            batch_size=tvdf.batch_size,
+            cache_dir=recipe.data.cache_dir,
+            teacher_from=self.folder.round(1) / "scores.jsonl" if number > 1 and tvdf.asks_teacher else None,
+            repeatable=True,
+        )
+        _release_memory()
+        _, summary = select_file(
+            recipe.data.train,
+            folder / "scores.jsonl",
+            tvdf.strategy,
+            tvdf.k,
+            settings=SamplerSettings(
+                rank_by=tvdf.rank_by,
+                buckets=tvdf.buckets,
+                center=tvdf.center,
+                sigma=tvdf.sigma,
+                seed=recipe.run.seed + number - 1,
+            ),
+            min_teacher_iou=tvdf.min_teacher_iou,
+            exclude=used,
+            video_root=recipe.data.video_root,
+            out=folder / "selected.jsonl",
+        )
+        for line in summary_lines(summary):
+            log(line)
+        write_text(folder / "select.json", json.dumps(summary.to_json(), indent=2) + "\n")
+
+    def _used(self, number: int) -> set[str]:
+        """Ids that were trained on before a round."""
+        files = [self.folder.round(n) / "selected.jsonl" for n in range(1, number)]
+        return {row["id"] for file in files for _, row in read_jsonl(file)}
+
+    def _write_summary(self, done: int, ended: str | None, *, finished: bool) -> None:
+        """``rounds.json``: a function of the other files."""
+        out = self.folder.evaluations
+        summary = {
+            "base": self._figures("base", out),
+            "teacher": self._figures("teacher", out),
+            "rounds": [self._record(number) for number in range(1, done + 1)],
+            "ended": ended,
+            "finished": finished,
+        }
+        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _record(self, number: int) -> dict[str, Any]:
+        folder = RunFolder(self.folder.round(number))
+        chosen = json.loads((folder.path / "select.json").read_text(encoding="utf-8"))
+        counts = ("rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate")
+        scores = read_scores(folder.path / "scores.jsonl").values()
+        rows = [row for _, row in read_jsonl(folder.path / "selected.jsonl")]
+        return {
+            "round": number,
+            "model": folder.model.relative_to(self.folder.path).as_posix(),
+            **{key: chosen[key] for key in (*counts, "candidates", "selected", "shortfall")},
+            "used": len(self._used(number + 1)),
+            "delta": {
+                "scored": _statistics(score.delta for score in scores),
+                "selected": _statistics(row["tvdf"]["delta"] for row in rows),
+            },
+            "steps": folder.last_metrics().get("step", 0),
+            "evaluation": self._figures("student", folder.evaluations),
+        }
+
+    def _figures(self, name: str, folder: Path) -> dict[str, Any]:
+        """What table 6 shows of a model, by test set."""
+        keys = ("n", *METRICS, "ci95", "unparsed", "missing")
+        figures = {}
+        for path in map(Path, self.recipe.evaluate.data):
+            file = folder / f"{name}-{path.stem}.json"
+            if file.exists():
+                record = json.loads(file.read_text(encoding="utf-8"))
+                figures[path.stem] = {key: record[key] for key in keys}
+        return figures
+
+
+def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:
+    """Why a round has nothing to train on; None where it has."""
+    if chosen["selected"]:
+        return None
+    reasons = {
+        "used_before": "were used before (rounds.reuse allows them)",
+        "unannotated": "have no spans",
+        "unscored": "have no score (can their videos be read?)",
+        "unmeasured": "have a score that is not finite",
+        "failed_gate": "failed the gate (tvdf.min_teacher_iou)",
+    }
+    counts = [f"{chosen[key]} {what}" for key, what in reasons.items() if chosen[key]]
+    return (
+        f"round {number} has nothing to train on: of {chosen['rows']} candidates, "
+        f"{', '.join(counts) or 'none is left'}"
+    )
+
+
+def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return {"n": 0, "mean": None, "min": None, "max": None}
+    return {"n": len(known), "mean": fmean(known), "min": min(known), "max": max(known)}
+
+
+def _on_first_process(work: Callable[[], None], is_done: Callable[[], bool]) -> None:
+    """Does on one process what is not split; the others wait for its files, for hours if need be, which a
+    collective would not."""
+    if is_done():
+        return
+    if is_first_process():
+        work()
+        return
+    while not is_done():
+        time.sleep(POLL_S)
+
+
+def _release_memory() -> None:
+    """Of the models that a stage had loaded: the next one loads its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
