@@ -15,6 +15,7 @@ from statistics import fmean
 WIDTH, HEIGHT = 520.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 34.0
 MOST_POINTS = 400  # more are averaged into so many bins: a path of 10,000 steps draws the same picture
+INTERVAL_WIDTH = 2.0  # of the bar of a 95% interval
 MOST_COLUMNS = 60  # of a stacked chart
 SMOOTH_FROM = 24  # points from which a smoothed line is drawn over the raw one
 
@@ -26,6 +27,16 @@ class Series:
     xs: Sequence[float]
     ys: Sequence[float]
     dashed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An upright bar from ``low`` to ``high`` at ``x``."""
+
+    x: float
+    low: float
+    high: float
+    colour: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +125,23 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def line_chart(title: str, help: str, series: Sequence[Series], *, zero: bool = False) -> Chart | None:
+def line_chart(
+    title: str,
+    help: str,
+    series: Sequence[Series],
+    *,
+    zero: bool = False,
+    x_label: str = "optimiser step",
+    intervals: Sequence[Interval] = (),
+) -> Chart | None:
     """Curves over steps; ``zero`` makes the axis include 0. None when there is nothing to draw."""
     drawn = [s for s in series if s.xs]
     if not drawn:
         return None
     binned = [(s, *bins(s.xs, s.ys)) for s in drawn]
-    values = sorted(y for _, _, ys in binned for y in ys)
+    values = sorted(
+        [y for _, _, ys in binned for y in ys] + [y for mark in intervals for y in (mark.low, mark.high)]
+    )
     low, high = (min(values[0], 0.0), max(values[-1], 0.0)) if zero else (values[0], values[-1])
     y_values = ticks(low, high, 4)
     x_scale, x_ticks = _step_axis(min(xs[0] for _, xs, _ in binned), max(xs[-1] for _, xs, _ in binned))
@@ -135,18 +156,30 @@ def line_chart(title: str, help: str, series: Sequence[Series], *, zero: bool = 
                 smooth=path(xs, smoothed, x_scale, y_scale) if smoothed else "",
                 dashed=s.dashed,
                 end=(x_scale(xs[-1]), y_scale((smoothed or ys)[-1])),
-                tooltip=f"{s.label}: {number(s.ys[0])} at step {s.xs[0]:.0f}, "
-                f"{number(s.ys[-1])} at step {s.xs[-1]:.0f}",
+                tooltip=f"{s.label}: {number(s.ys[0])} at {x_label.split()[-1]} {s.xs[0]:.0f}, "
+                f"{number(s.ys[-1])} at {x_label.split()[-1]} {s.xs[-1]:.0f}",
             )
         )
+    boxes = [
+        _box(
+            x_scale(mark.x) - INTERVAL_WIDTH / 2,
+            INTERVAL_WIDTH,
+            y_scale(mark.low),
+            y_scale(mark.high),
+            mark.colour,
+            f"95%: {number(mark.low)} to {number(mark.high)}",
+        )
+        for mark in intervals
+    ]
     return Chart(
         title=title,
         help=help,
-        x_label="optimiser step",
+        x_label=x_label,
         x_ticks=x_ticks,
         y_ticks=[Tick(at=y_scale(v), label=number(v)) for v in y_values],
         legend=[(s.colour, s.label) for s in drawn] if len(drawn) > 1 else [],
         lines=lines,
+        boxes=boxes,
         zero=y_scale(0.0) if y_values[0] < 0 < y_values[-1] else None,
     )
 

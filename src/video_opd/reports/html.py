@@ -16,8 +16,8 @@ from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log
 from video_opd.reports import story
-from video_opd.reports.charts import Chart, Series, histogram, line_chart, number, stack_chart
-from video_opd.reports.runs import Run, read_run
+from video_opd.reports.charts import Chart, Interval, Series, histogram, line_chart, number, stack_chart
+from video_opd.reports.runs import Run, read_run, round_number
 from video_opd.temporal import best_iou
 
 MOST_TIMELINES = 12
@@ -177,6 +177,9 @@ def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
         "blocks": story.blocks(run),
         "facts": story.selection_facts(run.selection or {}),
         "histogram": selection_chart(run.selection or {}),
+        "rounds": story.rounds_table(run),
+        "round_header": story.ROUND_HEADER,
+        "round_charts": [*round_curves(run), *round_selections(run)],
         "charts": charts,
         "timelines": [timeline(row) for row in run.timelines[:MOST_TIMELINES]],
         "timelines_left_out": max(0, len(run.timelines) - MOST_TIMELINES),
@@ -213,9 +216,43 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def selection_chart(selection: Mapping[str, Any]) -> Chart | None:
+def round_curves(run: Run) -> list[Chart]:
+    """mIoU over the rounds, base at 0, with its 95% intervals; a chart a test set (figure 5)."""
+    charts = []
+    for testset in run.testsets if run.rounds else ():
+        found = [e for e in run.evaluations if e.testset == testset]
+        teacher = run.evaluation("teacher", testset)
+        own = [(round_number(e.model), e) for e in found if e.model == "base" or round_number(e.model)]
+        own.sort(key=lambda pair: pair[0])
+        xs = [float(x) for x, _ in own]
+        series = [Series(label="student", colour="student", xs=xs, ys=[e.scores["mIoU"] for _, e in own])]
+        if teacher is not None and xs:
+            level = teacher.scores["mIoU"]
+            ends = [min(xs), max(xs)]
+            series.append(Series(label="teacher", colour="teacher", xs=ends, ys=[level, level], dashed=True))
+        marks = [
+            Interval(x=float(x), low=e.ci95["mIoU"][0], high=e.ci95["mIoU"][1], colour="student")
+            for x, e in own
+            if "mIoU" in e.ci95
+        ]
+        help = "Mean overlap with the true moments, in percent, with its 95% interval; 0 is the base."
+        charts.append(line_chart(f"mIoU on {testset}", help, series, x_label="round", intervals=marks))
+    return [chart for chart in charts if chart is not None]
+
+
+def round_selections(run: Run) -> list[Chart]:
+    charts = [
+        selection_chart(part.selection or {}, f"round {number}: δ before and after the selection")
+        for number, part in enumerate(run.rounds, start=1)
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def selection_chart(
+    selection: Mapping[str, Any], title: str = "δ before and after the selection"
+) -> Chart | None:
     return histogram(
-        "δ before and after the selection",
+        title,
         "Right of 0 the teacher answers better than the student: there is something to learn.",
         "δ = teacher IoU − student IoU",
         selection.get("delta_edges") or [],

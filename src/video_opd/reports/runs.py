@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 
 ROLES = ("base", "student", "teacher")  # how models of one run are ordered and coloured
+ROUND = "round "  # and a number: the student after that round
 METRICS = ("mIoU", "R@0.3", "R@0.5", "R@0.7")
 
 
@@ -67,6 +68,8 @@ class Run:
     evaluations: tuple[Evaluation, ...] = ()
     selection: Mapping[str, Any] | None = None
     timelines: tuple[Mapping[str, Any], ...] = ()
+    summary: Mapping[str, Any] | None = None  # rounds.json
+    rounds: tuple[Run, ...] = ()  # of a folder of rounds; the other fields are then of all of them together
 
     @property
     def method(self) -> str:
@@ -84,15 +87,33 @@ class Run:
     @property
     def models(self) -> list[str]:
         names = dict.fromkeys(e.model for e in self.evaluations)
-        return sorted(names, key=lambda name: (ROLES.index(name) if name in ROLES else len(ROLES), name))
+
+        def place(name: str) -> tuple[int, int, str]:
+            number = round_number(name)
+            role = "student" if number else name
+            return (ROLES.index(role) if role in ROLES else len(ROLES), number, name)
+
+        return sorted(names, key=place)
+
+    @property
+    def student(self) -> str:
+        """The name under which what was trained in the end was evaluated."""
+        rounds = [name for name in self.models if round_number(name)]
+        return rounds[-1] if rounds else "student"
 
     @property
     def testsets(self) -> list[str]:
         return list(dict.fromkeys(e.testset for e in self.evaluations))
 
 
+def round_number(model: str) -> int:
+    """3 for ``"round 3"``; 0 for any other model."""
+    number = model.removeprefix(ROUND)
+    return int(number) if number != model and number.isdecimal() else 0
+
+
 def read_run(folder: str | Path) -> Run:
-    """Reads one run folder.
+    """Reads one run folder, or a folder of rounds.
 
     Raises UserError when the folder is not there, holds nothing of a run, or holds a file that is broken.
     """
@@ -112,10 +133,36 @@ def read_run(folder: str | Path) -> Run:
         evaluations=_evaluations(folder / "eval"),
         selection=_json(folder / "select.json") or _json(folder / "eval" / "select.json"),
         timelines=tuple(_rows(folder / "eval" / "timelines.jsonl")),
+        summary=_json(folder / "rounds.json"),
     )
     if not (run.recipe or run.metrics or run.evaluations):
         raise UserError(f"{folder}: holds no recipe.yaml, metrics.jsonl or eval/*.json; name a run's folder")
-    return run
+    found = sorted(folder.glob("round-*"), key=lambda path: (len(path.name), path.name))
+    return _together(run, [read_run(path) for path in found if (path / "recipe.yaml").exists()])
+
+
+def _together(run: Run, rounds: list[Run]) -> Run:
+    """``run`` with what its rounds hold: their steps one after another, their students by round."""
+    if not rounds:
+        return run
+    metrics: list[Mapping[str, Any]] = []
+    rollouts: list[Mapping[str, Any]] = []
+    evaluations = list(run.evaluations)
+    for number, part in enumerate(rounds, start=1):
+        before = metrics[-1]["step"] if metrics else 0
+        metrics += [{**row, "step": before + row["step"]} for row in part.metrics]
+        rollouts += [{**row, "step": before + row["step"]} for row in part.rollouts if "step" in row]
+        evaluations += [
+            replace(e, model=f"{ROUND}{number}") for e in part.evaluations if e.model == "student"
+        ]
+    return replace(
+        run,
+        environment=rounds[-1].environment,
+        metrics=tuple(metrics),
+        rollouts=tuple(rollouts),
+        evaluations=_in_order(evaluations),
+        rounds=tuple(rounds),
+    )
 
 
 def _evaluations(folder: Path) -> tuple[Evaluation, ...]:
@@ -135,6 +182,10 @@ def _evaluations(folder: Path) -> tuple[Evaluation, ...]:
                 record=record,
             )
         )
+    return _in_order(found)
+
+
+def _in_order(found: list[Evaluation]) -> tuple[Evaluation, ...]:
     order = {"short": 0, "long": 1, "subtle": 2}
     return tuple(sorted(found, key=lambda e: (order.get(e.testset, len(order)), e.testset)))
 

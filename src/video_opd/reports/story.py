@@ -9,7 +9,7 @@ from typing import Any
 
 from video_opd.progress import duration
 from video_opd.reports.charts import number
-from video_opd.reports.runs import METRICS, Evaluation, Run
+from video_opd.reports.runs import METRICS, ROLES, Evaluation, Run, round_number
 from video_opd.strict import flatten
 
 METHODS = {
@@ -75,7 +75,7 @@ class Gap:
 
 
 def gap(run: Run) -> Gap | None:
-    shared = [t for t in run.testsets if run.evaluation("base", t) and run.evaluation("student", t)]
+    shared = [t for t in run.testsets if run.evaluation("base", t) and run.evaluation(run.student, t)]
     if not shared:
         return None
 
@@ -84,7 +84,7 @@ def gap(run: Run) -> Gap | None:
         values = [e.scores["mIoU"] for e in found if e is not None]
         return fmean(values) if len(values) == len(shared) else None
 
-    base, student = mean("base"), mean("student")
+    base, student = mean("base"), mean(run.student)
     assert base is not None and student is not None
     return Gap(testsets=shared, base=base, student=student, teacher=mean("teacher"))
 
@@ -99,9 +99,10 @@ def headline(run: Run) -> list[str]:
         return [first + (f"; {scores}" if scores else "") + ".", *_training(run)]
     total = len(found.testsets)
     where = "on the test set" if total == 1 else f"on average over {_word(total)} test sets"
+    rounds = f" in {_plural(len(run.rounds), 'round')}" if run.rounds else ""
     first = (
-        f"After {_plural(len(run.metrics), 'step')} of {method} the student's answers overlap the true "
-        f"moments by {found.student:.1f}%, {_change(found)} {found.base:.1f}%"
+        f"After {_plural(len(run.metrics), 'step')} of {method}{rounds} the student's answers overlap the "
+        f"true moments by {found.student:.1f}%, {_change(found)} {found.base:.1f}%"
     )
     first += "." if found.teacher is None else f"; its teacher's by {found.teacher:.1f}%."
     return [first, f"This is mIoU {where}.", *_certainty(run, found), *_training(run)]
@@ -125,7 +126,7 @@ def _certainty(run: Run, found: Gap) -> list[str]:
         sure = f"The student's 95% interval lies above the base's on {share}."
     if found.closed is not None:
         sure += f" The student went {found.closed:.0%} of the way from the base to the teacher."
-    constants = [e.best_constant for name in found.testsets if (e := run.evaluation("student", name))]
+    constants = [e.best_constant for name in found.testsets if (e := run.evaluation(run.student, name))]
     known = [value for value in constants if value is not None]
     if known:
         sure += f" The best answer that ignores the video would score {fmean(known):.1f}%."
@@ -150,7 +151,7 @@ def _student_only(run: Run) -> str:
 
 
 def _clearly_above(run: Run, testset: str) -> bool:
-    base, student = run.evaluation("base", testset), run.evaluation("student", testset)
+    base, student = run.evaluation("base", testset), run.evaluation(run.student, testset)
     assert base is not None and student is not None
     return "mIoU" in base.ci95 and "mIoU" in student.ci95 and student.ci95["mIoU"][0] > base.ci95["mIoU"][1]
 
@@ -205,7 +206,7 @@ def _row(e: Evaluation) -> Row:
     unparsed, missing = int(e.record.get("unparsed") or 0), int(e.record.get("missing") or 0)
     return Row(
         model=e.model,
-        colour=e.model if e.model in ("base", "student", "teacher") else "other",
+        colour=colour_of(e.model),
         scores=[_score(e, metric) for metric in METRICS],
         value=e.scores["mIoU"],
         low=low,
@@ -213,6 +214,11 @@ def _row(e: Evaluation) -> Row:
         faults=str(unparsed) + (f" + {missing} missing" if missing else ""),
         swap="–" if e.query_swap is None else f"{e.query_swap:.0f}%",
     )
+
+
+def colour_of(model: str) -> str:
+    """CSS class of a model; the student keeps its colour from round to round."""
+    return "student" if round_number(model) else model if model in ROLES else "other"
 
 
 def _score(e: Evaluation, metric: str) -> str:
@@ -263,7 +269,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 def _trained(run: Run, testset: str) -> Evaluation | None:
     """The evaluation of what the run trained: the student, or the only model there is."""
     found = [e for e in run.evaluations if e.testset == testset]
-    return run.evaluation("student", testset) or (found[0] if len(found) == 1 else None)
+    return run.evaluation(run.student, testset) or (found[0] if len(found) == 1 else None)
 
 
 def selection_facts(selection: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -282,6 +288,39 @@ def selection_facts(selection: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     known = [(label, selection.get(key)) for key, label in labels.items()]
     return [(label, _plain(value)) for label, value in known if value]
+
+
+ROUND_HEADER = (
+    "round",
+    "rows in the pool",
+    "used before",
+    "without annotation",
+    "stopped by the gate",
+    "candidates",
+    "selected",
+    "δ of all scored",
+    "δ of the selected",
+    "steps",
+)
+
+
+def rounds_table(run: Run) -> list[list[str]]:
+    """What each round chose from what, below :data:`ROUND_HEADER`; δ is its mean."""
+    records = {record["round"]: record for record in (run.summary or {}).get("rounds", [])}
+    rows = []
+    for r, part in enumerate(run.rounds, start=1):
+        chosen, delta = part.selection or {}, records.get(r, {}).get("delta", {})
+        counts = ("rows", "used_before", "unannotated", "failed_gate", "candidates", "selected")
+        means = [delta.get(name, {}).get("mean") for name in ("scored", "selected")]
+        rows.append(
+            [
+                str(r),
+                *(f"{chosen[key]:,}" if key in chosen else "–" for key in counts),
+                *("–" if mean is None else f"{mean:+.2f}" for mean in means),
+                f"{len(part.metrics):,}",
+            ]
+        )
+    return rows
 
 
 def table(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
