@@ -36,7 +36,7 @@ class PromptBatch:
     attention_mask_BP: torch.Tensor  # int64, 1 for a token, 0 for padding
     token_types_BP: torch.Tensor  # mm_token_type_ids: 0 text, 2 video
     position_ids_3BP: torch.Tensor
-    next_position_B: torch.Tensor  # rotary position of the first response token
+    next_position_B: torch.Tensor  # rotary position of the first response token, of the whole prompt
     pixel_values_videos: torch.Tensor | None  # [patches, channels * time * height * width]
     video_grid_thw: torch.Tensor | None  # [videos, 3], on the CPU: its values drive Python loops
     videos_of_prompt: tuple[tuple[int, ...], ...]
@@ -54,6 +54,33 @@ class PromptBatch:
             pixel_values_videos=self.pixel_values_videos,
             video_grid_thw=self.video_grid_thw,
             videos_of_prompt=tuple(self.videos_of_prompt[row] for row in rows.tolist()),
+        )
+
+    def cut(
+        self, rows: Sequence[int], stops: Sequence[int], lengths: Sequence[int], *, pad_id: int, videos: bool
+    ) -> PromptBatch:
+        """Of row ``rows[i]`` the ``lengths[i]`` columns before column ``stops[i]``, left-padded anew.
+
+        ``videos``: whether all of a row's videos lie in its cut, or none of them.
+        """
+        device, longest = self.input_ids_BP.device, max(lengths)
+        offset_P = torch.arange(longest) - longest
+        kept_BP = (offset_P >= -torch.tensor(lengths)[:, None]).to(device)
+        column_BP = (torch.tensor(stops)[:, None] + offset_P).clamp(min=0).to(device)
+        row_B1 = torch.tensor(rows, device=device)[:, None]
+
+        def take(x: torch.Tensor, padding: int = 0) -> torch.Tensor:
+            return x[..., row_B1, column_BP].masked_fill(~kept_BP, padding)
+
+        return PromptBatch(
+            input_ids_BP=take(self.input_ids_BP, pad_id),
+            attention_mask_BP=take(self.attention_mask_BP),
+            token_types_BP=take(self.token_types_BP),
+            position_ids_3BP=take(self.position_ids_3BP),
+            next_position_B=self.next_position_B[row_B1[:, 0]],
+            pixel_values_videos=self.pixel_values_videos if videos else None,
+            video_grid_thw=self.video_grid_thw if videos else None,
+            videos_of_prompt=tuple(self.videos_of_prompt[row] if videos else () for row in rows),
         )
 
 

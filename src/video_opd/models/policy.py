@@ -5,8 +5,8 @@ Shapes: ``B`` rows (responses), ``P`` prompt tokens, ``R`` and ``T`` response to
 
 Two engines that give the same numbers:
 
-- ``prefix`` reads each prompt once and puts every response on top of its key/value cache; a video that
-  several prompts share is seen once.
+- ``prefix`` reads each prompt once and puts every response on top of its key/value cache; what prompts on
+  one video begin with, the video, is read once for all of them.
 - ``plain`` is the reference: prompt and response concatenated, one ordinary forward of the stock model, which
   finds its own positions and sees every row's video.
 
@@ -33,14 +33,15 @@ from video_opd.models.batching import (
 )
 from video_opd.models.head import ResponseHead
 from video_opd.models.modes import call_through, computing_in, evaluating
-from video_opd.models.prefix import Prefix
+from video_opd.models.prefix import Prefix, select_rows
 from video_opd.models.protocols import Responses
 from video_opd.models.sampling import SamplingSettings, draw, rollout_uniforms, sampled_logprobs
+from video_opd.models.sharing import find_trunks
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 if TYPE_CHECKING:
-    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import DynamicCache, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class HFPolicy:
     # ------------------------------------------------------------------------------------------ the border
 
     def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Prefix:
-        """Read the prompts: the vision tower once a distinct video, the language model once a prompt."""
+        """Read the prompts: a video, and what its prompts begin with, once; the rest once a prompt."""
         with self._state(grad):
             return self._prefill(self._batch(prompts), prompts)
 
@@ -120,7 +121,7 @@ class HFPolicy:
 
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[EncodedPrompt] | Prefix,
         responses: Responses,
         *,
         grad: bool = False,
@@ -132,14 +133,17 @@ class HFPolicy:
         ``full`` adds ``full_BTV``, in which tokens that cannot be written hold a large negative number (not
         -inf). ``temperature`` must be the one that was sampled at; top-p and top-k have no counterpart here,
         because the ratio of an update to a filtered distribution is not defined outside the filter.
-        With ``grad``, gradients flow through the prompt too, once, and through ``forward_module``.
+        With ``grad``, gradients flow through the prompt too, once, and through ``forward_module``; so they
+        need the prompts, where without ``grad`` a prefix of this policy serves as well.
 
         Raises :class:`UserError` for a response with a token that no policy can write.
         """
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; log-probabilities need more than 0")
+        if grad and isinstance(prompts, Prefix):
+            raise ValueError("gradients go through the reading of prompts: give the prompts, not a prefix")
         assert len(prompts) == len(responses) and all(responses), "one or several responses for each prompt"
-        self._check_writable(prompts, responses)
+        self._check_writable(_prompts_of(prompts), responses)
         repeats = [len(group) for group in responses]
         ids_BR, mask_BR = pad_responses(
             [tokens for group in responses for tokens in group],
@@ -148,11 +152,11 @@ class HFPolicy:
         )
 
         def compute() -> tuple[torch.Tensor, torch.Tensor | None]:
-            batch = self._batch(prompts)
             if self._reads_prompts_once(grad):
-                hidden_BRD = self._on_prefix(batch, prompts, repeats, ids_BR, mask_BR)
+                hidden_BRD = self._on_prefix(self._read_once(prompts).repeated(repeats), ids_BR, mask_BR)
             else:
-                hidden_BRD = self._concatenated(batch.repeated(repeats), ids_BR, mask_BR)[:, :-1]
+                batch = self._batch(_prompts_of(prompts)).repeated(repeats)
+                hidden_BRD = self._concatenated(batch, ids_BR, mask_BR)[:, :-1]
             return self.head.score(hidden_BRD[mask_BR], ids_BR[mask_BR], temperature=temperature, full=full)
 
         with self._state(grad):
@@ -172,22 +176,44 @@ class HFPolicy:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
+        mask_BP = batch.attention_mask_BP
+        trunks = find_trunks(prompts, self.model.config.video_token_id)
+        if trunks is None:
+            last_hidden_BD = self._read(batch, mask_BP, cache)
+        else:
+            trunk, branch = trunks.split(batch, prompts, self.vocabulary.pad_id)
+            self._read(trunk, trunk.attention_mask_BP, cache)
+            rows = list(trunks.of_prompt)
+            select_rows(cache, rows, len(trunks.lengths))
+            mask_BP = torch.cat([trunk.attention_mask_BP[rows], branch.attention_mask_BP], dim=1)
+            last_hidden_BD = self._read(branch, mask_BP, cache)
+        return Prefix(
+            read_by=self.model,
+            prompts=tuple(prompts),
+            cache=cache,
+            attention_mask_BP=mask_BP,
+            next_position_B=batch.next_position_B,
+            last_hidden_BD=last_hidden_BD,
+        )
+
+    def _read(self, batch: PromptBatch, mask_BL: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Last hidden state [B, D] of ``batch`` on top of ``cache``; ``mask_BL`` covers both."""
         videos = encode_videos(self.model, batch)
-        hidden_BPD = self.model.model(
+        return self.model.model(
             input_ids=batch.input_ids_BP,
-            attention_mask=batch.attention_mask_BP,
+            attention_mask=mask_BL,
             position_ids=batch.position_ids_3BP,
             mm_encoder_outputs=None if videos is None else {"video": videos},
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
-        return Prefix(
-            prompts=tuple(prompts),
-            cache=cache,
-            attention_mask_BP=batch.attention_mask_BP,
-            next_position_B=batch.next_position_B,
-            last_hidden_BD=hidden_BPD[:, -1],
-        )
+        ).last_hidden_state[:, -1]
+
+    def _read_once(self, prompts: Sequence[EncodedPrompt] | Prefix) -> Prefix:
+        """The prefix that was given, or one of the prompts that were."""
+        if not isinstance(prompts, Prefix):
+            return self._prefill(self._batch(prompts), prompts)
+        assert prompts.read_by is self.model, "another model read this prefix"
+        return prompts
 
     def _continue(
         self, prefix: Prefix, ids_BR: torch.Tensor, mask_BL: torch.Tensor, done: int
@@ -206,16 +232,8 @@ class HFPolicy:
             use_cache=True,
         ).last_hidden_state
 
-    def _on_prefix(
-        self,
-        batch: PromptBatch,
-        prompts: Sequence[EncodedPrompt],
-        repeats: Sequence[int],
-        ids_BR: torch.Tensor,
-        mask_BR: torch.Tensor,
-    ) -> torch.Tensor:
-        """[B, R, D] that predict each response token, each prompt read once."""
-        prefix = self._prefill(batch, prompts).repeated(repeats)
+    def _on_prefix(self, prefix: Prefix, ids_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
+        """[B, R, D] that predict each response token, each prompt read once; writes to the prefix's cache."""
         first_B1D = prefix.last_hidden_BD[:, None]
         if ids_BR.shape[1] <= 1:
             return first_B1D[:, : ids_BR.shape[1]]
@@ -245,8 +263,8 @@ class HFPolicy:
 
     def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> _Decoder:
         if self.engine == "plain":
-            return _PlainDecoder(self, prompts.prompts if isinstance(prompts, Prefix) else prompts, n)
-        prefix = prompts if isinstance(prompts, Prefix) else self._prefill(self._batch(prompts), prompts)
+            return _PlainDecoder(self, _prompts_of(prompts), n)
+        prefix = self._read_once(prompts)
         return _PrefixDecoder(self, prefix.repeated([n] * len(prefix)))
 
     def _decode(
@@ -363,6 +381,10 @@ class _PlainDecoder(_Decoder):
     def step(self, token_B: torch.Tensor) -> torch.Tensor:
         self.ids_BR = torch.cat([self.ids_BR, token_B[:, None]], dim=1)
         return self.first()
+
+
+def _prompts_of(prompts: Sequence[EncodedPrompt] | Prefix) -> Sequence[EncodedPrompt]:
+    return prompts.prompts if isinstance(prompts, Prefix) else prompts
 
 
 def _scatter(flat_N: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The prompt, read once: what sampling and scoring start from.
 
-Shapes: ``B`` prompts, ``P`` prompt tokens, ``D`` hidden size.
+Shapes: ``B`` prompts, ``P`` columns of the cache (prompt tokens and padding), ``D`` hidden size.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from video_opd.models.batching import row_index
 from video_opd.types import EncodedPrompt
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import DynamicCache
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """Keys and values of left-padded prompts, and where their answers begin.
+    """Keys and values of prompts, and where their answers begin.
 
-    Sampling and scoring leave it as it is, so one prefix serves any number of both.
+    Prompts are padded on the left; those that share a video also between what they share and what they do
+    not (:mod:`video_opd.models.sharing`). Only the mask knows: positions are those of the prompt alone.
+
+    Sampling and scoring leave it as it is, so one prefix serves any number of both, as long as the weights
+    are those that read it.
     """
 
+    read_by: nn.Module
     prompts: tuple[EncodedPrompt, ...]
     cache: DynamicCache
     attention_mask_BP: torch.Tensor
@@ -36,23 +42,34 @@ class Prefix:
         return len(self.prompts)
 
     def repeated(self, repeats: Sequence[int]) -> Prefix:
-        """Prompt b ``repeats[b]`` times in a row, with a cache that may be written to.
+        """Prompt b ``repeats[b]`` times in a row; see :meth:`taken`."""
+        return self.taken(row_index(repeats).tolist())
 
-        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once: a
+    def taken(self, rows: Sequence[int]) -> Prefix:
+        """Prompt ``rows[i]`` at place i, with a cache that may be written to.
+
+        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order: a
         ``DynamicCache`` grows by replacing its tensors, not by changing them.
         """
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        rows = row_index(repeats).to(self.next_position_B.device)
-        if set(repeats) == {repeats[0]}:
-            if repeats[0] != 1:
-                cache.batch_repeat_interleave(repeats[0])  # its gradient is a sum, not a scatter
-        else:
-            cache.batch_select_indices(rows)
+        select_rows(cache, rows, len(self))
+        index = torch.tensor(rows, device=self.next_position_B.device)
         return Prefix(
-            prompts=tuple(self.prompts[row] for row in rows.tolist()),
+            read_by=self.read_by,
+            prompts=tuple(self.prompts[row] for row in rows),
             cache=cache,
-            attention_mask_BP=self.attention_mask_BP[rows],
-            next_position_B=self.next_position_B[rows],
-            last_hidden_BD=self.last_hidden_BD[rows],
+            attention_mask_BP=self.attention_mask_BP[index],
+            next_position_B=self.next_position_B[index],
+            last_hidden_BD=self.last_hidden_BD[index],
         )
+
+
+def select_rows(cache: DynamicCache, rows: Sequence[int], count: int) -> None:
+    """Row ``rows[i]`` of a cache of ``count`` rows at place i, in the cache itself."""
+    times, rest = divmod(len(rows), count)
+    if rest == 0 and list(rows) == row_index([times] * count).tolist():
+        if times != 1:
+            cache.batch_repeat_interleave(times)  # its gradient is a sum, not a scatter
+    else:
+        cache.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))

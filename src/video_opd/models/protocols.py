@@ -17,7 +17,11 @@ class Policy(Protocol):
     """A model that writes answers, and knows how likely each of its tokens was."""
 
     def prefill(self, prompts: Sequence[EncodedPrompt]) -> Any:
-        """Read the prompts once; the result can be given to :meth:`sample` in their place, repeatedly."""
+        """Read the prompts once, for :meth:`sample` and :meth:`logprobs` to be given in their place.
+
+        The result can be used any number of times while the weights stay; ``.taken(rows)`` is the part of it
+        for some of the prompts.
+        """
         ...
 
     def sample(
@@ -36,14 +40,14 @@ class Policy(Protocol):
 
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[EncodedPrompt] | Any,
         responses: Responses,
         *,
         grad: bool = False,
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Log-probabilities of given responses."""
+        """Log-probabilities of given responses; with ``grad``, to the prompts themselves only."""
         ...
 
 

@@ -10,6 +10,7 @@ import torch
 from video_opd.errors import UserError
 from video_opd.models.lora import adapters_off, trained_in_full
 from video_opd.models.policy import HFPolicy
+from video_opd.models.prefix import Prefix
 from video_opd.models.protocols import Responses, Teacher
 from video_opd.types import EncodedPrompt, TokenLogprobs
 
@@ -31,9 +32,13 @@ class LocalTeacher:
         policy.model.requires_grad_(False)
         policy.model.eval()
 
+    def prefill(self, prompts: Sequence[EncodedPrompt]) -> Prefix:
+        """As :meth:`HFPolicy.prefill`: for several calls of :meth:`logprobs` on the same prompts."""
+        return self.policy.prefill(prompts)
+
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[EncodedPrompt] | Prefix,
         responses: Responses,
         *,
         full: bool = False,
@@ -119,7 +124,10 @@ class RoutedTeacher:
 
 
 def _finite(
-    scores: TokenLogprobs, prompts: Sequence[EncodedPrompt], responses: Responses, nonfinite: Nonfinite
+    scores: TokenLogprobs,
+    prompts: Sequence[EncodedPrompt] | Prefix,
+    responses: Responses,
+    nonfinite: Nonfinite,
 ) -> TokenLogprobs:
     finite_BT = scores.logprobs_BT.isfinite()
     if scores.full_BTV is not None:
@@ -128,7 +136,8 @@ def _finite(
         return scores
     if nonfinite == "raise":
         row, token = (~finite_BT).nonzero()[0].tolist()
-        sample_ids = [p.sample_id for p, group in zip(prompts, responses, strict=True) for _ in group]
+        asked = prompts.prompts if isinstance(prompts, Prefix) else prompts
+        sample_ids = [p.sample_id for p, group in zip(asked, responses, strict=True) for _ in group]
         raise UserError(
             f"sample {sample_ids[row]!r}: the teacher's log-probability of response token {token} is "
             f"{scores.logprobs_BT[row, token].item()}; check the teacher's weights and precision, or set "
