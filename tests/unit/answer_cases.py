@@ -49,15 +49,24 @@ class FakeLoader:
                 yield sample, make_prompt(sample, 10 + int(sample.id[1:]) * 7 % 5)
 
 
+class FakePrefix(list[EncodedPrompt]):
+    """What a fake policy made of prompts: the prompts."""
+
+    def taken(self, rows: Sequence[int]) -> FakePrefix:
+        return FakePrefix(self[row] for row in rows)
+
+
 class FakePolicy:
     """Answers with ``text(sample_id, seed)``; every token's log-probability is ``logprob`` nats."""
 
     def __init__(self, text: Callable[[str, int | None], str], logprob: float = -0.5) -> None:
         self.text, self.logprob = text, logprob
         self.calls: list[dict[str, Any]] = []
+        self.read: list[list[str]] = []  # ids that were read, a list each time
 
-    def prefill(self, prompts: Sequence[EncodedPrompt]) -> Any:
-        return prompts
+    def prefill(self, prompts: Sequence[EncodedPrompt]) -> FakePrefix:
+        self.read.append([p.sample_id for p in prompts])
+        return FakePrefix(prompts)
 
     def sample(
         self,
@@ -71,6 +80,8 @@ class FakePolicy:
         seeds: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Rollout]]:
         assert (seeds is None) == (temperature == 0)
+        if not isinstance(prompts, FakePrefix):
+            self.prefill(prompts)
         assert seeds is None or [len(row) for row in seeds] == [n] * len(prompts)
         self.calls.append({"ids": [p.sample_id for p in prompts], "n": n, "temperature": temperature})
         groups = []
@@ -97,6 +108,9 @@ class FakePolicy:
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
+        if not isinstance(prompts, FakePrefix):
+            self.prefill(prompts)
+        assert len(prompts) == len(responses)
         flat = [tokens for group in responses for tokens in group]
         mask_BT = torch.zeros(len(flat), max(map(len, flat)), dtype=torch.bool)
         for row, tokens in enumerate(flat):

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from answer_cases import FakeLoader, FakePolicy, make_samples
+from model_cases import mixed_prompts, model, processor
 
 from video_opd.curriculum.samplers import select
 from video_opd.curriculum.scorefile import read_scores
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.errors import UserError
+from video_opd.models.policy import HFPolicy
+from video_opd.seeds import derive_seed
 from video_opd.temporal import iou, parse_answer
 
 MADE_BY = {"student": "s", "teacher": "t", "input": {"fps": 2.0}}
@@ -133,6 +137,73 @@ def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
         run(tmp_path / "3.jsonl", made_by={**MADE_BY, "teacher": "other"}, teacher_from=first)
     with pytest.raises(UserError, match="teacher_answers"):
         run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=first)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("reverse_kl", [False, True])
+def test_each_model_reads_a_prompt_once(tmp_path: Path, reverse_kl: bool, temperature: float) -> None:
+    settings = ScoreSettings(k=2, reverse_kl=reverse_kl, temperature=temperature)
+    first = tmp_path / "1.jsonl"
+    _, student, teacher = run(first, 6, settings=settings)
+    for policy in (student, teacher):
+        assert sorted(i for ids in policy.read for i in ids) == [f"s{i}" for i in range(6)]
+        assert len(policy.read) == 3  # batches
+    # What another file knows is read for the reverse KL only, and asked nothing.
+    trained = {**MADE_BY, "student": "trained"}
+    second = tmp_path / "2.jsonl"
+    samples = [*make_samples(7)[5:], *make_samples(5)]
+    _, student, teacher = run(second, made_by=trained, teacher_from=first, settings=settings, samples=samples)
+    assert sorted(i for call in teacher.calls for i in call["ids"]) == ["s6"]
+    read = ["s6"] if not reverse_kl else [f"s{i}" for i in range(7)]
+    assert sorted(i for ids in teacher.read for i in ids) == read
+    assert sorted(i for ids in student.read for i in ids) == [f"s{i}" for i in range(7)]
+    before, after = rows_of(first), rows_of(second)
+    assert all(after[i]["teacher_responses"] == before[i]["teacher_responses"] for i in before)
+    assert all((row.get("reverse_kl") == pytest.approx(1.5)) == reverse_kl for row in after.values())
+
+
+def test_real_models_see_each_video_once_a_batch(tmp_path: Path) -> None:
+    """Two models, k answers each and the reverse KL: one forward a level of the tree, then the answers."""
+    prompts = mixed_prompts()
+    samples = [replace(s, id=p.sample_id) for s, p in zip(make_samples(3), prompts, strict=True)]
+    student, teacher = (HFPolicy(model(seed), processor()) for seed in (0, 1))
+    passes: dict[str, list[int]] = {"student": [], "teacher": []}
+    tokens: dict[str, list[tuple[int, ...]]] = {"student": [], "teacher": []}
+    for name, policy in (("student", student), ("teacher", teacher)):
+        policy.model.model.visual.register_forward_pre_hook(
+            lambda _, args, name=name: passes[name].append(len(args[0]))
+        )
+        policy.model.model.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: tokens[name].append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
+        )
+    settings = ScoreSettings(k=2, student_k=3, reverse_kl=True, max_new_tokens=4, temperature=0.8)
+    out = tmp_path / "s.jsonl"
+    score(
+        student,
+        teacher,
+        samples,
+        lambda todo: list(zip(todo, prompts, strict=True)),
+        out,
+        made_by=MADE_BY,
+        settings=settings,
+    )
+    patches = sum(len(p.tensors["pixel_values_videos"]) for p in prompts[:2])  # the third shows the second's
+    assert passes == {"student": [patches], "teacher": [patches]}
+    for name, k in (("student", 3), ("teacher", 2)):
+        (videos, _), (queries, _), *answers = tokens[name]
+        assert (videos, queries) == (2, 3)
+        assert answers[:-1] == [(3 * k, 1)] * (len(answers) - 1) and answers[-1][0] == 9
+        assert answers[-1][1] <= 3
+    # And the figures are those of the plain engine, one prompt at a time.
+    fresh = [HFPolicy(model(seed), processor(), "plain") for seed in (0, 1)]
+    for row, prompt in zip(rows_of(out).values(), prompts, strict=True):
+        seeds = [[derive_seed(0, "score student", prompt.sample_id, j) for j in range(3)]]
+        (group,) = fresh[0].sample([prompt], n=3, max_new_tokens=4, temperature=0.8, seeds=seeds)
+        assert [r.text for r in group] == row["student_responses"]
+        ours, theirs = (p.logprobs([prompt], [[r.token_ids for r in group]]).logprobs_BT for p in fresh)
+        for j, gaps in enumerate(row["reverse_kl_tokens"]):
+            torch.testing.assert_close(torch.tensor(gaps), (ours - theirs)[j, : len(gaps)], atol=1e-4, rtol=0)
 
 
 def test_greedy_needs_one_answer(tmp_path: Path) -> None:

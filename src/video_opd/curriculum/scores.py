@@ -22,7 +22,7 @@ from video_opd.evaluation.resume import open_output, read_note
 from video_opd.jsonl import append_jsonl, read_jsonl
 from video_opd.progress import log, task
 from video_opd.temporal import best_iou, parse_answer
-from video_opd.types import EncodedPrompt, Rollout, Sample
+from video_opd.types import Rollout, Sample
 
 if TYPE_CHECKING:
     from video_opd.models.protocols import Policy
@@ -138,27 +138,43 @@ def _score_batch(
     teacher: Policy | None,
     batch: Sequence[Item],
     settings: ScoreSettings,
-    known: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
+    """The rows of a batch. Each model reads the prompts once, and one model's keys and values are held at a
+    time."""
     prompts = [prompt for _, prompt in batch]
-    rows: list[dict[str, Any]] = [{"id": sample.id, "query": sample.query} for sample, _ in batch]
+    prefix = student.prefill(prompts)
+    written = answer(student, prompts, settings.student, "score student", prefix)
+    responses = [[rollout.token_ids for rollout in rollouts] for rollouts in written]
+    flat = [rollout for rollouts in written for rollout in rollouts]
+    own_BT: list[Sequence[float]] = [rollout.recorded for rollout in flat]
+    # At other temperatures what was recorded is not the model's own distribution.
+    if settings.reverse_kl and settings.temperature not in (0.0, 1.0):
+        own_BT = student.logprobs(prefix, responses).logprobs_BT.tolist()
+    del prefix
 
-    if teacher is not None:
-        unknown = [i for i, (sample, _) in enumerate(batch) if sample.id not in known]
-        asked = [prompts[i] for i in unknown]
-        taught = answer(teacher, asked, settings.teacher, "score teacher") if unknown else []
-        for i, rollouts in zip(unknown, taught, strict=True):
-            rows[i] |= _part("teacher", batch[i][0], rollouts, settings)
-    for (sample, _), row in zip(batch, rows, strict=True):
-        row |= known.get(sample.id, {})
-
-    written = answer(student, prompts, settings.student, "score student")
-    for (sample, _), row, rollouts in zip(batch, rows, written, strict=True):
-        row |= _part("student", sample, rollouts, settings)
-    if settings.reverse_kl and teacher is not None:
-        for row, kl in zip(rows, _reverse_kl(student, teacher, prompts, written, settings), strict=True):
-            row |= kl
-    return rows
+    parts = {sample.id: known[sample.id] for sample, _ in batch if sample.id in known}
+    unknown = [i for i, (sample, _) in enumerate(batch) if sample.id not in known]
+    asked = list(range(len(batch))) if settings.reverse_kl else unknown
+    gaps: list[dict[str, Any]] = [{} for _ in batch]
+    if teacher is not None and asked:
+        prefix = teacher.prefill([prompts[i] for i in asked])
+        if unknown:
+            part = prefix if len(unknown) == len(asked) else prefix.taken(unknown)
+            asked_now = [prompts[i] for i in unknown]
+            taught = answer(teacher, asked_now, settings.teacher, "score teacher", part)
+            for i, rollouts in zip(unknown, taught, strict=True):
+                parts[batch[i][0].id] = _part("teacher", batch[i][0], rollouts, settings)
+        if settings.reverse_kl:
+            taught_BT = teacher.logprobs(prefix, responses).logprobs_BT.tolist()
+            gaps = _reverse_kl(own_BT, taught_BT, written)
+    return [
+        {"id": sample.id, "query": sample.query}
+        | parts.get(sample.id, {})
+        | _part("student", sample, rollouts, settings)
+        | gap
+        for (sample, _), rollouts, gap in zip(batch, written, gaps, strict=True)
+    ]
 
 
 def _part(who: str, sample: Sample, rollouts: Sequence[Rollout], settings: ScoreSettings) -> dict[str, Any]:
@@ -173,24 +189,16 @@ def _part(who: str, sample: Sample, rollouts: Sequence[Rollout], settings: Score
 
 
 def _reverse_kl(
-    student: Policy,
-    teacher: Policy,
-    prompts: Sequence[EncodedPrompt],
+    own_BT: Sequence[Sequence[float]],
+    taught_BT: Sequence[Sequence[float]],
     written: Sequence[Sequence[Rollout]],
-    settings: ScoreSettings,
 ) -> list[dict[str, Any]]:
     """log π_θ − log π_tea on the student's tokens, in nats (the sampled reverse KL, −r_t of eq 5).
 
     ``reverse_kl`` is its mean over all tokens of a row, ``reverse_kl_sum`` the mean over the answers of its
     sum over an answer's tokens.
     """
-    responses = [[rollout.token_ids for rollout in rollouts] for rollouts in written]
-    taught_BT = teacher.logprobs(prompts, responses).logprobs_BT.tolist()
     flat = [rollout for rollouts in written for rollout in rollouts]
-    if settings.temperature in (0.0, 1.0):  # what was recorded is the model's own distribution
-        own_BT: list[Sequence[float]] = [rollout.recorded for rollout in flat]
-    else:
-        own_BT = student.logprobs(prompts, responses).logprobs_BT.tolist()
     # Rows of the answers, right-padded: zip would be strict but for that.
     gaps = [
         [own - taught for own, taught, _ in zip(own_T, taught_T, rollout.token_ids, strict=False)]

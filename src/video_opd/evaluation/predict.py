@@ -53,15 +53,22 @@ class PredictResult:
 
 
 def answer(
-    policy: Policy, prompts: Sequence[EncodedPrompt], settings: AnswerSettings, purpose: str
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    settings: AnswerSettings,
+    purpose: str,
+    prefix: Any = None,
 ) -> list[list[Rollout]]:
-    """``settings.n`` answers to each prompt; a draw depends on seed, purpose, sample id and number only."""
+    """``settings.n`` answers to each prompt; a draw depends on seed, purpose, sample id and number only.
+
+    ``prefix`` is what ``policy.prefill`` returned for these prompts, if they were read before.
+    """
     seeds = [
         [derive_seed(settings.seed, purpose, prompt.sample_id, number) for number in range(settings.n)]
         for prompt in prompts
     ]
     return policy.sample(
-        prompts,
+        prompts if prefix is None else prefix,
         n=settings.n,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
