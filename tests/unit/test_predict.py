@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,31 @@ def test_long_videos_do_not_wait_for_a_full_window() -> None:
             yield sample, make_prompt(sample, 40_000)
 
     next(length_batches(items(), 2))
-    assert seen == 2
+    assert seen == 5 < 2 * WINDOW_BATCHES  # two videos of 40,000 tokens, which their queries share
+
+
+def queries_of(counts: Sequence[int]) -> list[Sample]:
+    """``counts[v]`` queries on video v."""
+    return [
+        Sample(id=f"s{v}{q}", video=Path(f"{v}.mp4"), query=f"query {q}", spans=((5.0, 10.0),))
+        for v, count in enumerate(counts)
+        for q in range(count)
+    ]
+
+
+COUNTS = (5, 1, 2, 5, 3, 7, 1, 1, 4, 2, 5, 5, 9, 3, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 8])
+def test_the_queries_of_a_video_are_in_one_batch(batch_size: int) -> None:
+    samples = queries_of(COUNTS)
+    items = [(sample, make_prompt(sample, 10 + 13 * int(sample.video.stem) % 40)) for sample in samples]
+    batches = list(length_batches(items, batch_size))
+    assert sorted(s.id for batch in batches for s, _ in batch) == sorted(s.id for s in samples)
+    assert max(map(len, batches)) <= batch_size
+    for v, count in enumerate(COUNTS):
+        spread = sum(any(s.video.stem == str(v) for s, _ in batch) for batch in batches)
+        assert spread == -(-count // batch_size), v
 
 
 # --- fingerprints

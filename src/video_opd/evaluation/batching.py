@@ -1,4 +1,4 @@
-"""Prompts of similar length go together, so that little of a batch is padding."""
+"""The queries of one video go together, and videos of similar length: little of a batch is padding."""
 
 from __future__ import annotations
 
@@ -21,29 +21,49 @@ WINDOW_BATCHES = 4  # batches that are looked at together
 WINDOW_TOKENS = 65_536
 
 
-def length_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Batches of at most ``batch_size``, in windows of the given order sorted by length.
+def by_video(samples: Iterable[Sample]) -> list[Sample]:
+    """The rows of a video one after another, videos in the order of their first rows."""
+    rows_of: dict[str, list[Sample]] = {}
+    for sample in samples:
+        rows_of.setdefault(str(sample.video), []).append(sample)
+    return [sample for rows in rows_of.values() for sample in rows]
 
-    Length is that of the video, nearly all of a prompt: so the queries of one video stay together, and a
-    policy that reads a video once can.
+
+def length_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Batches of at most ``batch_size`` rows, in windows of the given order sorted by the videos' length.
+
+    A batch is of whole videos, because a policy reads a video once for all its queries that are there; only a
+    video with more than ``batch_size`` queries is spread over several batches. A window ends where a video
+    begins, so the queries of one video must come one after another (:func:`by_video`).
     """
     assert batch_size >= 1
-    window: list[Item] = []
+    window: dict[str, list[Item]] = {}
     for item in items:
-        window.append(item)
-        waiting = sum(prompt.video_tokens for _, prompt in window)
-        if len(window) >= WINDOW_BATCHES * batch_size or (
-            waiting >= WINDOW_TOKENS and len(window) >= batch_size
-        ):
-            yield from _split(window, batch_size)
-            window = []
-    yield from _split(window, batch_size)
+        digest = item[1].clip_digest
+        if digest not in window and _is_full(list(window.values()), batch_size):
+            yield from _split(window.values(), batch_size)
+            window = {}
+        window.setdefault(digest, []).append(item)
+    yield from _split(window.values(), batch_size)
 
 
-def _split(window: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
-    ordered = sorted(window, key=lambda item: item[1].video_tokens)  # stable
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
+def _is_full(videos: Sequence[Sequence[Item]], batch_size: int) -> bool:
+    rows = sum(map(len, videos))
+    waiting = sum(video[0][1].video_tokens for video in videos)  # queries share their video's pixels
+    return rows >= WINDOW_BATCHES * batch_size or (waiting >= WINDOW_TOKENS and rows >= batch_size)
+
+
+def _split(videos: Iterable[Sequence[Item]], batch_size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for video in sorted(videos, key=lambda video: video[0][1].video_tokens):  # stable
+        for start in range(0, len(video), batch_size):
+            piece = video[start : start + batch_size]
+            if len(batch) + len(piece) > batch_size:
+                yield batch
+                batch = []
+            batch = [*batch, *piece]
+    if batch:
+        yield batch
 
 
 @contextlib.contextmanager
