@@ -83,6 +83,7 @@ def machine() -> dict[str, Any]:
 
 def write_result(name: str, record: Mapping[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path.relative_to(ROOT)}")
 

@@ -80,9 +80,9 @@ class Asked:
         self.rows: list[tuple[str, int]] = []  # (who, n)
         answer = pool.score.__globals__["answer"]
 
-        def counted(policy: Any, prompts: Any, settings: Any, purpose: str) -> Any:
+        def counted(policy: Any, prompts: Any, settings: Any, purpose: str, *prefix: Any) -> Any:
             self.rows += [(purpose.removeprefix("score "), settings.n)] * len(prompts)
-            return answer(policy, prompts, settings, purpose)
+            return answer(policy, prompts, settings, purpose, *prefix)
 
         monkeypatch.setitem(pool.score.__globals__, "answer", counted)
 
