@@ -45,7 +45,11 @@ def main() -> None:
         seed: make_world(out / f"pool-{seed}", videos={"train": arguments.videos}, seed=TRAIN_SEED + seed)
         for seed in seeds
     }
-    changes: dict[str, Any] = {"model.engine": arguments.engine, "optim.batch_size": arguments.batch_size}
+    changes: dict[str, Any] = {
+        "model.engine": arguments.engine,
+        "optim.batch_size": arguments.batch_size,
+        "optim.micro_batch_size": min(8, arguments.batch_size),
+    }
     commands = [
         train_command(
             method,
