@@ -32,7 +32,7 @@ SHOWN_VIDEOS, SHOWN_FRAMES = 6, 12
 
 
 def shipped(name: str) -> Path:
-    """The folder of a model that comes with the package: ``"tiny-base"`` or ``"tiny-teacher"``."""
+    """The folder of a shipped model: ``"tiny-base"``, ``"tiny-teacher"``, ``"tiny-teacher-small"``."""
     return Path(str(resources.files("video_opd.world") / "checkpoints" / name))
 
 
