@@ -224,9 +224,9 @@ def test_the_first_ratio_is_one(temperature: float) -> None:
     assert (scores.logprobs_BT - old_logprobs(rollouts, scores.mask_BT.shape[1])).abs().max() < 1e-5
 
 
-def gradients(of: HFPolicy, responses: Any = RESPONSES) -> dict[str, torch.Tensor]:
+def gradients(of: HFPolicy, responses: Any = RESPONSES, prefix: Any = None) -> dict[str, torch.Tensor]:
     of.model.zero_grad()
-    scores = of.logprobs(mixed_prompts(), responses, grad=True)
+    scores = of.logprobs(prefix or mixed_prompts(), responses, grad=True)
     weights = torch.linspace(-1, 1, scores.logprobs_BT.numel()).view_as(scores.logprobs_BT)
     (scores.logprobs_BT * weights).sum().backward()
     return {name: p.grad.clone() for name, p in of.model.named_parameters() if p.grad is not None}
@@ -242,6 +242,29 @@ def assert_same_gradients(got: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.parametrize("responses", [RESPONSES, [[(9, 10)]] * 3, [[(9,), (8,)]] * 3])
 def test_gradients_through_the_prefix_are_the_plain_ones(responses: Any) -> None:
     assert_same_gradients(gradients(policy(), responses), gradients(policy("plain"), responses))
+
+
+@pytest.mark.parametrize("frozen", [(), ("visual",), ("language_model",)], ids=str)
+def test_one_reading_serves_sampling_and_the_update(frozen: tuple[str, ...]) -> None:
+    """With what is frozen: the tower, then even the whole transformer but the tower and the head."""
+    student, plain = policy(), policy("plain")
+    for of in (student, plain):
+        for part in frozen:
+            getattr(of.model.model, part).requires_grad_(False)
+    tower = count_forwards(student.model.model.visual)
+    prefix = student.prefill(mixed_prompts(), grad=True)
+    rollouts = student.sample(prefix, n=3, max_new_tokens=5, seeds=SEEDS)
+    responses = tokens_of(rollouts)
+    got = gradients(student, responses, prefix)
+    assert len(tower) == 1
+    assert responses == tokens_of(plain.sample(mixed_prompts(), n=3, max_new_tokens=5, seeds=SEEDS))
+    assert_same_gradients(got, gradients(plain, responses))
+
+
+def test_a_prefix_without_gradients_gives_none() -> None:
+    student = policy()
+    with pytest.raises(ValueError, match="was read without them"):
+        student.logprobs(student.prefill(mixed_prompts()), RESPONSES, grad=True)
 
 
 def test_checkpointing_says_once_that_it_reads_more(caplog: pytest.LogCaptureFixture) -> None:
