@@ -4,9 +4,9 @@
     python benchmarks/compare_methods.py --out runs/figure6 --methods video-opd grpo --engine plain \
         --seeds 0 --steps 4 --jobs 1 --no-evaluation --name figure6
 
-Each run is the command ``video-opd train recipes/tiny/METHOD.yaml``, with the changes of its arm; a killed comparison continues. Rows are
-those of generated training videos as they come: nobody selects. Intervals are bootstrap over the videos of
-the test set; the mean over the three sets has the spread over seeds beside it.
+Each run is the command ``video-opd train recipes/tiny/METHOD.yaml``, with the changes of its arm; a killed
+comparison continues. Rows are those of generated training videos as they come: nobody selects. Intervals are
+bootstrap over the videos of the test set; the mean over the three sets has the spread over seeds beside it.
 """
 
 from __future__ import annotations

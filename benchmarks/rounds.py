@@ -2,8 +2,8 @@
 
     python benchmarks/rounds.py --out runs/rounds-against-one --seeds 0 1 2
 
-For each seed and the same candidates: ``video-opd rounds recipes/tiny/rounds.yaml`` with three rounds of ``k``
-rows, each scored with the last student, and with one round of three times the rows and steps.
+For each seed and the same candidates: ``video-opd rounds recipes/tiny/rounds.yaml`` with three rounds of
+``k`` rows, each scored with the last student, and with one round of three times the rows and steps.
 """
 
 from __future__ import annotations
