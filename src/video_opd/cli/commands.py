@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -261,6 +262,10 @@ def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[s
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
         return samples, read_predictions(arguments.predictions)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would answer everything
+        raise UserError(
+            "evaluate --model answers on one process: use video-opd predict, then evaluate --predictions"
+        )
     from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.protocols import get_protocol
 
