@@ -11,6 +11,7 @@ import torch
 from model_cases import QUERIES, encode, mixed_prompts, model, processor
 
 from video_opd.errors import UserError
+from video_opd.models.growing import GrowingLayer
 from video_opd.models.policy import HFPolicy
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.types import EncodedPrompt, Rollout
@@ -178,6 +179,34 @@ def test_a_prefix_serves_many_times() -> None:
     assert tokens_of(once) == [group[:1] for group in tokens_of(again)]
     assert prefix.cache.get_seq_length() == length == max(p.length for p in mixed_prompts())
     assert tokens_of(policy("plain").sample(prefix, n=3, max_new_tokens=5, seeds=SEEDS)) == tokens_of(again)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_answers_grow_in_place_and_the_prefix_stays(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the room, so it is made anew on the way; and no token copies what was there."""
+    monkeypatch.setattr("video_opd.models.growing.ROOM", 4)
+    student = policy()
+    prefix = student.prefill(mixed_prompts())
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]
+    places: list[int] = []
+    grown = GrowingLayer.update
+
+    def update(self: GrowingLayer, *args: Any, **kwargs: Any) -> Any:
+        result = grown(self, *args, **kwargs)
+        places.append(result[0].data_ptr())
+        return result
+
+    monkeypatch.setattr(GrowingLayer, "update", update)
+    seeds = [s[:n] for s in SEEDS]
+    got = student.sample(prefix, n=n, max_new_tokens=12, seeds=seeds)
+    layers = len(prefix.cache.layers)
+    mine = places[::layers]  # of the first layer, for each token
+    assert len(mine) == 11 and len(set(mine[:4])) == len(set(mine[4:8])) == 1
+    for layer, (keys, values) in zip(prefix.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    plain = policy("plain").sample(mixed_prompts(), n=n, max_new_tokens=12, seeds=seeds)
+    assert tokens_of(got) == tokens_of(plain)
+    torch.testing.assert_close(old_logprobs(got, 12), old_logprobs(plain, 12), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("seeds", [None, [[1, 2, 3]], [[1], [2], [3]]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from video_opd.progress import is_first_process, log, track
 
 if TYPE_CHECKING:
     from video_opd.evaluation.opened import Access, OpenModel
+    from video_opd.evaluation.processes import Processes
     from video_opd.types import Prediction, Sample
 
 
@@ -84,17 +86,27 @@ def rounds(arguments: argparse.Namespace) -> None:
 def predict(arguments: argparse.Namespace) -> None:
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.opened import open_model, read_access
+    from video_opd.evaluation.processes import Processes
 
     samples = read_samples(arguments.data, arguments.video_root)
-    model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
-    result = _answers(arguments, model, samples, arguments.out)
+    access = read_access(arguments.model, arguments.overrides)
+    processes = Processes.of_environment()
+    result = _answers(arguments, open_model(access, arguments.device), samples, arguments.out, processes)
+    if not is_first_process():
+        return
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
     else:
         print(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
 
 
-def _answers(arguments: argparse.Namespace, model: OpenModel, samples: list[Sample], out: str) -> Any:
+def _answers(
+    arguments: argparse.Namespace,
+    model: OpenModel,
+    samples: list[Sample],
+    out: str,
+    processes: Processes | None = None,
+) -> Any:
     from video_opd.evaluation.predict import AnswerSettings
     from video_opd.evaluation.predict import predict as run
 
@@ -114,6 +126,7 @@ def _answers(arguments: argparse.Namespace, model: OpenModel, samples: list[Samp
         settings=settings,
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,
+        processes=processes,
     )
 
 
@@ -122,6 +135,7 @@ def score(arguments: argparse.Namespace) -> None:
     from video_opd.curriculum.pool import score_pool
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.processes import Processes
 
     samples = read_samples(data, arguments.video_root or video_root)
     settings = ScoreSettings(
@@ -143,7 +157,10 @@ def score(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         teacher_from=arguments.teacher_from,
         overwrite=arguments.overwrite,
+        processes=Processes.of_environment(),
     )
+    if not is_first_process():
+        return
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
     else:
@@ -245,6 +262,10 @@ def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[s
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
         return samples, read_predictions(arguments.predictions)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would answer everything
+        raise UserError(
+            "evaluate --model answers on one process: use video-opd predict, then evaluate --predictions"
+        )
     from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.protocols import get_protocol
 

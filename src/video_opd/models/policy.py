@@ -356,10 +356,13 @@ class _Decoder:
 
 
 class _PrefixDecoder(_Decoder):
-    """One token at a time on top of the cache."""
+    """One token at a time on top of the cache, which is the decoder's own."""
 
     def __init__(self, policy: HFPolicy, prefix: Prefix) -> None:
+        from video_opd.models.growing import grow_in_place
+
         self.policy, self.prefix = policy, prefix
+        grow_in_place(prefix.cache)
         self.mask_BL, self.done = prefix.attention_mask_BP, 0
 
     def first(self) -> torch.Tensor:
