@@ -10,14 +10,15 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-ROOM = 64  # tokens; a longer answer copies once for every so many
+ROOM = 64  # tokens of each answer; longer ones copy once for every so many
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, L, d] are views of buffers with room for more tokens. Not for gradients."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         super().__init__()
+        self.room = room
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         # Without any room: whoever else holds these tensors is never written to.
         self.keys = self._keys = keys
@@ -29,7 +30,7 @@ class GrowingLayer(DynamicLayer):
         assert not torch.is_grad_enabled(), "what is overwritten cannot be differentiated"
         done, new = self.keys.shape[-2], key_states.shape[-2]
         if done + new > self._keys.shape[-2]:
-            room = max(ROOM, new)
+            room = max(self.room, new)
             self._keys = pad(self.keys, (0, 0, 0, room))
             self._values = pad(self.values, (0, 0, 0, room))
         self._keys[..., done : done + new, :] = key_states
@@ -38,7 +39,8 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def grow_in_place(cache: DynamicCache) -> None:
-    """Lets the layers of ``cache`` grow in place; other caches that hold the same tensors are left alone."""
+def grow_in_place(cache: DynamicCache, answers: int = 1) -> None:
+    """Lets the layers of ``cache`` grow in place, by ``answers`` tokens at a time; other caches that hold the
+    same tensors are left alone."""
     assert all(type(layer) is DynamicLayer for layer in cache.layers), "Qwen3-VL has plain layers only"
-    cache.layers = [GrowingLayer(layer.keys, layer.values) for layer in cache.layers]
+    cache.layers = [GrowingLayer(layer.keys, layer.values, ROOM * answers) for layer in cache.layers]
