@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,6 +54,10 @@ class HFPolicy:
     ``model`` is the bare module. ``forward_module`` is what the training loop wrapped around it (DDP, FSDP),
     if anything: forwards with gradients are called through it. ``compute_dtype`` autocasts the transformer,
     for float32 master weights; ``lm_head`` and log-probabilities are in float32 whatever the weights are.
+
+    ``recompute``: of what gradients go through, each decoder layer keeps its input, keys and values, and is
+    run again in the backward; otherwise all that the backward needs is kept. For the ``prefix`` engine; the
+    vision tower and the ``plain`` engine have transformers' own gradient checkpointing for that.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class HFPolicy:
         *,
         compute_dtype: torch.dtype | None = None,
         forward_module: nn.Module | None = None,
+        recompute: bool = False,
     ) -> None:
         if engine not in ("prefix", "plain"):
             raise ValueError(f"engine is {engine!r}; it must be 'prefix' or 'plain'")
@@ -71,6 +77,7 @@ class HFPolicy:
         self.engine = engine
         self.compute_dtype = compute_dtype
         self.forward_module = forward_module
+        self.recompute = recompute
         self.vocabulary = Vocabulary.of(model, processor)
         self.head = ResponseHead(model.lm_head, self.vocabulary)
         self._said_concatenated = False
@@ -244,9 +251,14 @@ class HFPolicy:
         self, prefix: Prefix, repeats: Sequence[int], ids_NR: torch.Tensor, mask_NR: torch.Tensor
     ) -> torch.Tensor:
         """[N, R, D] that predict each response token, each prompt read once; leaves ``prefix`` as it is."""
+        from video_opd.models.caches import read_only
+
         if max(repeats) > 1 and self._answers_beside:
-            return self._beside(prefix, Beside.of(repeats, self.device), ids_NR)
+            return self._beside(
+                replace(prefix, cache=read_only(prefix.cache)), Beside.of(repeats, self.device), ids_NR
+            )
         prefix = prefix.repeated(repeats)
+        prefix = replace(prefix, cache=read_only(prefix.cache))
         first_N1D = prefix.last_hidden_BD[:, None]
         if ids_NR.shape[1] <= 1:
             return first_N1D[:, : ids_NR.shape[1]]
@@ -261,8 +273,7 @@ class HFPolicy:
             return first_N1D[:, : ids_NR.shape[1]]
         ids_BQ = beside.laid_out(ids_NR[:, :-1], self.vocabulary.pad_id)
         mask = self._answer_mask(prefix, beside.width, first=0, steps=ids_NR.shape[1] - 1)
-        own = prefix.taken(range(len(prefix)))
-        hidden_BQD = self._continue(own, ids_BQ, mask, first=0, beside=beside.width)
+        hidden_BQD = self._continue(prefix, ids_BQ, mask, first=0, beside=beside.width)
         return torch.cat([first_N1D, beside.picked(hidden_BQD)], dim=1)
 
     def _answer_mask(self, prefix: Prefix, beside: int, first: int, steps: int) -> torch.Tensor:
@@ -350,6 +361,10 @@ class HFPolicy:
         stack.enter_context(torch.set_grad_enabled(grad))
         if not grad:
             stack.enter_context(evaluating(self.model))
+        elif self.recompute:
+            from video_opd.models.recompute import recomputing
+
+            stack.enter_context(recomputing(self.model.model.language_model.layers))
         stack.enter_context(computing_in(self.compute_dtype, self.device))
         return stack
 
@@ -390,7 +405,7 @@ class _PrefixDecoder(_Decoder):
     """One token of every answer at a time on top of the cache, which is the decoder's own."""
 
     def __init__(self, policy: HFPolicy, prefix: Prefix, n: int) -> None:
-        from video_opd.models.growing import grow_in_place
+        from video_opd.models.caches import grow_in_place
 
         self.policy = policy
         self.beside = n if policy._answers_beside else 1

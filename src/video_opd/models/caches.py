@@ -1,10 +1,12 @@
-"""A key/value cache that answers are appended to in place.
+"""Key/value caches that do what one forward after another needs, and no more.
 
-``DynamicCache`` concatenates: every token of an answer copies the keys and values of its whole prompt. With
-prompts of thousands of tokens that is most of the time of sampling.
+``DynamicCache`` concatenates and keeps: every token of an answer copies the keys and values of its whole
+prompt, and a forward on top of a prompt leaves a copy of them behind.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch.nn.functional import pad
@@ -37,6 +39,27 @@ class GrowingLayer(DynamicLayer):
         self._values[..., done : done + new, :] = value_states
         self.keys, self.values = self._keys[..., : done + new, :], self._values[..., : done + new, :]
         return self.keys, self.values
+
+
+class ReadOnlyLayer(DynamicLayer):
+    """Keys and values that new ones follow in one forward, but that never grow. With gradients."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+def read_only(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values, for one more forward on top of them, after which nothing of it is kept."""
+    other = copy.copy(cache)
+    other.layers = [ReadOnlyLayer(layer.keys, layer.values) for layer in cache.layers]
+    return other
 
 
 def grow_in_place(cache: DynamicCache, answers: int = 1) -> None:
