@@ -10,18 +10,25 @@ from video_opd.files import write_text
 from video_opd.reports.charts import Chart, histogram, number
 from video_opd.reports.html import environment
 
-# Key of the record, title, how to read it, what the axis counts.
-CHARTS: tuple[tuple[str, str, str, str], ...] = (
-    ("duration_s", "Duration of the videos", "Each video once.", "seconds"),
-    ("span_s", "Length of the spans", "What is to be found, in seconds.", "seconds"),
+# Key of the record, title, how to read it, the axis, what is counted.
+CHARTS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("duration_s", "Duration of the videos", "Each video once.", "seconds", "videos"),
+    ("span_s", "Length of the spans", "What is to be found, in seconds.", "seconds", "spans"),
     (
         "span_share",
         "Length of the spans, relative",
         "As a share of the video. Long ones are found by answering the whole video.",
         "share of the duration",
+        "spans",
     ),
-    ("queries_a_video", "Queries a video", "A video is decoded once for neighbouring rows.", "rows"),
-    ("words_a_query", "Words a query", "", "words"),
+    (
+        "queries_a_video",
+        "Queries a video",
+        "A video is decoded once for neighbouring rows.",
+        "queries",
+        "videos",
+    ),
+    ("words_a_query", "Words a query", "White space divides them.", "words", "queries"),
 )
 _SPREADS = (
     ("duration_s", "duration of a video, s"),
@@ -67,8 +74,8 @@ _COLUMNS = ("min", "p5", "median", "mean", "p95", "max")
 def charts(record: Mapping[str, Any]) -> list[Chart]:
     """The histograms of what there is."""
     found = [
-        _chart(title, help, axis, [(axis, "student", record[key])])
-        for key, title, help, axis in CHARTS
+        _chart(title, help, axis, [(counted, "student", record[key])])
+        for key, title, help, axis, counted in CHARTS
         if record[key]
     ]
     if record["start_share"]:
@@ -78,7 +85,9 @@ def charts(record: Mapping[str, Any]) -> list[Chart]:
     if record["tokens"]:
         help = f"Under the budget of {record['tokens']['budget']['max_video_tokens']:,} tokens a video."
         found.append(
-            _chart("Tokens of the videos", help, "tokens", [("", "student", record["tokens"]["a_video"])])
+            _chart(
+                "Tokens of the videos", help, "tokens", [("videos", "student", record["tokens"]["a_video"])]
+            )
         )
     return [chart for chart in found if chart is not None]
 
