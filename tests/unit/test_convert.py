@@ -468,7 +468,10 @@ def test_only_a_plain_file_is_replaced(tmp_path, capsys):
 # --- damaged files -----------------------------------------------------------------------------------
 
 MINIATURES: dict[str, tuple[str, Any]] = {
-    "timelens-bench": ("a.json", {"A": {"duration": 9, "spans": [[1, 2]], "queries": ["q"]}}),
+    "timelens-bench": (
+        "a.json",
+        {video: {"duration": 9, "spans": [[1, 2]], "queries": ["q"]} for video in "ABC"},
+    ),
     "timelens-100k": (
         "a.jsonl",
         [{"source": "s", "video_path": "v.mp4", "duration": 9, "events": [{"query": "q", "span": [[1, 2]]}]}],
@@ -478,7 +481,7 @@ MINIATURES: dict[str, tuple[str, Any]] = {
     "charades-sta": ("a.txt", "ABCDE 1.0 2.0##q\nABCDE 3 4##r\n"),
     "activitynet-captions": (
         "a.json",
-        {"v_abcdefghijk": {"duration": 9, "timestamps": [[1, 2]], "sentences": ["q"]}},
+        {f"v_abcdefghij{end}": {"duration": 9, "timestamps": [[1, 2]], "sentences": ["q"]} for end in "xyz"},
     ),
     "qvhighlights": ("a.jsonl", [ROW, ROW | {"qid": 2}]),
     "didemo": ("a.json", [{"annotation_id": 1, "description": "q", "video": "v.avi", "times": [[0, 1]]}]),
