@@ -238,16 +238,19 @@ def _opened(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[P
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for video in suspects:
-            yield video, _alone(video, settings)
+        yield from _one_by_one(suspects, settings)
 
 
-def _alone(video: Path, settings: CheckSettings) -> dict[str, Any]:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(open_video, video, settings.decode).result()
-        except BrokenProcessPool:
-            return {"error": _CRASHED}
+def _one_by_one(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[Path, dict[str, Any]]]:
+    waiting = deque(videos)
+    while waiting:
+        with _pool(1) as pool:
+            try:
+                while waiting:
+                    facts = pool.submit(open_video, waiting[0], settings.decode).result()
+                    yield waiting.popleft(), facts
+            except BrokenProcessPool:
+                yield waiting.popleft(), {"error": _CRASHED}
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

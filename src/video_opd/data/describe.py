@@ -172,7 +172,7 @@ def histogram(values: np.ndarray, *, top: float | None = None, whole: bool = Fal
     """
     high = float(values.max())
     end = float(np.percentile(values, _TAIL)) if top is None else top
-    end = end or high or 1.0
+    end = (math.ceil(end) if whole else end) or high or 1.0
     step = _round_step(end / BINS, whole)
     count = max(1, math.ceil(end / step - 1e-9)) if top is not None else math.floor(end / step) + 1
     edges = [round(i * step, 12) for i in range(count + 1)]
