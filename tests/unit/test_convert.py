@@ -28,8 +28,14 @@ from video_opd.data.formats.durations import Durations, read_durations
 from video_opd.errors import UserError
 
 REAL = Path(os.environ.get("VIDEO_OPD_REAL") or Path(__file__).parents[2] / "../shared/real")
-ROW = {"qid": 1, "query": "a dog", "duration": 10.0, "vid": "abc", "relevant_windows": [[1, 2]]}
-FLAT = {"vid": "abc", "duration": 10.0, "query": "a dog", "span": [1, 2]}
+ROW: dict[str, Any] = {
+    "qid": 1,
+    "query": "a dog",
+    "duration": 10.0,
+    "vid": "abc",
+    "relevant_windows": [[1, 2]],
+}
+FLAT: dict[str, Any] = {"vid": "abc", "duration": 10.0, "query": "a dog", "span": [1, 2]}
 
 
 # --- sources -----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from video_opd.data.describe import describe, histogram, read_budget, spread
 from video_opd.errors import UserError
 from video_opd.reports.dataset import charts, render
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"id": "a", "video": "v.mp4", "query": "the cup falls", "duration": 40.0, "spans": [[10, 20]]},
     {"id": "b", "video": "v.mp4", "query": "the cup falls", "duration": 40.0, "spans": [[0, 4], [36, 50]]},
     {"id": "c", "video": "w.mp4", "query": "dog", "duration": 20.0, "spans": [[5, 10]], "source": "s"},
