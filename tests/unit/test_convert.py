@@ -144,7 +144,7 @@ def test_rows_that_look_like_two_formats_name_both(tmp_path):
 
 
 def test_each_kind_of_impossible_row_is_listed(tmp_path):
-    bad = {
+    bad: dict[str, dict[str, Any]] = {
         "reversed span": {"span": [2, 1]},
         "empty span": {"span": [1, 1]},
         "starts before 0": {"span": [-0.5, 1]},
