@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +190,45 @@ def test_a_video_that_brings_its_decoder_down_is_found(videos, monkeypatch):
         (identity, ["undecodable"], "it brings the decoder down") for identity in ("r1", "r5")
     ]
     assert len((videos / "c.jsonl").read_text().splitlines()) == len(names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed nowhere")
+def test_a_killed_check_leaves_no_processes_and_continues(videos):
+    """Killed while two workers are at work: they end, and the next check opens what is left."""
+    names = []
+    for i in range(400):
+        (videos / f"{i}.mp4").symlink_to(videos / "v.mp4")
+        names.append({"video": f"{i}.mp4"})
+    write(videos / "d.jsonl", rows(*names))
+    words = [sys.executable, "-m", "video_opd", "data", "check", "d.jsonl", "--workers", "2"]
+    run = subprocess.Popen(words, cwd=videos, stderr=subprocess.DEVNULL)
+    out = videos / "d.check.jsonl"
+    wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") >= 5)
+    children = [child for child in Path("/proc").glob("[0-9]*") if parent_of(child) == run.pid]
+    assert len(children) >= 2
+    run.kill()
+    run.wait()
+    wait_until(lambda: not any(child.exists() for child in children))
+    before = out.read_bytes().count(b"\n")
+    assert 5 <= before < 400, "killed too late to tell anything"
+    done = subprocess.run(words, cwd=videos, capture_output=True, text=True, check=True)
+    assert f"checking videos: {400 - before}/{400 - before}" in done.stderr
+    assert out.read_bytes().count(b"\n") == 400
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it did not come to that")
+
+
+def parent_of(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
 
 
 def test_the_command_says_all_and_its_exit_code_too(videos, capsys, monkeypatch):

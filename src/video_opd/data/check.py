@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -255,12 +256,20 @@ def _one_by_one(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tup
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # spawn: a fork would copy the threads' locks of whoever calls this
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_interrupts)
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C is the caller's business: it stops the pool, and workers say nothing."""
+def _follow_parent() -> None:
+    """A worker leaves Ctrl-C to its parent and ends when that was killed: else it would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_for_end() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _stat(video: Path) -> tuple[int, int] | None:
