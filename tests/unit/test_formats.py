@@ -274,7 +274,7 @@ def test_didemo_segments_become_seconds_and_annotators_spans(tmp_path):
             "didemo",
         )
     ]
-    assert rows[0]["votes"] == [2, 1, 1]
+    assert rows[0]["times"] == row["times"]
     assert reasons(result) == {"reversed span": 1} and not result.cut  # the end is where the format puts it
     rows, _ = converted(file)
     assert rows[0]["spans"] == [[5.0, 25.0], [15.0, 20.0], [25.0, 30.0]] and rows[0]["duration"] is None

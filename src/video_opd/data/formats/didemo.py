@@ -3,8 +3,8 @@
 ``{"annotation_id", "description", "video", "times": [[i, j], …], …}``. ``[i, j]`` is from 5i to 5(j+1)
 seconds, or to the video's end where that comes first; the files state no duration (github.com/LisaAnne/
 LocalizingMoments, ``README.md``). Annotators disagree: what they marked becomes the row's spans, each once,
-the most marked first. DiDeMo's own score averages the three best of them (``utils/eval.py``), here the best
-one counts. Queries are cleaned as VideoMind does it on this set.
+the most marked first; ``times`` stays in the row. DiDeMo's own score averages the three best of them
+(``utils/eval.py``), here the best one counts. Queries are cleaned as VideoMind does it on this set.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ def read(entry: Entry) -> Iterator[Raw]:
     spans: Any = times
     extra = kept(value, "annotation_id")
     if all(_is_pair(pair) for pair in times):
-        votes = Counter((pair[0], pair[1]) for pair in times)
         # most_common keeps the order of first appearance where the numbers are equal
-        ranked = votes.most_common()
+        ranked = Counter((pair[0], pair[1]) for pair in times).most_common()
         spans = [[SEGMENT_S * i, SEGMENT_S * (j + 1)] if i <= j else [i, j] for (i, j), _ in ranked]
-        extra["votes"] = [count for _, count in ranked]
+        extra["times"] = [list(pair) for pair in times]
     yield Raw(
         where=entry.where,
         key=name_of(value.get("annotation_id", value["video"]), "annotation_id"),
