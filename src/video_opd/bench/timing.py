@@ -3,8 +3,8 @@ falls on all of them."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import multiprocessing
 import os
 import platform
 import statistics
@@ -32,8 +32,8 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 1):
         start = turn % len(names)
+        gc.collect()
         for name in names[start:] + names[:start]:
-            gc.collect()
             settle(device)
             began_s = time.perf_counter()
             result = ways[name]()
@@ -65,8 +65,8 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 def peak_bytes(work: Work, device: torch.device) -> int | None:
     """Memory that ``work`` had at its peak above what there was before; None where it cannot be told.
 
-    On a GPU of what torch allocated. On a CPU of the resident set of a fork of this process, one thread, so
-    that neither what was freed before nor what other work left behind is counted.
+    On a GPU of what torch allocated. On a CPU, where Linux tells, of the resident set, after the C library has
+    given back what was freed before.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -76,29 +76,16 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if not os.path.exists("/proc/self/clear_refs"):
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not os.path.exists("/proc/self/clear_refs"):
         return None
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_report_peak, args=(work, sender))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        return None  # it was killed
-    finally:
-        child.join()
-
-
-def _report_peak(work: Work, sender: Any) -> None:
-    torch.set_num_threads(1)
     gc.collect()
+    trim(0)
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts again
     work()
-    sender.send(_status("VmHWM") - before)
+    return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from video_opd.algorithms.grpo import GRPO
+from video_opd.algorithms.method import Signal, Trajectories
 from video_opd.algorithms.registry import make_method
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.data.encode import PromptEncoder
@@ -90,9 +92,15 @@ def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts:
         tree["teacher"] = {"path": "benchmark"}
     recipe = recipe_from_dict(tree)
     if rollouts == 1 and method == "grpo":
-        # A group of one teaches nothing and is refused; here it only costs.
         object.__setattr__(recipe, "sampling", replace(recipe.sampling, rollouts=1))
     return recipe
+
+
+class OneAnswer(GRPO):
+    """GRPO where a group of one is not refused: it teaches nothing, but here it only has to cost."""
+
+    def signal(self, batch: Trajectories) -> Signal:
+        return Signal(advantage_BT=torch.ones_like(batch.old_BT))
 
 
 class Steps:
@@ -122,6 +130,9 @@ class Steps:
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
+        made = make_method(recipe, processor.tokenizer)
+        if isinstance(made, GRPO) and rollouts == 1:
+            made.__class__ = OneAnswer
         parts = Parts(
             model=model,
             forward_module=model,
@@ -129,7 +140,7 @@ class Steps:
             plain=policy,
             teacher=LocalTeacher(HFPolicy(teacher, processor, engine)) if method == "video-opd" else None,
             reference=None,
-            method=make_method(recipe, processor.tokenizer),
+            method=made,
             optimizer=optimizer,
             processor=processor,
             samples=(),

@@ -320,6 +320,42 @@ def report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.runs, arguments.out))
 
 
+def bench_engine(arguments: argparse.Namespace) -> None:
+    import sys
+
+    import torch
+
+    from video_opd.bench.engine import bench_engine as run
+    from video_opd.bench.engine import table
+    from video_opd.bench.timing import machine
+    from video_opd.models.loading import check_same_tokens, load_model
+    from video_opd.world.demo import shipped
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    student = arguments.model or shipped("tiny-base")
+    teacher = arguments.teacher or arguments.model or shipped("tiny-teacher")
+    model, processor = load_model(student, dtype="float32", device=device)
+    teaching = load_model(teacher, dtype=arguments.dtype, device=device)
+    check_same_tokens((model, processor), teaching)
+    record: dict[str, Any] = {"command": sys.argv[1:], "machine": machine(device)}
+    record["results"] = run(
+        model,
+        processor,
+        teaching[0],
+        lengths=arguments.lengths,
+        rollouts=arguments.rollouts,
+        prompts=arguments.prompts,
+        repeats=arguments.repeats,
+        dtype=arguments.dtype,
+        tokens=arguments.max_new_tokens,
+        side_px=arguments.frame_side,
+        memory=not arguments.no_memory,
+    )
+    if arguments.json:
+        write_text(arguments.json, _json(record) + "\n")
+    print(table(record["results"]))
+
+
 def data_convert(arguments: argparse.Namespace) -> None:
     from video_opd.data.tables import conversion_lines, format_lines
 

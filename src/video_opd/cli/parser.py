@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         _report,
         _data,
         _world,
+        _bench,
     ):
         add(commands)
     return parser
@@ -269,6 +270,41 @@ def _data(commands: Any) -> None:
     _data_convert(actions)
     _data_check(actions)
     _data_stats(actions)
+
+
+def _bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "bench_engine",
+        "what the engines cost, as ratios in one run",
+        "video-opd bench engine --lengths 400 1000 --json engine.json",
+    )
+    subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
+    engine = _command(
+        subjects,
+        "engine",
+        "bench_engine",
+        "the prefix engine against the plain one: steps, scoring, queries on a video, peak memory",
+        "video-opd bench engine --lengths 400 1000 --json engine.json",
+    )
+    engine.add_argument("--model", metavar="M", help="the student; default: the shipped tiny base")
+    engine.add_argument("--teacher", metavar="M", help="default: the shipped tiny teacher, or --model")
+    engine.add_argument(
+        "--lengths", type=_positive, nargs="+", default=[300, 1000, 3000], metavar="N",
+        help="prompt tokens; default: 300 1000 3000",
+    )  # fmt: skip
+    engine.add_argument("--prompts", type=_positive, default=1, metavar="N", help="of a step; default: 1")
+    engine.add_argument("--rollouts", type=_positive, default=8, metavar="G", help="of GRPO; default: 8")
+    engine.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns; default: 5")
+    engine.add_argument("--max-new-tokens", type=_positive, default=16, metavar="N", help="default: 16")
+    engine.add_argument("--frame-side", type=_positive, default=64, metavar="PX", help="default: 64")
+    engine.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32"
+    )
+    engine.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
+    engine.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    engine.add_argument("--json", metavar="OUT.json", help="also write everything there")
 
 
 def _data_convert(actions: Any) -> None:

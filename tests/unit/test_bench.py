@@ -1,0 +1,92 @@
+"""The engine benchmark on random tiny models: that it measures what it says, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from model_cases import model, processor
+
+from video_opd.bench.engine import bench_engine, same_answers, same_step, table
+from video_opd.bench.timing import peak_bytes, quartiles, summary, take_turns
+from video_opd.bench.work import QUERIES, Steps, prompts_of
+from video_opd.cli import main
+from video_opd.types import Rollout
+
+CPU = torch.device("cpu")
+
+
+def test_ways_take_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+
+    def way(name: str, seconds: float) -> object:
+        order.append(name)
+        time.sleep(seconds)
+        return f"{name} {len(order)}"
+
+    ways = {"slow": lambda: way("slow", 0.05), "fast": lambda: way("fast", 0.01)}
+    results, seconds = take_turns(ways, 3, CPU)
+    assert order == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
+    assert results == {"slow": "slow 1", "fast": "fast 2"}
+    assert all(len(values) == 3 for values in seconds.values())
+    found = summary(seconds, "slow")
+    assert found["slow"]["speedup"]["median"] == 1 and found["fast"]["speedup"]["median"] > 2
+    assert quartiles([1.0, 2.0, 3.0]) == {"low": 1.0, "median": 2.0, "high": 3.0}
+
+
+def test_peak_memory_is_what_the_work_takes() -> None:
+    peak = peak_bytes(lambda: torch.ones(2**24).sum(), CPU)  # 64 MiB
+    assert peak is not None and 60 * 2**20 < peak < 80 * 2**20
+
+
+@pytest.mark.parametrize("tokens", [60, 200])
+def test_prompts_have_the_length_that_was_asked_for(tokens: int) -> None:
+    prompts = prompts_of(processor(), tokens, queries=3, videos=2)
+    assert len(prompts) == 6 and len({p.clip_digest for p in prompts}) == 2
+    assert len({p.text for p in prompts}) == 3 and len(QUERIES) >= 3
+    one_pair = 20
+    assert all(tokens <= p.length < tokens + one_pair for p in prompts[::3])
+
+
+def test_a_bench_compares_equal_work() -> None:
+    records = bench_engine(
+        model(sharpness=8), processor(), model(1, sharpness=8), lengths=[60], rollouts=3, repeats=2, tokens=4
+    )
+    assert [r["job"] for r in records] == [
+        "video-opd", "grpo, 3 rollouts", "score, 8 answers", "5 queries on a video",
+    ]  # fmt: skip
+    for record in records:
+        assert record["ways"]["plain"]["speedup"]["median"] == 1
+        assert all(way["seconds"] > 0 and way["peak_bytes"] > 0 for way in record["ways"].values())
+        assert max(record["differences"].values()) < 1e-4
+    assert "| video-opd |" in table(records)
+    json.dumps(records)
+
+
+def test_other_results_are_an_error() -> None:
+    def answered(logprob: float, token: int = 3) -> list[list[Rollout]]:
+        return [[Rollout(token_ids=(token,), logprobs=(logprob,), text="", truncated=True)]]
+
+    same_answers({"plain": answered(-1.0), "prefix": answered(-1.00001)}, "float32")
+    with pytest.raises(AssertionError, match=r"differ by 0\.01 nats"):
+        same_answers({"plain": answered(-1.0), "prefix": answered(-1.01)}, "float32")
+    with pytest.raises(AssertionError, match="other answers"):
+        same_answers({"plain": answered(-1.0), "prefix": answered(-1.0, token=4)}, "float32")
+    shown = prompts_of(processor(), 60)
+    settings: dict[str, Any] = {"method": "video-opd", "tokens": 4}
+    step = Steps(model(sharpness=8), processor(), model(1), shown, engine="plain", **settings)()
+    other = Steps(model(sharpness=8), processor(), model(2), shown, engine="prefix", **settings)()
+    with pytest.raises(AssertionError, match="gradient norm"):
+        same_step({"plain": step, "prefix": other}, "float32")
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine.json"
+    words = ["--lengths", "60", "--repeats", "1", "--rollouts", "2", "--max-new-tokens", "2", "--no-memory", "--device", "cpu"]
+    assert main(["bench", "engine", *words, "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert table(record["results"]) in capsys.readouterr().out
+    assert record["machine"]["torch"] == torch.__version__
