@@ -2,7 +2,8 @@
 
 lmms-eval's own readers differ from one benchmark to the next: TempCompass does not know ``(B) left``, MVBench
 takes the article in "it is a man" for the letter A, Video-MME the capital of a word. Here one set of rules
-reads all of them, and hands on the bare letter (or label, or "yes") that every stock scorer knows. The first rule that matches counts; its name is kept. A text that none of them reads is wrong, never guessed.
+reads all of them, and hands on the bare letter (or label, or "yes") that every stock scorer knows. The first
+rule that matches counts; its name is kept. A text that none of them reads is wrong, never guessed.
 
 ============ =====================================================  ===============================
 rule         matches                                                examples

@@ -33,6 +33,7 @@ from video_opd.progress import log
 if TYPE_CHECKING:
     from video_opd.evaluation.general.answers import Answerer
 
+TASK_FILES = "lmms-eval"  # the folder of task files in ``out``
 AGREE = 1e-6  # percent: our sums and lmms-eval's
 PACKAGES = ("lmms-eval", "torch", "torchvision", "transformers", "av")
 
@@ -121,10 +122,10 @@ def run(
     )
     access, answers = answerer.access, answerer.settings  # a wrong setting is an error now
     digests = write_task_files(
-        settings.out / "tasks", found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
+        settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
     )
     rehearse(found.rows)
-    scored = _ask(answerer, settings.out / "tasks", found.rows)
+    scored = _ask(answerer, settings.out / TASK_FILES, found.rows)
     result = SuiteResult(
         model=model,
         scores=benchmark_scores(scored),
@@ -191,7 +192,7 @@ def _check_categories(doc: Mapping[str, Any]) -> None:
 
 def _ask(answerer: Answerer, folder: Path, rows: Mapping[Task, Sequence[Row]]) -> dict[Task, list[ScoredRow]]:
     """What lmms-eval made of every row."""
-    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
     from tenacity import RetryError
 
@@ -199,9 +200,11 @@ def _ask(answerer: Answerer, folder: Path, rows: Mapping[Task, Sequence[Row]]) -
     from video_opd.evaluation.general.taskfiles import QWEN
 
     _quiet_logs()
+    bars = evaluator.tqdm
+    evaluator.tqdm = lambda *items, **options: bars(*items, **{**options, "disable": True})
     manager = TaskManager(include_path=str(folder), include_defaults=False, model_name=QWEN)
     try:
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             model=VideoOPD(answerer=answerer),
             tasks=[task.prefixed for task in rows],
             task_manager=manager,
@@ -210,6 +213,8 @@ def _ask(answerer: Answerer, folder: Path, rows: Mapping[Task, Sequence[Row]]) -
     except RetryError as error:  # its retries hide what went wrong
         cause = error.last_attempt.exception()
         raise (cause if cause is not None else error) from error
+    finally:
+        evaluator.tqdm = bars
     if results is None:
         raise RuntimeError("lmms-eval gave no results")
     return {task: _scored(task, rows[task], results) for task in rows}

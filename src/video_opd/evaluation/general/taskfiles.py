@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from video_opd.evaluation.general.benchmarks import Task
+from video_opd.evaluation.general.benchmarks import PREFIX, Task
 from video_opd.evaluation.general.hooks import VIDEO_KEY
 from video_opd.evaluation.general.rows import Row, stock_config, stock_file
 from video_opd.files import write_text
@@ -27,16 +27,20 @@ from video_opd.jsonl import write_jsonl
 QWEN = "qwen3_vl"  # lmms-eval's name for the family whose prompts are used
 HOOKS = "video_opd.evaluation.general.hooks"
 SPLIT = "test"
+CACHE = "cache"  # what the datasets library makes of the rows
 
 
 def write_task_files(
     folder: Path, rows: Mapping[Task, Sequence[Row]], *, max_new_tokens: int, judge: bool
 ) -> dict[Task, str]:
-    """Writes a ``.yaml`` and a ``.jsonl`` for each task; what was there before is gone.
+    """Writes a ``.yaml`` and a ``.jsonl`` for each task; those of an earlier run are gone.
 
     Returns a digest of each task's rows, without the folder that the videos are in.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = folder.absolute()
+    for file in folder.glob(f"{PREFIX}*"):
+        file.unlink()
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
     digests = {}
     for task, found in rows.items():
         docs = folder / f"{task.prefixed}.jsonl"
@@ -47,8 +51,8 @@ def write_task_files(
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {SPLIT: str(docs.absolute())},
-                "cache_dir": str(folder / "cache"),
+                "data_files": {SPLIT: str(docs)},
+                "cache_dir": str(folder / CACHE),
             },
             "test_split": SPLIT,
             "lmms_eval_specific_kwargs": {"default": prompt_settings(task)},
