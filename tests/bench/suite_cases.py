@@ -1,4 +1,4 @@
-"""Rows in the schemas of the three benchmarks on small videos, and a tiny model that answers with one token."""
+"""Rows in the schemas of the three benchmarks on small videos, and a tiny model that answers in one token."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.evaluation.general.benchmarks import LMMS_EVAL, Task, keys_of
+from video_opd.evaluation.general.benchmarks import LMMS_EVAL, Task
 from video_opd.evaluation.general.rows import Row, annotation_file, read_rows, stock_folder
 
 INSTALL = 'make bench, or pip install "video-opd[bench]"'
@@ -110,9 +110,7 @@ def _judge() -> Need:
 def _data(task: Task, data_root: Path | None, limit: int | None) -> tuple[Need, list[Row] | None]:
     download = f"video-opd evaluate --suite general --download --tasks {task.benchmark}"
     if data_root is not None and not (file := annotation_file(task, data_root)).is_file():
-        get = (
-            f"put its rows there (keys: {', '.join(keys_of(task))}), or leave it out with --skip {task.name}"
-        )
+        get = "put its rows there (schemas: docs/evaluation.md), or leave it out with --skip"
         return Need(what=task.name, missing=f"no {file}", get=get), None
     try:
         rows = read_rows(task, data_root, limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from video_opd.evaluation.general.scores import Accuracy
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from video_opd.evaluation.general.check import Survey
     from video_opd.evaluation.general.suite import SuiteResult
 
+MOST_NAMES = 2  # of subtasks left out, before they are counted
 HEADER = ("", "accuracy", "rows", "videos", "notes")
 
 
@@ -22,8 +25,7 @@ def print_suite(result: SuiteResult, console: Console | None = None) -> None:
     rows: list[tuple[str, ...]] = []
     for score in result.scores:
         mean = "mean of subtasks" if score.benchmark.mean == "subtasks" and len(score.tasks) > 1 else ""
-        left_out = f"without {', '.join(score.left_out)}" if score.left_out else ""
-        rows.append(_row(score.benchmark.title, score.overall, mean, left_out))
+        rows.append(_row(score.benchmark.title, score.overall, mean, _without(score.left_out)))
         if len(score.tasks) > 1:
             rows += [_row(f"  {name}", part) for name, part in score.tasks.items()]
         rows += [_row(f"  {score.benchmark.group_by}: {name}", part) for name, part in score.groups.items()]
@@ -44,14 +46,9 @@ def print_suite(result: SuiteResult, console: Console | None = None) -> None:
 def print_survey(found: Survey, console: Console | None = None) -> None:
     """A line for each thing that the suite needs, and below what is missing the way to get it."""
     console = console or stdout()
-    for need in found.needs:
-        state = "ok" if need.missing is None else need.missing
-        say(
-            console,
-            f"{need.what}: {f'{need.found}, ' if need.found and need.missing else ''}{state}"
-            + (f" ({need.found})" if need.found and need.missing is None else ""),
-        )
-        if need.missing is not None:
+    for need, after in itertools.zip_longest(found.needs, found.needs[1:]):
+        say(console, f"{need.what}: {', '.join(filter(None, (need.found, need.missing or 'ok')))}")
+        if need.missing is not None and (after is None or after.get != need.get):  # once for several
             say(console, f"    {need.get}")
 
 
@@ -66,3 +63,9 @@ def _row(name: str, part: Accuracy, *notes: str) -> tuple[str, ...]:
         str(part.videos),
         ", ".join(told),
     )
+
+
+def _without(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"without {', '.join(names)}" if len(names) <= MOST_NAMES else f"without {len(names)} subtasks"
