@@ -14,6 +14,7 @@ from video_cases import write_video
 from video_opd.world.tiny import build_model, build_processor
 
 WORDS = ("A", "B", "C", "D", "1", "2", "yes", "no")
+SCALE=8.0
 MVBENCH = {"action_count": "perception/videos", "moving_direction": "clevrer/video_validation"}
 TASKS = (
     "tempcompass_multi_choice",
@@ -33,6 +34,9 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     ids = processor.tokenizer.convert_tokens_to_ids(list(WORDS))
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for layer in model.model.language_model.layers:  # or the last token alone would decide
+            for weights in layer.self_attn.parameters():
+                weights.mul_(SCALE)
         model.lm_head.weight.zero_()
         model.lm_head.weight[ids] = torch.randn(len(ids), model.lm_head.weight.shape[1], generator=noise)
     model.save_pretrained(folder)
