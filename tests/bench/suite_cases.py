@@ -14,7 +14,7 @@ from video_cases import write_video
 from video_opd.world.tiny import build_model, build_processor
 
 WORDS = ("A", "B", "C", "D", "1", "2", "yes", "no")
-SCALE=8.0
+SCALE = 8.0  # of the attention weights
 MVBENCH = {"action_count": "perception/videos", "moving_direction": "clevrer/video_validation"}
 TASKS = (
     "tempcompass_multi_choice",
@@ -26,7 +26,7 @@ TASKS = (
 )
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
+def save_model(folder: Path, seed: int = 5) -> Path:
     """A random model whose first token is always one of WORDS, which one depends on all that it was shown."""
     processor, model = build_processor(), build_model("test", seed=seed)
     processor.tokenizer.add_tokens(["yes", "no"])

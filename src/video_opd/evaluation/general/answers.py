@@ -67,7 +67,8 @@ class Answerer:
             overwrite=self.overwrite,
             make_row=_row,
         )
-        return {row["id"]: row["responses"][0] for _, row in read_jsonl(self.out)}
+        rows = read_jsonl(self.out) if self.out.exists() else ()  # no video could be read: no file
+        return {row["id"]: row["responses"][0] for _, row in rows}
 
 
 def _row(sample: Sample, rollouts: Sequence[Rollout], settings: AnswerSettings) -> dict[str, Any]:

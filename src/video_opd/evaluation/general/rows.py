@@ -80,7 +80,10 @@ def read_rows(task: Task, data_root: Path | None, limit: int | None = None) -> l
         check_row(doc, keys, where)
         if "candidates" in keys and doc["answer"] not in doc["candidates"]:
             raise UserError(f'{where}: "answer" {doc["answer"]!r} is none of the "candidates"')
-        rows.append(Row(doc={key: doc[key] for key in keys}, video=_video(task, doc, base)))
+        kept = {key: doc[key] for key in keys}
+        if task.judged:  # the stock task file shows an answer beside each caption
+            kept["answer"] = doc["mc_answer"]
+        rows.append(Row(doc=kept, video=_video(task, doc, base)))
     if not rows:
         raise UserError(f"{task.name}: no rows; leave it out with --skip {task.name}")
     return rows
