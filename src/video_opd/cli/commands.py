@@ -278,9 +278,12 @@ def _evaluate_suite(arguments: argparse.Namespace) -> int | None:
         suite.download(settings)
     if arguments.check or arguments.download:
         found = suite.survey(settings)
+        needs = [need.to_json() for need in found.needs]
         if arguments.json == "-":
-            print_json([need.to_json() for need in found.needs])
+            print_json(needs)
         else:
+            if arguments.json:
+                write_text(arguments.json, _json(needs) + "\n")
             print_survey(found)
         return 1 if found.missing else None
     if arguments.suite_model is None:
