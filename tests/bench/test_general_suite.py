@@ -170,9 +170,9 @@ def test_answers_are_those_of_the_clip_and_prompt_of_training(model: Path, finis
 def test_a_killed_run_continues_and_ends_the_same(
     model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from video_opd.evaluation import predict
+    from video_opd.evaluation import output
 
-    append = predict.append_jsonl
+    append = output.append_jsonl
     calls: list[list[dict[str, Any]]] = []
 
     def killed(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -181,7 +181,7 @@ def test_a_killed_run_continues_and_ends_the_same(
         calls.append(rows)
         append(path, rows)
 
-    monkeypatch.setattr(predict, "append_jsonl", killed)
+    monkeypatch.setattr(output, "append_jsonl", killed)
     assert evaluate(model, data, tmp_path) == 130
     kept = lines(tmp_path / "answers.jsonl")
     assert [row for rows in calls for row in rows] == kept and 0 < len(kept) < 48

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_opd.evaluation.batching import by_video
 from video_opd.evaluation.opened import Access, open_model, read_access
 from video_opd.evaluation.predict import AnswerSettings, predict
 from video_opd.jsonl import read_jsonl
@@ -58,7 +57,7 @@ class Answerer:
             self.opened = open_model(self.access, self.device)
         predict(
             self.opened.policy,
-            by_video(samples),
+            samples,
             self.opened.loader,
             self.out,
             made_by=self.opened.made_by(),
