@@ -311,7 +311,7 @@ def _evaluate_suite(arguments: argparse.Namespace) -> int | None:
         overrides=arguments.overrides,
         batch_size=arguments.batch_size,
         device=arguments.device,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or suite.MAX_NEW_TOKENS,
         seed=arguments.seed,
         overwrite=arguments.overwrite,
     )

@@ -33,6 +33,7 @@ from video_opd.progress import log
 if TYPE_CHECKING:
     from video_opd.evaluation.general.answers import Answerer
 
+MAX_NEW_TOKENS = 64
 TASK_FILES = "lmms-eval"  # the folder of task files in ``out``
 AGREE = 1e-6  # percent: our sums and lmms-eval's
 PACKAGES = ("lmms-eval", "torch", "torchvision", "transformers", "av")
@@ -90,7 +91,7 @@ def run(
     overrides: Sequence[str] = (),
     batch_size: int = 8,
     device: str | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     overwrite: bool = False,
 ) -> SuiteResult:
