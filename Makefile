@@ -1,6 +1,8 @@
 # make install   the command at .venv/bin/video-opd
 # make demo      install, then the main job on embedded defaults
 # make test      install with the tools, then the tests
+# make bench     install, with lmms-eval for "video-opd evaluate --suite general"
+# make test-bench  the tests that need lmms-eval
 # make lint, make types
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ PYTEST_ARGS ?=
 # Threads that spin while they wait slow each other tenfold when several processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint types clean
+.PHONY: install bench demo test test-bench lint types clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.stamp-package
@@ -32,15 +34,24 @@ $(VENV)/.stamp-dev: requirements/dev.txt $(VENV)/.stamp-base
 	$(PIP) install --require-hashes --no-deps --no-compile -r $<
 	touch $@
 
+$(VENV)/.stamp-bench: requirements/bench.txt $(VENV)/.stamp-base
+	$(PIP) install --require-hashes --no-deps --no-compile -r $<
+	touch $@
+
 $(VENV)/.stamp-package: pyproject.toml $(VENV)/.stamp-base
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+bench: install $(VENV)/.stamp-bench
 
 demo: install
 	$(BIN)/video-opd demo $(DEMO_ARGS)
 
 test: install $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+test-bench: bench $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)
 
 lint: install $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

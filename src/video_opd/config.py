@@ -133,7 +133,7 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    style: Literal["paper", "timelens"] = "paper"  # figure 7
+    style: Literal["paper", "timelens", "question"] = "paper"  # figure 7; question: the query alone
     thinking: bool = False  # table 8: no-thinking is better
 
 

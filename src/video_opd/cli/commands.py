@@ -235,7 +235,10 @@ def _explain(arguments: argparse.Namespace) -> None:
         print_explanation(table, arguments.k)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> int | None:
+    if arguments.suite:
+        return _evaluate_suite(arguments)
+    _check_evaluate(arguments)
     from video_opd.evaluation import metrics
     from video_opd.evaluation.tables import evaluation_record, print_metrics
 
@@ -247,10 +250,78 @@ def evaluate(arguments: argparse.Namespace) -> None:
     record = {**evaluation_record(result, constant, swap), "data": arguments.data, "answers": answers}
     if arguments.json == "-":
         print_json(record)
-        return
+        return None
     if arguments.json:
         write_text(arguments.json, _json(record) + "\n")
     print_metrics({answers: result}, constant=constant, swaps={answers: swap})
+    return None
+
+
+def _check_evaluate(arguments: argparse.Namespace) -> None:
+    """What argparse cannot say: grounding needs data and answers, and knows none of the suite's options."""
+    if arguments.suite_model is not None:
+        raise UserError(
+            f"{arguments.suite_model}: name the model with --model, or choose a --suite; "
+            "see video-opd evaluate --help"
+        )
+    for name in ("check", "download", "data_root", "tasks", "skip", "limit", "allow_missing", "judge"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} belongs to --suite general: add it")
+    if not arguments.data or not (arguments.predictions or arguments.model):
+        raise UserError(
+            "evaluate needs --data and one of --predictions and --model, or --suite general; "
+            "see video-opd evaluate --help"
+        )
+
+
+def _evaluate_suite(arguments: argparse.Namespace) -> int | None:
+    """Exit code 1 when ``--check`` finds something missing."""
+    for name in ("data", "predictions", "model", "video_root"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} does not go with --suite: leave it out")
+    from video_opd.evaluation.general import suite
+    from video_opd.evaluation.general.tables import print_suite, print_survey
+
+    settings = suite.SuiteSettings(
+        out=Path(arguments.out) if arguments.out else suite.default_out(arguments.suite_model or "."),
+        data_root=Path(arguments.data_root) if arguments.data_root else None,
+        only=arguments.tasks,
+        skip=arguments.skip,
+        limit=arguments.limit,
+        judge=arguments.judge,
+        allow_missing=arguments.allow_missing,
+    )
+    if arguments.download:
+        suite.download(settings)
+    if arguments.check or arguments.download:
+        found = suite.survey(settings)
+        needs = [need.to_json() for need in found.needs]
+        if arguments.json == "-":
+            print_json(needs)
+        else:
+            if arguments.json:
+                write_text(arguments.json, _json(needs) + "\n")
+            print_survey(found)
+        return 1 if found.missing else None
+    if arguments.suite_model is None:
+        raise UserError("--suite general needs a MODEL: video-opd evaluate --suite general runs/a/model")
+    result = suite.run(
+        arguments.suite_model,
+        settings,
+        overrides=arguments.overrides,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        max_new_tokens=arguments.max_new_tokens or suite.MAX_NEW_TOKENS,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    if arguments.json == "-":
+        print_json(result.to_json())
+        return None
+    if arguments.json:
+        write_text(arguments.json, _json(result.to_json()) + "\n")
+    print_suite(result)
+    return None
 
 
 def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[str, Prediction]]:

@@ -220,18 +220,43 @@ def _evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         "evaluate",
-        "grounding metrics with 95%% intervals over videos",
+        "grounding metrics with 95%% intervals over videos, or general video understanding (--suite general)",
         "video-opd evaluate --data test.jsonl --predictions predictions.jsonl --json metrics.json",
         overrides=True,
     )
-    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the annotated rows")
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--data", metavar="D.jsonl", help="the annotated rows")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--predictions", metavar="P.jsonl", help="answers that were made before")
     source.add_argument("--model", metavar="M", help="a checkpoint folder that answers now")
     parser.add_argument("--protocol", choices=("paper", "timelens"), default="paper", help="%(default)s")
     parser.add_argument("--json", metavar="OUT.json", help="also write the metrics there; - is stdout")
-    parser.add_argument("--out", metavar="P.jsonl", help="with --model: keep the predictions")
+    parser.add_argument(
+        "--out",
+        metavar="OUT",
+        help="with --model: a file that keeps the predictions; with --suite: a folder for all it writes",
+    )
     _model_options(parser)
+    _suite_options(parser)
+
+
+def _suite_options(parser: argparse.ArgumentParser) -> None:
+    suite = parser.add_argument_group(
+        "general video understanding",
+        "TempCompass, MVBench and Video-MME through lmms-eval; repeated, it continues. "
+        "video-opd evaluate --suite general runs/a/model",
+    )
+    suite.add_argument("--suite", choices=("general",), help="instead of --data")
+    suite.add_argument("suite_model", nargs="?", metavar="MODEL", help="with --suite: a checkpoint folder")
+    suite.add_argument("--check", action="store_true", help="only say what is missing, and how to get it")
+    suite.add_argument("--download", action="store_true", help="only get rows and videos (very large)")
+    suite.add_argument("--data-root", metavar="DIR", help="rows and videos of one's own, DIR/BENCHMARK/…")
+    suite.add_argument("--tasks", type=_names, metavar="A,B", help="only these benchmarks or subtasks")
+    suite.add_argument("--skip", type=_names, default=(), metavar="A,B", help="not these")
+    suite.add_argument("--limit", type=_positive, metavar="N", help="the first N rows of each subtask")
+    suite.add_argument("--allow-missing", action="store_true", help="rows without a video count as wrong")
+    suite.add_argument(
+        "--judge", action="store_true", help="let lmms-eval ask a judge model (TempCompass; OPENAI_API_KEY)"
+    )
 
 
 def _ground(commands: Any) -> None:
@@ -448,6 +473,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 A style is a system instruction and a user text with ``{query}`` in it. ``paper`` is figure 7 (sec. D.7),
 word for word, with the quotation marks as printed. ``timelens`` is what TimeLens' evaluation asks models that
-see the times of their frames, as Qwen3-VL does.
+see the times of their frames, as Qwen3-VL does. ``question`` adds nothing: the benchmarks of general video
+understanding word their questions themselves.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ STYLES: dict[str, PromptStyle] = {
         bare_query=True,
         reply="The event happens in {start:.2f} - {end:.2f} seconds",
     ),
+    "question": PromptStyle(system="", user="{query}"),
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import MakeLoader, length_batches
@@ -41,6 +41,9 @@ class AnswerSettings:
             raise UserError(
                 f"{self.n} greedy answers would all be the same: set --temperature above 0, or n to 1"
             )
+
+
+MakeRow: TypeAlias = Callable[[Sample, Sequence[Rollout], AnswerSettings], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +90,19 @@ def predict(
     settings: AnswerSettings | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
+    make_row: MakeRow | None = None,
     processes: Processes | None = None,
 ) -> PredictResult:
     """Appends a row ``{"id", "query", "responses", "spans", "rules", "truncated"}`` for every sample.
 
+    ``make_row`` makes another row than that, with "id" and "query" in it.
     ``made_by`` says what else the answers depend on: the model's fingerprint, prompt, video budget. Rows
     that the same model and settings made before are kept. A sample whose video fails gets no row: it counts
     as missing, and is tried again next time. Of several ``processes`` each answers whole videos.
     Raises :class:`UserError` where ``out`` holds other rows.
     """
     settings = settings or AnswerSettings()
+    make_row = make_row or grounding_row
     made_by = {**made_by, "answers": asdict(settings)}
     output = Output(out, made_by, overwrite=overwrite, processes=processes)
     todo = unanswered(samples, output.rows, out)
@@ -107,7 +113,9 @@ def predict(
     with task("answering", len(mine)) as bar:
         for batch in length_batches(make_loader(mine) if mine else (), batch_size):
             rollouts = answer(policy, [prompt for _, prompt in batch], settings, "predict")
-            rows = [_row(sample, group, settings) for (sample, _), group in zip(batch, rollouts, strict=True)]
+            rows = [
+                make_row(sample, group, settings) for (sample, _), group in zip(batch, rollouts, strict=True)
+            ]
             output.append(rows)
             bar.advance(len(batch))
     output.finish(samples)
@@ -131,7 +139,8 @@ def unanswered(
     return todo
 
 
-def _row(sample: Sample, rollouts: Sequence[Rollout], settings: AnswerSettings) -> dict[str, Any]:
+def grounding_row(sample: Sample, rollouts: Sequence[Rollout], settings: AnswerSettings) -> dict[str, Any]:
+    """The answers to a query, and the spans that were read in them."""
     parsed = [parse_answer(rollout.text, thinking=settings.thinking) for rollout in rollouts]
     return {
         "id": sample.id,

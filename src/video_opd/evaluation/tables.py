@@ -34,7 +34,7 @@ def print_metrics(
 
     ``differences`` is the rise from the first result to the last.
     """
-    console = console or _stdout()
+    console = console or stdout()
     rows: list[tuple[str, ...]] = []
     for name, metrics in results.items():
         rows.append(_metrics_row(name, metrics))
@@ -44,10 +44,10 @@ def print_metrics(
     if constant is not None:
         where = f"best constant ({constant.start_fraction:.0%} to {constant.end_fraction:.0%})"
         rows.append((where, *(f"{constant.values[name]:.1f}" for name in METRICS), str(constant.n), ""))
-    _print_rows(console, ("", *METRICS, "rows", "notes"), rows)
+    print_rows(console, ("", *METRICS, "rows", "notes"), rows)
     for name, swap in (swaps or {}).items():
         if swap is not None:
-            _say(
+            say(
                 console,
                 f"{name}: query swap {swap.share:.1f}% [{swap.ci95[0]:.1f}, {swap.ci95[1]:.1f}] "
                 f"(chance 50%), the same answer to both queries {swap.same_answer:.1f}%, "
@@ -56,7 +56,7 @@ def print_metrics(
     first = next(iter(results.values()), None)
     if first is not None and first.protocol is not None:
         protocol = first.protocol
-        _say(
+        say(
             console,
             f"protocol {protocol['name']}: rounding {protocol['rounding']}, 95% by {protocol['ci95']}",
         )
@@ -81,7 +81,8 @@ def _signed(difference: Difference) -> str:
     return f"{difference.value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _print_rows(console: Console, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_rows(console: Console, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on a terminal; elsewhere a line a row, ``name: column cell, …`` with what is empty left out."""
     if console.is_terminal:
         from rich.table import Table
         from rich.text import Text
@@ -93,14 +94,15 @@ def _print_rows(console: Console, header: tuple[str, ...], rows: list[tuple[str,
         return
     for name, *cells in rows:
         named = ", ".join(f"{key} {cell}" for key, cell in zip(header[1:], cells, strict=True) if cell)
-        _say(console, f"{name.strip()}: {named}")
+        say(console, f"{name.strip()}: {named}")
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """One line as it is: not wrapped, nothing in it read as markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
     from rich.console import Console
 
     return Console()
