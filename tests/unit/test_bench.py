@@ -85,8 +85,8 @@ def test_other_results_are_an_error() -> None:
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engine.json"
-    words = ["--lengths", "60", "--repeats", "1", "--rollouts", "2", "--max-new-tokens", "2", "--no-memory", "--device", "cpu"]
-    assert main(["bench", "engine", *words, "--json", str(out)]) == 0
+    words = ["--lengths", "60", "--repeats", "1", "--rollouts", "2", "--max-new-tokens", "2", "--no-memory"]
+    assert main(["bench", "engine", *words, "--device", "cpu", "--json", str(out)]) == 0
     record = json.loads(out.read_text())
     assert table(record["results"]) in capsys.readouterr().out
     assert record["machine"]["torch"] == torch.__version__

@@ -65,8 +65,8 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 def peak_bytes(work: Work, device: torch.device) -> int | None:
     """Memory that ``work`` had at its peak above what there was before; None where it cannot be told.
 
-    On a GPU of what torch allocated. On a CPU, where Linux tells, of the resident set, after the C library has
-    given back what was freed before.
+    On a GPU of what torch allocated. On a CPU, where Linux tells, of the resident set, after the C library
+    has given back what was freed before.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
