@@ -265,6 +265,12 @@ def _match(text: str) -> tuple[Interval, str] | None:
     return None
 
 
+def after_thinking(text: str) -> str | None:
+    """What follows the last ``</think>``; None without one: the length limit came before the answer."""
+    _, closed, answer = text.rpartition("</think>")
+    return answer if closed else None
+
+
 def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
     """Read the span in a model's answer; never raises, and never makes up a number.
 
@@ -279,11 +285,8 @@ def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
     Two numbers that are not tied together by one of them are no answer. With ``thinking`` only the text
     after ``</think>`` is read, and a text without it holds no answer.
     """
-    if thinking:
-        _, closed, text = text.rpartition("</think>")
-        if not closed:
-            return ParsedAnswer(span=None, rule=NO_RULE)
-    match = _match(text.strip())
+    answer = after_thinking(text) if thinking else text
+    match = None if answer is None else _match(answer.strip())
     if match is None:
         return ParsedAnswer(span=None, rule=NO_RULE)
     span, rule = match

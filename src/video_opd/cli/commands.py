@@ -6,21 +6,18 @@ Every import of a room is inside the function that needs it. A function returns 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
-from video_opd.files import write_text
 from video_opd.progress import is_first_process, log, track
 
 if TYPE_CHECKING:
     from video_opd.evaluation.opened import Access, OpenModel
-    from video_opd.types import Prediction, Sample
+    from video_opd.evaluation.predict import AnswerSettings, PredictResult
+    from video_opd.types import Sample
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -86,25 +83,41 @@ def predict(arguments: argparse.Namespace) -> None:
     from video_opd.evaluation.opened import open_model, read_access
 
     samples = read_samples(arguments.data, arguments.video_root)
-    model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
-    result = _answers(arguments, model, samples, arguments.out)
+    access = read_access(arguments.model, arguments.overrides, arguments.protocol)
+    settings = answer_settings(arguments, access)
+    result = run_predict(arguments, open_model(access, arguments.device), samples, arguments.out, settings)
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
     else:
         print(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
 
 
-def _answers(arguments: argparse.Namespace, model: OpenModel, samples: list[Sample], out: str) -> Any:
+def answer_settings(arguments: argparse.Namespace, access: Access) -> AnswerSettings:
+    """How long and how answers may be: as the options say, else as the protocol of the prompt does."""
     from video_opd.evaluation.predict import AnswerSettings
-    from video_opd.evaluation.predict import predict as run
+    from video_opd.evaluation.protocols import PROTOCOLS, protocol_of
 
-    settings = AnswerSettings(
+    length = arguments.max_new_tokens
+    if length is None and access.prompt.thinking:
+        raise UserError(
+            "the model thinks before it answers, and reasoning has no natural end: give --max-new-tokens"
+        )
+    if length is None:
+        length = (protocol_of(access.prompt.style) or PROTOCOLS["paper"]).max_new_tokens
+    return AnswerSettings(
         n=getattr(arguments, "n", 1),
         temperature=getattr(arguments, "temperature", 0.0),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=length,
         seed=arguments.seed,
-        thinking=model.access.prompt.thinking,
+        thinking=access.prompt.thinking,
     )
+
+
+def run_predict(
+    arguments: argparse.Namespace, model: OpenModel, samples: list[Sample], out: str, settings: AnswerSettings
+) -> PredictResult:
+    from video_opd.evaluation.predict import predict as run
+
     return run(
         model.policy,
         samples,
@@ -219,49 +232,9 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from video_opd.evaluation import metrics
-    from video_opd.evaluation.tables import evaluation_record, print_metrics
+    from video_opd.cli.evaluation import evaluate as run
 
-    samples, predictions = _predictions(arguments)
-    result = metrics.evaluate(samples, predictions, arguments.protocol)
-    constant = metrics.best_constant(samples)
-    swap = metrics.query_swap(samples, predictions, arguments.protocol)
-    answers = arguments.predictions or arguments.model
-    record = {**evaluation_record(result, constant, swap), "data": arguments.data, "answers": answers}
-    if arguments.json == "-":
-        print_json(record)
-        return
-    if arguments.json:
-        write_text(arguments.json, _json(record) + "\n")
-    print_metrics({answers: result}, constant=constant, swaps={answers: swap})
-
-
-def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[str, Prediction]]:
-    from video_opd.data.annotations import read_samples
-    from video_opd.evaluation.predictions import read_predictions
-
-    samples = read_samples(arguments.data, arguments.video_root)
-    if arguments.predictions:
-        if arguments.overrides:
-            raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
-        return samples, read_predictions(arguments.predictions)
-    from video_opd.evaluation.opened import open_model, read_access
-    from video_opd.evaluation.protocols import get_protocol
-
-    asked = ["--prompt.style", get_protocol(arguments.protocol).prompt_style]
-    model = open_model(read_access(arguments.model, [*arguments.overrides, *asked]), arguments.device)
-    with _kept_or_temporary(arguments.out) as out:
-        _answers(arguments, model, samples, out)
-        return samples, read_predictions(out)
-
-
-@contextlib.contextmanager
-def _kept_or_temporary(path: str | None) -> Iterator[str]:
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(Path(folder) / "predictions.jsonl")
+    run(arguments)
 
 
 def ground(arguments: argparse.Namespace) -> None:
@@ -386,8 +359,8 @@ def world_train(arguments: argparse.Namespace) -> None:
 
 
 def print_json(record: Any) -> None:
-    print(_json(record))
+    print(as_json(record))
 
 
-def _json(record: Any) -> str:
+def as_json(record: Any) -> str:
     return json.dumps(record, indent=2, ensure_ascii=False, default=str)
