@@ -1,4 +1,4 @@
-"""Protocols: what each fixes, how TimeLens reads an answer, what is said of answers that were made otherwise."""
+"""Protocols: what each fixes, how TimeLens reads an answer, what is said of answers made otherwise."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def test_timelens_reads_behind_a_thought() -> None:
     assert parse_timelens("<think>12.54 - 17.83", thinking=True).rule == "none"
 
 
-WORDS = st.sampled_from([*"1 12.54 00:12 1:02:03 - to – , s 17.83 :5 . and </think> ½".split(), " ", "\n"])
+PIECES = "1 12.54 00:12 1:02:03 - to – , s 17.83 :5 . and </think> ½"
+WORDS = st.sampled_from([*PIECES.split(), " ", "\n"])
 
 
 @given(st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=12).map("".join)), st.booleans())

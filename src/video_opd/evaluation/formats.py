@@ -242,10 +242,10 @@ def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
 
     alone = len(data_sets) == 1
     shown = RichTable(
-        "",
         title=Text(data_sets[0]) if alone else None,
         caption=table.published_title if table.published else None,
     )
+    shown.add_column("", overflow="fold")
     for name in data_sets:
         for metric in METRICS:
             above = name if metric == METRICS[0] else ""
