@@ -90,7 +90,7 @@ class DataConfig:
     limit: int | None = None  # only the first rows
     shuffle: bool = True  # a permutation an epoch, a function of (run.seed, epoch)
     workers: int = 2  # decoding in the background; 0: in the training process
-    prefetch: int = 8  # prompts made ahead
+    prefetch: int = 8  # videos made ahead
     max_failed_share: float = 0.05  # a run stops when more videos than this cannot be decoded
     cache_dir: str | None = None  # keeps decoded clips on disk
 

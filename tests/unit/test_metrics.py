@@ -164,7 +164,8 @@ def swept_iou(answer: tuple[int, int] | None, window: tuple[int, int]) -> Fracti
 def test_ten_thousand_random_rows_equal_an_independent_implementation() -> None:
     """Hundredths of a second, as models write them; one to four windows, answers near one or anywhere."""
     rng = np.random.default_rng(11)
-    samples, predictions, exact = [], {}, []
+    samples, exact = [], []
+    predictions: dict[str, Prediction] = {}
     for number in range(10_000):
         windows = []
         for _ in range(int(rng.integers(1, 5))):

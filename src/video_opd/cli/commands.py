@@ -121,7 +121,7 @@ def run_predict(
     return run(
         model.policy,
         samples,
-        model.loader,
+        replace(model, workers=arguments.workers).loader,
         out,
         made_by=model.made_by(),
         settings=settings,

@@ -163,6 +163,7 @@ def _predict(commands: Any) -> None:
         help="decides the prompt and the length of answers; default: the prompt the model was trained with",
     )
     _model_options(parser, length=None)
+    _workers_option(parser)
     _json_flag(parser)
 
 
@@ -267,6 +268,7 @@ def _evaluate(commands: Any) -> None:
         "--answers", metavar="P.jsonl", help="with --model: keep the answers there; default: the cache folder"
     )
     _model_options(parser, length=None)
+    _workers_option(parser)
 
 
 def _ground(commands: Any) -> None:
@@ -352,6 +354,12 @@ def _model_options(parser: argparse.ArgumentParser, data: bool = True, length: i
         parser.add_argument(
             "--video-root", metavar="DIR", help="where the videos are; default: beside the data"
         )
+
+
+def _workers_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, default=2, metavar="N", help="threads that decode videos; default: 2"
+    )
 
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:

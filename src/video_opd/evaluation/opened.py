@@ -77,7 +77,8 @@ def read_model_facts(path: str | Path) -> dict[str, Any] | None:
 class OpenModel:
     """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``.
 
-    ``cache_dir`` keeps decoded clips, for whoever shows the same videos to several models.
+    ``workers`` threads decode videos while the model answers. ``cache_dir`` keeps decoded clips, for whoever
+    shows the same videos to several models.
     """
 
     access: Access
@@ -85,6 +86,7 @@ class OpenModel:
     encoder: PromptEncoder
     budget: VideoBudget
     cache_dir: Path | None = None
+    workers: int = 2
 
     def made_by(self) -> dict[str, Any]:
         """Everything about the model that its answers depend on."""
@@ -110,6 +112,7 @@ class Loading(contextlib.AbstractContextManager["Loading"]):
             samples,
             model.encoder,
             model.budget,
+            workers=model.workers,
             max_failed_share=1.0,  # whoever evaluates is told what is missing, and gets the rest
             backend=model.access.video.backend,
             cache_dir=model.cache_dir,
