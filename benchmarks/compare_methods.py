@@ -4,9 +4,9 @@
     python benchmarks/compare_methods.py --out runs/figure6 --methods video-opd grpo --engine plain \
         --seeds 0 --steps 4 --jobs 1 --no-evaluation --name figure6
 
-Each run is the command ``video-opd train recipes/tiny/METHOD.yaml``; a killed comparison continues. Rows are
-those of generated training videos as they come: nobody selects. Intervals are bootstrap over the videos of
-the test set; the mean over the three sets has the spread over seeds beside it.
+Each run is the command ``video-opd train recipes/tiny/METHOD.yaml``, with the changes of its arm; a killed
+comparison continues. Rows are those of generated training videos as they come: nobody selects. Intervals are
+bootstrap over the videos of the test set; the mean over the three sets has the spread over seeds beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 from video_opd.world.measure import evaluate_model, make_test_sets
 
-METHODS = ("sft", "op-rkd", "op-fkd", "grpo", "video-opd")
+# What is compared: a recipe of ``recipes/tiny``, and what is changed in it.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sft", {}),
+    "op-rkd": ("op-rkd", {}),
+    "op-fkd": ("op-fkd", {}),
+    "grpo": ("grpo", {}),
+    "video-opd": ("video-opd", {"loss.baseline": "none"}),  # the paper's, eq 6
+    "video-opd-baseline": ("video-opd", {"loss.baseline": "kl"}),
+    "video-opd-full": ("video-opd", {"loss.baseline": "none", "loss.estimator": "full"}),
+}
 TRAIN_SEED = 300  # of the pool, + the run's seed
 
 
@@ -52,14 +61,14 @@ def main() -> None:
     }
     commands = [
         train_command(
-            method,
+            ARMS[method][0],
             data=pools[seed]["train"],
             tests=tests if arguments.evaluation else {},
             out=out / f"{method}-{seed}",
             clips=out / "clips",
             seed=seed,
             steps=arguments.steps,
-            changes=changes,
+            changes=changes | ARMS[method][1],
         )
         for seed in seeds
         for method in methods
@@ -105,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--videos", type=int, default=100, help="generated training videos, four rows each")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--engine", default="prefix", choices=("prefix", "plain"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--evaluation", action=argparse.BooleanOptionalAction, default=True)

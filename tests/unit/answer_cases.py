@@ -64,7 +64,7 @@ class FakePolicy:
         self.calls: list[dict[str, Any]] = []
         self.read: list[list[str]] = []  # ids that were read, a list each time
 
-    def prefill(self, prompts: Sequence[EncodedPrompt]) -> FakePrefix:
+    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> FakePrefix:
         self.read.append([p.sample_id for p in prompts])
         return FakePrefix(prompts)
 

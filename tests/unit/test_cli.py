@@ -405,6 +405,36 @@ def test_score_by_options_and_by_recipe_agree(model_and_data, tmp_path, capsys) 
     assert main(["score", str(recipe), *named, "--out", str(tmp_path / "t.jsonl")]) == 2
 
 
+@pytest.mark.parametrize("command", ["predict", "score"])
+def test_two_processes_make_the_rows_of_one(command, model_and_data, tmp_path) -> None:
+    """Started as users do; the second one is silent."""
+    model, data = model_and_data
+    words = [command, str(model), str(data)]
+    if command == "score":
+        words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data), "--k", "2"]
+    words += ["--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu", "--json", "--out"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "video_opd"]
+    told = {}
+    for name, start in (("one", ["-m", "video_opd"]), ("two", launcher)):
+        ended = subprocess.run(
+            [sys.executable, *start, *words, str(tmp_path / name)], capture_output=True, text=True, check=True
+        )
+        told[name] = json.loads(ended.stdout)
+        assert told[name].pop("out") == str(tmp_path / name)
+    assert told["one"] == told["two"]
+    one, two = ({line for line in (tmp_path / name).read_text().splitlines()} for name in told)
+    assert one == two and len(two) == len((tmp_path / "two").read_text().splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {f"{n}{e}" for n in told for e in ("", ".meta.json")}
+
+
+def test_evaluate_a_model_is_no_work_for_several(model_and_data, tmp_path, capsys, monkeypatch) -> None:
+    model, data = model_and_data
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "p.jsonl"
+    assert main(["evaluate", "--data", str(data), "--model", str(model), "--out", str(out)]) == 2
+    assert "--predictions" in capsys.readouterr().err and not out.exists()
+
+
 def test_wrong_model_settings_are_refused_before_anything_is_loaded(model_and_data, capsys) -> None:
     model, data = model_and_data
     assert main(["predict", str(model), str(data), "--out", "unused", "--video.fsp", "2"]) == 2

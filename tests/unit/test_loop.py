@@ -104,6 +104,20 @@ def test_micro_batches_change_nothing(undisturbed: RunResult, tmp_path: Path, mi
     assert_equal_to_rounding(undisturbed.path, other.path)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_reading_once_for_sampling_and_update_changes_nothing(tmp_path: Path, reduction: str):
+    """``sampling.micro_batch_size`` samples the whole batch before the update, which reads it again."""
+    sections: dict[str, Any] = {"optim": {"epochs": 2}, "loss": {"reduction": reduction}}
+    broken = ("s3",)  # a batch that is smaller than planned
+    once = run(tmp_path / "once", Build(broken=broken), **sections)
+    sampling = {"max_new_tokens": 4, "micro_batch_size": 4}
+    again = run(tmp_path / "again", Build(broken=broken), sampling=sampling, **sections)
+    assert_equal_to_rounding(once.path, again.path)
+    rows = [rows_of(r.path / "metrics.jsonl") for r in (once, again)]
+    read = [[row["tokens/update"] - row["tokens/response"] for row in each] for each in rows]
+    assert not any(read[0]) and all(read[1])
+
+
 # ------------------------------------------------------------------------------------- several processes
 
 

@@ -11,6 +11,7 @@ import torch
 from model_cases import QUERIES, encode, mixed_prompts, model, processor
 
 from video_opd.errors import UserError
+from video_opd.models.growing import GrowingLayer
 from video_opd.models.policy import HFPolicy
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.types import EncodedPrompt, Rollout
@@ -180,6 +181,34 @@ def test_a_prefix_serves_many_times() -> None:
     assert tokens_of(policy("plain").sample(prefix, n=3, max_new_tokens=5, seeds=SEEDS)) == tokens_of(again)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_answers_grow_in_place_and_the_prefix_stays(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the room, so it is made anew on the way; and no token copies what was there."""
+    monkeypatch.setattr("video_opd.models.growing.ROOM", 4)
+    student = policy()
+    prefix = student.prefill(mixed_prompts())
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]
+    places: list[int] = []
+    grown = GrowingLayer.update
+
+    def update(self: GrowingLayer, *args: Any, **kwargs: Any) -> Any:
+        result = grown(self, *args, **kwargs)
+        places.append(result[0].data_ptr())
+        return result
+
+    monkeypatch.setattr(GrowingLayer, "update", update)
+    seeds = [s[:n] for s in SEEDS]
+    got = student.sample(prefix, n=n, max_new_tokens=12, seeds=seeds)
+    layers = len(prefix.cache.layers)
+    mine = places[::layers]  # of the first layer, for each token
+    assert len(mine) == 11 and len(set(mine[:4])) == len(set(mine[4:8])) == 1
+    for layer, (keys, values) in zip(prefix.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    plain = policy("plain").sample(mixed_prompts(), n=n, max_new_tokens=12, seeds=seeds)
+    assert tokens_of(got) == tokens_of(plain)
+    torch.testing.assert_close(old_logprobs(got, 12), old_logprobs(plain, 12), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("seeds", [None, [[1, 2, 3]], [[1], [2], [3]]])
 def test_sampling_without_its_seeds_is_refused(seeds: Any) -> None:
     with pytest.raises(ValueError, match="3 lists of 3 integers"):
@@ -224,9 +253,9 @@ def test_the_first_ratio_is_one(temperature: float) -> None:
     assert (scores.logprobs_BT - old_logprobs(rollouts, scores.mask_BT.shape[1])).abs().max() < 1e-5
 
 
-def gradients(of: HFPolicy, responses: Any = RESPONSES) -> dict[str, torch.Tensor]:
+def gradients(of: HFPolicy, responses: Any = RESPONSES, prefix: Any = None) -> dict[str, torch.Tensor]:
     of.model.zero_grad()
-    scores = of.logprobs(mixed_prompts(), responses, grad=True)
+    scores = of.logprobs(prefix or mixed_prompts(), responses, grad=True)
     weights = torch.linspace(-1, 1, scores.logprobs_BT.numel()).view_as(scores.logprobs_BT)
     (scores.logprobs_BT * weights).sum().backward()
     return {name: p.grad.clone() for name, p in of.model.named_parameters() if p.grad is not None}
@@ -242,6 +271,29 @@ def assert_same_gradients(got: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.parametrize("responses", [RESPONSES, [[(9, 10)]] * 3, [[(9,), (8,)]] * 3])
 def test_gradients_through_the_prefix_are_the_plain_ones(responses: Any) -> None:
     assert_same_gradients(gradients(policy(), responses), gradients(policy("plain"), responses))
+
+
+@pytest.mark.parametrize("frozen", [(), ("visual",), ("language_model",)], ids=str)
+def test_one_reading_serves_sampling_and_the_update(frozen: tuple[str, ...]) -> None:
+    """With what is frozen: the tower, then even the whole transformer but the tower and the head."""
+    student, plain = policy(), policy("plain")
+    for of in (student, plain):
+        for part in frozen:
+            getattr(of.model.model, part).requires_grad_(False)
+    tower = count_forwards(student.model.model.visual)
+    prefix = student.prefill(mixed_prompts(), grad=True)
+    rollouts = student.sample(prefix, n=3, max_new_tokens=5, seeds=SEEDS)
+    responses = tokens_of(rollouts)
+    got = gradients(student, responses, prefix)
+    assert len(tower) == 1
+    assert responses == tokens_of(plain.sample(mixed_prompts(), n=3, max_new_tokens=5, seeds=SEEDS))
+    assert_same_gradients(got, gradients(plain, responses))
+
+
+def test_a_prefix_without_gradients_gives_none() -> None:
+    student = policy()
+    with pytest.raises(ValueError, match="was read without them"):
+        student.logprobs(student.prefill(mixed_prompts()), RESPONSES, grad=True)
 
 
 def test_checkpointing_says_once_that_it_reads_more(caplog: pytest.LogCaptureFixture) -> None:

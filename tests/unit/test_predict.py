@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,24 @@ def test_the_queries_of_a_video_are_in_one_batch(batch_size: int) -> None:
     for v, count in enumerate(COUNTS):
         spread = sum(any(s.video.stem == str(v) for s, _ in batch) for batch in batches)
         assert spread == -(-count // batch_size), v
+
+
+def test_rows_of_a_video_need_not_lie_together_in_the_data(tmp_path: Path) -> None:
+    """They are answered together, and the loader is given them so: a video is decoded once."""
+    out, samples = tmp_path / "p.jsonl", queries_of(COUNTS)
+    samples = sorted(samples, key=lambda sample: sample.id[::-1])
+    loader, policy = FakeLoader(), FakePolicy(seeded)
+    predict(policy, samples, loader, out, made_by=MADE_BY, settings=SAMPLED, batch_size=9)
+    runs = [video for video, _ in groupby(name[:-1] for name in loader.opened[0])]
+    assert len(runs) == len(COUNTS)
+    assert all(
+        sum(any(i.startswith(f"s{v}") and len(i) == len(f"s{v}") + 1 for i in ids) for ids in policy.read)
+        == 1
+        for v in range(len(COUNTS))
+    )
+    ordered = tmp_path / "q.jsonl"
+    predict(FakePolicy(seeded), queries_of(COUNTS), FakeLoader(), ordered, made_by=MADE_BY, settings=SAMPLED)
+    assert {row["id"]: row for row in rows_of(out)} == {row["id"]: row for row in rows_of(ordered)}
 
 
 # --- fingerprints

@@ -209,7 +209,7 @@ def test_a_part_of_a_prefix_answers_for_its_prompts() -> None:
 
 def test_a_prefix_is_of_one_model_and_has_no_gradients() -> None:
     prefix = policy().prefill(prompts_of("pair"))
-    with pytest.raises(ValueError, match="give the prompts"):
+    with pytest.raises(ValueError, match="read without them"):
         policy().logprobs(prefix, [[(9,)], [(9,)]], grad=True)
     with pytest.raises(AssertionError, match="another model"):
         policy().logprobs(prefix, [[(9,)], [(9,)]])

@@ -17,6 +17,7 @@ from video_opd.progress import is_first_process, log, track
 if TYPE_CHECKING:
     from video_opd.evaluation.opened import Access, OpenModel
     from video_opd.evaluation.predict import AnswerSettings, PredictResult
+    from video_opd.evaluation.processes import Processes
     from video_opd.types import Sample
 
 
@@ -81,11 +82,16 @@ def rounds(arguments: argparse.Namespace) -> None:
 def predict(arguments: argparse.Namespace) -> None:
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.opened import open_model, read_access
+    from video_opd.evaluation.processes import Processes
 
     samples = read_samples(arguments.data, arguments.video_root)
     access = read_access(arguments.model, arguments.overrides, arguments.protocol)
     settings = answer_settings(arguments, access)
-    result = run_predict(arguments, open_model(access, arguments.device), samples, arguments.out, settings)
+    processes = Processes.of_environment()
+    model = open_model(access, arguments.device)
+    result = run_predict(arguments, model, samples, arguments.out, settings, processes)
+    if not is_first_process():
+        return
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
     else:
@@ -114,7 +120,12 @@ def answer_settings(arguments: argparse.Namespace, access: Access) -> AnswerSett
 
 
 def run_predict(
-    arguments: argparse.Namespace, model: OpenModel, samples: list[Sample], out: str, settings: AnswerSettings
+    arguments: argparse.Namespace,
+    model: OpenModel,
+    samples: list[Sample],
+    out: str,
+    settings: AnswerSettings,
+    processes: Processes | None = None,
 ) -> PredictResult:
     from video_opd.evaluation.predict import predict as run
 
@@ -127,6 +138,7 @@ def run_predict(
         settings=settings,
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,
+        processes=processes,
     )
 
 
@@ -135,6 +147,7 @@ def score(arguments: argparse.Namespace) -> None:
     from video_opd.curriculum.pool import score_pool
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.processes import Processes
 
     samples = read_samples(data, arguments.video_root or video_root)
     settings = ScoreSettings(
@@ -156,7 +169,10 @@ def score(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         teacher_from=arguments.teacher_from,
         overwrite=arguments.overwrite,
+        processes=Processes.of_environment(),
     )
+    if not is_first_process():
+        return
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
     else:

@@ -17,6 +17,7 @@ from video_opd.models.loading import check_same_tokens
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
+    from video_opd.evaluation.processes import Processes
     from video_opd.models.protocols import Policy
 
 
@@ -43,13 +44,15 @@ def score_pool(
     teacher_from: str | Path | None = None,
     overwrite: bool = False,
     repeatable: bool = False,
+    processes: Processes | None = None,
 ) -> ScoreResult:
     """Opens the models and scores ``samples`` (:func:`~video_opd.curriculum.scores.score`).
 
     With ``teacher_from`` the teacher is loaded only if it is asked. ``repeatable``: an output that was killed
-    ends with the same bytes as one that was not. Raises :class:`UserError` for models that do not share their
-    tokens.
+    ends with the same bytes as one that was not; for one process. Of several ``processes`` each scores whole
+    videos. Raises :class:`UserError` for models that do not share their tokens.
     """
+    assert not (repeatable and processes is not None and processes.count > 1), "windows are of one output"
     opened = open_model(student, device, cache_dir)
     other = None if teacher is None else Opening(lambda: _open_teacher(teacher, opened, device))
     if other is not None and teacher_from is None:
@@ -72,6 +75,7 @@ def score_pool(
             batch_size=batch_size,
             teacher_from=teacher_from,
             overwrite=overwrite,
+            processes=processes,
         )
 
 

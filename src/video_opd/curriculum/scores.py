@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader, length_batches
+from video_opd.evaluation.output import Output
 from video_opd.evaluation.predict import AnswerSettings, answer, unanswered
-from video_opd.evaluation.resume import open_output, read_note
-from video_opd.jsonl import append_jsonl, read_jsonl
+from video_opd.evaluation.processes import Processes
+from video_opd.evaluation.resume import read_note
+from video_opd.jsonl import read_jsonl
 from video_opd.progress import log, task
 from video_opd.temporal import best_iou, parse_answer
 from video_opd.types import Rollout, Sample
@@ -67,8 +69,9 @@ class ScoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreResult:
-    """Rows of the data file: ``kept`` from before, ``scored`` now, ``failed`` because of their video,
-    ``unannotated`` and left out; ``reused`` of the scored ones had the teacher's part from another file."""
+    """Rows of the data file, of all processes together: ``kept`` from before, ``scored`` now, ``failed``
+    because of their video, ``unannotated`` and left out; ``reused`` of the scored ones had the teacher's part
+    from another file."""
 
     kept: int
     scored: int
@@ -89,14 +92,16 @@ def score(
     batch_size: int = 8,
     teacher_from: str | Path | None = None,
     overwrite: bool = False,
+    processes: Processes | None = None,
 ) -> ScoreResult:
     """Appends a row of the scores file for every sample that has none.
 
     Without a ``teacher`` only the student answers, which is all that GRPO's choice by difficulty needs (D.1).
     ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, and ``"input"``: prompt and video
     budget. ``teacher_from`` is an earlier scores file: the teacher's part of its rows is taken over if the
-    same teacher made them from the same input and settings. Raises :class:`UserError` where it is not, and
-    where ``out`` holds rows that something else made.
+    same teacher made them from the same input and settings. Of several ``processes`` each scores whole
+    videos. Raises :class:`UserError` where another teacher made them, and where ``out`` holds rows that
+    something else made.
     """
     settings = settings or ScoreSettings()
     if teacher is None and (settings.reverse_kl or teacher_from is not None):
@@ -108,28 +113,26 @@ def score(
         "student_answers": asdict(settings.student),
         "reverse_kl": settings.reverse_kl,
     }
-    rows = open_output(out, note, overwrite=overwrite)
+    output = Output(out, note, overwrite=overwrite, processes=processes)
     wanted = [sample for sample in samples if sample.spans or settings.reverse_kl]
-    todo = unanswered(wanted, rows, out)
+    todo = unanswered(wanted, output.rows, out)
     known = {} if teacher_from is None else _teacher_rows(teacher_from, note, todo)
     kept = len(wanted) - len(todo)
     reuse = f", the teacher's part of {len(known)} is reused" if known else ""
     log(f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score{reuse}")
-    scored = reused = 0
-    with task("scoring", len(todo)) as bar:
-        for batch in length_batches(make_loader(todo) if todo else (), batch_size):
-            append_jsonl(out, _score_batch(student, teacher, batch, settings, known))
-            scored += len(batch)
-            reused += sum(sample.id in known for sample, _ in batch)
+    mine = output.processes.share(todo)
+    with task("scoring", len(mine)) as bar:
+        for batch in length_batches(make_loader(mine) if mine else (), batch_size):
+            output.append(_score_batch(student, teacher, batch, settings, known))
             bar.advance(len(batch))
-    if not todo:
-        append_jsonl(out, [])  # no rows is a file, too
+    output.finish(samples)
+    scored = [sample for sample in todo if sample.id in output.ids]
     return ScoreResult(
         kept=kept,
-        scored=scored,
-        failed=len(todo) - scored,
+        scored=len(scored),
+        failed=len(todo) - len(scored),
         unannotated=len(samples) - len(wanted),
-        reused=reused,
+        reused=sum(sample.id in known for sample in scored),
     )
 
 

@@ -21,12 +21,12 @@ WINDOW_BATCHES = 4  # batches that are looked at together
 WINDOW_TOKENS = 65_536
 
 
-def by_video(samples: Iterable[Sample]) -> list[Sample]:
-    """The rows of a video one after another, videos in the order of their first rows."""
+def by_video(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """The rows of each video, videos in the order of their first rows."""
     rows_of: dict[str, list[Sample]] = {}
     for sample in samples:
         rows_of.setdefault(str(sample.video), []).append(sample)
-    return [sample for rows in rows_of.values() for sample in rows]
+    return list(rows_of.values())
 
 
 def length_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:

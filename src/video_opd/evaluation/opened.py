@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -128,7 +129,10 @@ class Loading(contextlib.AbstractContextManager["Loading"]):
 
 
 def open_model(access: Access, device: str | None = None, cache_dir: str | Path | None = None) -> OpenModel:
-    """Loads the checkpoint ``access.model.path``. Raises UserError when it is not one."""
+    """Loads the checkpoint ``access.model.path``: on ``device``, else on this process's GPU, else on the CPU.
+
+    Raises UserError when it is not one.
+    """
     import torch
 
     from video_opd.data.encode import PromptEncoder
@@ -136,7 +140,8 @@ def open_model(access: Access, device: str | None = None, cache_dir: str | Path 
     from video_opd.models.policy import HFPolicy
 
     path = access.model.path
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    chosen = device or (gpu if torch.cuda.is_available() else "cpu")
     model, processor = load_model(path, dtype=access.model.dtype, device=chosen, attn=access.model.attn)
     return OpenModel(
         access=access,

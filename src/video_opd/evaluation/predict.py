@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import MakeLoader, length_batches
-from video_opd.evaluation.resume import open_output
-from video_opd.jsonl import append_jsonl
+from video_opd.evaluation.output import Output
+from video_opd.evaluation.processes import Processes
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
 from video_opd.temporal import parse_answer
@@ -45,7 +45,8 @@ class AnswerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictResult:
-    """Rows of the data file: ``kept`` from before, ``answered`` now, ``failed`` because of their video."""
+    """Rows of the data file, of all processes together: ``kept`` from before, ``answered`` now, ``failed``
+    because of their video."""
 
     kept: int
     answered: int
@@ -86,35 +87,31 @@ def predict(
     settings: AnswerSettings | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
+    processes: Processes | None = None,
 ) -> PredictResult:
     """Appends a row ``{"id", "query", "responses", "spans", "rules", "truncated"}`` for every sample.
 
     ``made_by`` says what else the answers depend on: the model's fingerprint, prompt, video budget. Rows
     that the same model and settings made before are kept. A sample whose video fails gets no row: it counts
-    as missing, and is tried again next time. Raises :class:`UserError` where ``out`` holds other rows.
+    as missing, and is tried again next time. Of several ``processes`` each answers whole videos.
+    Raises :class:`UserError` where ``out`` holds other rows.
     """
     settings = settings or AnswerSettings()
-    rows = open_output(out, {**made_by, "answers": asdict(settings)}, overwrite=overwrite)
-    todo = unanswered(samples, rows, out)
+    made_by = {**made_by, "answers": asdict(settings)}
+    output = Output(out, made_by, overwrite=overwrite, processes=processes)
+    todo = unanswered(samples, output.rows, out)
     kept = len(samples) - len(todo)
     if kept:
         log(f"{out}: {kept} of {len(samples)} rows are there, {len(todo)} to do")
-    answered = 0
-    if todo:
-        with task("answering", len(todo)) as bar:
-            for batch in length_batches(make_loader(todo), batch_size):
-                rollouts = answer(policy, [prompt for _, prompt in batch], settings, "predict")
-                append_jsonl(
-                    out,
-                    [
-                        _row(sample, group, settings)
-                        for (sample, _), group in zip(batch, rollouts, strict=True)
-                    ],
-                )
-                answered += len(batch)
-                bar.advance(len(batch))
-    else:
-        append_jsonl(out, [])  # no rows is a file, too
+    mine = output.processes.share(todo)
+    with task("answering", len(mine)) as bar:
+        for batch in length_batches(make_loader(mine) if mine else (), batch_size):
+            rollouts = answer(policy, [prompt for _, prompt in batch], settings, "predict")
+            rows = [_row(sample, group, settings) for (sample, _), group in zip(batch, rollouts, strict=True)]
+            output.append(rows)
+            bar.advance(len(batch))
+    output.finish(samples)
+    answered = sum(sample.id in output.ids for sample in todo)
     return PredictResult(kept=kept, answered=answered, failed=len(todo) - answered)
 
 

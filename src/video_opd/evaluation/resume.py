@@ -1,12 +1,14 @@
 """Outputs of models that are continued after a kill: rows appended as they are finished, beside a note of
-what made them (``OUT.meta.json``), so that answers of two models never end up in one file. No torch.
+what made them (``OUT.meta.json``), so that answers of two models never end up in one file. Of several
+processes each appends to a part (``OUT.part-0``, …) until they are merged. No torch.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,20 @@ def meta_path(out: str | Path) -> Path:
     return Path(f"{out}.meta.json")
 
 
+def part_path(out: str | Path, rank: int) -> Path:
+    """Where process ``rank`` of several appends its rows: ``p.jsonl`` → ``p.jsonl.part-1``."""
+    return Path(f"{out}.part-{rank}")
+
+
+def part_paths(out: str | Path) -> list[Path]:
+    """The parts of ``out`` that are there."""
+    return [Path(path) for path in sorted(glob.glob(f"{glob.escape(str(out))}.part-*"))]
+
+
 def open_output(
     out: str | Path, made_by: Mapping[str, Any], *, overwrite: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """The rows that ``out`` already holds, by id; a new output gets its note.
+    """The rows that ``out`` already holds, by id, parts of a killed run included; a new one gets its note.
 
     ``made_by`` is a tree of plain values, everything that the rows depend on. Raises :class:`UserError`
     where the rows there were made by something else, or nobody knows by what. ``overwrite`` removes them.
@@ -85,14 +97,9 @@ def open_output(
     if overwrite:
         out.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
-    repair_jsonl(out)
-    rows: dict[str, dict[str, Any]] = {}
-    for number, row in read_jsonl(out) if out.exists() else ():
-        if not isinstance(row.get("id"), str):
-            raise UserError(
-                f'{out}:{number}: a row without "id": this is another kind of file, choose another --out'
-            )
-        rows[row["id"]] = row
+        for part in part_paths(out):
+            part.unlink()
+    rows = _all_rows(out)
     made_by = json.loads(json.dumps(made_by))
     if rows and not note.exists():
         raise UserError(
@@ -102,6 +109,40 @@ def open_output(
         _check_same(out, read_note(out), made_by)
     else:
         write_jsonl(note, [made_by])
+    if part_paths(out):
+        merge_parts(out, list(rows))
+    return rows
+
+
+def merge_parts(out: str | Path, order: Sequence[str]) -> None:
+    """Writes ``out`` anew, with its rows and those of its parts: first the ids of ``order``, then the others.
+
+    At once or not at all. A kill before the parts are removed costs nothing: their rows are then in both.
+    """
+    parts, rows = part_paths(out), _all_rows(out)
+    first = dict.fromkeys(name for name in order if name in rows)
+    write_jsonl(out, [rows[name] for name in first | dict.fromkeys(rows)])
+    for part in parts:
+        part.unlink()
+
+
+def read_rows(out: str | Path) -> dict[str, dict[str, Any]]:
+    """The rows of ``out`` by id, none where it is not there. Raises :class:`UserError` for one without id."""
+    rows: dict[str, dict[str, Any]] = {}
+    for number, row in read_jsonl(out) if Path(out).exists() else ():
+        if not isinstance(row.get("id"), str):
+            raise UserError(
+                f'{out}:{number}: a row without "id": this is another kind of file, choose another --out'
+            )
+        rows[row["id"]] = row
+    return rows
+
+
+def _all_rows(out: str | Path) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for path in [Path(out), *part_paths(out)]:
+        repair_jsonl(path)
+        rows |= read_rows(path)
     return rows
 
 

@@ -81,7 +81,12 @@ class HFPolicy:
     # ------------------------------------------------------------------------------------------ the border
 
     def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Prefix:
-        """Read the prompts: a video, and what its prompts begin with, once; the rest once a prompt."""
+        """Read the prompts: a video, and what its prompts begin with, once; the rest once a prompt.
+
+        With ``grad`` the reading is recorded: it serves :meth:`sample`, and then :meth:`logprobs` with
+        ``grad``, which is differentiated through it. It holds the memory of its forward until then. It is
+        not called through ``forward_module``: DDP watches the parameters, and wants one call a backward.
+        """
         with self._state(grad):
             return self._prefill(self._batch(prompts), prompts)
 
@@ -133,15 +138,15 @@ class HFPolicy:
         ``full`` adds ``full_BTV``, in which tokens that cannot be written hold a large negative number (not
         -inf). ``temperature`` must be the one that was sampled at; top-p and top-k have no counterpart here,
         because the ratio of an update to a filtered distribution is not defined outside the filter.
-        With ``grad``, gradients flow through the prompt too, once, and through ``forward_module``; so they
-        need the prompts, where without ``grad`` a prefix of this policy serves as well.
+        With ``grad``, gradients flow through the prompt too, once, and through ``forward_module``; a prefix
+        that is given must then have been read with ``grad``. Its graph is used up by the first backward.
 
         Raises :class:`UserError` for a response with a token that no policy can write.
         """
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; log-probabilities need more than 0")
-        if grad and isinstance(prompts, Prefix):
-            raise ValueError("gradients go through the reading of prompts: give the prompts, not a prefix")
+        if grad and isinstance(prompts, Prefix) and not prompts.grad:
+            raise ValueError("gradients go through the reading of prompts: this prefix was read without them")
         assert len(prompts) == len(responses) and all(responses), "one or several responses for each prompt"
         self._check_writable(_prompts_of(prompts), responses)
         repeats = [len(group) for group in responses]
@@ -194,6 +199,7 @@ class HFPolicy:
             attention_mask_BP=mask_BP,
             next_position_B=batch.next_position_B,
             last_hidden_BD=last_hidden_BD,
+            grad=torch.is_grad_enabled(),
         )
 
     def _read(self, batch: PromptBatch, mask_BL: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -350,10 +356,13 @@ class _Decoder:
 
 
 class _PrefixDecoder(_Decoder):
-    """One token at a time on top of the cache."""
+    """One token at a time on top of the cache, which is the decoder's own."""
 
     def __init__(self, policy: HFPolicy, prefix: Prefix) -> None:
+        from video_opd.models.growing import grow_in_place
+
         self.policy, self.prefix = policy, prefix
+        grow_in_place(prefix.cache)
         self.mask_BL, self.done = prefix.attention_mask_BP, 0
 
     def first(self) -> torch.Tensor:

@@ -28,7 +28,8 @@ class Prefix:
     not (:mod:`video_opd.models.sharing`). Only the mask knows: positions are those of the prompt alone.
 
     Sampling and scoring leave it as it is, so one prefix serves any number of both, as long as the weights
-    are those that read it.
+    are those that read it. ``grad``: the reading was recorded, and one update can be differentiated through
+    it.
     """
 
     read_by: nn.Module
@@ -37,6 +38,7 @@ class Prefix:
     attention_mask_BP: torch.Tensor
     next_position_B: torch.Tensor  # rotary position of the first response token
     last_hidden_BD: torch.Tensor  # predicts the first response token
+    grad: bool
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -62,6 +64,7 @@ class Prefix:
             attention_mask_BP=self.attention_mask_BP[index],
             next_position_B=self.next_position_B[index],
             last_hidden_BD=self.last_hidden_BD[index],
+            grad=self.grad,
         )
 
 

@@ -16,11 +16,11 @@ Responses = Sequence[Sequence[Sequence[int]]]
 class Policy(Protocol):
     """A model that writes answers, and knows how likely each of its tokens was."""
 
-    def prefill(self, prompts: Sequence[EncodedPrompt]) -> Any:
+    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Any:
         """Read the prompts once, for :meth:`sample` and :meth:`logprobs` to be given in their place.
 
         The result can be used any number of times while the weights stay; ``.taken(rows)`` is the part of it
-        for some of the prompts.
+        for some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow.
         """
         ...
 
@@ -47,7 +47,7 @@ class Policy(Protocol):
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Log-probabilities of given responses; with ``grad``, to the prompts themselves only."""
+        """Log-probabilities of given responses; ``grad`` takes prompts, or a prefix read with ``grad``."""
         ...
 
 

@@ -146,7 +146,13 @@ class Run:
             "update/done": int(result.updated),
             "weights/changed": as_held,
             "weights/changed_bf16": as_bf16,
-            **token_counts(records, self.recipe.model.engine == "prefix", self.parts.method.needs),
+            **token_counts(
+                records,
+                self.recipe.model.engine == "prefix",
+                self.parts.method.needs,
+                continues_prefill=self.stepper.samples_while_updating
+                and step % self.plan.updates_per_batch == 0,
+            ),
             **self.watch.take(STAGES),
             "time/step_s": seconds,
         }

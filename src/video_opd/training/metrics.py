@@ -137,8 +137,15 @@ def _policy(records: Sequence[RolloutRecord], clip: tuple[float, float] | None) 
     }
 
 
-def token_counts(records: Sequence[RolloutRecord], reads_prompts_once: bool, needs: Needs) -> dict[str, int]:
-    """Tokens that each stage put through a model. A plain engine reads a prompt again for each rollout."""
+def token_counts(
+    records: Sequence[RolloutRecord],
+    reads_prompts_once: bool,
+    needs: Needs,
+    *,
+    continues_prefill: bool = False,
+) -> dict[str, int]:
+    """Tokens that each stage put through a model. A plain engine reads a prompt again for each rollout;
+    an update that continues the prefill of sampling does not read it at all."""
     once = {record.position: record for record in records}.values()
     prompt = sum(record.prompt_tokens for record in once)
     response = sum(len(record.token_ids) for record in records)
@@ -151,7 +158,7 @@ def token_counts(records: Sequence[RolloutRecord], reads_prompts_once: bool, nee
         "tokens/sample": response if needs.sampling else 0,
         "tokens/teacher": read + response if needs.teacher else 0,
         "tokens/reference": read + response if needs.reference else 0,
-        "tokens/update": read + response,
+        "tokens/update": response if continues_prefill else read + response,
     }
 
 

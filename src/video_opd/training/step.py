@@ -1,6 +1,8 @@
 """Optimiser steps: sample and score once, then update once or several times.
 
-Everything that differs between methods is in the method.
+Everything that differs between methods is in the method. With the ``prefix`` engine the reading of a prompt
+that its answers are sampled from is recorded, and is the forward of the first update too: a micro-batch is
+then read, sampled, scored and differentiated before the next one, so that one graph is held at a time.
 
 Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, ``V`` vocabulary.
 """
@@ -11,7 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,17 +50,18 @@ class _Piece:
     """A micro-batch. What is constant over the updates on it is filled in by the first of them."""
 
     rows: Sequence[Row]
-    groups: Sequence[Sequence[Rollout]]
+    groups: Sequence[Sequence[Rollout]] = ()
     batch: Trajectories | None = None
     signal: Signal | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Prepared:
-    """A batch whose trajectories are there: what one or several updates are made from."""
+    """A batch: what one or several updates are made from."""
 
     pieces: Sequence[_Piece]
-    divisor: float | None  # None: no video of the whole batch could be decoded
+    planned: int  # prompts of the global batch
+    divisor: float | None = None  # of the loss; None before all trajectories are there
 
 
 class Stepper:
@@ -72,74 +75,101 @@ class Stepper:
         )
         # Scored as it was sampled; the teacher's own distribution is never sharpened.
         self.temperature = recipe.sampling.temperature if self.needs.sampling else 1.0
+        self.reads_once = self.needs.sampling and recipe.model.engine == "prefix"
+
+    @property
+    def samples_while_updating(self) -> bool:
+        """Whether the first update on a batch samples it: a prompt is read once for both."""
+        model, sampling = self.recipe.model, self.recipe.sampling
+        return self.reads_once and not model.gradient_checkpointing and sampling.micro_batch_size is None
 
     def prepare(self, step: int, planned: int, rows: Sequence[Row]) -> Prepared:
-        """The trajectories of this process's ``rows`` of a global batch of ``planned`` prompts.
+        """This process's ``rows`` of a global batch of ``planned`` prompts, in micro-batches, and their
+        trajectories, unless the first update makes them.
 
         ``step`` (from 0) is the first optimiser step that will be made on them.
         """
-        from accelerate.utils import gather_object
-
         # Prompts of like length together: a micro-batch is padded to its longest, and the cut is free.
         rows = sorted(rows, key=lambda row: row.prompt.length)
-        rollouts = self.sample(step, rows)
-        lengths = gather_object([len(r.token_ids) for group in rollouts.values() for r in group])
-        pieces = micro_batches(
-            rows, planned, self.accelerator.num_processes, self.recipe.optim.micro_batch_size
-        )
-        return Prepared(
-            pieces=[_Piece(rows=piece, groups=[rollouts[row.position] for row in piece]) for piece in pieces],
-            divisor=divisor(lengths, self.recipe.loss.reduction) if lengths else None,
-        )
+        size, processes = self.recipe.optim.micro_batch_size, self.accelerator.num_processes
+        pieces = [_Piece(rows=piece) for piece in micro_batches(rows, planned, processes, size)]
+        prepared = Prepared(pieces=pieces, planned=planned)
+        if not self.samples_while_updating:
+            rollouts = self.sample(step, rows)
+            for piece in pieces:
+                piece.groups = [rollouts[row.position] for row in piece.rows]
+            prepared.divisor = self._divisor(pieces)
+        return prepared
 
     def update(self, step: int, prepared: Prepared) -> StepResult:
         """One optimiser step."""
-        if prepared.divisor is None:  # there is nothing to learn from
-            return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
+        samples = prepared.divisor is None
+        # Until the answers are there, what the divisor will most likely be: their number.
+        assumed = prepared.divisor or float(prepared.planned * self.recipe.sampling.rollouts)
         records: list[RolloutRecord] = []
         loss = 0.0
-        for i, piece in enumerate(prepared.pieces):
+        for i, piece in enumerate(prepared.pieces if prepared.divisor != 0 else ()):
             last = i + 1 == len(prepared.pieces)
             # Gradients are added up locally and exchanged once, by the backward of the last piece.
             with self.accelerator.no_sync(self.parts.forward_module) if not last else nullcontext():
                 if piece.rows:
-                    part, new = self._update(piece, prepared.divisor)
+                    part, new = self._update(piece, assumed, step if samples else None)
                     records += new
                     loss += part
                 else:
                     self._update_nothing()
+        if samples:
+            prepared.divisor = self._divisor(prepared.pieces)
+        if not prepared.divisor:  # no video of the whole batch could be decoded
+            self.parts.optimizer.zero_grad(set_to_none=True)
+            return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
+        if assumed != prepared.divisor:
+            self._scale_gradients(assumed / prepared.divisor)
         grad_norm, updated = self._apply(step)
-        return StepResult(records=records, loss=loss, grad_norm=grad_norm, updated=updated)
+        return StepResult(
+            records=records, loss=loss * assumed / prepared.divisor, grad_norm=grad_norm, updated=updated
+        )
 
     def sample(self, step: int, rows: Sequence[Row]) -> dict[int, list[Rollout]]:
-        """The rollouts of each row, by its position. Draws depend on (seed, step, sample id, index) alone."""
-        recipe, parts = self.recipe, self.parts
-        size = recipe.sampling.micro_batch_size or recipe.optim.micro_batch_size
+        """The rollouts of each row, by its position."""
+        size = self.recipe.sampling.micro_batch_size or self.recipe.optim.micro_batch_size
         rollouts: dict[int, list[Rollout]] = {}
         for i in range(0, len(rows), size):
             piece = rows[i : i + size]
             prompts = [row.prompt for row in piece]
-            seeds = [
-                [
-                    derive_seed(recipe.run.seed, "rollout", step, row.sample.id, g)
-                    for g in range(recipe.sampling.rollouts)
-                ]
-                for row in piece
-            ]
-            once = self.needs.sampling and recipe.model.engine == "prefix"
             with self.watch.stage("prefill"):
-                prefix = parts.policy.prefill(prompts) if once else prompts
-            with self.watch.stage("sample"):
-                groups = parts.method.trajectories(parts.policy, prefix, [row.sample for row in piece], seeds)
-            for row, group in zip(piece, groups, strict=True):
+                prefix = self.parts.policy.prefill(prompts) if self.reads_once else prompts
+            for row, group in zip(piece, self._trajectories(step, piece, prefix), strict=True):
                 rollouts[row.position] = group
         return rollouts
 
-    def _update(self, piece: _Piece, divisor: float) -> tuple[float, list[RolloutRecord]]:
+    def _trajectories(self, step: int, rows: Sequence[Row], prefix: Any) -> list[list[Rollout]]:
+        """The rollouts of each row. Draws depend on (seed, step, sample id, index) alone."""
+        seed, count = self.recipe.run.seed, self.recipe.sampling.rollouts
+        seeds = [[derive_seed(seed, "rollout", step, row.sample.id, g) for g in range(count)] for row in rows]
+        samples = [row.sample for row in rows]
+        with self.watch.stage("sample"):
+            return self.parts.method.trajectories(self.parts.policy, prefix, samples, seeds)
+
+    def _divisor(self, pieces: Sequence[_Piece]) -> float:
+        """Of the loss, from the lengths of all answers of all processes; 0 if there are none."""
+        from accelerate.utils import gather_object
+
+        lengths = gather_object([len(r.token_ids) for p in pieces for group in p.groups for r in group])
+        return divisor(lengths, self.recipe.loss.reduction)
+
+    def _update(
+        self, piece: _Piece, divisor: float, sample_at: int | None
+    ) -> tuple[float, list[RolloutRecord]]:
         """Student, loss and backward of one micro-batch, and before the first of its updates everything that
-        stays: (its part of the loss, its records)."""
+        stays: (its part of the loss, its records). It is sampled first with ``sample_at``, this step."""
         parts, recipe = self.parts, self.recipe
         prompts = [row.prompt for row in piece.rows]
+        prefix: Any = prompts
+        if sample_at is not None:
+            with self.watch.stage("prefill"):
+                prefix = parts.policy.prefill(prompts, grad=True)
+            piece.groups = self._trajectories(sample_at, piece.rows, prefix)
         responses = [[rollout.token_ids for rollout in group] for group in piece.groups]
         teacher = reference = None
         if piece.batch is None:
@@ -149,7 +179,7 @@ class Stepper:
                 reference = self._score(parts.reference, prompts, responses) if self.needs.reference else None
         with self.watch.stage("update"):
             student = parts.policy.logprobs(
-                prompts, responses, grad=True, full=self.full, temperature=self.temperature
+                prefix, responses, grad=True, full=self.full, temperature=self.temperature
             )
             if piece.batch is None:
                 limit = recipe.loss.max_importance_weight
@@ -197,6 +227,11 @@ class Stepper:
             if parts.forward_module is parts.model:
                 return  # one process: nobody waits for it
             self.accelerator.backward(call_through(parts.forward_module, parts.model, zero))
+
+    def _scale_gradients(self, factor: float) -> None:
+        for parameter in self.parts.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def _apply(self, step: int) -> tuple[float, bool]:
         """Clips and steps: (global gradient norm before clipping, whether the weights were touched)."""

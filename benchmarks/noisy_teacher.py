@@ -1,0 +1,228 @@
+"""What a teacher's systematic error does to the student, with TRPV's gate and without it.
+
+    python benchmarks/noisy_teacher.py --out runs/noisy-teacher --seeds 0 1 2
+
+The teacher is the shipped one, fine-tuned (``video-opd train``, method sft) until it answers queries of one
+event family with the wrong span and all others as before: the span after the event, of the event's length, or
+the one before it where there is no room. Students are then trained by Video-OPD under that teacher on rows
+that ``video-opd select`` chose with and without the gate, at random and by the reverse KL, which asks for
+rows where teacher and student differ. For that family and for the rest: mIoU with the truth, and with what
+the teacher was taught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import BASE, TEACHER, machine, run_all, train_command, video_opd, write_result
+
+from video_opd.data.annotations import read_samples, write_rows
+from video_opd.evaluation.metrics import evaluate
+from video_opd.evaluation.predictions import read_predictions
+from video_opd.jsonl import read_jsonl
+from video_opd.types import Sample
+from video_opd.world.demo import shipped
+from video_opd.world.make import make_world
+from video_opd.world.measure import make_test_sets
+
+LESSON_SEED, POOL_SEED = 800, 700  # + the run's seed, for the pool
+GATE = ["--min-teacher-iou", "0.5"]
+NO_GATE = ["--min-teacher-iou", "0"]
+# What each arm gives ``video-opd select``.
+ARMS: dict[str, list[str]] = {
+    "random, gate": ["--strategy", "random", *GATE],
+    "random, no gate": ["--strategy", "random", *NO_GATE],
+    "reverse KL, gate": ["--strategy", "topk", "--rank-by", "reverse_kl", *GATE],
+    "reverse KL, no gate": ["--strategy", "topk", "--rank-by", "reverse_kl", *NO_GATE],
+}
+
+
+def main() -> None:
+    arguments = parse()
+    out, family = Path(arguments.out), arguments.family
+    tests = make_test_sets(out / "test")
+    teacher = noisy_teacher(out, family, arguments)
+    pools = {
+        seed: make_world(out / f"pool-{seed}", videos={"train": arguments.videos}, seed=POOL_SEED + seed)[
+            "train"
+        ]
+        for seed in arguments.seeds
+    }
+    models = ["--student", shipped(BASE), "--teacher", teacher, "--reverse-kl"]
+    run_all(
+        [
+            video_opd(
+                "score", *models, "--data", pool, "--out", out / f"scores-{seed}.jsonl",
+                "--seed", seed, "--max-new-tokens", 16, "--batch-size", 32,
+            )
+            for seed, pool in pools.items()
+        ],
+        arguments.jobs,
+    )  # fmt: skip
+    trainings, chosen_share = [], {}
+    for seed, pool in pools.items():
+        for number, (arm, words) in enumerate(ARMS.items()):
+            chosen = out / f"selected-{number}-{seed}.jsonl"
+            files = ["--data", pool, "--scores", out / f"scores-{seed}.jsonl", "--out", chosen]
+            select = video_opd("select", *files, "--k", arguments.k, *words)
+            subprocess.run(select, check=True, capture_output=True)
+            sources = [row["source"] for _, row in read_jsonl(chosen)]
+            chosen_share[f"{arm}, seed {seed}"] = sources.count(family) / len(sources)
+            trainings.append(
+                train_command(
+                    "video-opd",
+                    data=chosen,
+                    tests=tests,
+                    out=out / f"student-{number}-{seed}",
+                    clips=out / "clips",
+                    seed=seed,
+                    steps=arguments.steps,
+                    changes={"teacher.path": teacher},
+                )
+            )
+    evaluations = [
+        (name, model, data)
+        for name, model in (
+            ("base", shipped(BASE)),
+            ("clean teacher", shipped(TEACHER)),
+            ("teacher", teacher),
+        )
+        for data in tests.values()
+    ]
+    answers = {name: out / "answers" / name for name, _, _ in evaluations}
+    run_all(
+        trainings
+        + [
+            video_opd(
+                "predict", model, data, "--out", answers[name] / f"student-{data.stem}.jsonl",
+                "--max-new-tokens", 16, "--batch-size", 32,
+            )
+            for name, model, data in evaluations
+        ],
+        arguments.jobs,
+    )  # fmt: skip
+    rows = {name: [judged(folder, tests, family)] for name, folder in answers.items()}
+    for number, arm in enumerate(ARMS):
+        rows[arm] = [
+            judged(out / f"student-{number}-{seed}" / "eval", tests, family) for seed in arguments.seeds
+        ]
+    wrong = {seed: teacher_errors(out / f"scores-{seed}.jsonl", pool, family) for seed, pool in pools.items()}
+    print(table(rows, family))
+    record = {"command": sys.argv, "machine": machine(), "settings": vars(arguments), "scores": rows}
+    write_result(
+        "noisy_teacher", {**record, "share_of_family_chosen": chosen_share, "teacher_on_pool": wrong}
+    )
+
+
+def noisy_teacher(out: Path, family: str, arguments: argparse.Namespace) -> Path:
+    """The shipped teacher after lessons in which spans of ``family`` are shifted."""
+    data = make_world(out / "lessons", videos={"train": arguments.lessons}, seed=LESSON_SEED)["train"]
+    rows = [taught(sample, family) for sample in read_samples(data)]
+    shifted = data.with_name("shifted.jsonl")
+    write_rows(shifted, rows)
+    run = out / "noisy-teacher"
+    lesson = train_command(
+        "sft",
+        data=shifted,
+        tests={},
+        out=run,
+        clips=out / "clips",
+        seed=0,
+        steps=arguments.lesson_steps,
+        changes={"model.path": shipped(TEACHER), "optim.lr": arguments.lesson_lr},
+    )
+    run_all([lesson], 1)
+    return run / "model"
+
+
+def taught(sample: Sample, family: str) -> Sample:
+    """``sample`` with the span that the teacher is to believe in."""
+    if sample.source != family:
+        return sample
+    return replace(sample, spans=tuple(shift(span, sample.duration_s) for span in sample.spans))
+
+
+def shift(span: tuple[float, float], duration_s: float) -> tuple[float, float]:
+    """The span after it, of its length; the one before it where there is no room; disjoint from it."""
+    start_s, end_s = span
+    length = end_s - start_s
+    if end_s + length <= duration_s:
+        return end_s, end_s + length
+    return max(0.0, start_s - length), start_s
+
+
+def judged(folder: Path, tests: dict[str, Path], family: str) -> dict[str, float]:
+    """mIoU over all test sets: of the family with the truth and with the lesson, of the others."""
+    truth: list[Sample] = []
+    answers: dict[str, Any] = {}
+    for data in tests.values():
+        truth += read_samples(data)
+        answers |= read_predictions(folder / f"student-{data.stem}.jsonl")
+    mine = [sample for sample in truth if sample.source == family]
+    others = [sample for sample in truth if sample.source != family]
+    lesson = [taught(sample, family) for sample in mine]
+    return {
+        "n": len(mine),
+        "family": evaluate(mine, answers).miou,
+        "family_as_taught": evaluate(lesson, answers).miou,
+        "others": evaluate(others, answers).miou,
+    }
+
+
+def teacher_errors(scores: Path, pool: Path, family: str) -> dict[str, float]:
+    """Share of the candidates that belong to the family, and how many pass the gate, inside and outside."""
+    source = {row["id"]: row["source"] for _, row in read_jsonl(pool)}
+    passed: dict[bool, list[bool]] = {True: [], False: []}
+    for _, row in read_jsonl(scores):
+        passed[source[row["id"]] == family].append(row["teacher_iou"] >= 0.5)
+    return {
+        "share": len(passed[True]) / len(source),
+        "passed_family": statistics.fmean(passed[True]),
+        "passed_others": statistics.fmean(passed[False]),
+    }
+
+
+def table(rows: dict[str, list[dict[str, float]]], family: str) -> str:
+    """Markdown; means over seeds, ± their standard deviation."""
+
+    def cell(seeds: Sequence[float]) -> str:
+        return f"{statistics.fmean(seeds):.1f}" + (
+            f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
+        )
+
+    lines = [
+        f"| | '{family}': mIoU with the truth | with what the teacher was taught | others: mIoU |",
+        "|---|---|---|---|",
+    ]
+    for name, seeds in rows.items():
+        cells = [cell([seed[key] for seed in seeds]) for key in ("family", "family_as_taught", "others")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="folder for videos and runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--family", default="moves right", help="the event family that is taught wrongly")
+    parser.add_argument("--lessons", type=int, default=200, help="videos that the teacher is spoilt on")
+    parser.add_argument("--lesson-steps", type=int, default=60)
+    parser.add_argument("--lesson-lr", type=float, default=3e-4)
+    parser.add_argument("--videos", type=int, default=240, help="of the pool, four candidates each")
+    parser.add_argument("--k", type=int, default=320, help="rows that each arm trains on")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What does it save to read a video once for all that is asked about it?
+
+    python benchmarks/scoring.py --out runs/scoring
+
+Generated videos with five queries each, shown to the tiny base in frames of 64 tokens: prompts of some 1,500
+tokens. Two jobs: eight sampled answers to each of a video's queries (what the scores of TVDF need), and one
+greedy answer to each (what predictions need). Each is done in three ways, all by the ``prefix`` engine:
+
+- ``shared``: the queries of a video in one batch, whose prompts share the reading of the video;
+- ``batched``: the same batch without that: the vision tower once a video, the language model once a prompt;
+- ``separate``: one prompt and one answer at a time, so the video is read for every answer.
+
+The ways take turns within a repeat, in another order every time, so what else the machine does falls on all
+of them; ratios are taken within a repeat. The answers must be equal, and their log-probabilities to 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+
+from video_opd.data.annotations import read_samples
+from video_opd.evaluation.batching import by_video
+from video_opd.evaluation.opened import open_model, read_access
+from video_opd.models.policy import HFPolicy
+from video_opd.seeds import derive_seed
+from video_opd.types import EncodedPrompt, Rollout
+from video_opd.world.demo import shipped
+from video_opd.world.make import make_world
+
+ROOT = Path(__file__).parents[1]
+QUERIES, ANSWERS, MAX_NEW_TOKENS, FRAME_TOKENS = 5, 8, 32, 64
+TOLERANCE = 1e-4  # nats
+Job = Callable[[], list[Rollout]]
+
+
+def main() -> None:
+    arguments = parse()
+    torch.manual_seed(0)
+    model = open_model(
+        read_access(
+            str(shipped("tiny-base")),
+            [f"--video.{end}_frame_tokens={FRAME_TOKENS}" for end in ("min", "max")],
+        ),
+        arguments.device,
+    )
+    videos = prompts_by_video(model, Path(arguments.out), arguments.videos)
+    record: dict[str, Any] = {
+        "command": sys.argv,
+        "machine": {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(model.policy.device),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "load_before": os.getloadavg()[0],
+        },
+        "prompts": {
+            "videos": len(videos),
+            "queries_a_video": QUERIES,
+            "tokens": [prompt.length for video in videos for prompt in video],
+            "video_tokens": [video[0].video_tokens for video in videos],
+        },
+        "repeats": arguments.repeats,
+        "jobs": {},
+    }
+    for name, n, temperature in (("sampled", ANSWERS, 1.0), ("greedy", 1, 0.0)):
+        ways = {
+            "shared": lambda n=n, t=temperature: together(model.policy, videos, n, t),
+            "batched": lambda n=n, t=temperature: unshared(model.policy, videos, n, t),
+            "separate": lambda n=n, t=temperature: one_at_a_time(model.policy, videos, n, t),
+        }
+        record["jobs"][name] = {"answers_a_query": n, "temperature": temperature} | measure(
+            ways, arguments.repeats
+        )
+    result = ROOT / "benchmarks" / "results" / "scoring.json"
+    result.parent.mkdir(exist_ok=True)
+    result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(record))
+    print(f"wrote {result.relative_to(ROOT)}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="folder for the generated videos")
+    parser.add_argument("--videos", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    return parser.parse_args()
+
+
+def prompts_by_video(model: Any, out: Path, count: int) -> list[list[EncodedPrompt]]:
+    """The first five queries of the first ``count`` videos that have so many."""
+    data = make_world(out, videos={"long": 2 * count}, seed=900, workers=1)["long"]
+    chosen = [rows[:QUERIES] for rows in by_video(read_samples(data)) if len(rows) >= QUERIES][:count]
+    assert len(chosen) == count, "too few videos with five queries"
+    prompts = {sample.id: prompt for sample, prompt in model.loader([s for rows in chosen for s in rows])}
+    return [[prompts[sample.id] for sample in rows] for rows in chosen]
+
+
+def seeds_of(prompts: Sequence[EncodedPrompt], n: int) -> list[list[int]]:
+    return [[derive_seed(0, "benchmark", prompt.sample_id, j) for j in range(n)] for prompt in prompts]
+
+
+def together(
+    policy: HFPolicy, videos: Sequence[Sequence[EncodedPrompt]], n: int, temperature: float
+) -> list[Rollout]:
+    return [
+        rollout
+        for prompts in videos
+        for group in policy.sample(
+            prompts,
+            n=n,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=temperature,
+            seeds=seeds_of(prompts, n) if temperature else None,
+        )
+        for rollout in group
+    ]
+
+
+def unshared(
+    policy: HFPolicy, videos: Sequence[Sequence[EncodedPrompt]], n: int, temperature: float
+) -> list[Rollout]:
+    with patch("video_opd.models.policy.find_trunks", lambda *_: None):
+        return together(policy, videos, n, temperature)
+
+
+def one_at_a_time(
+    policy: HFPolicy, videos: Sequence[Sequence[EncodedPrompt]], n: int, temperature: float
+) -> list[Rollout]:
+    rollouts = []
+    for prompt in (prompt for prompts in videos for prompt in prompts):
+        for seed in seeds_of([prompt], n)[0]:
+            ((rollout,),) = policy.sample(
+                [prompt],
+                max_new_tokens=MAX_NEW_TOKENS,
+                temperature=temperature,
+                seeds=[[seed]] if temperature else None,
+            )
+            rollouts.append(rollout)
+    return rollouts
+
+
+def measure(ways: dict[str, Job], repeats: int) -> dict[str, Any]:
+    """Seconds of each way, and how many times the seconds of ``shared`` they are."""
+    expected = {name: job() for name, job in ways.items()}  # also warms up
+    difference = max(compare(expected["shared"], rollouts) for rollouts in expected.values())
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for repeat in range(repeats):
+        shift = repeat % len(names)
+        for name in names[shift:] + names[:shift]:
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            rollouts = ways[name]()
+            cpu[name].append(time.process_time() - cpu_s)
+            wall[name].append(time.perf_counter() - wall_s)
+            difference = max(difference, compare(expected["shared"], rollouts))
+    assert difference < TOLERANCE, f"log-probabilities differ by {difference}"
+    return {
+        "answers": len(expected["shared"]),
+        "tokens": sum(len(rollout.token_ids) for rollout in expected["shared"]),
+        "largest_logprob_difference": difference,
+        "wall_s": {name: spread(values) for name, values in wall.items()},
+        "cpu_s": {name: spread(values) for name, values in cpu.items()},
+        "times_shared_wall": {name: spread(ratios(wall[name], wall["shared"])) for name in names[1:]},
+        "times_shared_cpu": {name: spread(ratios(cpu[name], cpu["shared"])) for name in names[1:]},
+    }
+
+
+def compare(expected: Sequence[Rollout], got: Sequence[Rollout]) -> float:
+    """The largest difference of log-probabilities, of answers that must be equal."""
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected], "the answers differ"
+    return max(
+        abs(a - b)
+        for x, y in zip(expected, got, strict=True)
+        for a, b in zip(x.recorded, y.recorded, strict=True)
+    )
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = ["| job | way | CPU s | wall s | times shared, CPU: median [min, max] |", "|---|---|---|---|---|"]
+    for name, job in record["jobs"].items():
+        for way in job["cpu_s"]:
+            times = job["times_shared_cpu"].get(way, {"median": 1.0, "min": 1.0, "max": 1.0})
+            lines.append(
+                f"| {name} | {way} | {job['cpu_s'][way]['median']:.2f} | {job['wall_s'][way]['median']:.2f} "
+                f"| {times['median']:.2f} [{times['min']:.2f}, {times['max']:.2f}] |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
