@@ -1,6 +1,7 @@
 # make install   the command at .venv/bin/video-opd
 # make demo      install, then the main job on embedded defaults
 # make test      install with the tools, then the tests
+# make fuzz      2,800 broken files of every kind (a part of them runs with the tests)
 # make lint, make types
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PYTEST_ARGS ?=
 # Threads that spin while they wait slow each other tenfold when several processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint types clean
+.PHONY: install demo test fuzz lint types clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.stamp-package
@@ -41,6 +42,9 @@ demo: install
 
 test: install $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+fuzz: install $(VENV)/.stamp-dev
+	VIDEO_OPD_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_fuzz.py -s
 
 lint: install $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

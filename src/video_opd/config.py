@@ -532,6 +532,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}; name a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: not UTF-8 at byte {error.start}; name a YAML file") from error
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
     need(isinstance(tree, dict), f"recipe {path}: expected sections such as 'optim:', not a bare value")

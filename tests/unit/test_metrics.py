@@ -256,6 +256,7 @@ def test_three_forms_of_a_prediction(tmp_path: Path) -> None:
         {"id": "e", "span": None},
         {"id": "f", "responses": ["3 - 4"]},
         {"id": "g", "responses": []},
+        {"id": "h", "span": [1, 10**400]},
     )
     predictions = read_predictions(path)
     assert {i: (p.spans, p.rules) for i, p in predictions.items()} == {
@@ -266,6 +267,7 @@ def test_three_forms_of_a_prediction(tmp_path: Path) -> None:
         "e": ((None,), ("none",)),
         "f": (((3.0, 4.0),), ("dash",)),
         "g": ((), ()),
+        "h": ((None,), ("none",)),
     }
     rows = score_rows([sample("g", (0.0, 1.0)), sample("d", (0.0, 1.0))], predictions)
     assert all(row.unparsed and not row.missing and row.iou == 0 for row in rows)
@@ -286,6 +288,8 @@ def test_thinking_reads_behind_the_thought(tmp_path: Path) -> None:
         {"id": "b", "span": [1]},
         {"id": "b", "span": ["1", "2"]},
         {"id": "b", "spans": {"start": 1}},
+        {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2]], "rules": 5},
+        {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2]], "rules": ["to", "to"]},
         {"id": "a", "span": [1, 2]},
     ],
 )
