@@ -14,7 +14,7 @@ from rich.console import Console
 
 from video_opd.cli.evaluation import named_files
 from video_opd.errors import UserError
-from video_opd.evaluation import formats
+from video_opd.evaluation import comparison_formats
 from video_opd.evaluation.answers import Answers, AnswersFile
 from video_opd.evaluation.comparison import Comparison, by_source, compare
 from video_opd.evaluation.metrics import METRICS
@@ -161,7 +161,7 @@ def cells(line: str, between: str) -> list[str]:
 
 
 def test_markdown_holds_every_figure() -> None:
-    text = formats.as_markdown(formats.make_table(compared(), published=True))
+    text = comparison_formats.as_markdown(comparison_formats.make_table(compared(), published=True))
     measured, published, notes = text.split("\n\n", 1)[0], text.split("not measured here:\n\n")[1], text
     lines = measured.splitlines()
     assert cells(lines[0], "|")[1:-1] == [
@@ -189,8 +189,8 @@ def test_markdown_holds_every_figure() -> None:
 
 
 def test_latex_is_a_whole_tabular() -> None:
-    table = formats.make_table(compared(), published=True)
-    text = formats.as_latex(table)
+    table = comparison_formats.make_table(compared(), published=True)
+    text = comparison_formats.as_latex(table)
     body = text[text.index(r"\begin{tabular}{lcccccccc}") : text.index(r"\end{tabular}")]
     rows = [line for line in body.splitlines() if line.endswith(r" \\") and r"\multicolumn" not in line]
     assert {line.count("&") for line in rows} == {8}
@@ -207,11 +207,11 @@ def test_latex_is_a_whole_tabular() -> None:
     [("a_b & 50%", r"a\_b \& 50\%"), ("[x]", "{[}x]"), ("-3.1", "$-3.1$"), ("re-run", "re-run")],
 )
 def test_latex_names_are_escaped(name: str, written: str) -> None:
-    assert formats._latex(name) == written
+    assert comparison_formats._latex(name) == written
 
 
 def test_json_keeps_published_rows_apart() -> None:
-    record = json.loads(json.dumps(formats.as_json(compared(), published=True)))
+    record = json.loads(json.dumps(comparison_formats.as_json(compared(), published=True)))
     assert set(record["models"]) == {"base", "student", "other"}
     student = record["models"]["student"]["mine"]
     assert student["difference"]["mIoU"]["value"] == pytest.approx(100 * (7 / 9 - 6 / 10))
@@ -221,13 +221,13 @@ def test_json_keeps_published_rows_apart() -> None:
     assert published["note"] == "not measured here" and "2602.02994" in published["source"]
     assert published["models"]["Video-OPD [Qwen3-VL-8B]"]["Charades-TimeLens"]["R@0.7"] == 32.4
     assert "mine" not in published["models"]["Video-OPD [Qwen3-VL-8B]"]
-    assert "published" not in formats.as_json(compared())
+    assert "published" not in comparison_formats.as_json(compared())
 
 
 def printed(width: int, terminal: bool = True) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=width, color_system=None)
-    formats.print_table(formats.make_table(compared(), published=True), console)
+    comparison_formats.print_table(comparison_formats.make_table(compared(), published=True), console)
     return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
 
 
@@ -249,7 +249,12 @@ def test_no_terminal_shows_lines() -> None:
 
 
 def test_figures_alone_on_request() -> None:
-    assert "[" not in formats.as_markdown(formats.make_table(compared(), intervals=False)).split("\n\n")[0]
+    assert (
+        "["
+        not in comparison_formats.as_markdown(
+            comparison_formats.make_table(compared(), intervals=False)
+        ).split("\n\n")[0]
+    )
 
 
 # --- what the paper printed
@@ -273,4 +278,4 @@ def test_published_names_mean_the_corrected_annotations_only() -> None:
     assert published_name("QVHighlights_TimeLens test") == "QVHighlights-TimeLens"
     assert published_name("charades_sta_test") is None and published_name("activitynet") is None
     with pytest.raises(UserError, match="--data Charades-TimeLens=FILE"):
-        formats.published_rows(("charades_sta_test",))
+        comparison_formats.published_rows(("charades_sta_test",))

@@ -182,7 +182,7 @@ def test_predict_follows_the_protocol(model_and_data, tmp_path, capsys, monkeypa
         words = ["predict", model, data, "--out", out, *(("--protocol", protocol) if protocol else ())]
         run(capsys, *words, *(SHORT if protocol == "timelens" else ()))
         notes[protocol] = json.loads(Path(f"{out}.meta.json").read_text())
-        texts[protocol] = list(asked)
+        texts[protocol] = sorted(asked)  # two videos are encoded at a time
     assert notes[None] == notes["paper"] and texts[None] == texts["paper"]
     assert notes["paper"]["answers"]["max_new_tokens"] == PROTOCOLS["paper"].max_new_tokens
     assert notes["timelens"]["input"]["prompt"]["style"] == "timelens"
@@ -199,6 +199,29 @@ def test_predict_follows_the_protocol(model_and_data, tmp_path, capsys, monkeypa
         "max_new_tokens": 6,
     }
     assert record["missing"] == 0 and sum(record["rules"].values()) == 3
+
+
+def test_several_sampled_answers_a_row(model_and_data, tmp_path, capsys) -> None:
+    """Draws are a function of seed, row and number: batches change nothing, another seed does."""
+    model, data = model_and_data
+    made = {}
+    for name, options in (
+        ("a", ("--batch-size", 1)),
+        ("b", ("--batch-size", 3, "--workers", 1)),
+        ("c", ("--seed", 1)),
+    ):
+        out = tmp_path / f"{name}.jsonl"
+        words = ("predict", model, data, "--out", out, "--n", 3, "--temperature", 1.0, *SHORT, *options)
+        run(capsys, *words)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        made[name] = {row["id"]: row["responses"] for row in rows}
+        assert {(len(row["responses"]), len(row["spans"]), len(row["rules"])) for row in rows} == {(3, 3, 3)}
+    assert made["a"] == made["b"] != made["c"]
+    assert all(len(set(texts)) > 1 for texts in made["a"].values())
+    record = json.loads(run(capsys, "evaluate", "--data", data, "--predictions", out, "--json", "-"))
+    assert record["protocol"]["deviations"]["temperature"] == 1.0  # the first of them was not greedy
+    assert main(["predict", str(model), str(data), "--out", str(tmp_path / "d.jsonl"), "--n", "2"]) == 2
+    assert "greedy answers would all be the same" in capsys.readouterr().err
 
 
 def test_a_thinking_model_needs_a_length(model_and_data, tmp_path, capsys) -> None:

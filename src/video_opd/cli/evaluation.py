@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from video_opd.evaluation import comparison, formats
+    from video_opd.evaluation import comparison, comparison_formats
     from video_opd.evaluation.protocols import get_protocol
 
     form, out = _form_and_place(arguments)
@@ -31,7 +31,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     shown = comparison.by_source(data_sets) if arguments.by_source else data_sets
     # Everything that can be wrong, before a model answers for hours.
     if arguments.published:
-        formats.published_rows(tuple(shown))
+        comparison_formats.published_rows(tuple(shown))
     baseline = _baseline(arguments, protocol)
     models = _models(arguments, protocol, data_sets)
     compared = comparison.compare(shown, models, protocol, baseline)
@@ -65,7 +65,7 @@ def _split_name(word: str) -> tuple[str | None, str]:
 
 def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
     """The format of the table and the file that it goes to (none: stdout)."""
-    from video_opd.evaluation.formats import SUFFIXES
+    from video_opd.evaluation.comparison_formats import SUFFIXES
 
     out = arguments.out
     if out is not None and arguments.model and out.endswith(".jsonl"):  # the older spelling of --answers
@@ -152,7 +152,7 @@ def _answer(
 
 def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: str | None) -> None:
     from video_opd.cli.commands import as_json, print_json
-    from video_opd.evaluation import formats
+    from video_opd.evaluation import comparison_formats
 
     record = _record(arguments, compared)
     if arguments.json and arguments.json != "-":
@@ -160,8 +160,14 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
     elif arguments.json or (form == "json" and out is None):
         print_json(record)
         return
-    table = formats.make_table(compared, published=arguments.published, intervals=not arguments.no_intervals)
-    writers = {"markdown": formats.as_markdown, "latex": formats.as_latex, "text": formats.as_text}
+    table = comparison_formats.make_table(
+        compared, published=arguments.published, intervals=not arguments.no_intervals
+    )
+    writers = {
+        "markdown": comparison_formats.as_markdown,
+        "latex": comparison_formats.as_latex,
+        "text": comparison_formats.as_text,
+    }
     if out is not None:
         write_text(out, as_json(record) + "\n" if form == "json" else writers[form](table))
         log(f"wrote {out}")
@@ -172,7 +178,7 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
     else:
         from rich.console import Console
 
-        formats.print_table(table, Console())
+        comparison_formats.print_table(table, Console())
 
 
 def _is_single(compared: Comparison) -> bool:
@@ -195,11 +201,11 @@ def _print_single(compared: Comparison) -> None:
 
 def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, Any]:
     """For one model on one data set the metrics themselves, else a tree of them."""
-    from video_opd.evaluation import formats
+    from video_opd.evaluation import comparison_formats
     from video_opd.evaluation.tables import evaluation_record
 
     if not _is_single(compared):
-        return formats.as_json(compared, published=arguments.published)
+        return comparison_formats.as_json(compared, published=arguments.published)
     ((data, constant),) = compared.constants.items()
     *_, model = compared.results
     result = compared.results[model][data]
@@ -215,5 +221,5 @@ def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, An
             "difference": {name: rise.to_json() for name, rise in result.difference.items()},
         }
     if arguments.published:
-        record["published"] = formats.as_json(compared, published=True)["published"]
+        record["published"] = comparison_formats.as_json(compared, published=True)["published"]
     return record
