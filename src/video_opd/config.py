@@ -42,7 +42,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation (bfloat16: autocast); ours
     attn: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"  # ours
     engine: Literal["prefix", "plain"] = "prefix"  # ours: encode a prompt once for all that is done with it
-    gradient_checkpointing: bool = False  # ours
+    # Whether the backward computes again what the forward would have to keep. None: where an estimate says
+    # that it does not fit (prefix engine; the plain one keeps). ours
+    gradient_checkpointing: bool | None = None
     freeze: tuple[ModelPart, ...] = ()  # ours: nothing is frozen
 
 

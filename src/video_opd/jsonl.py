@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.files import replaceable
 
 _TAIL_BLOCK_BYTES = 1 << 16
 
@@ -102,10 +103,11 @@ def repair_jsonl(path: str | Path) -> bool:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the file atomically: readers see the old content or all of the new, never a part.
 
-    Makes the folder when it is not there. Raises UserError that names the file when it cannot be written;
-    the old content is untouched then.
+    Makes the folder when it is not there; through a link, the file that it points to is written. Raises
+    UserError that names the file when it cannot be written, or is no plain file; the old content is untouched
+    then.
     """
-    path = Path(path)
+    path = replaceable(path)
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

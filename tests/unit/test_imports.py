@@ -51,6 +51,11 @@ NO_TORCH = (
     "curriculum.tvdf",
     "curriculum.tables",
     "data.annotations",
+    "data.check",
+    "data.convert",
+    "data.describe",
+    "data.tables",
+    "reports.dataset",
     "reports.html",
     "cli",
 )

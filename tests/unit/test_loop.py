@@ -121,11 +121,13 @@ def test_reading_once_for_sampling_and_update_changes_nothing(tmp_path: Path, re
 # ------------------------------------------------------------------------------------- several processes
 
 
-def test_two_processes_equal_one(tmp_path: Path):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_processes_equal_one(tmp_path: Path, recompute: bool):
     """Seven rows in batches of four: the last batch gives one rank two rows and the other one."""
     sections: dict[str, Any] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
     alone = run(tmp_path / "one", Build(rows=7, broken=("s3",)), **sections)
     port = free_port()
+    sections["model"] = {"gradient_checkpointing": recompute}
     recipe = make_recipe(tmp_path / "two", **sections)
     processes = [start(rank, 2, port, recipe, Build(rows=7, broken=("s3",))) for rank in range(2)]
     for process in processes:

@@ -11,9 +11,10 @@ import torch
 from model_cases import QUERIES, encode, mixed_prompts, model, processor
 
 from video_opd.errors import UserError
-from video_opd.models.growing import GrowingLayer
+from video_opd.models.caches import GrowingLayer
 from video_opd.models.policy import HFPolicy
 from video_opd.models.vision_attention import use_batched_frames
+from video_opd.training.memory import graph_bytes
 from video_opd.types import EncodedPrompt, Rollout
 
 SEEDS = [[10 * i + j for j in range(3)] for i in range(3)]
@@ -184,7 +185,7 @@ def test_a_prefix_serves_many_times() -> None:
 @pytest.mark.parametrize("n", [1, 2])
 def test_answers_grow_in_place_and_the_prefix_stays(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than the room, so it is made anew on the way; and no token copies what was there."""
-    monkeypatch.setattr("video_opd.models.growing.ROOM", 4)
+    monkeypatch.setattr("video_opd.models.caches.ROOM", 4)
     student = policy()
     prefix = student.prefill(mixed_prompts())
     before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]
@@ -290,6 +291,65 @@ def test_one_reading_serves_sampling_and_the_update(frozen: tuple[str, ...]) -> 
     assert_same_gradients(got, gradients(plain, responses))
 
 
+@pytest.mark.parametrize("frozen", [(), ("visual",)], ids=str)
+def test_what_is_computed_again_is_the_same(frozen: tuple[str, ...]) -> None:
+    """After the prefix served sampling, too; every layer runs twice, once forward, once for the backward."""
+    student, plain = policy(recompute=True), policy("plain")
+    for of in (student, plain):
+        for part in frozen:
+            getattr(of.model.model, part).requires_grad_(False)
+    student.model.train()
+    layers = [count_layer_runs(layer) for layer in student.model.model.language_model.layers]
+    prefix = student.prefill(mixed_prompts(), grad=True)
+    responses = tokens_of(student.sample(prefix, n=3, max_new_tokens=5, seeds=SEEDS))
+    assert responses == tokens_of(plain.sample(mixed_prompts(), n=3, max_new_tokens=5, seeds=SEEDS))
+    before = [len(runs) for runs in layers]
+    scores = student.logprobs(prefix, responses, grad=True)
+    assert [len(runs) - n for runs, n in zip(layers, before, strict=True)] == [1] * len(layers)  # the answers
+    weights = torch.linspace(-1, 1, scores.logprobs_BT.numel()).view_as(scores.logprobs_BT)
+    (scores.logprobs_BT * weights).sum().backward()
+    # The answers, the queries and the videos: three forwards, each repeated once.
+    assert [len(runs) - n for runs, n in zip(layers, before, strict=True)] == [1 + 3] * len(layers)
+    got = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(got, gradients(plain, responses))
+    assert "forward" not in student.model.model.language_model.layers[0].__dict__
+
+
+def count_layer_runs(layer: Any) -> list[int]:
+    """Grows with every run of the layer's attention, hooks or not."""
+    runs: list[int] = []
+    layer.self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
+
+
+def kept_bytes(of: HFPolicy) -> int:
+    """What autograd keeps of a reading, without weights."""
+    weights = {p.untyped_storage().data_ptr() for p in of.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        of.prefill(mixed_prompts(), grad=True)
+    return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights)
+
+
+def test_computing_again_keeps_less_and_the_estimate_of_the_rest_holds() -> None:
+    kept, again = policy(), policy(recompute=True)
+    for of in (kept, again):
+        of.model.model.visual.requires_grad_(False)
+        of.model.train()
+    rows, columns = kept.prefill(mixed_prompts()).attention_mask_BP.shape
+    assert rows == 3
+    config = kept.model.config.text_config
+    tokens = 2 * trunk_length() + 3 * (columns - trunk_length())
+    estimate = graph_bytes(config, tokens, "float32")
+    assert kept_bytes(again) < 0.25 * kept_bytes(kept)
+    assert 0.75 * kept_bytes(kept) < estimate < 1.25 * kept_bytes(kept)
+
+
 def test_a_prefix_without_gradients_gives_none() -> None:
     student = policy()
     with pytest.raises(ValueError, match="was read without them"):
@@ -366,10 +426,10 @@ def test_a_video_is_seen_once_and_a_prompt_read_once(grad: bool) -> None:
     student.logprobs(mixed_prompts(), RESPONSES, grad=grad)
     assert [shape[0] for shape in tower] == [distinct_patches()]
     reading = [(2, trunk_length()), (3, max(p.length for p in mixed_prompts()) - trunk_length())]
-    assert transformer == [*reading, (6, 4)]
+    assert transformer == [*reading, (3, 3 * 4)]  # up to three answers a prompt, their last tokens left out
     student.sample(mixed_prompts(), n=3, max_new_tokens=4, seeds=SEEDS)
     assert [shape[0] for shape in tower] == [distinct_patches()] * 2
-    assert transformer[3:] == [*reading, (9, 1), (9, 1), (9, 1)]
+    assert transformer[3:] == [*reading, (3, 3), (3, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("engine", ["prefix", "plain"])

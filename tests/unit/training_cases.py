@@ -82,7 +82,10 @@ class Build:
             freeze(student, recipe.model)
         optimizer = make_optimizer([p for p in student.parameters() if p.requires_grad], recipe.optim)
         forward_module, optimizer = accelerator.prepare(student, optimizer)
-        policy = HFPolicy(student, processor(), self.engine, forward_module=forward_module)
+        recompute = bool(recipe.model.gradient_checkpointing)
+        policy = HFPolicy(
+            student, processor(), self.engine, forward_module=forward_module, recompute=recompute
+        )
         teacher = HFPolicy(model(self.teacher_seed, sharpness=8.0), processor(), self.engine)
         return Parts(
             model=student,

@@ -288,60 +288,88 @@ def report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.runs, arguments.out))
 
 
+def data_convert(arguments: argparse.Namespace) -> None:
+    from video_opd.data.tables import conversion_lines, format_lines
+
+    if arguments.list_formats:
+        if arguments.json:
+            from video_opd.data.formats import FORMATS
+
+            print_json({name: format.looks_like for name, format in FORMATS.items()})
+            return
+        print("\n".join(format_lines()))
+        return
+    if not 1 <= len(arguments.words) <= 2:
+        raise UserError("convert needs INPUT, or FORMAT and INPUT; see video-opd data convert --help")
+    if arguments.out is None:
+        raise UserError("convert needs --out, the data file to write; see video-opd data convert --help")
+    from video_opd.data.convert import ConvertSettings, convert
+    from video_opd.data.formats.durations import read_durations
+
+    *format, source = arguments.words
+    settings = ConvertSettings(
+        video_root=arguments.video_root,
+        name=arguments.source,
+        durations=read_durations(arguments.durations),
+        probe=arguments.probe,
+        workers=arguments.workers,
+        clips=arguments.clips,
+        split=arguments.split,
+    )
+    result = convert(source, arguments.out, format[0] if format else None, settings)
+    if arguments.json:
+        print_json(result.to_json())
+    else:
+        print("\n".join(conversion_lines(result)))
+
+
 def data_check(arguments: argparse.Namespace) -> int:
     """Exit code 1 when a row cannot be used."""
-    from concurrent.futures import ThreadPoolExecutor
+    from video_opd.data.budget import VideoBudget
+    from video_opd.data.check import CheckSettings, check, default_out
+    from video_opd.data.tables import check_lines
 
-    from video_opd.data.annotations import read_annotations
-    from video_opd.data.video import VideoError, probe
-
-    annotations = read_annotations(arguments.data, arguments.video_root)
-    videos = list(dict.fromkeys(sample.video for sample in annotations.samples))
-
-    def look(video: Path) -> tuple[float | None, str]:
-        try:
-            return probe(video).duration_s, ""
-        except VideoError as error:
-            return None, error.reason
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        found = dict(zip(videos, track(pool.map(look, videos), "checking", len(videos)), strict=True))
-    problems = [
-        {"id": sample.id, "video": str(sample.video), "problem": problem}
-        for sample in annotations.samples
-        if (problem := _problem(sample, *found[sample.video]))
-    ]
-    record = {
-        "rows": len(annotations.samples),
-        "videos": len(videos),
-        "unannotated": annotations.unannotated,
-        "clamped": len(annotations.clamped),
-        "problems": problems,
-    }
+    record = check(
+        arguments.data,
+        arguments.out or default_out(arguments.data),
+        video_root=arguments.video_root,
+        settings=CheckSettings(
+            tolerance_s=arguments.tolerance,
+            decode=VideoBudget() if arguments.decode else None,
+            workers=arguments.workers,
+        ),
+        good=arguments.write_good,
+    )
     if arguments.json:
         print_json(record)
     else:
-        for row in problems:
-            print(f"{row['id']}: {row['problem']} ({row['video']})")
-        print(
-            f"{record['rows']} rows, {record['videos']} videos: {len(problems)} rows with problems, "
-            f"{record['clamped']} spans cut to the duration, {record['unannotated']} rows without spans"
-        )
-    return 1 if problems else 0
+        print("\n".join(check_lines(record)))
+    return 1 if record["problems"] else 0
 
 
-DURATION_TOLERANCE_S = 1.0  # containers round, and count the last frame or do not
+def data_stats(arguments: argparse.Namespace) -> None:
+    from video_opd.data import check
+    from video_opd.data.annotations import read_annotations
+    from video_opd.data.describe import describe, read_budget
+    from video_opd.data.tables import stats_lines
 
+    budget = read_budget(arguments.overrides)
+    annotations = read_annotations(arguments.data, arguments.video_root)
+    out = arguments.out or check.default_out(arguments.data)
+    if arguments.probe:
+        seen = check.look(annotations.samples, out, check.CheckSettings(workers=arguments.workers))
+    else:
+        seen = check.known(annotations.samples, out)
+    record = describe(annotations, budget, size_px=arguments.size, seen=seen)
+    record = {"data": arguments.data, **record}
+    if arguments.json:
+        print_json(record)
+    else:
+        print("\n".join(stats_lines(record)))
+    if arguments.html:
+        from video_opd.reports.dataset import write_page
 
-def _problem(sample: Sample, duration_s: float | None, reason: str) -> str:
-    """What is wrong with a row, or nothing. ``duration_s`` is the video's own."""
-    if duration_s is None:
-        return reason
-    if sample.spans and min(start_s for start_s, _ in sample.spans) >= duration_s:
-        return f"a span begins after the video's end at {duration_s:.2f} s"
-    if sample.duration_s is not None and abs(sample.duration_s - duration_s) > DURATION_TOLERANCE_S:
-        return f"duration {sample.duration_s:g} s, but the video lasts {duration_s:.2f} s"
-    return ""
+        log(f"wrote {write_page(record, arguments.html)}")
 
 
 def world_make(arguments: argparse.Namespace) -> None:

@@ -303,17 +303,103 @@ def _data(commands: Any) -> None:
     parser = _command(
         commands, "data", "data_check", "look after data files", "video-opd data check train.jsonl"
     )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    _data_convert(actions)
+    _data_check(actions)
+    _data_stats(actions)
+
+
+def _data_convert(actions: Any) -> None:
+    convert = _command(
+        actions,
+        "convert",
+        "data_convert",
+        "make a data file from a public format of annotations",
+        "video-opd data convert charades_sta_test.json --video-root Charades_v1 --out charades.jsonl",
+    )
+    convert.add_argument(
+        "words",
+        nargs="*",
+        metavar="[FORMAT] INPUT",
+        help="the annotations, and their format where it is not to be recognised",
+    )
+    convert.add_argument("--out", metavar="D.jsonl", help="the new data file")
+    convert.add_argument(
+        "--list-formats", action="store_true", help="convert nothing: show the formats and how they look"
+    )
+    convert.add_argument("--video-root", metavar="DIR", help="where the videos are; they are looked up")
+    convert.add_argument(
+        "--source", metavar="NAME", help="of all rows; default: the rows' own, or the format's"
+    )
+    convert.add_argument(
+        "--durations",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="JSON {vid: seconds} or a CSV with id and length; may be given several times",
+    )
+    convert.add_argument(
+        "--probe", action="store_true", help="ask the videos for durations that are not stated anywhere"
+    )
+    convert.add_argument("--split", metavar="NAME", help="of a folder or a set that has several")
+    convert.add_argument(
+        "--clips",
+        choices=("cut", "whole"),
+        default="cut",
+        help="rows about a part of a video: do files hold it alone (default), or all? then times move",
+    )
+    convert.add_argument("--workers", type=_positive, default=4, metavar="N", help="of --probe; default: 4")
+    _json_flag(convert)
+
+
+def _data_check(actions: Any) -> None:
     check = _command(
-        parser.add_subparsers(metavar="ACTION", required=True),
+        actions,
         "check",
         "data_check",
-        "find missing and undecodable videos and impossible spans",
-        "video-opd data check train.jsonl",
+        "open every video and find what cannot be used; exit code 1 if there is any; repeated, it continues",
+        "video-opd data check train.jsonl --write-good train-good.jsonl",
     )
     check.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
     check.add_argument("--video-root", metavar="DIR", help="where the videos are; default: beside the data")
+    check.add_argument("--out", metavar="C.jsonl", help="what the videos hold; default: DATA.check.jsonl")
+    check.add_argument("--write-good", metavar="OUT.jsonl", help="write the rows without problems there")
+    check.add_argument(
+        "--tolerance",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds by which a duration or a span's end may differ from the video's; default: %(default)s",
+    )
+    check.add_argument(
+        "--decode", action="store_true", help="also decode the frames that a model is shown: thorough, slow"
+    )
     check.add_argument("--workers", type=_positive, default=4, metavar="N", help="default: %(default)s")
     _json_flag(check)
+
+
+def _data_stats(actions: Any) -> None:
+    stats = _command(
+        actions,
+        "stats",
+        "data_stats",
+        "describe a data file: durations, spans, queries, sources, tokens",
+        "video-opd data stats train.jsonl --size 640x360 --html stats.html",
+        overrides=True,
+    )
+    stats.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
+    stats.add_argument("--video-root", metavar="DIR", help="where the videos are; default: beside the data")
+    stats.add_argument("--html", metavar="OUT.html", help="also write one page with charts")
+    token_cost = stats.add_mutually_exclusive_group()
+    token_cost.add_argument(
+        "--size", type=_size, metavar="WxH", help="count tokens as if every video had this size, e.g. 640x360"
+    )
+    token_cost.add_argument(
+        "--probe", action="store_true", help="open every video to count its tokens; repeated, it continues"
+    )
+    stats.add_argument("--out", metavar="C.jsonl", help="of --probe and check; default: DATA.check.jsonl")
+    stats.add_argument("--workers", type=_positive, default=4, metavar="N", help="of --probe; default: 4")
+    _json_flag(stats)
 
 
 def _world(commands: Any) -> None:
@@ -371,6 +457,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 640x360")
+    return int(width), int(height)
 
 
 def _count_of(text: str) -> tuple[str, int]:

@@ -26,12 +26,22 @@ REQUIRED_KEYS = ("id", "video", "query")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A row that cannot be used."""
+
+    line: int
+    id: str | None  # as far as it has one
+    message: str  # with file and line
+
+
+@dataclass(frozen=True, kw_only=True)
 class Annotations:
     """A data file as it was read, and what was noticed on the way."""
 
     samples: tuple[Sample, ...]
     clamped: tuple[tuple[int, str], ...]  # (line, id) of rows with a span cut to the video's duration
     unannotated: int  # rows without spans
+    faults: tuple[Fault, ...] = ()  # rows that are wrong; only where they were asked for
 
 
 def read_samples(path: str | Path, video_root: str | Path | None = None) -> list[Sample]:
@@ -49,32 +59,48 @@ def read_samples(path: str | Path, video_root: str | Path | None = None) -> list
     return list(annotations.samples)
 
 
-def read_annotations(path: str | Path, video_root: str | Path | None = None) -> Annotations:
+def read_annotations(
+    path: str | Path, video_root: str | Path | None = None, *, keep_faults: bool = False
+) -> Annotations:
     """Reads and checks a data file.
 
     Videos are relative to ``video_root``, or to the data file's folder; whether they are there is for the
     loader to find out. Spans that end past ``duration`` are cut to it and counted. Raises UserError with the
     line for anything else: a broken line, a missing key, an id that was used before, a span that is
-    reversed, empty, negative, not a number, or entirely past the end.
+    reversed, empty, negative, not a number, or entirely past the end. With ``keep_faults`` a row that is
+    wrong is left out and listed; only what is no line of JSON is an error then.
     """
     path = Path(path)
     root = Path(video_root) if video_root is not None else path.parent
     samples: list[Sample] = []
     clamped: list[tuple[int, str]] = []
     lines: dict[str, int] = {}
+    faults: list[Fault] = []
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
-        sample, cut = _sample(row, where, root)
-        if sample.id in lines:
-            raise UserError(
-                f"{where}: id {sample.id!r} is already used on line {lines[sample.id]}; ids must be unique"
-            )
+        try:
+            sample, cut = _sample(row, where, root)
+            if sample.id in lines:
+                first = lines[sample.id]
+                raise UserError(
+                    f"{where}: id {sample.id!r} is already used on line {first}; ids must be unique"
+                )
+        except UserError as error:
+            if not keep_faults:
+                raise
+            identity = row.get("id")
+            known = identity if isinstance(identity, str) else None
+            faults.append(Fault(line=line, id=known, message=str(error)))
+            continue
         lines[sample.id] = line
         samples.append(sample)
         if cut:
             clamped.append((line, sample.id))
     return Annotations(
-        samples=tuple(samples), clamped=tuple(clamped), unannotated=sum(not s.spans for s in samples)
+        samples=tuple(samples),
+        clamped=tuple(clamped),
+        unannotated=sum(not s.spans for s in samples),
+        faults=tuple(faults),
     )
 
 

@@ -5,8 +5,8 @@ Shapes: ``B`` rows (responses), ``P`` prompt tokens, ``R`` and ``T`` response to
 
 Two engines that give the same numbers:
 
-- ``prefix`` reads each prompt once and puts every response on top of its key/value cache; what prompts on
-  one video begin with, the video, is read once for all of them.
+- ``prefix`` reads each prompt once and puts all responses on top of its key/value cache, side by side; what
+  prompts on one video begin with, the video, is read once for all of them.
 - ``plain`` is the reference: prompt and response concatenated, one ordinary forward of the stock model, which
   finds its own positions and sees every row's video.
 
@@ -18,12 +18,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from video_opd.errors import UserError
+from video_opd.models.answers import Beside, answer_mask, for_attention
 from video_opd.models.batching import (
     PromptBatch,
     batch_prompts,
@@ -52,6 +54,10 @@ class HFPolicy:
     ``model`` is the bare module. ``forward_module`` is what the training loop wrapped around it (DDP, FSDP),
     if anything: forwards with gradients are called through it. ``compute_dtype`` autocasts the transformer,
     for float32 master weights; ``lm_head`` and log-probabilities are in float32 whatever the weights are.
+
+    ``recompute``: of what gradients go through, each decoder layer keeps its input, keys and values, and is
+    run again in the backward; otherwise all that the backward needs is kept. For the ``prefix`` engine; the
+    vision tower and the ``plain`` engine have transformers' own gradient checkpointing for that.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class HFPolicy:
         *,
         compute_dtype: torch.dtype | None = None,
         forward_module: nn.Module | None = None,
+        recompute: bool = False,
     ) -> None:
         if engine not in ("prefix", "plain"):
             raise ValueError(f"engine is {engine!r}; it must be 'prefix' or 'plain'")
@@ -70,6 +77,7 @@ class HFPolicy:
         self.engine = engine
         self.compute_dtype = compute_dtype
         self.forward_module = forward_module
+        self.recompute = recompute
         self.vocabulary = Vocabulary.of(model, processor)
         self.head = ResponseHead(model.lm_head, self.vocabulary)
         self._said_concatenated = False
@@ -158,7 +166,7 @@ class HFPolicy:
 
         def compute() -> tuple[torch.Tensor, torch.Tensor | None]:
             if self._reads_prompts_once(grad):
-                hidden_BRD = self._on_prefix(self._read_once(prompts).repeated(repeats), ids_BR, mask_BR)
+                hidden_BRD = self._on_prefix(self._read_once(prompts), repeats, ids_BR, mask_BR)
             else:
                 batch = self._batch(_prompts_of(prompts)).repeated(repeats)
                 hidden_BRD = self._concatenated(batch, ids_BR, mask_BR)[:, :-1]
@@ -222,30 +230,65 @@ class HFPolicy:
         return prompts
 
     def _continue(
-        self, prefix: Prefix, ids_BR: torch.Tensor, mask_BL: torch.Tensor, done: int
+        self, prefix: Prefix, ids_BQ: torch.Tensor, mask: torch.Tensor, first: int, beside: int = 1
     ) -> torch.Tensor:
-        """Hidden states [B, R, D] of response tokens number ``done`` onwards; writes to the prefix's cache.
+        """Hidden states [B, Q, D] of tokens number ``first`` onwards; writes to the prefix's cache.
 
-        ``mask_BL`` covers the prompt, the ``done`` tokens before these, and these.
+        ``ids_BQ`` has ``beside`` answers to each prompt, step after step. ``mask`` is [B, L] over the prompt
+        and one answer so far, or what :func:`answer_mask` makes.
         """
-        offsets_R = torch.arange(done, done + ids_BR.shape[1], device=ids_BR.device)
-        positions_BR = prefix.next_position_B[:, None] + offsets_R
+        steps_Q = torch.arange(ids_BQ.shape[1], device=ids_BQ.device) // beside + first
+        positions_BQ = prefix.next_position_B[:, None] + steps_Q
         return self.model.model(
-            input_ids=ids_BR,
-            attention_mask=mask_BL,
-            position_ids=positions_BR.expand(3, -1, -1),  # text advances on all three axes together
+            input_ids=ids_BQ,
+            attention_mask=mask,
+            position_ids=positions_BQ.expand(3, -1, -1),  # text advances on all three axes together
             past_key_values=prefix.cache,
             use_cache=True,
         ).last_hidden_state
 
-    def _on_prefix(self, prefix: Prefix, ids_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
-        """[B, R, D] that predict each response token, each prompt read once; writes to the prefix's cache."""
-        first_B1D = prefix.last_hidden_BD[:, None]
-        if ids_BR.shape[1] <= 1:
-            return first_B1D[:, : ids_BR.shape[1]]
+    def _on_prefix(
+        self, prefix: Prefix, repeats: Sequence[int], ids_NR: torch.Tensor, mask_NR: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, R, D] that predict each response token, each prompt read once; leaves ``prefix`` as it is."""
+        from video_opd.models.caches import read_only
+
+        if max(repeats) > 1 and self._answers_beside:
+            return self._beside(
+                replace(prefix, cache=read_only(prefix.cache)), Beside.of(repeats, self.device), ids_NR
+            )
+        prefix = prefix.repeated(repeats)
+        prefix = replace(prefix, cache=read_only(prefix.cache))
+        first_N1D = prefix.last_hidden_BD[:, None]
+        if ids_NR.shape[1] <= 1:
+            return first_N1D[:, : ids_NR.shape[1]]
         # The last token of a row predicts nothing that is scored.
-        mask_BL = torch.cat([prefix.attention_mask_BP, mask_BR[:, :-1].long()], dim=1)
-        return torch.cat([first_B1D, self._continue(prefix, ids_BR[:, :-1], mask_BL, done=0)], dim=1)
+        mask_NL = torch.cat([prefix.attention_mask_BP, mask_NR[:, :-1].long()], dim=1)
+        return torch.cat([first_N1D, self._continue(prefix, ids_NR[:, :-1], mask_NL, first=0)], dim=1)
+
+    def _beside(self, prefix: Prefix, beside: Beside, ids_NR: torch.Tensor) -> torch.Tensor:
+        """The same with all answers to a prompt in one row. Padding comes last and is seen by nobody else."""
+        first_N1D = prefix.last_hidden_BD[beside.prompt_N][:, None]
+        if ids_NR.shape[1] <= 1:
+            return first_N1D[:, : ids_NR.shape[1]]
+        ids_BQ = beside.laid_out(ids_NR[:, :-1], self.vocabulary.pad_id)
+        mask = self._answer_mask(prefix, beside.width, first=0, steps=ids_NR.shape[1] - 1)
+        hidden_BQD = self._continue(prefix, ids_BQ, mask, first=0, beside=beside.width)
+        return torch.cat([first_N1D, beside.picked(hidden_BQD)], dim=1)
+
+    def _answer_mask(self, prefix: Prefix, beside: int, first: int, steps: int) -> torch.Tensor:
+        mask_B1QK = answer_mask(prefix.attention_mask_BP, beside, first, steps)
+        dtype = prefix.last_hidden_BD.dtype if self.compute_dtype is None else self.compute_dtype
+        return for_attention(mask_B1QK, self._attention, dtype)
+
+    @property
+    def _attention(self) -> str:
+        return self.model.config.text_config._attn_implementation
+
+    @property
+    def _answers_beside(self) -> bool:
+        """Whether the attention takes a mask of ours; flash attention is given the prompt once an answer."""
+        return self._attention in ("sdpa", "eager")
 
     def _concatenated(self, batch: PromptBatch, ids_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
         """[B, R + 1, D] that predict each response token and the one after, at the model's own positions."""
@@ -270,8 +313,7 @@ class HFPolicy:
     def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> _Decoder:
         if self.engine == "plain":
             return _PlainDecoder(self, _prompts_of(prompts), n)
-        prefix = self._read_once(prompts)
-        return _PrefixDecoder(self, prefix.repeated([n] * len(prefix)))
+        return _PrefixDecoder(self, self._read_once(prompts), n)
 
     def _decode(
         self,
@@ -319,6 +361,10 @@ class HFPolicy:
         stack.enter_context(torch.set_grad_enabled(grad))
         if not grad:
             stack.enter_context(evaluating(self.model))
+        elif self.recompute:
+            from video_opd.models.recompute import recomputing
+
+            stack.enter_context(recomputing(self.model.model.language_model.layers))
         stack.enter_context(computing_in(self.compute_dtype, self.device))
         return stack
 
@@ -356,23 +402,30 @@ class _Decoder:
 
 
 class _PrefixDecoder(_Decoder):
-    """One token at a time on top of the cache, which is the decoder's own."""
+    """One token of every answer at a time on top of the cache, which is the decoder's own."""
 
-    def __init__(self, policy: HFPolicy, prefix: Prefix) -> None:
-        from video_opd.models.growing import grow_in_place
+    def __init__(self, policy: HFPolicy, prefix: Prefix, n: int) -> None:
+        from video_opd.models.caches import grow_in_place
 
-        self.policy, self.prefix = policy, prefix
-        grow_in_place(prefix.cache)
-        self.mask_BL, self.done = prefix.attention_mask_BP, 0
+        self.policy = policy
+        self.beside = n if policy._answers_beside else 1
+        self.prefix = prefix.repeated([n // self.beside] * len(prefix))
+        grow_in_place(self.prefix.cache, self.beside)
+        self.mask_BL, self.done = self.prefix.attention_mask_BP, 0
 
     def first(self) -> torch.Tensor:
-        return self.prefix.last_hidden_BD
+        return self.prefix.last_hidden_BD.repeat_interleave(self.beside, 0)
 
     def step(self, token_B: torch.Tensor) -> torch.Tensor:
-        self.mask_BL = torch.cat([self.mask_BL, torch.ones_like(token_B)[:, None]], dim=1)
-        hidden_B1D = self.policy._continue(self.prefix, token_B[:, None], self.mask_BL, self.done)
+        if self.beside == 1:
+            self.mask_BL = torch.cat([self.mask_BL, torch.ones_like(token_B)[:, None]], dim=1)
+            mask = self.mask_BL
+        else:
+            mask = self.policy._answer_mask(self.prefix, self.beside, self.done, 1)
+        ids_BG = token_B.view(-1, self.beside)
+        hidden_BGD = self.policy._continue(self.prefix, ids_BG, mask, self.done, self.beside)
         self.done += 1
-        return hidden_B1D[:, -1]
+        return hidden_BGD.flatten(0, 1)
 
 
 class _PlainDecoder(_Decoder):

@@ -244,7 +244,11 @@ def histogram(
         title=title,
         help=help,
         x_label=x_label,
-        x_ticks=[Tick(at=x_scale(v), label=number(v)) for v in ticks(edges[0], edges[-1], 4)],
+        x_ticks=[
+            Tick(at=x_scale(v), label=number(v))
+            for v in ticks(edges[0], edges[-1], 4)
+            if edges[0] <= v <= edges[-1]
+        ],
         y_ticks=[Tick(at=y_scale(v), label=f"{number(v)}%") for v in y_values],
         legend=[(colour, f"{label} ({sum(counts):,})") for label, colour, counts in groups],
         boxes=boxes,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
 from video_opd.files import write_text
@@ -19,6 +19,9 @@ from video_opd.reports import story
 from video_opd.reports.charts import Chart, Interval, Series, histogram, line_chart, number, stack_chart
 from video_opd.reports.runs import Run, read_run, round_number
 from video_opd.temporal import best_iou
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MOST_TIMELINES = 12
 MOST_ROLLOUTS = 8  # of the first steps, and as many of the last
@@ -147,16 +150,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("video_opd.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     single = len(runs) == 1
     return template.render(
         title=runs[0].name if single else f"{len(runs)} runs",
@@ -164,6 +158,19 @@ def render(runs: Sequence[Run]) -> str:
         overlay=[] if single else curves(runs),
         sections=[_section(run, curves([run]) if single else []) for run in runs],
         legend=[(f"{r:+g}" if r else "0", _strength(r)) for r in (-2, -1, -0.5, 0, 0.5, 1, 2)],
+    )
+
+
+def environment() -> Environment:
+    """The template engine: everything from data is escaped, and a missing value is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("video_opd.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -24,6 +24,7 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Policy, Teacher
 from video_opd.models.teachers import LocalTeacher, RoutedTeacher, WithoutAdapters
 from video_opd.progress import log
+from video_opd.training.memory import recomputes
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
 
@@ -73,15 +74,23 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
     teacher = None
     if method.needs.teacher:
         teacher = load_teachers(recipe, samples, (model, processor), device)
-    if recipe.model.gradient_checkpointing:
-        old_name = model.gradient_checkpointing_enable  # before transformers 5.23
-        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    recompute = recomputes(recipe, model, samples, device)
+    if recompute:
+        # The prefix engine needs the cache of its decoder layers, and checkpoints them itself.
+        checkpointed = model.model.visual if recipe.model.engine == "prefix" else model
+        old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
+        getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
     forward_module, optimizer = accelerator.prepare(model, optimizer)
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
     policy = HFPolicy(
-        model, processor, recipe.model.engine, compute_dtype=compute_dtype, forward_module=forward_module
+        model,
+        processor,
+        recipe.model.engine,
+        compute_dtype=compute_dtype,
+        forward_module=forward_module,
+        recompute=recompute and recipe.model.engine == "prefix",
     )
     return Parts(
         model=model,

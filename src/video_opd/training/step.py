@@ -80,8 +80,7 @@ class Stepper:
     @property
     def samples_while_updating(self) -> bool:
         """Whether the first update on a batch samples it: a prompt is read once for both."""
-        model, sampling = self.recipe.model, self.recipe.sampling
-        return self.reads_once and not model.gradient_checkpointing and sampling.micro_batch_size is None
+        return self.reads_once and self.recipe.sampling.micro_batch_size is None
 
     def prepare(self, step: int, planned: int, rows: Sequence[Row]) -> Prepared:
         """This process's ``rows`` of a global batch of ``planned`` prompts, in micro-batches, and their

@@ -1,0 +1,176 @@
+"""The prefix engine against the plain one: training steps, scoring, queries on one video, peak memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from video_opd.bench.timing import Work, peak_bytes, summary, take_turns
+from video_opd.bench.work import Engine, Steps, prompts_of, seeds_of
+from video_opd.models.policy import HFPolicy
+from video_opd.progress import log
+from video_opd.training.step import StepResult
+from video_opd.types import EncodedPrompt, Rollout
+
+Check = Callable[[dict[str, Any], str], dict[str, float]]
+ENGINES: tuple[Engine, ...] = ("plain", "prefix")
+LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}  # nats
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # relative, of loss and gradient norm
+SCORED, QUERIES = 8, 5
+
+
+def bench_engine(
+    model: Any,
+    processor: Any,
+    teacher: Any,
+    *,
+    lengths: Sequence[int],
+    rollouts: int = 8,
+    prompts: int = 1,
+    repeats: int = 5,
+    dtype: str = "float32",
+    tokens: int = 16,
+    side_px: int = 64,
+    memory: bool = True,
+) -> list[dict[str, Any]]:
+    """A record for each prompt length and job: seconds, speed-ups with quartiles, peak memory.
+
+    Raises ``AssertionError`` where two ways give different answers, log-probabilities or gradients.
+    """
+    device = next(model.parameters()).device
+    records = []
+    for length in lengths:
+        shown = prompts_of(processor, length, videos=prompts, side_px=side_px)
+        asked = prompts_of(processor, length, queries=QUERIES, side_px=side_px)
+        policies = {engine: HFPolicy(model, processor, engine) for engine in ENGINES}
+
+        def steps(method: str, engine: Engine, count: int, *, recompute: bool = False) -> Steps:
+            return Steps(
+                model,
+                processor,
+                teacher,
+                shown,  # noqa: B023  (called within the iteration)
+                method=method,
+                engine=engine,
+                rollouts=count,
+                dtype=dtype,
+                tokens=tokens,
+                recompute=recompute,
+            )
+
+        jobs: dict[str, tuple[dict[str, Work], Check]] = {
+            "video-opd": (step_ways(steps, "video-opd", 1), same_step),
+            f"grpo, {rollouts} rollouts": (
+                step_ways(steps, "grpo", rollouts) | {"prefix, one rollout": steps("grpo", "prefix", 1)},
+                same_step,
+            ),
+            f"score, {SCORED} answers": (scoring_ways(policies, shown, tokens), same_answers),
+            f"{QUERIES} queries on a video": (query_ways(policies, asked, tokens), same_answers),
+        }
+        for job, (ways, same) in jobs.items():
+            results, seconds = take_turns(ways, repeats, device)
+            found = summary(seconds, "plain")
+            for name, work in ways.items() if memory else ():
+                found[name]["peak_bytes"] = peak_bytes(work, device)
+            records.append(
+                {
+                    "job": job,
+                    "prompt_tokens": shown[0].length,
+                    "prompts": len(shown),
+                    "ways": found,
+                    "differences": same(results, dtype),
+                }
+            )
+            times = ", ".join(f"{name} {way['seconds']:.2f} s" for name, way in found.items())
+            log(f"{job}, {shown[0].length} tokens: {times}")
+    return records
+
+
+def step_ways(steps: Callable[..., Steps], method: str, rollouts: int) -> dict[str, Work]:
+    """A step by each engine, with and without computing again."""
+    return {
+        "plain": steps(method, "plain", rollouts),
+        "plain, one rollout": steps(method, "plain", 1),
+        "prefix": steps(method, "prefix", rollouts),
+        "plain, recompute, one rollout": steps(method, "plain", 1, recompute=True),
+        "prefix, recompute": steps(method, "prefix", rollouts, recompute=True),
+    }
+
+
+def scoring_ways(
+    policies: Mapping[Engine, HFPolicy], prompts: Sequence[EncodedPrompt], tokens: int
+) -> dict[str, Work]:
+    """``SCORED`` answers to each prompt."""
+
+    def all_at_once(policy: HFPolicy) -> Work:
+        return lambda: answers(policy, prompts, SCORED, tokens)
+
+    return {engine: all_at_once(policy) for engine, policy in policies.items()}
+
+
+def query_ways(
+    policies: Mapping[Engine, HFPolicy], prompts: Sequence[EncodedPrompt], tokens: int
+) -> dict[str, Work]:
+    """One answer to each of the prompts, which show the same video."""
+
+    def one_by_one(engine: Engine) -> list[list[Rollout]]:
+        return [group for prompt in prompts for group in answers(policies[engine], [prompt], 1, tokens)]
+
+    return {
+        "plain": lambda: one_by_one("plain"),
+        "prefix, one by one": lambda: one_by_one("prefix"),
+        "prefix": lambda: answers(policies["prefix"], prompts, 1, tokens),
+    }
+
+
+@torch.no_grad()
+def answers(policy: HFPolicy, prompts: Sequence[EncodedPrompt], n: int, tokens: int) -> list[list[Rollout]]:
+    return policy.sample(prompts, n=n, max_new_tokens=tokens, seeds=seeds_of(prompts, n))
+
+
+def same_step(results: dict[str, StepResult], dtype: str) -> dict[str, float]:
+    """Largest relative difference of loss and gradient norm from the plain engine's; answers are equal."""
+    plain = results["plain"]
+    worst = 0.0
+    for name, step in results.items():
+        if len(step.records) != len(plain.records):
+            continue  # another number of rollouts
+        if dtype == "float32":
+            mine, theirs = ([r.token_ids for r in each.records] for each in (step, plain))
+            assert mine == theirs, f"{name}: other answers than the plain engine's"
+        scale = max(abs(plain.loss), 1e-3)
+        worst = max(worst, abs(step.loss - plain.loss) / scale)
+        if plain.grad_norm > 0 and math.isfinite(plain.grad_norm):
+            worst = max(worst, abs(step.grad_norm - plain.grad_norm) / plain.grad_norm)
+    assert worst <= LOSS_TOLERANCE[dtype], f"loss or gradient norm differ by {worst:.2g}"
+    return {"loss_and_gradient_norm": worst}
+
+
+def same_answers(results: dict[str, list[list[Rollout]]], dtype: str) -> dict[str, float]:
+    """Largest difference of a token's log-probability from the plain engine's, in nats; answers are equal."""
+    worst = 0.0
+    for name, groups in results.items():
+        for group, plain in zip(groups, results["plain"], strict=True):
+            for a, b in zip(group, plain, strict=True):
+                if dtype == "float32":
+                    assert a.token_ids == b.token_ids, f"{name}: other answers than the plain engine's"
+                    worst = max(worst, *(abs(x - y) for x, y in zip(a.recorded, b.recorded, strict=True)))
+    assert worst <= LOGPROB_TOLERANCE[dtype], f"log-probabilities differ by {worst:.2g} nats"
+    return {"logprob": worst}
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| job | prompt | engine | seconds | faster than plain | peak |", "|---|---|---|---|---|---|"]
+    for record in records:
+        for name, way in record["ways"].items():
+            speed, peak = way["speedup"], way.get("peak_bytes")
+            lines.append(
+                f"| {record['job']} | {record['prompt_tokens']} | {name} | {way['seconds']:.3f} "
+                f"| {speed['median']:.2f}× [{speed['low']:.2f}, {speed['high']:.2f}] "
+                f"| {'' if peak is None else f'{peak / 2**20:.0f} MiB'} |"
+            )
+    return "\n".join(lines)

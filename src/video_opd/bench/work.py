@@ -1,0 +1,163 @@
+"""The work that is timed: prompts of a wanted length, and steps on them by the training loop's own code."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from video_opd.algorithms.registry import make_method
+from video_opd.config import Recipe, recipe_from_dict
+from video_opd.data.encode import PromptEncoder
+from video_opd.models.policy import HFPolicy
+from video_opd.models.teachers import LocalTeacher
+from video_opd.seeds import derive_seed
+from video_opd.training.batches import Row
+from video_opd.training.build import Parts, make_optimizer
+from video_opd.training.loop import make_accelerator
+from video_opd.training.metrics import Stopwatch
+from video_opd.training.step import Stepper, StepResult
+from video_opd.types import Clip, EncodedPrompt, Sample
+
+Engine = Literal["plain", "prefix"]
+FPS = 2.0
+QUERIES = (
+    "the red circle moves left",
+    "a blue square appears",
+    "the green triangle gets bigger",
+    "a yellow ring blinks",
+    "the purple cross can be seen",
+)
+
+
+def prompts_of(
+    processor: Any, tokens: int, *, queries: int = 1, videos: int = 1, side_px: int = 64
+) -> list[EncodedPrompt]:
+    """``queries`` prompts on each of ``videos`` noise videos, as short as they can be with ``tokens`` tokens
+    or more; frames are ``side_px`` × ``side_px``."""
+    encoder = PromptEncoder(processor)
+    one, two = (encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length for pairs in (1, 2))
+    pairs = max(1, -(-(tokens - one) // (two - one)) + 1)
+    while encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length < tokens:
+        pairs += 1  # time stamps grow with the time
+    prompts: list[EncodedPrompt] = []
+    for video in range(videos):
+        asked = [QUERIES[i % len(QUERIES)] for i in range(queries)]
+        ids = [f"video {video}, query {i}" for i in range(queries)]
+        prompts += encoder.encode_many(_clip(pairs, side_px, video), asked, ids)
+    return prompts
+
+
+def _clip(pairs: int, side_px: int, seed: int) -> Clip:
+    frames = 2 * pairs
+    shape = (frames, side_px, side_px, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return Clip(
+        path=Path(f"noise-{seed}.mp4"),
+        frames=pixels,
+        times_s=np.arange(frames) / FPS,
+        frame_indices=np.arange(frames),
+        source_fps=FPS,
+        duration_s=frames / FPS,
+        source_size_px=(side_px, side_px),
+        digest=hashlib.sha256(pixels.tobytes()).hexdigest(),
+    )
+
+
+def seeds_of(prompts: Sequence[EncodedPrompt], n: int) -> list[list[int]]:
+    return [[derive_seed(0, "bench", prompt.sample_id, j) for j in range(n)] for prompt in prompts]
+
+
+def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts: int, tokens: int) -> Recipe:
+    tree: dict[str, Any] = {
+        "method": method,
+        "model": {"path": "benchmark", "engine": engine, "dtype": dtype},
+        "data": {"train": "benchmark"},
+        "sampling": {
+            "max_new_tokens": tokens,
+            "rollouts": max(2, rollouts) if method == "grpo" else rollouts,
+        },
+        "optim": {"batch_size": prompts, "micro_batch_size": prompts},
+        "run": {"dir": "benchmark", "trackers": [], "analytic_kl": False},
+    }
+    if method == "video-opd":
+        tree["teacher"] = {"path": "benchmark"}
+    recipe = recipe_from_dict(tree)
+    if rollouts == 1 and method == "grpo":
+        # A group of one teaches nothing and is refused; here it only costs.
+        object.__setattr__(recipe, "sampling", replace(recipe.sampling, rollouts=1))
+    return recipe
+
+
+class Steps:
+    """Optimiser steps of one method by one engine, at a rate of 0: every step is the first."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        teacher: Any,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        method: str,
+        engine: Engine,
+        rollouts: int = 1,
+        dtype: str = "float32",
+        tokens: int = 16,
+        recompute: bool = False,
+    ) -> None:
+        recipe = step_recipe(method, engine, rollouts, dtype=dtype, prompts=len(prompts), tokens=tokens)
+        compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
+        if recompute:  # layers that are checkpointed by transformers are a model of their own
+            model = checkpointed(model, engine)
+        policy = HFPolicy(
+            model, processor, engine, compute_dtype=compute_dtype, recompute=recompute and engine == "prefix"
+        )
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        parts = Parts(
+            model=model,
+            forward_module=model,
+            policy=policy,
+            plain=policy,
+            teacher=LocalTeacher(HFPolicy(teacher, processor, engine)) if method == "video-opd" else None,
+            reference=None,
+            method=make_method(recipe, processor.tokenizer),
+            optimizer=optimizer,
+            processor=processor,
+            samples=(),
+            loader=lambda _: (),
+            evaluation_loader=lambda _: (),
+        )
+        self.stepper = Stepper(recipe, make_accelerator(recipe), parts, Stopwatch())
+        self.rows = [Row(position=i, sample=_sample(p), prompt=p) for i, p in enumerate(prompts)]
+
+    def __call__(self) -> StepResult:
+        prepared = self.stepper.prepare(0, len(self.rows), self.rows)
+        return self.stepper.update(0, prepared)
+
+
+def checkpointed(model: Any, engine: Engine) -> Any:
+    """A copy with gradient checkpointing, of the vision tower alone for the prefix engine."""
+    model = copy.deepcopy(model)
+    part = model.model.visual if engine == "prefix" else model
+    old_name = part.gradient_checkpointing_enable  # before transformers 5.23
+    getattr(part, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    return model.train()
+
+
+def _sample(prompt: EncodedPrompt) -> Sample:
+    return Sample(
+        id=prompt.sample_id,
+        video=Path("noise.mp4"),
+        query="",
+        duration_s=prompt.duration_s,
+        spans=((0.0, prompt.duration_s / 2),),
+    )

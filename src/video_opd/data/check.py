@@ -1,0 +1,307 @@
+"""What the videos of a data file really hold, and which rows cannot be used because of it.
+
+Every video is opened once, in processes of its own, so that one that brings its decoder down is found and
+named. What was seen is appended to a file; a repeated check opens only what is new or has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from video_opd.data.annotations import Annotations, read_annotations, write_rows
+from video_opd.data.budget import VideoBudget
+from video_opd.errors import UserError
+from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
+from video_opd.progress import track
+from video_opd.types import Sample
+
+MISSING, UNDECODABLE, DURATION, SPAN, ROW = "missing", "undecodable", "duration", "span", "row"
+_CRASHED = "it brings the decoder down"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a video holds, or why nobody can say. A row of the check file.
+
+    ``bytes`` and ``mtime_ns`` are those of the file that was opened; ``size_px`` is (height, width).
+    """
+
+    video: str
+    bytes: int = 0
+    mtime_ns: int = 0
+    decoded: bool = False  # whether its frames were decoded too
+    error: str | None = None
+    missing: bool = False
+    duration_s: float | None = None
+    fps: float | None = None
+    frames: int | None = None
+    size_px: tuple[int, int] | None = None
+    codec: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "video": self.video,
+            "error": self.error,
+            "duration": self.duration_s,
+            "fps": self.fps,
+            "frames": self.frames,
+            "size": None if self.size_px is None else list(self.size_px),
+            "codec": self.codec,
+            "decoded": self.decoded,
+            "bytes": self.bytes,
+            "mtime_ns": self.mtime_ns,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    tolerance_s: float = 1.0  # containers round, and count the last frame or do not
+    decode: VideoBudget | None = None  # decode the frames that this budget shows, too
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.tolerance_s >= 0:
+            raise UserError(f"the tolerance is {self.tolerance_s:g}; it must be 0 seconds or more")
+
+
+def check(
+    data: str | Path,
+    out: str | Path,
+    *,
+    video_root: str | Path | None = None,
+    settings: CheckSettings | None = None,
+    good: str | Path | None = None,
+) -> dict[str, Any]:
+    """Opens the videos of ``data`` and returns the record that ``data check --json`` prints.
+
+    Appends a row a video to ``out`` (:class:`Seen`). ``good`` is written with the rows that have no problem.
+    Raises UserError where ``data`` is no data file, or ``out`` is another kind of file.
+    """
+    settings = settings or CheckSettings()
+    annotations = read_annotations(data, video_root, keep_faults=True)
+    seen = look(annotations.samples, out, settings)
+    problems = find_problems(annotations, seen, settings.tolerance_s)
+    written = 0
+    if good is not None:
+        bad = {problem["id"] for problem in problems if problem["video"] is not None}
+        rows = [sample for sample in annotations.samples if sample.id not in bad]
+        write_rows(good, rows)
+        written = len(rows)
+    return {
+        "rows": len(annotations.samples) + len(annotations.faults),
+        "videos": len(seen),
+        "unannotated": annotations.unannotated,
+        "clamped": len(annotations.clamped),
+        "tolerance_s": settings.tolerance_s,
+        "checked": str(out),
+        "good": None if good is None else str(good),
+        "written": written,
+        "by_kind": dict(Counter(kind for problem in problems for kind in problem["kinds"]).most_common()),
+        "problems": problems,
+    }
+
+
+def find_problems(
+    annotations: Annotations, seen: Mapping[Path, Seen], tolerance_s: float
+) -> list[dict[str, Any]]:
+    """``{"id", "line", "video", "kinds", "problem"}`` for each row with a problem, wrong rows first."""
+    rows = [
+        {"id": fault.id, "line": fault.line, "video": None, "kinds": [ROW], "problem": fault.message}
+        for fault in annotations.faults
+    ]
+    for sample in annotations.samples:
+        found = list(_problems(sample, seen[sample.video], tolerance_s))
+        if found:
+            rows.append(
+                {
+                    "id": sample.id,
+                    "line": None,
+                    "video": str(sample.video),
+                    "kinds": list(dict.fromkeys(kind for kind, _ in found)),
+                    "problem": "; ".join(text for _, text in found),
+                }
+            )
+    return rows
+
+
+def _problems(sample: Sample, seen: Seen, tolerance_s: float) -> Iterator[tuple[str, str]]:
+    if seen.duration_s is None:
+        yield (MISSING if seen.missing else UNDECODABLE), seen.error or "unknown"
+        return
+    end_s = seen.duration_s
+    if any(start_s >= end_s for start_s, _ in sample.spans):
+        yield SPAN, f"a span begins after the video's end at {end_s:.2f} s"
+    elif sample.spans and (last_s := max(end for _, end in sample.spans)) > end_s + tolerance_s:
+        yield SPAN, f"a span ends at {last_s:g} s, the video at {end_s:.2f} s"
+    if sample.duration_s is not None and abs(sample.duration_s - end_s) > tolerance_s:
+        part = " (the row is about a part of the video)" if sample.row.get("clip") else ""
+        yield DURATION, f"duration {sample.duration_s:g} s, but the video lasts {end_s:.2f} s{part}"
+
+
+# --- opening -----------------------------------------------------------------------------------------
+
+
+def default_out(data: str | Path) -> Path:
+    """``train.jsonl`` → ``train.check.jsonl``."""
+    return Path(data).with_suffix(".check.jsonl")
+
+
+def known(samples: Sequence[Sample], out: str | Path, *, decoded: bool = False) -> dict[Path, Seen]:
+    """What ``out`` says about those videos that have not changed since; nothing where it is not there."""
+    before = _read(Path(out))
+    found = {}
+    for video in dict.fromkeys(sample.video for sample in samples):
+        seen = before.get(os.path.abspath(video))
+        if seen and _stat(video) == (seen.bytes, seen.mtime_ns) and (seen.decoded or not decoded):
+            found[video] = seen
+    return found
+
+
+def look(samples: Sequence[Sample], out: str | Path, settings: CheckSettings) -> dict[Path, Seen]:
+    """What each video of ``samples`` holds. What ``out`` knows is not opened again, the rest is added."""
+    out = Path(out)
+    repair_jsonl(out)
+    seen = known(samples, out, decoded=settings.decode is not None)
+    wanted = []
+    for video in dict.fromkeys(sample.video for sample in samples):
+        if video in seen:
+            continue
+        if (stat := _stat(video)) is None:
+            seen[video] = Seen(video=os.path.abspath(video), error="no such file", missing=True)
+        else:
+            wanted.append((video, stat))
+    if not wanted:
+        return seen
+    results = _opened([video for video, _ in wanted], settings)
+    stats = dict(wanted)
+    for video, facts in track(results, "checking videos", len(wanted)):
+        count, mtime_ns = stats[video]
+        seen[video] = Seen(
+            video=os.path.abspath(video),
+            bytes=count,
+            mtime_ns=mtime_ns,
+            decoded=settings.decode is not None,
+            **facts,
+        )
+        append_jsonl(out, [seen[video].to_json()])
+    return seen
+
+
+def open_video(video: Path, decode: VideoBudget | None) -> dict[str, Any]:
+    """The facts of one video, or ``{"error": why there are none}``."""
+    from video_opd.data.video import VideoError, load_clip, probe
+
+    try:
+        info = probe(video)
+        if decode is not None:
+            load_clip(video, decode)
+    except VideoError as error:
+        return {"error": error.reason}
+    except OSError as error:
+        return {"error": f"cannot be read ({error.strerror or error})"}
+    return {
+        "duration_s": info.duration_s,
+        "fps": info.fps,
+        "frames": info.frame_count,
+        "size_px": info.size_px,
+        "codec": info.codec,
+    }
+
+
+def _opened(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(video, facts) as they are ready. After a crash each video that was under way is tried alone."""
+    waiting = deque(videos)
+    while waiting:
+        suspects: list[Path] = []
+        with _pool(settings.workers) as pool:
+            running: dict[Future[dict[str, Any]], Path] = {}
+            try:
+                while waiting or running:
+                    while waiting and len(running) < 2 * settings.workers:
+                        running[pool.submit(open_video, waiting[0], settings.decode)] = waiting[0]
+                        waiting.popleft()
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        facts = future.result()
+                        yield running.pop(future), facts
+            except BrokenProcessPool:
+                suspects = list(running.values())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        yield from _one_by_one(suspects, settings)
+
+
+def _one_by_one(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[Path, dict[str, Any]]]:
+    waiting = deque(videos)
+    while waiting:
+        with _pool(1) as pool:
+            try:
+                while waiting:
+                    facts = pool.submit(open_video, waiting[0], settings.decode).result()
+                    yield waiting.popleft(), facts
+            except BrokenProcessPool:
+                yield waiting.popleft(), {"error": _CRASHED}
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: a fork would copy the threads' locks of whoever calls this
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+
+
+def _follow_parent() -> None:
+    """A worker leaves Ctrl-C to its parent and ends when that was killed: else it would wait forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_for_end() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def _stat(video: Path) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(video)
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read(out: Path) -> dict[str, Seen]:
+    if not out.exists():
+        return {}
+    found = {}
+    for line, row in read_jsonl(out):
+        try:
+            size = row["size"]
+            seen = Seen(
+                video=row["video"],
+                bytes=row["bytes"],
+                mtime_ns=row["mtime_ns"],
+                decoded=row["decoded"],
+                error=row["error"],
+                duration_s=row["duration"],
+                fps=row["fps"],
+                frames=row["frames"],
+                size_px=None if size is None else (size[0], size[1]),
+                codec=row["codec"],
+            )
+        except (KeyError, TypeError, IndexError):
+            raise UserError(
+                f"{out}:{line}: not a row of a check; choose another --out, or delete the file"
+            ) from None
+        found[seen.video] = seen
+    return found

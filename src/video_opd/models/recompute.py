@@ -1,0 +1,76 @@
+"""Gradient checkpointing that keeps the key/value cache.
+
+transformers drops the cache of a layer that it checkpoints: what the layer writes to it would be written
+again when its forward is repeated. Here a layer's keys and values are results of the checkpointed function,
+beside its hidden states, and only the caller puts them into the cache. So a prompt is read once, answers are
+sampled from that reading, and the backward of an update goes from the answers' layers to the prompt's keys
+and values and from there, layer by layer, through the prompt, each layer's forward repeated as it is reached.
+
+What stays in memory of a prompt: the input of each layer, its keys and values, and the gradients of these.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+@contextmanager
+def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, forwards of these decoder layers that record gradients are checkpointed.
+
+    The layers are the model's own; their ``forward`` is replaced as Accelerate's hooks replace it, and put
+    back. Backward may come later, outside.
+    """
+    layers = list(layers)
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_checkpointed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.forward = forward
+
+
+class _OneLayer:
+    """Stands in for the cache in one forward of one layer, and remembers what it was given."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        self.layer = layer
+        self.keys = self.values = torch.empty(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = key_states, value_states
+        return self.layer.update(key_states, value_states)
+
+
+def _checkpointed(
+    forward: Any, hidden_states: torch.Tensor, *, past_key_values: DynamicCache | None = None, **inputs: Any
+) -> torch.Tensor:
+    if past_key_values is None or not torch.is_grad_enabled():
+        return forward(hidden_states, past_key_values=past_key_values, **inputs)
+    cached = past_key_values.layers[forward.__self__.self_attn.layer_idx]
+    before = copy.copy(cached)  # ``cached`` itself may have grown when the backward comes
+
+    def run(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        alone = _OneLayer(copy.copy(before))
+        result = forward(hidden_states, past_key_values=alone, **inputs)
+        return result, alone.keys, alone.values
+
+    result, keys, values = checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False)
+    cached.update(keys, values)
+    return result
