@@ -228,12 +228,14 @@ def _is_from_and(before: str, between: str) -> bool:
 def _shape(text: str, numbers: list[_Number], i: int) -> str | None:
     """How the i-th number and the next are tied together: ``to``, ``dash``, ``list``, ``from_and`` or not."""
     a, b = numbers[i], numbers[i + 1]
-    before_a = text[numbers[i - 1].end if i else 0 : a.start]
     between = text[a.end : b.start]
+    words = _plain_words(between)
+    if not words:
+        return None
+    before_a = text[numbers[i - 1].end if i else 0 : a.start]
     after_b = text[b.end : numbers[i + 2].start] if i + 2 < len(numbers) else ""
     if _SIGN.search(before_a[-4:]) or any(_TIGHT_DASH.fullmatch(gap) for gap in (before_a, after_b)):
         return None  # a negative number; a third number hangs on by a dash: a date
-    words = _plain_words(between)
     if _DASH.fullmatch(words):
         return "dash"
     if _SIGN.search(between[-4:]):

@@ -52,10 +52,11 @@ BASE = ("--baseline", "b=base-charades-timelens.jsonl", "b=base-other.jsonl")
 
 
 def test_a_baseline_of_one_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("evaluate", "--data", "other.jsonl", "--predictions", "student-other.jsonl", *B_OTHER)
+    words = ("evaluate", "--data", "o=other.jsonl", "--predictions", "student-other.jsonl", *B_OTHER)
     record = json.loads(run(capsys, *words, "--json", "-"))
     assert record["mIoU"] == pytest.approx(100 * 7 / 9)
-    assert record["rules"] == {"exact": 3} and record["answers"] == "student-other.jsonl"
+    assert record["rules"] == {"exact": 3}
+    assert (record["data"], record["answers"]) == ("other.jsonl", "student-other.jsonl")
     assert record["protocol"]["deviations"] is None
     assert record["baseline"]["answers"] == "base-other.jsonl"
     assert record["baseline"]["mIoU"] == pytest.approx(100 * 4 / 12)

@@ -211,12 +211,12 @@ def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, An
     result = compared.results[model][data]
     record = {
         **evaluation_record(result.metrics, constant, result.swap),
-        "data": arguments.data[0],
-        "answers": (arguments.predictions or [arguments.model])[0],
+        "data": _split_name(arguments.data[0])[1],
+        "answers": arguments.model or result.files[0],
     }
     if result.difference is not None and compared.baseline is not None:
         record["baseline"] = {
-            "answers": arguments.baseline[0],
+            "answers": compared.results[compared.baseline][data].files[0],
             **compared.results[compared.baseline][data].metrics.to_json(),
             "difference": {name: rise.to_json() for name, rise in result.difference.items()},
         }
