@@ -3,6 +3,7 @@
 # make test      install with the tools, then the tests
 # make bench     install, with lmms-eval for "video-opd evaluate --suite general"
 # make test-bench  the tests that need lmms-eval
+# make fuzz      2,800 broken files of every kind (a part of them runs with the tests)
 # make lint, make types
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 # Threads that spin while they wait slow each other tenfold when several processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install bench demo test test-bench lint types clean
+.PHONY: install bench demo test fuzz test-bench lint types clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.stamp-package
@@ -52,6 +53,9 @@ test: install $(VENV)/.stamp-dev
 
 test-bench: bench $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)
+
+fuzz: install $(VENV)/.stamp-dev
+	VIDEO_OPD_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_fuzz.py -s
 
 lint: install $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

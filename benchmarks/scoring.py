@@ -12,6 +12,10 @@ greedy answer to each (what predictions need). Each is done in three ways, all b
 
 The ways take turns within a repeat, in another order every time, so what else the machine does falls on all
 of them; ratios are taken within a repeat. The answers must be equal, and their log-probabilities to 1e-4.
+
+With ``--predict`` the command itself is measured, decoding and writing included: five queries a video, as
+``video-opd predict`` batches them and one by one (``--batch-size 1``). The answers must be equal. Its figure
+is processor time in user mode, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -33,15 +38,18 @@ import transformers
 
 from video_opd.data.annotations import read_samples
 from video_opd.evaluation.batching import by_video
-from video_opd.evaluation.opened import open_model, read_access
+from video_opd.evaluation.opened import OpenModel, open_model, read_access
+from video_opd.evaluation.predict import AnswerSettings, predict
+from video_opd.jsonl import read_jsonl
 from video_opd.models.policy import HFPolicy
 from video_opd.seeds import derive_seed
-from video_opd.types import EncodedPrompt, Rollout
+from video_opd.types import EncodedPrompt, Rollout, Sample
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 
 ROOT = Path(__file__).parents[1]
 QUERIES, ANSWERS, MAX_NEW_TOKENS, FRAME_TOKENS = 5, 8, 32, 64
+BATCH_SIZE = 8  # the default of predict and evaluate
 TOLERANCE = 1e-4  # nats
 Job = Callable[[], list[Rollout]]
 
@@ -56,7 +64,6 @@ def main() -> None:
         ),
         arguments.device,
     )
-    videos = prompts_by_video(model, Path(arguments.out), arguments.videos)
     record: dict[str, Any] = {
         "command": sys.argv,
         "machine": {
@@ -68,6 +75,15 @@ def main() -> None:
             "transformers": transformers.__version__,
             "load_before": os.getloadavg()[0],
         },
+    }
+    if arguments.predict:
+        samples = samples_by_video(Path(arguments.out), arguments.videos)
+        record |= measure_predict(model, samples, Path(arguments.out), arguments.repeats)
+        write("predict", record)
+        print(predict_table(record))
+        return
+    videos = prompts_by_video(model, Path(arguments.out), arguments.videos)
+    record |= {
         "prompts": {
             "videos": len(videos),
             "queries_a_video": QUERIES,
@@ -86,10 +102,14 @@ def main() -> None:
         record["jobs"][name] = {"answers_a_query": n, "temperature": temperature} | measure(
             ways, arguments.repeats
         )
-    result = ROOT / "benchmarks" / "results" / "scoring.json"
+    print(table(record))
+    write("scoring", record)
+
+
+def write(name: str, record: dict[str, Any]) -> None:
+    result = ROOT / "benchmarks" / "results" / f"{name}.json"
     result.parent.mkdir(exist_ok=True)
     result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(table(record))
     print(f"wrote {result.relative_to(ROOT)}")
 
 
@@ -101,14 +121,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--predict", action="store_true", help="measure predict, five queries a video")
     return parser.parse_args()
 
 
-def prompts_by_video(model: Any, out: Path, count: int) -> list[list[EncodedPrompt]]:
+def samples_by_video(out: Path, count: int) -> list[list[Sample]]:
     """The first five queries of the first ``count`` videos that have so many."""
     data = make_world(out, videos={"long": 2 * count}, seed=900, workers=1)["long"]
     chosen = [rows[:QUERIES] for rows in by_video(read_samples(data)) if len(rows) >= QUERIES][:count]
     assert len(chosen) == count, "too few videos with five queries"
+    return chosen
+
+
+def prompts_by_video(model: Any, out: Path, count: int) -> list[list[EncodedPrompt]]:
+    chosen = samples_by_video(out, count)
     prompts = {sample.id: prompt for sample, prompt in model.loader([s for rows in chosen for s in rows])}
     return [[prompts[sample.id] for sample in rows] for rows in chosen]
 
@@ -191,6 +217,61 @@ def compare(expected: Sequence[Rollout], got: Sequence[Rollout]) -> float:
         abs(a - b)
         for x, y in zip(expected, got, strict=True)
         for a, b in zip(x.recorded, y.recorded, strict=True)
+    )
+
+
+def measure_predict(
+    model: OpenModel, videos: Sequence[Sequence[Sample]], out: Path, repeats: int
+) -> dict[str, Any]:
+    """User-mode seconds of ``predict`` as it batches, and one by one."""
+    samples = [sample for rows in videos for sample in rows]
+    batch_sizes = {"together": BATCH_SIZE, "one by one": 1}
+
+    def run(way: str) -> tuple[float, float, dict[str, Any]]:
+        path = out / "predictions.jsonl"
+        user_s, wall_s = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.perf_counter()
+        predict(
+            model.policy,
+            samples,
+            model.loader,
+            path,
+            made_by={"benchmark": way},
+            settings=AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),
+            batch_size=batch_sizes[way],
+            overwrite=True,
+        )
+        user_s = resource.getrusage(resource.RUSAGE_SELF).ru_utime - user_s
+        rows = {row["id"]: row["responses"] for _, row in read_jsonl(path)}
+        return user_s, time.perf_counter() - wall_s, rows
+
+    _, _, expected = run("together")  # also warms up
+    assert len(expected) == len(samples)
+    user: dict[str, list[float]] = {way: [] for way in batch_sizes}
+    wall: dict[str, list[float]] = {way: [] for way in batch_sizes}
+    for repeat in range(repeats):
+        for way in list(batch_sizes)[:: 1 if repeat % 2 else -1]:
+            user_s, wall_s, rows = run(way)
+            assert rows == expected, f"{way}: the answers differ"
+            user[way].append(user_s)
+            wall[way].append(wall_s)
+    return {
+        "videos": len(videos),
+        "queries_a_video": QUERIES,
+        "answers": len(samples),
+        "repeats": repeats,
+        "user_s": {way: spread(values) for way, values in user.items()},
+        "wall_s": {way: spread(values) for way, values in wall.items()},
+        "times_faster_user": spread(ratios(user["one by one"], user["together"])),
+        "times_faster_wall": spread(ratios(wall["one by one"], wall["together"])),
+    }
+
+
+def predict_table(record: dict[str, Any]) -> str:
+    user, times = record["user_s"], record["times_faster_user"]
+    return (
+        f"{record['answers']} answers, {record['queries_a_video']} queries a video: together "
+        f"{user['together']['median']:.2f} s, one by one {user['one by one']['median']:.2f} s of user time; "
+        f"{times['median']:.2f} [{times['min']:.2f}, {times['max']:.2f}] times faster"
     )
 
 

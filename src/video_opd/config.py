@@ -92,7 +92,7 @@ class DataConfig:
     limit: int | None = None  # only the first rows
     shuffle: bool = True  # a permutation an epoch, a function of (run.seed, epoch)
     workers: int = 2  # decoding in the background; 0: in the training process
-    prefetch: int = 8  # prompts made ahead
+    prefetch: int = 8  # videos made ahead
     max_failed_share: float = 0.05  # a run stops when more videos than this cannot be decoded
     cache_dir: str | None = None  # keeps decoded clips on disk
 
@@ -534,6 +534,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}; name a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: not UTF-8 at byte {error.start}; name a YAML file") from error
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
     need(isinstance(tree, dict), f"recipe {path}: expected sections such as 'optim:', not a bare value")

@@ -21,6 +21,8 @@ import yaml
 
 from video_opd.errors import UserError
 
+MAX_NODES, MAX_DEPTH = 10_000, 50  # of a recipe
+
 
 def need(condition: bool, message: str) -> None:
     """Raises :class:`UserError` with ``message`` unless ``condition`` holds."""
@@ -75,12 +77,32 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 def parse_yaml(text: str, where: str) -> Any:
     """The value that ``text`` spells; a UserError names ``where`` and the line."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = "" if line is None else f" line {line + 1}"
         problem = getattr(error, "problem", None) or "cannot be read"
         raise UserError(f"{where}{at}: not valid YAML ({problem})") from error
+    except (ValueError, RecursionError) as error:  # an impossible date, thousands of digits or of brackets
+        raise UserError(f"{where}: holds a value that cannot be read ({error})") from error
+    _check_extent(value, where)
+    return value
+
+
+def _check_extent(value: Any, where: str) -> None:
+    """Aliases can make a few lines a tree without end; a recipe is neither deep nor large."""
+    left, nodes = [(value, 0)], 0
+    while left:
+        node, depth = left.pop()
+        nodes += 1
+        need(
+            nodes <= MAX_NODES and depth <= MAX_DEPTH,
+            f"{where}: more than {MAX_NODES} values or {MAX_DEPTH} levels: take out aliases that multiply",
+        )
+        if isinstance(node, Mapping):
+            left += [(child, depth + 1) for child in node.values()]
+        elif isinstance(node, list | tuple | set):
+            left += [(child, depth + 1) for child in node]
 
 
 class TreeReader:
@@ -170,7 +192,8 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-6 as text
             value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # hundreds of digits: not a number that anything can use
+            value = float(value)
     ok = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
     ok = ok and not (isinstance(value, float) and math.isnan(value))
     if not ok:

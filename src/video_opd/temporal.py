@@ -104,25 +104,28 @@ class _Number:
     end: int
     value_s: float | None
     clock: bool
-    counts: bool  # "3 people": a bare integer before a noun
-    signed: bool  # a minus stands right before it, which may also be the dash of "A -B"
+    bare: bool  # digits without a unit: before a noun they count things
 
 
 _NUMBER = re.compile(r"(?:[0-9]+|(?<![\w.])\.[0-9]+)(?:[.,:/][0-9]+)*")
 _PLAIN = re.compile(r"[0-9]{1,7}(?:\.[0-9]+)?|\.[0-9]+")  # short enough to stay finite
 _CLOCK = re.compile(r"(?:([0-9]{1,3}):)?([0-9]{1,3}):([0-9]{2}(?:\.[0-9]+)?)")
+# Thousands: "1,234.5" and "1.234,5".
+_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+")
 _UNIT = re.compile(
-    r"\s*(?:\(\s*s(?:ec(?:ond)?s?)?\s*\)|(?:seconds?|secs?|s)\b(?:\.(?=\s+(?:to|and|[-–—])))?)", re.I
+    r"\s*\(\s*s(?:ec(?:ond)?s?)?\s*\)|\s*second\(s\)|\s*秒钟?"
+    r"|(?:\s*(?:seconds?|secs?|s)|-(?:seconds?|secs?))(?![^\W_])(?:\.(?=\s+(?:to|and|[-–—])))?",
+    re.I,
 )
 _OTHER_UNIT = re.compile(
     r"\s*(?:%|°|(?:percent|hours?|hrs?|h|minutes?|mins?|m|ms|milliseconds?|frames?|fps|[ap]m)\b|[ap]\.m\.)",
     re.I,
 )
-_GLUED_BEFORE = re.compile(
-    r"(?<![0-9]to)(?<=[^\W0-9])\Z|[/#%]\Z", re.I
-)  # a part of a word, a rank; not "12to17"
+_LETTER = r"[^\W\d_]"
+# A part of a word, a rank, a share; but not "12to17", and not the underscores of "_12_".
+_GLUED_AFTER = re.compile(rf"(?!(?:to|and)(?!{_LETTER}|_))_*{_LETTER}|[/%]", re.I)
+_WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
 _SIGN = re.compile(r"(?:^|[\s(\[{=:,\"'])[-−]\Z")
-_GLUED_AFTER = re.compile(r"(?!(?:to|and)(?![^\W0-9]))[^\W0-9]|[/%]", re.I)
 # "3 people" is a count, "12 and" or "12 the moment" is not.
 _COUNTED = re.compile(
     r"\s+(?!(?:a|after|all|and|approximately|as|at|before|by|end\w*|finish\w*|for|in|is|its?|of|on|or|respectively"
@@ -130,21 +133,22 @@ _COUNTED = re.compile(
     re.I,
 )
 
-# What may stand between or around the two numbers of an answer.
-_WRAP = r"[\s*_`\"'“”‘’()\[\]{}<>$]*"  # markdown, quotes, brackets
-_HEDGE = r"(?:about|around|approximately|approx\.?|roughly|nearly|~|≈)?\s*"
-_NAMES_TIME = r"(?:(?:the|time|timestamp|mark|seconds?|at|t\s*=)\s*)*"
-_TO = re.compile(rf"{_WRAP}to{_WRAP}{_HEDGE}{_WRAP}", re.I)
-_DASH = re.compile(rf"{_WRAP}[-‐‑‒–—−]{{1,3}}{_WRAP}")
+# Between two numbers of an answer. It is looked at without markdown, quotes, brackets and repeated white
+# space: what is left of it is short, and every pattern below takes linear time on it.
+_REACH = 160  # characters; two numbers that are farther apart do not belong together
+_MARKUP = str.maketrans({**dict.fromkeys("*_`\"'“”‘’()[]{}<>$", " "), "~": " ~ ", "≈": " ≈ "})
+_DASHES = "-‐‑‒–—―−﹣－~～〜"
+_HEDGES = ("about", "around", "approximately", "approx", "approx.", "roughly", "nearly", "~", "≈")
+_HEDGE = f"(?: (?:{'|'.join(map(re.escape, _HEDGES))}))?"
+_TIME_WORDS = {*_HEDGES, "the", "time", "timestamp", "mark", "second", "seconds", "at", "t=", "t", "="}
+_TO = re.compile(rf"to{_HEDGE}", re.I)
+_DASH = re.compile(rf"[{_DASHES}]{{1,3}}{_HEDGE}", re.I)
 _TIGHT_DASH = re.compile(r"[-‐‑‒–—−]")  # 2026-11-22 is a date
 _FROM = re.compile(r"\bfrom\b[^.!?\n]{0,80}$", re.I)
-_UP_TO = re.compile(rf"[^.!?\n]{{0,120}}\bto\b{_WRAP}{_HEDGE}{_NAMES_TIME}{_HEDGE}{_WRAP}", re.I)
-_BETWEEN = re.compile(rf"\bbetween\b{_WRAP}{_HEDGE}{_NAMES_TIME}{_HEDGE}{_WRAP}$", re.I)
-_AND = re.compile(rf"{_WRAP},?\s*and\b{_WRAP}{_HEDGE}{_NAMES_TIME}{_HEDGE}{_WRAP}", re.I)
-_STARTS = re.compile(r"(?<![a-z])(?:start|begin)(?!.*(?<![a-z])(?:end|finish|stop))", re.I | re.S)
-_ENDS = re.compile(r"(?<![a-z])(?:end|finish|stop)", re.I)
+_UP_TO = re.compile(r"\bto\b", re.I)
+_SENTENCE_END = re.compile(r"[.!?\n]")
+_BOUND = re.compile(r"(?<![a-z])(?:(start|begin)|(end|finish|stop))", re.I)
 _EXACT = re.compile(r"([0-9]{1,7}(?:\.[0-9]+)?)\s+to\s+([0-9]{1,7}(?:\.[0-9]+)?)", re.I)
-_REACH = 160  # characters over which "start … A" and "… end … B" still belong together
 
 
 def _value_s(text: str) -> tuple[float | None, bool]:
@@ -157,102 +161,116 @@ def _value_s(text: str) -> tuple[float | None, bool]:
     return None, False
 
 
+def _values(text: str) -> list[tuple[str, float | None, bool]]:
+    """``(text, seconds, is a clock time)`` of what looked like one number; a list without spaces is several.
+
+    "12.54,17.83" and "00:12,00:17" are lists. "12,54" may be a list or a decimal comma, "1,234" a thousand:
+    no time.
+    """
+    parts = text.split(",")
+    if len(parts) > 1 and not _GROUPED.fullmatch(text) and not all(part.isdigit() for part in parts):
+        values = [(part, *_value_s(part)) for part in parts]
+        if all(value_s is not None for _, value_s, _ in values):
+            return values
+    return [(text, *_value_s(text))]
+
+
 def _numbers(text: str) -> list[_Number]:
     """Every number of the text in order, those that cannot be times included: they keep others apart."""
     found = []
     for match in _NUMBER.finditer(text):
-        value_s, clock = _value_s(match.group())
-        end = match.end()
-        unit = _UNIT.match(text, end)
-        if unit:
-            end = unit.end()
-        elif _OTHER_UNIT.match(text, end) or _GLUED_AFTER.match(text, end):
-            value_s = None
-        before = text[max(match.start() - 3, 0) : match.start()]
-        if _GLUED_BEFORE.search(before):
-            value_s = None
-        found.append(
-            _Number(
-                start=match.start(),
-                end=end,
-                value_s=value_s,
-                clock=clock,
-                counts=not unit and match.group().isdigit() and _COUNTED.match(text, end) is not None,
-                signed=_SIGN.search(before) is not None,
-            )
-        )
+        values = _values(match.group())
+        start = match.start()
+        for part, value_s, clock in values:
+            end = start + len(part)
+            unit = _UNIT.match(text, end)
+            if unit:
+                end = unit.end()
+            elif _OTHER_UNIT.match(text, end) or _GLUED_AFTER.match(text, end):
+                value_s = None
+            if _is_glued(text[max(start - 4, 0) : start]):
+                value_s = None
+            bare = not unit and part.isdigit()
+            found.append(_Number(start=start, end=end, value_s=value_s, clock=clock, bare=bare))
+            start += len(part) + 1
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """Two neighbouring numbers that can both be times, and the words around them."""
+def _is_glued(before: str) -> bool:
+    """Whether a number that follows is a part of a word or a rank; not in "12to17", nor in "_12_"."""
+    if word := _WORD_BEFORE.search(before):
+        return bool(word[2]) or word[1].lower() not in ("to", "and")
+    return before.endswith(("/", "#", "%"))
 
-    span: Interval
-    clock: bool
-    before: str
-    between: str
-    counts: bool
-    chained: bool  # a third number hangs on by a dash: a date
-    negative: bool  # the second number has a sign
 
-    def is_to(self) -> bool:
-        return not (self.chained or self.negative) and _TO.fullmatch(self.between) is not None
+def _plain_words(text: str) -> str:
+    """The text without markup, words one space apart."""
+    return " ".join(text.translate(_MARKUP).split())
 
-    def is_dash(self) -> bool:
-        return not self.chained and _DASH.fullmatch(self.between) is not None
 
-    def is_from_and(self) -> bool:
-        if self.counts or self.chained or self.negative:
-            return False
-        if _FROM.search(self.before) and _UP_TO.fullmatch(self.between):
+def _is_from_and(before: str, between: str) -> bool:
+    """Whether "from A … to B", "between A and B" or "start … A … end … B" stands around two numbers."""
+    if _FROM.search(before) and (tos := list(_UP_TO.finditer(between))):
+        head, tail = between[: tos[-1].start()], between[tos[-1].end() :]
+        if not _SENTENCE_END.search(head) and set(_plain_words(tail).lower().split()) <= _TIME_WORDS:
             return True
-        if _BETWEEN.search(self.before) and _AND.fullmatch(self.between):
+    words = _plain_words(between).lower().removeprefix(",").split()
+    if words[:1] == ["and"] and set(words[1:]) <= _TIME_WORDS:
+        named = _plain_words(before).lower().split()
+        while named and named[-1] in _TIME_WORDS:
+            named.pop()
+        if named[-1:] == ["between"]:
             return True
-        near = len(self.between) <= _REACH
-        return near and _STARTS.search(self.before) is not None and _ENDS.search(self.between) is not None
+    starts, ends = list(_BOUND.finditer(before)), list(_BOUND.finditer(between))
+    return bool(starts and starts[-1][1] and ends and ends[-1][2])
 
 
-def _pairs(text: str) -> list[_Pair]:
-    numbers = _numbers(text)
-    # The words before the first number, between two, and after the last.
-    edges = [0, *(number.end for number in numbers)]
-    gaps = [text[end : number.start] for end, number in zip(edges[:-1], numbers, strict=True)] + [""]
-    pairs = []
-    for i, (a, b) in enumerate(pairwise(numbers)):
-        if a.value_s is None or b.value_s is None or a.clock != b.clock or a.signed:
-            continue
-        chained = any(_TIGHT_DASH.fullmatch(gap) for gap in (gaps[i], gaps[i + 2]))
-        pairs.append(
-            _Pair(
-                span=(a.value_s, b.value_s),
-                clock=a.clock,
-                before=gaps[i][-_REACH:],
-                between=gaps[i + 1],
-                counts=a.counts or b.counts,
-                chained=chained,
-                negative=b.signed,
-            )
-        )
-    return pairs
+def _shape(text: str, numbers: list[_Number], i: int) -> str | None:
+    """How the i-th number and the next are tied together: ``to``, ``dash``, ``list``, ``from_and`` or not."""
+    a, b = numbers[i], numbers[i + 1]
+    between = text[a.end : b.start]
+    words = _plain_words(between)
+    if not words:
+        return None
+    before_a = text[numbers[i - 1].end if i else 0 : a.start]
+    after_b = text[b.end : numbers[i + 2].start] if i + 2 < len(numbers) else ""
+    if _SIGN.search(before_a[-4:]) or any(_TIGHT_DASH.fullmatch(gap) for gap in (before_a, after_b)):
+        return None  # a negative number; a third number hangs on by a dash: a date
+    if _DASH.fullmatch(words):
+        return "dash"
+    if _SIGN.search(between[-4:]):
+        return None
+    if _TO.fullmatch(words):
+        return "to"
+    if words == ",":
+        return "list"
+    if any(number.bare and _COUNTED.match(text, number.end) for number in (a, b)):
+        return None
+    return "from_and" if _is_from_and(before_a[-_REACH:], between) else None
 
 
 def _match(text: str) -> tuple[Interval, str] | None:
     if exact := _EXACT.fullmatch(text):
         return (float(exact.group(1)), float(exact.group(2))), "exact"
-    pairs = _pairs(text)[::-1]  # the last one counts
-    plain = [pair for pair in pairs if not pair.clock]
-    clocks = [pair for pair in pairs if pair.clock]
-    shapes = (("to", _Pair.is_to), ("dash", _Pair.is_dash))
-    for rule, fits in shapes:
-        for pair in filter(fits, plain):
-            return pair.span, rule
-    for fits in (_Pair.is_to, _Pair.is_dash, _Pair.is_from_and):
-        for pair in filter(fits, clocks):
-            return pair.span, "clock"
-    for pair in filter(_Pair.is_from_and, plain):
-        return pair.span, "from_and"
+    numbers = _numbers(text)
+    found: dict[str, Interval] = {}
+    for i, (a, b) in enumerate(pairwise(numbers)):
+        if a.value_s is None or b.value_s is None or a.clock != b.clock or b.start - a.end > _REACH:
+            continue
+        shape = _shape(text, numbers, i)
+        if shape is None or (shape == "list" and not a.clock):
+            continue
+        found["clock" if a.clock else shape] = (a.value_s, b.value_s)  # the last one counts
+    for rule in ("to", "dash", "clock", "from_and"):
+        if rule in found:
+            return found[rule], rule
     return None
+
+
+def after_thinking(text: str) -> str | None:
+    """What follows the last ``</think>``; None without one: the length limit came before the answer."""
+    _, closed, answer = text.rpartition("</think>")
+    return answer if closed else None
 
 
 def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
@@ -263,17 +281,14 @@ def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
     1. ``exact``: the whole text is "A to B";
     2. ``to``: "A to B", with or without a unit of seconds;
     3. ``dash``: "A - B", "A – B";
-    4. ``clock``: a pair of mm:ss or hh:mm:ss in any of these shapes;
+    4. ``clock``: a pair of mm:ss or hh:mm:ss in any of these shapes, or with a comma between;
     5. ``from_and``: "from A … to B", "between A and B", "start … A … end … B".
 
     Two numbers that are not tied together by one of them are no answer. With ``thinking`` only the text
     after ``</think>`` is read, and a text without it holds no answer.
     """
-    if thinking:
-        _, closed, text = text.rpartition("</think>")
-        if not closed:
-            return ParsedAnswer(span=None, rule=NO_RULE)
-    match = _match(text.strip())
+    answer = after_thinking(text) if thinking else text
+    match = None if answer is None else _match(answer.strip())
     if match is None:
         return ParsedAnswer(span=None, rule=NO_RULE)
     span, rule = match

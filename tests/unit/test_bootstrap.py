@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -61,16 +63,55 @@ def test_equal_seeds_draw_equal_videos_whatever_the_values() -> None:
     assert not np.allclose(draws_of_means(a, groups, seed=5), draws_of_means(a, groups, seed=6))
 
 
-def test_intervals_cover_the_truth() -> None:
+VIDEOS, CALLS, COLUMNS = 150, 40, 50
+SIMULATIONS = CALLS * COLUMNS
+# Of a count of covered truths that is binomial with a share of 95%: three standard errors, 1.5 points.
+TOLERANCE = 3 * math.sqrt(0.95 * 0.05 / SIMULATIONS)
+
+
+def simulated(rng: np.random.Generator) -> tuple[list[int], dict[str, tuple[np.ndarray, float]]]:
+    """The video of each row, and for each kind of metric its values [N, COLUMNS] with its true mean.
+
+    A video has one to five queries that share most of their difficulty (correlation 0.64). IoUs are uniform;
+    the second model of the difference is worse on the same videos. A column is a data set of its own.
+    """
+    videos = np.repeat(np.arange(VIDEOS), rng.integers(1, 6, size=VIDEOS))
+    shared = 0.8 * rng.normal(size=(VIDEOS, COLUMNS))[videos]
+    iou, other = (_uniform(shared + 0.6 * rng.normal(size=shared.shape)) for _ in range(2))
+    return videos.tolist(), {
+        "mIoU": (iou, 0.5),
+        "R@0.5": ((iou >= 0.5).astype(float), 0.5),
+        "R@0.7": ((iou >= 0.7).astype(float), 0.3),
+        "difference": (np.sqrt(iou) - other, 2 / 3 - 1 / 2),
+    }
+
+
+def _uniform(normal: np.ndarray) -> np.ndarray:
+    return np.vectorize(lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))))(normal)
+
+
+def coverage(over_videos: bool, calls: int = CALLS) -> dict[str, float]:
+    """How often the interval holds the truth, in ``calls`` times COLUMNS data sets."""
     rng = np.random.default_rng(7)
-    covered, runs = 0, 120
-    for run in range(runs):
-        sizes = rng.integers(1, 5, size=60)
-        groups = np.repeat(np.arange(60), sizes)
-        values = (rng.normal(size=60)[groups] + rng.normal(size=len(groups)))[:, None]
-        low, high = interval95(values, groups.tolist(), draws=400, seed=run)[0]
-        covered += low <= 0.0 <= high
-    assert 0.87 <= covered / runs <= 0.99
+    covered: dict[str, int] = {}
+    for call in range(calls):
+        videos, metrics = simulated(rng)
+        for name, (values, truth) in metrics.items():
+            low, high = interval95(values, videos if over_videos else list(range(len(videos))), seed=call).T
+            covered[name] = covered.get(name, 0) + int(((low <= truth) & (truth <= high)).sum())
+    return {name: count / (calls * COLUMNS) for name, count in covered.items()}
+
+
+def test_intervals_cover_the_truth_at_the_nominal_rate() -> None:
+    for name, share in coverage(over_videos=True).items():
+        assert share == pytest.approx(0.95, abs=TOLERANCE), name
+
+
+def test_intervals_over_rows_would_not_cover_it() -> None:
+    """What the intervals are over matters: rows of a video are not independent. (A difference is milder: what
+    the two models share cancels out.)"""
+    shares = coverage(over_videos=False, calls=8)
+    assert all(shares[name] < 0.90 for name in ("mIoU", "R@0.5", "R@0.7"))
 
 
 def test_no_rows_have_no_interval() -> None:

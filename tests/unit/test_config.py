@@ -161,6 +161,31 @@ def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("blob", "expected"),
+    [
+        (b"\xff\xfem\x00", "not UTF-8 at byte 0"),
+        (b"data: 2026-99-99", "cannot be read"),
+        (b"run: {seed: " + b"9" * 5000 + b"}", "cannot be read"),
+        (b"data: {train: x}\noptim: {lr: " + b"9" * 400 + b"}", r"optim\.lr must be a number"),
+        (b"a: " + b"[" * 5000, "cannot be read"),
+        (b"a: " + b"[" * 60 + b"]" * 60, "50 levels"),
+        (b"a: &a {b: *a}", "aliases that multiply"),
+        # a billion values in a few lines
+        (
+            b"k0: &k0 {a: b}\n"
+            + b"".join(b"k%d: &k%d {a: *k%d, b: *k%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 31)),
+            "aliases that multiply",
+        ),
+    ],
+)
+def test_files_that_no_reader_should_follow(tmp_path: Path, blob: bytes, expected: str):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(blob)
+    with pytest.raises(UserError, match=rf"r\.yaml.*{expected}"):
+        load_recipe(path)
+
+
 def test_a_missing_file_is_a_user_error(tmp_path: Path):
     with pytest.raises(UserError, match=r"none\.yaml"):
         load_recipe(tmp_path / "none.yaml")

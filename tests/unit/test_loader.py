@@ -79,9 +79,11 @@ def test_rows_on_one_video_decode_it_once(videos, monkeypatch):
     assert made[0][1].tensors["pixel_values_videos"] is made[3][1].tensors["pixel_values_videos"]
 
 
-def test_what_is_made_ahead_is_bounded_and_goes_on_while_the_caller_works(videos, monkeypatch):
+@pytest.mark.parametrize("queries", [1, 5])
+def test_what_is_made_ahead_is_bounded_and_goes_on_while_the_caller_works(videos, monkeypatch, queries):
+    """Videos are counted, not their queries: with five each, several are still decoded at a time."""
     started = count_decodes(monkeypatch)
-    iterator = iter(PromptLoader(rows(videos, queries=1) * 4, encoder(), SMALL, workers=2, prefetch=3))
+    iterator = iter(PromptLoader(rows(videos, queries) * 4, encoder(), SMALL, workers=2, prefetch=3))
     next(iterator)
     deadline = time.monotonic() + 20
     while len(started) < 4 and time.monotonic() < deadline:

@@ -119,6 +119,88 @@ def test_recall_is_exact_at_its_thresholds(rows: list[tuple[int, int, int, int]]
     assert metrics.miou == pytest.approx(100 * float(sum(exact) / len(exact)))
 
 
+@pytest.mark.parametrize(
+    ("windows", "answer", "iou"),
+    [
+        ([(10, 20)], (10, 20), 1),
+        ([(10, 20)], (15, 25), Fraction(5, 15)),
+        ([(10, 20)], (12, 18), Fraction(6, 10)),
+        ([(10, 20)], (0, 40), Fraction(10, 40)),
+        ([(10, 20)], (20, 30), 0),  # they touch
+        ([(10, 20)], (30, 40), 0),
+        ([(10, 20)], (20, 10), 0),  # reversed
+        ([(10, 20)], (15, 15), 0),  # empty
+        ([(10, 20)], None, 0),
+        # several windows: the best of them, not their union and not their mean
+        ([(0, 4), (10, 20)], (10, 20), 1),
+        ([(0, 4), (10, 20)], (0, 20), Fraction(10, 20)),
+        ([(0, 4), (10, 20)], (2, 12), Fraction(2, 12)),  # of (10, 20) it is 2/18
+        ([(0, 10), (10, 20)], (0, 20), Fraction(10, 20)),
+        ([(0, 10), (5, 15)], (5, 10), Fraction(5, 10)),
+        ([(0, 10), (2, 8), (4, 6)], (4, 6), 1),
+    ],
+)
+def test_iou_with_windows_by_hand(
+    windows: list[tuple[float, float]], answer: tuple[float, float] | None, iou: Fraction
+) -> None:
+    metrics = evaluate([sample("a", *windows, duration_s=50.0)], said(a=answer), draws=2)
+    assert metrics.miou == pytest.approx(100 * float(iou))
+    assert metrics.unparsed == (answer is None)
+
+
+def swept_iou(answer: tuple[int, int] | None, window: tuple[int, int]) -> Fraction:
+    """IoU by a sweep over the pieces between all ends, in whole hundredths: no formula of ours is in it."""
+    if answer is None or answer[0] >= answer[1]:
+        return Fraction(0)
+    ends = sorted({*answer, *window})
+    both = either = 0
+    for start, end in itertools.pairwise(ends):
+        inside = [a <= start and end <= b for a, b in (answer, window)]
+        both += (end - start) * all(inside)
+        either += (end - start) * any(inside)
+    return Fraction(both, either)
+
+
+def test_ten_thousand_random_rows_equal_an_independent_implementation() -> None:
+    """Hundredths of a second, as models write them; one to four windows, answers near one or anywhere."""
+    rng = np.random.default_rng(11)
+    samples, exact = [], []
+    predictions: dict[str, Prediction] = {}
+    for number in range(10_000):
+        windows = []
+        for _ in range(int(rng.integers(1, 5))):
+            start, end = sorted(int(x) for x in rng.choice(6000, 2, replace=False))
+            windows.append((start, end))
+        kind = number % 5
+        answer: tuple[int, int] | None = (int(rng.integers(0, 6000)), int(rng.integers(0, 6000)))
+        if kind < 2:  # near one of the windows; else anywhere, in half of the cases reversed
+            start, end = windows[int(rng.integers(len(windows)))]
+            answer = (start + int(rng.integers(-300, 300)), end + int(rng.integers(-300, 300)))
+        elif kind == 2 and number % 3 == 0:
+            answer = None
+        samples.append(
+            sample(
+                str(number), *((a / 100, b / 100) for a, b in windows), video=f"{number // 3}", duration_s=60
+            )
+        )
+        if number % 50:  # else it is missing
+            predictions |= said(
+                **{str(number): None if answer is None else (answer[0] / 100, answer[1] / 100)}
+            )
+        else:
+            answer = None
+        exact.append(max(swept_iou(answer, window) for window in windows))
+    metrics = evaluate(samples, predictions, draws=2)
+    assert (metrics.n, metrics.missing) == (10_000, 200)
+    assert metrics.miou == pytest.approx(100 * math.fsum(map(float, exact)) / 10_000, abs=1e-9)
+    for tenths in (3, 5, 7):
+        reached = sum(10 * iou.numerator >= tenths * iou.denominator for iou in exact)
+        assert 1000 < reached < 9000
+        assert metrics.values[f"R@0.{tenths}"] == pytest.approx(100 * reached / 10_000, abs=1e-9)
+    rows = score_rows(samples, predictions)
+    assert max(abs(row.iou - float(iou)) for row, iou in zip(rows, exact, strict=True)) < 1e-12
+
+
 def test_interval_resamples_videos_not_rows() -> None:
     spans = {f"{v}-{q}": (0.0, 10.0) if v % 2 else (15.0, 16.0) for v in range(20) for q in range(8)}
     one_video_each = [sample(i, (0.0, 10.0)) for i in spans]
@@ -174,6 +256,7 @@ def test_three_forms_of_a_prediction(tmp_path: Path) -> None:
         {"id": "e", "span": None},
         {"id": "f", "responses": ["3 - 4"]},
         {"id": "g", "responses": []},
+        {"id": "h", "span": [1, 10**400]},
     )
     predictions = read_predictions(path)
     assert {i: (p.spans, p.rules) for i, p in predictions.items()} == {
@@ -184,6 +267,7 @@ def test_three_forms_of_a_prediction(tmp_path: Path) -> None:
         "e": ((None,), ("none",)),
         "f": (((3.0, 4.0),), ("dash",)),
         "g": ((), ()),
+        "h": ((None,), ("none",)),
     }
     rows = score_rows([sample("g", (0.0, 1.0)), sample("d", (0.0, 1.0))], predictions)
     assert all(row.unparsed and not row.missing and row.iou == 0 for row in rows)
@@ -204,6 +288,8 @@ def test_thinking_reads_behind_the_thought(tmp_path: Path) -> None:
         {"id": "b", "span": [1]},
         {"id": "b", "span": ["1", "2"]},
         {"id": "b", "spans": {"start": 1}},
+        {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2]], "rules": 5},
+        {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2]], "rules": ["to", "to"]},
         {"id": "a", "span": [1, 2]},
     ],
 )

@@ -61,6 +61,7 @@ def metrics_record(model: str, testset: str, miou: float, half: float = 3.0) -> 
         "missing": 0,
         "best_constant": {"mIoU": 21.0},
         "query_swap": {"share": 91.0},
+        "protocol": {"name": "paper", "deviations": {"max_new_tokens": 16} if model == "student" else {}},
     }
 
 
@@ -224,7 +225,12 @@ def test_the_terminal_gets_the_same_table(folder: Path) -> None:
     lines = before_after(read_run(folder))
     assert lines[0].split() == ["mIoU", "[95%]", "base", "student", "teacher", "best", "constant"]
     assert lines[1].startswith("short") and "56.0 [54.0, 58.0]" in lines[1] and lines[1].endswith("21.0")
-    assert len(lines) == 3
+    assert lines[3:] == ["protocol paper", "protocol paper, but max_new_tokens 16"]
+
+
+def test_the_protocol_stands_beside_the_scores(folder: Path, tmp_path: Path) -> None:
+    text = page(write_report([folder], tmp_path / "report.html")).text
+    assert "protocol paper; paper, but max_new_tokens 16" in text
 
 
 # --- safe and complete -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from fractions import Fraction
 
 import pytest
+from answer_styles import STYLES, THINKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,98 +107,10 @@ def test_a_formatted_span_is_read_back_exactly(span: tuple[int, int]) -> None:
     assert parsed.span == seconds(span)
 
 
-A = (12.54, 17.83)
-STYLES = [
-    # exact: nothing but "A to B"
-    ("12.54 to 17.83", "exact", A),
-    ("  12.54 to 17.83\n", "exact", A),
-    ("0 to 5", "exact", (0.0, 5.0)),
-    ("12.54 TO 17.83", "exact", A),
-    # to: the last "A to B", units and wrapping allowed
-    ("12.54s to 17.83 seconds", "to", A),
-    ("12.54 to 17.83.", "to", A),
-    ("12.54 seconds to 17.83 seconds.", "to", A),
-    ("12.54 sec. to 17.83 sec.", "to", A),
-    ("12.54 (s) to 17.83 (s)", "to", A),
-    ("The event happens from 12.54 to 17.83 seconds.", "to", A),
-    ("The event takes place from second 12.54 to 17.83.", "to", A),
-    ("**12.54** to **17.83**", "to", A),
-    ("`12.54` to `17.83`", "to", A),
-    ("“12.54 to 17.83”", "to", A),
-    ("<answer>12.54 to 17.83</answer>", "to", A),
-    ("Answer:12.54 to 17.83", "to", A),
-    ("\\boxed{12.54 to 17.83}", "to", A),
-    ("$12.54$ to $17.83$", "to", A),
-    ("12.54to17.83", "to", A),
-    ("12.54s\nto\n17.83", "to", A),
-    ("It lasts 12.54 s to about 17.83 s.", "to", A),
-    ("1 to 2, no: 12.54 to 17.83", "to", A),
-    ("1.0 to 12.54 to 17.83", "to", A),
-    ("Scene 1 - 12.54 to 17.83", "to", A),
-    ("In 3 scenes, the event is at 12.54 to 17.83", "to", A),
-    ("0.5 to .9 s", "to", (0.5, 0.9)),
-    ("12.54 to 17.83 s, that is 0.2 to 0.3 minutes", "to", A),
-    # dash
-    ("12.54 - 17.83", "dash", A),
-    ("12.54–17.83 s", "dash", A),
-    ("12.54 — 17.83", "dash", A),
-    ("12.54 -17.83", "dash", A),
-    ("The event happens in 12.54 - 17.83 seconds.", "dash", A),
-    ("12.54s - 17.83s", "dash", A),
-    ("1-2, then 12.54-17.83", "dash", A),
-    ("[12.54 - 17.83]", "dash", A),
-    # clock: any of the shapes
-    ("00:12 to 00:17", "clock", (12.0, 17.0)),
-    ("00:12 - 00:17", "clock", (12.0, 17.0)),
-    ("from 1:02:03 to 1:02:10", "clock", (3723.0, 3730.0)),
-    ("between 00:12 and 00:17", "clock", (12.0, 17.0)),
-    ("Start: 00:12, End: 00:17", "clock", (12.0, 17.0)),
-    ("[00:12.54 – 00:17.83]", "clock", A),
-    ("75:10 to 76:00", "clock", (4510.0, 4560.0)),
-    ("from about 02:05 when she sits down to around 02:15", "clock", (125.0, 135.0)),
-    # from_and
-    ("between 12.54 and 17.83 seconds", "from_and", A),
-    ("Between about 12.54s and 17.83s, the cup falls.", "from_and", A),
-    ("from 12.54 s, when the door opens, to the 17.83 second mark", "from_and", A),
-    ("from 12 up to around 17", "from_and", (12.0, 17.0)),
-    ("It starts at 12.54 and ends at 17.83.", "from_and", A),
-    ("It begins at 12.54 seconds. It ends at 17.83 seconds.", "from_and", A),
-    ('{"start": 12.54, "end": 17.83}', "from_and", A),
-    ("start_time=12.54, end_time=17.83", "from_and", A),
-    ("<start>12.54</start> <end>17.83</end>", "from_and", A),
-    ("Start: 12\nEnd: 17", "from_and", (12.0, 17.0)),
-    # a rule matches, but there is no span in it
-    ("17.83 to 12.54", "exact", None),
-    ("12.54 to 12.54", "exact", None),
-    ("17.83s to 12.54s", "to", None),
-    ("17 - 12", "dash", None),
-    ("00:17 - 00:12", "clock", None),
-    ("between 17 and 12 seconds", "from_and", None),
-    # no answer
-    ("", "none", None),
-    ("The event does not happen.", "none", None),
-    ("12.54", "none", None),
-    ("12.54 and 17.83", "none", None),
-    ("[12.54, 17.83]", "none", None),
-    ("At 12.54 s the man enters. At 17.83 s he leaves.", "none", None),
-    ("The video starts with 2 men and ends with 5 women.", "none", None),
-    ("between 2 and 3 people", "none", None),
-    ("from 2 men sitting to 5 women standing", "none", None),
-    ("filmed on 2026-11-22", "none", None),
-    ("-5 to 10", "none", None),
-    ("1 to 2 minutes", "none", None),
-    ("10% to 20% of the video", "none", None),
-    ("frames 12 to 17 frames", "none", None),
-    ("1,234 to 1,240", "none", None),
-    ("1.2.3 to 4.5.6", "none", None),
-    ("1e3 to 2e3", "none", None),
-    ("the ratio went 16:9 to 4:3", "none", None),
-    ("00:75 to 00:80", "none", None),
-    ("0:12 to 17", "none", None),
-    ("10:30 am to 11:00 am", "none", None),
-    ("9" * 400 + " to " + "9" * 401, "none", None),
-    ("waited.12.54 then to 17.83", "none", None),
-]
+def test_the_table_of_styles_is_large_and_has_no_row_twice() -> None:
+    texts = [text for text, _, _ in STYLES]
+    assert len(texts) == len(set(texts)) >= 150
+    assert {rule for _, rule, _ in STYLES} == {"exact", "to", "dash", "clock", "from_and", "none"}
 
 
 @pytest.mark.parametrize(("text", "rule", "span"), STYLES)
@@ -206,17 +119,7 @@ def test_styles(text: str, rule: str, span: tuple[float, float] | None) -> None:
     assert (parsed.rule, parsed.span) == (rule, span)
 
 
-@pytest.mark.parametrize(
-    ("text", "rule", "span"),
-    [
-        ("<think>1.00 to 2.00</think>12.54 to 17.83", "exact", A),
-        ("it runs 1.00 to 2.00</think>\n\n12.54 to 17.83", "exact", A),
-        ("a</think>1 to 2</think> 12.54 s to 17.83 s", "to", A),
-        ("<think>12.54 to 17.83", "none", None),  # the length limit came before the answer
-        ("12.54 to 17.83</think>", "none", None),
-        ("12.54 to 17.83", "none", None),
-    ],
-)
+@pytest.mark.parametrize(("text", "rule", "span"), THINKING)
 def test_thinking_reads_only_what_follows(text: str, rule: str, span: tuple[float, float] | None) -> None:
     parsed = parse_answer(text, thinking=True)
     assert (parsed.rule, parsed.span) == (rule, span)
@@ -226,15 +129,24 @@ def test_without_thinking_everything_is_read() -> None:
     assert parse_answer("1 to 2</think>").span == (1.0, 2.0)
 
 
+def numbers_in(text: str) -> set[float]:
+    """Every number and clock time that stands in the text, read far more generously than the rules allow."""
+    found = {float(n) for n in re.findall(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+", text)}
+    for hours, minutes, secs in re.findall(r"(?:([0-9]+):)?([0-9]+):([0-9]+(?:\.[0-9]+)?)", text):
+        found.add(int(hours or 0) * 3600 + int(minutes) * 60 + float(secs))
+    return found
+
+
 PIECES = (
-    "from to and between start end begins ends about at the people - – : , . s seconds % m ( ) </think> "
-    "1 12.54 17.83 00:12 1:02:03 -5 1,2 .5 3-4 2026-11-22"
+    "from to and between start end begins ends about at the people - – ~ : , . s seconds % m ( ) </think> "
+    "1 12.54 17.83 00:12 1:02:03 -5 1,2 .5 3-4 2026-11-22 00:12,00:17 12-second _5_ 秒 ~7 ** <b>"
 )
 WORDS = st.sampled_from([*PIECES.split(), "\n"])
+JOINED = st.tuples(st.sampled_from(["", " "]), st.lists(WORDS, max_size=14)).map(lambda t: t[0].join(t[1]))
 
 
-@settings(max_examples=200)
-@given(st.one_of(st.text(max_size=200), st.lists(WORDS, max_size=14).map(" ".join)), st.booleans())
+@settings(max_examples=400)
+@given(st.one_of(st.text(max_size=200), JOINED), st.booleans())
 def test_never_raises_and_never_makes_up_a_number(text: str, thinking: bool) -> None:
     parsed = parse_answer(text, thinking=thinking)
     assert parsed.rule in {"exact", "to", "dash", "clock", "from_and", "none"}
@@ -242,22 +154,47 @@ def test_never_raises_and_never_makes_up_a_number(text: str, thinking: bool) -> 
         return
     assert parsed.rule != "none"
     assert is_proper(parsed.span)
-    in_text = {float(n) for n in re.findall(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+", text)}
-    for hours, minutes, secs in re.findall(r"(?:([0-9]+):)?([0-9]+):([0-9]+(?:\.[0-9]+)?)", text):
-        in_text.add(int(hours or 0) * 3600 + int(minutes) * 60 + float(secs))
-    assert set(parsed.span) <= in_text
+    assert set(parsed.span) <= numbers_in(text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "start " * 3000 + "1 end " * 3000,
-        "1 " * 10000,
-        "(" * 20000 + "1 to 2",
-        "from the at " * 3000 + "1 and 2",
-    ],
-)
+@settings(max_examples=200)
+@given(SPAN, JOINED, JOINED)
+def test_words_around_an_answer_do_not_change_its_numbers(
+    span: tuple[int, int], before: str, after: str
+) -> None:
+    """A sentence of its own, without a number in it, neither hides an answer nor lends it another rule."""
+    words = [re.sub(r"[0-9].*|</think>|[-–~]", "", text) for text in (before, after)]
+    parsed = parse_answer(f"{words[0]}\nThe answer: {format_span(seconds(span))} s.\n{words[1]}")
+    assert (parsed.rule, parsed.span) == ("to", seconds(span))
+
+
+LONG = 100_000
+LONG_TEXTS = {
+    "white space after to": "1 to" + " " * LONG + "x 2",
+    "gaps of white space": ("1 to" + " " * 150 + "x ") * (LONG // 157),
+    "gaps of brackets": ("1 to" + "(" * 150 + "x ") * (LONG // 157),
+    "names of times": ("from 1 to " + "the at " * 20 + "x ") * (LONG // 152),
+    "hedges": ("1 to " + "about " * 20 + "2 ") * (LONG // 127),
+    "from and to": "from " + ("1 " + "to " * 50 + "x ") * (LONG // 154),
+    "starts": "start " * (LONG // 6) + "1 end 2",
+    "starts and ends": "start 1 end 2 " * (LONG // 14),
+    "betweens": ("between " * 15 + "1 and ") * (LONG // 126),
+    "digits": "9" * LONG,
+    "numbers": "1 " * (LONG // 2),
+    "dots": "1." * (LONG // 2),
+    "colons": "1:" * (LONG // 2),
+    "lists": "1.5," * (LONG // 4),
+    "dashes": "1" + "-" * LONG + "2",
+    "signs": "- " * (LONG // 2) + "1 to 2",
+    "a unit far away": "1 (" + " " * LONG + "s",
+    "brackets": "(" * LONG + "1 to 2",
+    "thoughts": "<think>" * (LONG // 7) + "</think>1 to 2",
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
 def test_long_texts_take_linear_time(text: str) -> None:
+    """100,000 characters in less than a second of processor time (a few hundredths, most of them)."""
     start = time.process_time()
     parse_answer(text)
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 1.0

@@ -6,11 +6,7 @@ Every import of a room is inside the function that needs it. A function returns 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +17,9 @@ from video_opd.progress import is_first_process, log, track
 
 if TYPE_CHECKING:
     from video_opd.evaluation.opened import Access, OpenModel
+    from video_opd.evaluation.predict import AnswerSettings, PredictResult
     from video_opd.evaluation.processes import Processes
-    from video_opd.types import Prediction, Sample
+    from video_opd.types import Sample
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -89,9 +86,11 @@ def predict(arguments: argparse.Namespace) -> None:
     from video_opd.evaluation.processes import Processes
 
     samples = read_samples(arguments.data, arguments.video_root)
-    access = read_access(arguments.model, arguments.overrides)
+    access = read_access(arguments.model, arguments.overrides, arguments.protocol)
+    settings = answer_settings(arguments, access)
     processes = Processes.of_environment()
-    result = _answers(arguments, open_model(access, arguments.device), samples, arguments.out, processes)
+    model = open_model(access, arguments.device)
+    result = run_predict(arguments, model, samples, arguments.out, settings, processes)
     if not is_first_process():
         return
     if arguments.json:
@@ -100,27 +99,41 @@ def predict(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
 
 
-def _answers(
+def answer_settings(arguments: argparse.Namespace, access: Access) -> AnswerSettings:
+    """How long and how answers may be: as the options say, else as the protocol of the prompt does."""
+    from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.evaluation.protocols import PROTOCOLS, protocol_of
+
+    length = arguments.max_new_tokens
+    if length is None and access.prompt.thinking:
+        raise UserError(
+            "the model thinks before it answers, and reasoning has no natural end: give --max-new-tokens"
+        )
+    if length is None:
+        length = (protocol_of(access.prompt.style) or PROTOCOLS["paper"]).max_new_tokens
+    return AnswerSettings(
+        n=getattr(arguments, "n", 1),
+        temperature=getattr(arguments, "temperature", 0.0),
+        max_new_tokens=length,
+        seed=arguments.seed,
+        thinking=access.prompt.thinking,
+    )
+
+
+def run_predict(
     arguments: argparse.Namespace,
     model: OpenModel,
     samples: list[Sample],
     out: str,
+    settings: AnswerSettings,
     processes: Processes | None = None,
-) -> Any:
-    from video_opd.evaluation.predict import AnswerSettings
+) -> PredictResult:
     from video_opd.evaluation.predict import predict as run
 
-    settings = AnswerSettings(
-        n=getattr(arguments, "n", 1),
-        temperature=getattr(arguments, "temperature", 0.0),
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        thinking=model.access.prompt.thinking,
-    )
     return run(
         model.policy,
         samples,
-        model.loader,
+        replace(model, workers=arguments.workers).loader,
         out,
         made_by=model.made_by(),
         settings=settings,
@@ -237,123 +250,13 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int | None:
     if arguments.suite:
-        return _evaluate_suite(arguments)
-    _check_evaluate(arguments)
-    from video_opd.evaluation import metrics
-    from video_opd.evaluation.tables import evaluation_record, print_metrics
+        from video_opd.cli.suite import evaluate_suite
 
-    samples, predictions = _predictions(arguments)
-    result = metrics.evaluate(samples, predictions, arguments.protocol)
-    constant = metrics.best_constant(samples)
-    swap = metrics.query_swap(samples, predictions, arguments.protocol)
-    answers = arguments.predictions or arguments.model
-    record = {**evaluation_record(result, constant, swap), "data": arguments.data, "answers": answers}
-    if arguments.json == "-":
-        print_json(record)
-        return None
-    if arguments.json:
-        write_text(arguments.json, _json(record) + "\n")
-    print_metrics({answers: result}, constant=constant, swaps={answers: swap})
+        return evaluate_suite(arguments)
+    from video_opd.cli.evaluation import evaluate as run
+
+    run(arguments)
     return None
-
-
-def _check_evaluate(arguments: argparse.Namespace) -> None:
-    """What argparse cannot say: grounding needs data and answers, and knows none of the suite's options."""
-    if arguments.suite_model is not None:
-        raise UserError(
-            f"{arguments.suite_model}: name the model with --model, or choose a --suite; "
-            "see video-opd evaluate --help"
-        )
-    for name in ("check", "download", "data_root", "tasks", "skip", "limit", "allow_missing", "judge"):
-        if getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')} belongs to --suite general: add it")
-    if not arguments.data or not (arguments.predictions or arguments.model):
-        raise UserError(
-            "evaluate needs --data and one of --predictions and --model, or --suite general; "
-            "see video-opd evaluate --help"
-        )
-
-
-def _evaluate_suite(arguments: argparse.Namespace) -> int | None:
-    """Exit code 1 when ``--check`` finds something missing."""
-    for name in ("data", "predictions", "model", "video_root"):
-        if getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')} does not go with --suite: leave it out")
-    from video_opd.evaluation.general import suite
-    from video_opd.evaluation.general.tables import print_suite, print_survey
-
-    settings = suite.SuiteSettings(
-        out=Path(arguments.out) if arguments.out else suite.default_out(arguments.suite_model or "."),
-        data_root=Path(arguments.data_root) if arguments.data_root else None,
-        only=arguments.tasks,
-        skip=arguments.skip,
-        limit=arguments.limit,
-        judge=arguments.judge,
-        allow_missing=arguments.allow_missing,
-    )
-    if arguments.download:
-        suite.download(settings)
-    if arguments.check or arguments.download:
-        found = suite.survey(settings)
-        needs = [need.to_json() for need in found.needs]
-        if arguments.json == "-":
-            print_json(needs)
-        else:
-            if arguments.json:
-                write_text(arguments.json, _json(needs) + "\n")
-            print_survey(found)
-        return 1 if found.missing else None
-    if arguments.suite_model is None:
-        raise UserError("--suite general needs a MODEL: video-opd evaluate --suite general runs/a/model")
-    result = suite.run(
-        arguments.suite_model,
-        settings,
-        overrides=arguments.overrides,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        max_new_tokens=arguments.max_new_tokens or suite.MAX_NEW_TOKENS,
-        seed=arguments.seed,
-        overwrite=arguments.overwrite,
-    )
-    if arguments.json == "-":
-        print_json(result.to_json())
-        return None
-    if arguments.json:
-        write_text(arguments.json, _json(result.to_json()) + "\n")
-    print_suite(result)
-    return None
-
-
-def _predictions(arguments: argparse.Namespace) -> tuple[list[Sample], Mapping[str, Prediction]]:
-    from video_opd.data.annotations import read_samples
-    from video_opd.evaluation.predictions import read_predictions
-
-    samples = read_samples(arguments.data, arguments.video_root)
-    if arguments.predictions:
-        if arguments.overrides:
-            raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
-        return samples, read_predictions(arguments.predictions)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would answer everything
-        raise UserError(
-            "evaluate --model answers on one process: use video-opd predict, then evaluate --predictions"
-        )
-    from video_opd.evaluation.opened import open_model, read_access
-    from video_opd.evaluation.protocols import get_protocol
-
-    asked = ["--prompt.style", get_protocol(arguments.protocol).prompt_style]
-    model = open_model(read_access(arguments.model, [*arguments.overrides, *asked]), arguments.device)
-    with _kept_or_temporary(arguments.out) as out:
-        _answers(arguments, model, samples, out)
-        return samples, read_predictions(out)
-
-
-@contextlib.contextmanager
-def _kept_or_temporary(path: str | None) -> Iterator[str]:
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(Path(folder) / "predictions.jsonl")
 
 
 def ground(arguments: argparse.Namespace) -> None:
@@ -423,7 +326,7 @@ def bench_engine(arguments: argparse.Namespace) -> None:
         memory=not arguments.no_memory,
     )
     if arguments.json:
-        write_text(arguments.json, _json(record) + "\n")
+        write_text(arguments.json, as_json(record) + "\n")
     print(table(record["results"]))
 
 
@@ -542,8 +445,8 @@ def world_train(arguments: argparse.Namespace) -> None:
 
 
 def print_json(record: Any) -> None:
-    print(_json(record))
+    print(as_json(record))
 
 
-def _json(record: Any) -> str:
+def as_json(record: Any) -> str:
     return json.dumps(record, indent=2, ensure_ascii=False, default=str)

@@ -14,6 +14,8 @@ import video_opd
 from video_opd.errors import UserError
 
 STRATEGIES = ("topk", "dsus", "bbds", "gwds", "gaussian", "random")
+PROTOCOLS = ("paper", "timelens")
+FORMATS = ("text", "markdown", "latex", "json")
 
 
 class Parser(argparse.ArgumentParser):
@@ -156,7 +158,13 @@ def _predict(commands: Any) -> None:
     parser.add_argument("--n", type=_positive, default=1, metavar="K", help="answers a row; default: 1")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     parser.add_argument("--engine", choices=("hf",), default="hf", help="default: %(default)s")
-    _model_options(parser)
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="decides the prompt and the length of answers; default: the prompt the model was trained with",
+    )
+    _model_options(parser, length=None)
+    _workers_option(parser)
     _json_flag(parser)
 
 
@@ -221,21 +229,49 @@ def _evaluate(commands: Any) -> None:
         "evaluate",
         "evaluate",
         "grounding metrics with 95%% intervals over videos, or general video understanding (--suite general)",
-        "video-opd evaluate --data test.jsonl --predictions predictions.jsonl --json metrics.json",
+        "video-opd evaluate --data test.jsonl --predictions student=p.jsonl --baseline base=b.jsonl",
         overrides=True,
     )
-    parser.add_argument("--data", metavar="D.jsonl", help="the annotated rows")
+    file = "[NAME=]FILE"
+    parser.add_argument("--data", nargs="+", metavar=file, help="the annotated rows; a data set a file")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--predictions", metavar="P.jsonl", help="answers that were made before")
+    source.add_argument(
+        "--predictions",
+        nargs="+",
+        metavar=file,
+        help="answers that were made before; a model a name, several make a table",
+    )
     source.add_argument("--model", metavar="M", help="a checkpoint folder that answers now")
-    parser.add_argument("--protocol", choices=("paper", "timelens"), default="paper", help="%(default)s")
-    parser.add_argument("--json", metavar="OUT.json", help="also write the metrics there; - is stdout")
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        metavar=file,
+        help="answers of another model: also show the differences from it",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="default: %(default)s")
+    parser.add_argument(
+        "--any-protocol", action="store_true", help="evaluate answers that were made under another protocol"
+    )
+    parser.add_argument(
+        "--thinking", action="store_true", help="read only what follows </think>; known where a note says so"
+    )
+    parser.add_argument("--by-source", action="store_true", help="a data set for each source of the rows")
+    parser.add_argument(
+        "--published", action="store_true", help="also show the paper's own rows, marked as published"
+    )
+    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --out, else text")
     parser.add_argument(
         "--out",
         metavar="OUT",
-        help="with --model: a file that keeps the predictions; with --suite: a folder for all it writes",
+        help="write the table there (.md, .tex, .json, .txt); with --suite: a folder for all it writes",
     )
-    _model_options(parser)
+    parser.add_argument("--no-intervals", action="store_true", help="figures alone in the table")
+    parser.add_argument("--json", metavar="OUT.json", help="also write the metrics there; - is stdout")
+    parser.add_argument(
+        "--answers", metavar="P.jsonl", help="with --model: keep the answers there; default: the cache folder"
+    )
+    _model_options(parser, length=None)
+    _workers_option(parser)
     _suite_options(parser)
 
 
@@ -452,9 +488,10 @@ def _world(commands: Any) -> None:
     _json_flag(train)
 
 
-def _model_options(parser: argparse.ArgumentParser, data: bool = True) -> None:
+def _model_options(parser: argparse.ArgumentParser, data: bool = True, length: int | None = 64) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    default = "default: the protocol's" if length is None else "default: %(default)s"
+    parser.add_argument("--max-new-tokens", type=_positive, default=length, metavar="N", help=default)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     if data:
         parser.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
@@ -462,6 +499,12 @@ def _model_options(parser: argparse.ArgumentParser, data: bool = True) -> None:
         parser.add_argument(
             "--video-root", metavar="DIR", help="where the videos are; default: beside the data"
         )
+
+
+def _workers_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=_positive, default=2, metavar="N", help="threads that decode videos; default: 2"
+    )
 
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:

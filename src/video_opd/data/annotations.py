@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +177,10 @@ def _spans(value: Any, duration_s: float | None, where: str) -> tuple[tuple[tupl
 
 
 def _number(value: Any, what: str) -> float:
-    # JSON's true is an int to Python; NaN and Infinity are read by its json, and are no times.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{what} is {value!r}; it must be a number of seconds")
-    return float(value)
+    # JSON's true is an int to Python; NaN and Infinity are read by its json, and are no times. An integer of
+    # hundreds of digits has no float.
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    raise UserError(f"{what} is {reprlib.repr(value)}; it must be a number of seconds")

@@ -31,7 +31,9 @@ _Made = list[EncodedPrompt] | VideoError
 class PromptLoader:
     """Iterates ``(sample, prompt)`` in the order of ``samples``; the same for any number of workers.
 
-    ``workers`` threads decode (0: the caller does), at most ``prefetch`` prompts ahead (one video at least).
+    ``workers`` threads decode (0: the caller does), at most ``prefetch`` videos ahead: memory is theirs,
+    because the prompts of a video share its pixels.
+
     A video that cannot be decoded is put aside with its reason in ``skipped_path`` (a row of ``id``,
     ``video``, ``reason``; each once) and in ``skipped``. UserError is raised when more than
     ``max_failed_share`` of the rows failed: of the first 50 or more, and of all of them.
@@ -97,11 +99,9 @@ class PromptLoader:
         waiting = deque(groups)
 
         def fill() -> None:
-            rows_ahead = sum(len(group) for group, _ in ahead)
-            while waiting and (not ahead or rows_ahead + len(waiting[0]) <= self.prefetch):
+            while waiting and len(ahead) < self.prefetch:
                 group = waiting.popleft()
                 ahead.append((group, executor.submit(self._make, group)))
-                rows_ahead += len(group)
 
         try:
             fill()

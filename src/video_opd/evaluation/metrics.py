@@ -9,8 +9,9 @@ Shapes: ``N`` rows, ``M`` metrics, ``A`` constant answers, ``K`` annotated spans
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from video_opd.errors import UserError
 from video_opd.evaluation.bootstrap import DRAWS, draws_of_means, interval95
 from video_opd.evaluation.protocols import Protocol, get_protocol
-from video_opd.temporal import Interval, best_iou, centre_s
+from video_opd.temporal import NO_RULE, Interval, best_iou, centre_s
 from video_opd.types import Prediction, Sample
 
 THRESHOLDS = (0.3, 0.5, 0.7)
@@ -44,6 +45,7 @@ class RowScore:
     iou: float
     missing: bool
     unparsed: bool
+    rule: str  # by which the answer was read; empty where it is missing
 
 
 def score_rows(
@@ -66,6 +68,7 @@ def score_rows(
                 iou=best_iou(span, sample.spans),
                 missing=prediction is None,
                 unparsed=prediction is not None and span is None,
+                rule="" if prediction is None else next(iter(prediction.rules), NO_RULE),
             )
         )
     return rows
@@ -85,7 +88,8 @@ def metric_values(ious_N: Sequence[float] | np.ndarray) -> np.ndarray:
 class Metrics:
     """Grounding metrics of one data file, or of one source in it.
 
-    ``values`` and ``ci95`` hold R@0.3, R@0.5, R@0.7 and mIoU in percent.
+    ``values`` and ``ci95`` hold R@0.3, R@0.5, R@0.7 and mIoU in percent; ``rules`` how many of the answers
+    each rule of the parser read (``none``: nothing was found).
     """
 
     n: int
@@ -93,6 +97,7 @@ class Metrics:
     ci95: Mapping[str, tuple[float, float]]
     unparsed: int
     missing: int
+    rules: Mapping[str, int] = field(default_factory=dict)
     unannotated: int = 0
     protocol: Mapping[str, Any] | None = None
     by_source: Mapping[str, Metrics] | None = None
@@ -104,7 +109,7 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {"n": self.n, **self.values}
         record["ci95"] = {name: list(interval) for name, interval in self.ci95.items()}
-        record |= {"unparsed": self.unparsed, "missing": self.missing}
+        record |= {"unparsed": self.unparsed, "missing": self.missing, "rules": dict(self.rules)}
         if self.protocol is not None:  # of the whole, not of a source
             record |= {"unannotated": self.unannotated, "protocol": dict(self.protocol)}
             record["by_source"] = {name: part.to_json() for name, part in (self.by_source or {}).items()}
@@ -116,12 +121,15 @@ def evaluate(
     predictions: Mapping[str, Prediction],
     protocol: str | Protocol = "paper",
     *,
+    deviations: Mapping[str, Any] | None = None,
     draws: int = DRAWS,
     seed: int = BOOTSTRAP_SEED,
 ) -> Metrics:
     """Metrics of ``predictions`` (by id) on the annotated rows of ``samples``.
 
-    Raises :class:`UserError` where no row is annotated, or where no prediction belongs to any row.
+    ``deviations`` is what the answers were made with otherwise than the protocol says
+    (:func:`video_opd.evaluation.protocols.deviations`; None: nobody knows); it goes into the result's
+    ``protocol``. Raises :class:`UserError` where no row is annotated, or no prediction belongs to any row.
     """
     protocol = get_protocol(protocol)
     rows = score_rows(samples, predictions, protocol)
@@ -142,6 +150,7 @@ def evaluate(
         unannotated=len(samples) - len(rows),
         protocol={
             **protocol.to_json(),
+            "deviations": None if deviations is None else dict(deviations),
             "ci95": f"bootstrap over videos, {draws} draws, percentiles, seed {seed}",
         },
         by_source={
@@ -161,6 +170,7 @@ def _summarise(rows: Sequence[RowScore], *, draws: int, seed: int, **extra: Any)
         ci95={name: (low, high) for name, (low, high) in zip(METRICS, intervals_M2.tolist(), strict=True)},
         unparsed=sum(row.unparsed for row in rows),
         missing=sum(row.missing for row in rows),
+        rules=dict(Counter(row.rule for row in rows if not row.missing).most_common()),
         **extra,
     )
 
@@ -180,6 +190,9 @@ class Difference:
 
     value: float
     ci95: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "ci95": list(self.ci95)}
 
 
 def paired_difference(

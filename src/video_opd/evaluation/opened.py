@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.config import ModelConfig, PromptConfig, VideoConfig
 from video_opd.errors import UserError
+from video_opd.evaluation.protocols import get_protocol
 from video_opd.progress import log
 from video_opd.strict import TreeReader, apply_overrides
 
@@ -38,11 +39,25 @@ class Access:
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
-def read_access(path: str, overrides: Sequence[str]) -> Access:
-    """What the model folder says, changed by ``overrides``. Raises UserError for an unknown key."""
+def read_access(path: str, overrides: Sequence[str], protocol: str | None = None) -> Access:
+    """What the model folder says, changed by ``overrides``; a ``protocol`` decides the prompt.
+
+    The protocol's video budget is for models that do not say which they were trained with. Raises UserError
+    for an unknown key, and for a prompt that is not the protocol's.
+    """
     facts = read_model_facts(path) or {}
     tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
-    return TreeReader(Access, {}).read(apply_overrides({**tree, "model": {"path": path}}, overrides))
+    chosen = None if protocol is None else get_protocol(protocol)
+    if chosen is not None:
+        tree.setdefault("video", asdict(chosen.video))
+        if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
+            tree["prompt"] = {**prompt, "style": chosen.prompt_style}
+    access = TreeReader(Access, {}).read(apply_overrides({**tree, "model": {"path": path}}, overrides))
+    if chosen is not None and access.prompt.style != chosen.prompt_style:
+        raise UserError(
+            f"--prompt.style {access.prompt.style} is not how protocol {chosen.name} asks: leave out either"
+        )
+    return access
 
 
 def read_model_facts(path: str | Path) -> dict[str, Any] | None:
@@ -51,16 +66,20 @@ def read_model_facts(path: str | Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{file}: not an object of settings; delete it to use the defaults")
+    return facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
     """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``.
 
-    ``cache_dir`` keeps decoded clips, for whoever shows the same videos to several models.
+    ``workers`` threads decode videos while the model answers. ``cache_dir`` keeps decoded clips, for whoever
+    shows the same videos to several models.
     """
 
     access: Access
@@ -68,6 +87,7 @@ class OpenModel:
     encoder: PromptEncoder
     budget: VideoBudget
     cache_dir: Path | None = None
+    workers: int = 2
 
     def made_by(self) -> dict[str, Any]:
         """Everything about the model that its answers depend on."""
@@ -93,6 +113,7 @@ class Loading(contextlib.AbstractContextManager["Loading"]):
             samples,
             model.encoder,
             model.budget,
+            workers=model.workers,
             max_failed_share=1.0,  # whoever evaluates is told what is missing, and gets the rest
             backend=model.access.video.backend,
             cache_dir=model.cache_dir,

@@ -6,21 +6,36 @@ No torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from video_opd.config import VideoConfig
 from video_opd.errors import UserError
-from video_opd.temporal import Interval
+from video_opd.evaluation.timelens import parse_timelens
+from video_opd.temporal import Interval, ParsedAnswer, parse_answer
+
+PARSERS: Mapping[str, Callable[..., ParsedAnswer]] = {"paper": parse_answer, "timelens": parse_timelens}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How answers are asked for and read."""
+    """How answers are asked for and read: prompt, video budget, answer length, parser, rounding.
+
+    ``video`` and ``max_new_tokens`` are what a model gets that does not say otherwise itself; where answers
+    were made with something else, that is a deviation, and stands beside the result (:func:`deviations`).
+    """
 
     name: str
     prompt_style: str  # of data.prompts
+    video: VideoConfig = field(default_factory=VideoConfig)
+    max_new_tokens: int
+    parser: str  # of PARSERS
     whole_seconds: bool = False  # round both ends of a prediction, halves to even, before it is compared
-    thinking: bool = False  # read only what follows </think>
+
+    def parse(self, text: str, *, thinking: bool = False) -> ParsedAnswer:
+        """What the text of an answer says."""
+        return PARSERS[self.parser](text, thinking=thinking)
 
     def prepare(self, span: Interval) -> Interval:
         """The span that is compared with the annotation."""
@@ -30,8 +45,12 @@ class Protocol:
         return {
             "name": self.name,
             "prompt": self.prompt_style,
+            "thinking": False,
+            "video": video_budget(asdict(self.video)),
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy, one answer",
+            "parser": self.parser,
             "rounding": "whole seconds" if self.whole_seconds else "none",
-            "thinking": self.thinking,
             "iou": "best over the annotated spans",
             "unparsed": "IoU 0",
             "missing": "IoU 0",
@@ -39,9 +58,21 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "paper": Protocol(name="paper", prompt_style="paper"),  # figure 7, two decimals
-    # TimeLens' evaluation script rounds to its data sets' unit of one second.
-    "timelens": Protocol(name="timelens", prompt_style="timelens", whole_seconds=True),
+    # Sec. 4.1 (budget) and figure 7 (prompt, two decimals). The paper gives no answer length; its answers are
+    # about a dozen tokens.
+    "paper": Protocol(name="paper", prompt_style="paper", max_new_tokens=64, parser="paper"),
+    # TencentARC/TimeLens: evaluation/utils.py (prompt), scripts/eval_timelens_bench.sh (2 fps, 64 tokens a
+    # frame at least, 14,336 in total), evaluation/eval_dataloader.py (greedy, 512 new tokens, both ends
+    # rounded to whole seconds by Python's round). Its tokens are of 28 × 28 px, also for Qwen3-VL, whose own
+    # are of 32 × 32: 64 · 28²/32² = 49, and 14,336 · 28²/32² = 10,976.
+    "timelens": Protocol(
+        name="timelens",
+        prompt_style="timelens",
+        video=VideoConfig(min_frame_tokens=49, max_video_tokens=10_976),
+        max_new_tokens=512,
+        parser="timelens",
+        whole_seconds=True,
+    ),
 }
 
 
@@ -52,3 +83,57 @@ def get_protocol(protocol: str | Protocol) -> Protocol:
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[protocol]
+
+
+def protocol_of(prompt_style: str) -> Protocol | None:
+    """The protocol that asks in this style, if there is one."""
+    return next((p for p in PROTOCOLS.values() if p.prompt_style == prompt_style), None)
+
+
+def video_budget(video: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``video`` section without the decoder, which changes no frame."""
+    return {key: value for key, value in video.items() if key != "backend"}
+
+
+# --- how answers were made ---------------------------------------------------------------------------
+
+
+def prompt_style_of(made_by: Mapping[str, Any] | None) -> str | None:
+    """The prompt style in the note of an output (``P.jsonl.meta.json``); None where it does not say."""
+    return None if made_by is None else _section(_section(made_by, "input"), "prompt").get("style")
+
+
+def is_thinking(made_by: Mapping[str, Any] | None) -> bool:
+    """Whether the note says that the model thought before it answered."""
+    return made_by is not None and _section(_section(made_by, "input"), "prompt").get("thinking") is True
+
+
+def deviations(protocol: Protocol, made_by: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the note of an output says otherwise than ``protocol``: ``{"video.fps": 1.0, …}``.
+
+    None where there is no note: nobody knows then how the answers were made.
+    """
+    if made_by is None:
+        return None
+    made_with, answers = _section(made_by, "input"), _section(made_by, "answers")
+    prompt = _section(made_with, "prompt")
+    used = {
+        "prompt.style": prompt.get("style"),
+        "prompt.thinking": prompt.get("thinking"),
+        **{f"video.{key}": value for key, value in video_budget(_section(made_with, "video")).items()},
+        "max_new_tokens": answers.get("max_new_tokens"),
+        "temperature": answers.get("temperature"),
+    }
+    asked = {
+        "prompt.style": protocol.prompt_style,
+        "prompt.thinking": False,
+        **{f"video.{key}": value for key, value in video_budget(asdict(protocol.video)).items()},
+        "max_new_tokens": protocol.max_new_tokens,
+        "temperature": 0.0,
+    }
+    return {key: used[key] for key in asked if used.get(key) is not None and used[key] != asked[key]}
+
+
+def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = tree.get(key)
+    return section if isinstance(section, Mapping) else {}

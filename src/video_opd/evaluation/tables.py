@@ -53,13 +53,59 @@ def print_metrics(
                 f"(chance 50%), the same answer to both queries {swap.same_answer:.1f}%, "
                 f"{swap.comparisons} comparisons",
             )
-    first = next(iter(results.values()), None)
-    if first is not None and first.protocol is not None:
-        protocol = first.protocol
-        say(
-            console,
-            f"protocol {protocol['name']}: rounding {protocol['rounding']}, 95% by {protocol['ci95']}",
-        )
+    told: list[str] = []
+    for name, metrics in results.items():
+        if metrics.rules:
+            say(console, f"{name}: {_rules(metrics)}")
+        if metrics.protocol is not None:
+            first, *others = protocol_lines(metrics.protocol)
+            told += [line for line in (*(f"{name}: {other}" for other in others), first) if line not in told]
+    for line in sorted(told, key=lambda line: not line.startswith("protocol ")):
+        say(console, line)
+
+
+def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
+    """What a result's ``protocol`` says, in a line; a second one says what the answers were made with
+    otherwise, or that nobody knows."""
+    video = protocol["video"]
+    lines = [
+        f"protocol {protocol['name']}: prompt {protocol['prompt']}; {video['fps']:g} fps, at most "
+        f"{video['max_frames']} frames and {video['max_video_tokens']} video tokens; at most "
+        f"{protocol['max_new_tokens']} new tokens, {protocol['decoding']}; parser {protocol['parser']}, "
+        f"rounding {protocol['rounding']}; 95% by {protocol['ci95']}"
+    ]
+    deviations = protocol.get("deviations")
+    if deviations is None:
+        return [*lines, "how its answers were made is not known: there is no note beside the file"]
+    if deviations:
+        said = (f"{key} {value} (protocol: {_asked(protocol, key)})" for key, value in deviations.items())
+        lines.append(f"made with other settings: {', '.join(said)}")
+    return lines
+
+
+def _asked(protocol: Mapping[str, Any], key: str) -> Any:
+    """What a protocol's record says about a key of its deviations."""
+    section, _, name = key.rpartition(".")
+    if section == "video":
+        return protocol["video"][name]
+    return {"prompt.style": protocol["prompt"], "prompt.thinking": False, "temperature": 0}.get(
+        key, protocol.get(key)
+    )
+
+
+def notes_of(metrics: Metrics) -> list[str]:
+    """Counts that are not 0, and how many answers each rule of the parser read."""
+    counts = {
+        "unparsed": metrics.unparsed,
+        "missing": metrics.missing,
+        "unannotated": metrics.unannotated,
+    }
+    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    return [*notes, _rules(metrics)] if metrics.rules else notes
+
+
+def _rules(metrics: Metrics) -> str:
+    return "parse rules " + ", ".join(f"{rule} {count}" for rule, count in metrics.rules.items())
 
 
 def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
@@ -67,12 +113,7 @@ def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
         f"{metrics.values[key]:.1f} [{metrics.ci95[key][0]:.1f}, {metrics.ci95[key][1]:.1f}]"
         for key in METRICS
     ]
-    counts = (
-        ("unparsed", metrics.unparsed),
-        ("missing", metrics.missing),
-        ("unannotated", metrics.unannotated),
-    )
-    notes = ", ".join(f"{count} {what}" for what, count in counts if count)
+    notes = ", ".join(note for note in notes_of(metrics) if not note.startswith("parse rules"))
     return (name, *cells, str(metrics.n), notes)
 
 

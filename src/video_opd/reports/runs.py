@@ -46,6 +46,16 @@ class Evaluation:
         """Percent of answers that are nearer to their own event than to the other query's (chance: 50)."""
         return self._control("query_swap", "share")
 
+    @property
+    def protocol(self) -> str:
+        """``"paper"``, ``"paper, but max_new_tokens 16"``; empty where the file does not say."""
+        protocol = self.record.get("protocol")
+        if not isinstance(protocol, Mapping):
+            return ""
+        deviations = protocol.get("deviations") or {}
+        others = ", ".join(f"{key} {value}" for key, value in deviations.items())
+        return f"{protocol.get('name', '')}, but {others}" if others else str(protocol.get("name", ""))
+
     def _control(self, name: str, figure: str) -> float | None:
         """A figure of a control: written plainly or inside its record."""
         value = self.record.get(name)

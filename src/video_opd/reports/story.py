@@ -54,6 +54,7 @@ class Block:
     testset: str
     n: int
     constant: float | None
+    protocol: str
     rows: Sequence[Row]
 
 
@@ -195,6 +196,7 @@ def blocks(run: Run) -> list[Block]:
                 testset=testset,
                 n=max(e.n for e in found),
                 constant=constants[0] if constants else None,
+                protocol="; ".join(dict.fromkeys(e.protocol for e in found if e.protocol)),
                 rows=[_row(e) for e in found],
             )
         )

@@ -9,14 +9,15 @@ from video_opd.reports.story import interval
 
 
 def before_after(run: Run) -> list[str]:
-    """mIoU with its 95% interval, a row a test set, a column a model; then the best constant answer."""
+    """mIoU with its interval, a row a test set, a column a model; the best constant answer; the protocol."""
     rows = [["mIoU [95%]", *run.models, "best constant"]]
     for testset in run.testsets:
         found = [run.evaluation(model, testset) for model in run.models]
         constants = [e.best_constant for e in found if e is not None and e.best_constant is not None]
         constant = f"{constants[0]:.1f}" if constants else "–"
         rows.append([testset, *("–" if e is None else interval(e) for e in found), constant])
-    return columns(rows)
+    protocols = dict.fromkeys(e.protocol for e in run.evaluations if e.protocol)
+    return [*columns(rows), *(f"protocol {protocol}" for protocol in protocols)]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,11 +12,9 @@ from video_opd.config import Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import whole_windows
-from video_opd.evaluation.metrics import best_constant, evaluate, query_swap
+from video_opd.evaluation.comparison import evaluate_file
 from video_opd.evaluation.predict import AnswerSettings, predict
-from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.resume import model_fingerprint
-from video_opd.evaluation.tables import evaluation_record
 from video_opd.files import write_text
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.policy import HFPolicy
@@ -99,10 +97,7 @@ def _evaluate(
                 ),
                 batch_size=settings.batch_size,
             )
-        answers = read_predictions(answered)
-        protocol = recipe.prompt.style  # a protocol is a prompt and its rules
-        result = evaluate(samples, answers, protocol)
-        record = evaluation_record(result, best_constant(samples), query_swap(samples, answers, protocol))
+        record = evaluate_file(samples, answered, recipe.prompt.style)  # a protocol is a prompt and its rules
         written = answered.with_suffix(".json")
         write_text(written, json.dumps({**record, "data": path}, indent=2) + "\n")
-        log(f"{path}: mIoU {result.miou:.1f} (wrote {written})")
+        log(f"{path}: mIoU {record['mIoU']:.1f} (wrote {written})")

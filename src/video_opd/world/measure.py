@@ -24,11 +24,9 @@ def make_test_sets(out: Path) -> dict[str, Path]:
 def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) -> dict[str, Any]:
     """Greedy answers and metrics of one model on one test set: ``video-opd evaluate``."""
     from video_opd.data.annotations import read_samples
-    from video_opd.evaluation import metrics
+    from video_opd.evaluation.comparison import evaluate_file
     from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.predict import AnswerSettings, predict
-    from video_opd.evaluation.predictions import read_predictions
-    from video_opd.evaluation.tables import evaluation_record
 
     out.mkdir(parents=True, exist_ok=True)
     samples, answers = read_samples(data), out / f"predictions-{name}-{split}.jsonl"
@@ -42,12 +40,6 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
         settings=AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),
         batch_size=32,
     )
-    predictions = read_predictions(answers)
-    record = evaluation_record(
-        metrics.evaluate(samples, predictions),
-        metrics.best_constant(samples),
-        metrics.query_swap(samples, predictions),
-    )
-    record = {**record, "model": name, "testset": split}
+    record = {**evaluate_file(samples, answers), "model": name, "testset": split}
     write_text(out / f"{name}-{split}.json", json.dumps(record) + "\n")
     return record

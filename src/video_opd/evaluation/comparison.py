@@ -1,0 +1,161 @@
+"""Several models on several data sets: the figures of a table like the paper's table 1. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from video_opd.errors import UserError
+from video_opd.evaluation.answers import Answers, made_otherwise, read_answers
+from video_opd.evaluation.metrics import (
+    ConstantAnswer,
+    Difference,
+    Metrics,
+    QuerySwap,
+    best_constant,
+    evaluate,
+    paired_difference,
+    query_swap,
+)
+from video_opd.evaluation.protocols import Protocol, get_protocol
+from video_opd.evaluation.tables import evaluation_record
+from video_opd.types import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model on one data set. ``difference`` is this model − the baseline, where there is one."""
+
+    metrics: Metrics
+    swap: QuerySwap | None
+    difference: Mapping[str, Difference] | None
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        record = {
+            **self.metrics.to_json(),
+            "query_swap": None if self.swap is None else self.swap.to_json(),
+            "files": list(self.files),
+        }
+        if self.difference is not None:
+            record["difference"] = {name: d.to_json() for name, d in self.difference.items()}
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Results by model and data set; a model has none for a data set that it answered nothing of.
+
+    ``baseline`` is the name of the model that the differences are from.
+    """
+
+    protocol: Protocol
+    constants: Mapping[str, ConstantAnswer | None]  # of each data set
+    results: Mapping[str, Mapping[str, Result]]
+    baseline: str | None = None
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        return tuple(self.constants)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "protocol": self.protocol.to_json(),
+            "data_sets": {
+                name: {"best_constant": None if constant is None else constant.to_json()}
+                for name, constant in self.constants.items()
+            },
+            "baseline": self.baseline,
+            "models": {
+                model: {name: result.to_json() for name, result in results.items()}
+                for model, results in self.results.items()
+            },
+        }
+
+
+def compare(
+    data_sets: Mapping[str, Sequence[Sample]],
+    models: Sequence[Answers],
+    protocol: Protocol,
+    baseline: Answers | None = None,
+) -> Comparison:
+    """Evaluates every model on every data set, and its paired difference from ``baseline``.
+
+    Raises :class:`UserError` where a model answered nothing of any data set, where two data sets have a row
+    in common or two models the same name, and where a data set has no annotated row.
+    """
+    _check_ids(data_sets)
+    everyone = [*([] if baseline is None else [baseline]), *models]
+    names = [model.name for model in everyone]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}: write NAME=FILE for each")
+    results = {model.name: _results(data_sets, model, protocol, baseline) for model in everyone}
+    return Comparison(
+        protocol=protocol,
+        constants={name: best_constant(samples) for name, samples in data_sets.items()},
+        results=results,
+        baseline=None if baseline is None else baseline.name,
+    )
+
+
+def _results(
+    data_sets: Mapping[str, Sequence[Sample]], model: Answers, protocol: Protocol, baseline: Answers | None
+) -> dict[str, Result]:
+    found: dict[str, Result] = {}
+    nothing = not any(file.predictions for file in model.files)  # every video failed, say
+    for name, samples in data_sets.items():
+        predictions, files = model.of(samples)
+        if not nothing and not any(sample.spans and sample.id in predictions for sample in samples):
+            continue
+        difference = None
+        if baseline is not None and model is not baseline:
+            before, answered = baseline.of(samples)
+            difference = paired_difference(samples, before, predictions, protocol) if answered else None
+        deviations = made_otherwise(files or model.files, protocol)
+        found[name] = Result(
+            metrics=evaluate(samples, predictions, protocol, deviations=deviations),
+            swap=query_swap(samples, predictions, protocol),
+            difference=difference,
+            files=tuple(file.path for file in files or model.files),
+        )
+    if not found:
+        raise UserError(
+            f"{model.files[0].path}: none of its ids is that of an annotated row: check that the answers "
+            "were made from this data file"
+        )
+    return found
+
+
+def evaluate_file(
+    samples: Sequence[Sample], path: str | Path, protocol: str | Protocol = "paper"
+) -> dict[str, Any]:
+    """The record of ``video-opd evaluate --json`` for one predictions file."""
+    protocol = get_protocol(protocol)
+    answers = read_answers([path], protocol, name="model")
+    compared = compare({"data": samples}, [answers], protocol)
+    result = compared.results["model"]["data"]
+    return evaluation_record(result.metrics, compared.constants["data"], result.swap)
+
+
+def by_source(data_sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
+    """A data set for each ``source`` of the rows, whichever file they are in; "none" for rows without."""
+    found: dict[str, list[Sample]] = {}
+    for samples in data_sets.values():
+        for sample in samples:
+            found.setdefault(sample.source or "none", []).append(sample)
+    return found
+
+
+def _check_ids(data_sets: Mapping[str, Sequence[Sample]]) -> None:
+    owner: dict[str, str] = {}
+    for name, samples in data_sets.items():
+        for sample in samples:
+            if sample.id in owner:
+                raise UserError(
+                    f"id {sample.id!r} is in {owner[sample.id]} and in {name}: nobody can tell to which an "
+                    "answer belongs, so evaluate them one at a time"
+                )
+            owner[sample.id] = name

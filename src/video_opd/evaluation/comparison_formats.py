@@ -1,0 +1,301 @@
+"""A comparison as a table: models × (R@0.3, R@0.5, R@0.7, mIoU) of each data set, as in the paper's table 1.
+
+One :class:`Table` of plain cells, and a writer for each format: a terminal, plain lines, Markdown, LaTeX.
+What was measured and what was published stand in sections of their own, and every published name has a
+dagger. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from video_opd.errors import UserError
+from video_opd.evaluation.comparison import Comparison, Result
+from video_opd.evaluation.metrics import METRICS, Difference, Metrics
+from video_opd.evaluation.published import ROWS, SOURCE, published_columns
+from video_opd.evaluation.tables import notes_of, protocol_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMATS = ("text", "markdown", "latex", "json")
+SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json"}
+DAGGER = "†"
+NONE = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A figure, and its interval where it has one."""
+
+    value: str
+    interval: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.interval}".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    cells: Mapping[str, tuple[Cell, ...]]  # by data set, one for each of METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """``measured`` are rows of this evaluation, ``published`` those of the paper; ``notes`` stand below."""
+
+    data_sets: tuple[str, ...]
+    measured: tuple[Row, ...]
+    published: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def published_title(self) -> str:
+        return f"{DAGGER} published in {SOURCE}; not measured here"
+
+
+def make_table(comparison: Comparison, *, published: bool = False, intervals: bool = True) -> Table:
+    """The cells. Raises :class:`UserError` where ``published`` finds none of the paper's data sets."""
+    rows: list[Row] = []
+    for model, results in comparison.results.items():
+        rows.append(Row(name=model, cells={n: _figures(r.metrics, intervals) for n, r in results.items()}))
+        rises = {n: r.difference for n, r in results.items() if r.difference is not None}
+        if rises:
+            name = f"{model} − {comparison.baseline}"
+            rows.append(Row(name=name, cells={n: _rise(rise, intervals) for n, rise in rises.items()}))
+    constants = {n: c for n, c in comparison.constants.items() if c is not None}
+    if constants:
+        cells = {n: tuple(Cell(value=f"{c.values[m]:.1f}") for m in METRICS) for n, c in constants.items()}
+        rows.append(Row(name="best constant answer", cells=cells))
+    return Table(
+        data_sets=comparison.data_sets,
+        measured=tuple(rows),
+        published=published_rows(comparison.data_sets) if published else (),
+        notes=tuple(_notes(comparison)),
+    )
+
+
+def published_rows(data_sets: Sequence[str]) -> tuple[Row, ...]:
+    """The paper's rows for the data sets that it reports."""
+    columns = published_columns(data_sets)
+    if not columns:
+        raise UserError(
+            f"--published: none of the data sets ({', '.join(data_sets)}) is one of the paper's; if one is, "
+            "name it: --data Charades-TimeLens=FILE"
+        )
+    return tuple(
+        Row(
+            name=f"{row.name}{DAGGER}",
+            cells={
+                mine: tuple(Cell(value=NONE if x is None else f"{x:.1f}") for x in row.scores[paper])
+                for mine, paper in columns.items()
+            },
+        )
+        for row in ROWS
+    )
+
+
+def _figures(metrics: Metrics, intervals: bool) -> tuple[Cell, ...]:
+    def cell(name: str) -> Cell:
+        low, high = metrics.ci95[name]
+        return Cell(
+            value=f"{metrics.values[name]:.1f}", interval=f"[{low:.1f}, {high:.1f}]" if intervals else ""
+        )
+
+    return tuple(map(cell, METRICS))
+
+
+def _rise(rise: Mapping[str, Difference], intervals: bool) -> tuple[Cell, ...]:
+    def cell(name: str) -> Cell:
+        low, high = rise[name].ci95
+        return Cell(
+            value=f"{rise[name].value:+.1f}", interval=f"[{low:+.1f}, {high:+.1f}]" if intervals else ""
+        )
+
+    return tuple(map(cell, METRICS))
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """The protocol, then what is to be known about each model on each data set."""
+    everything = [result for results in comparison.results.values() for result in results.values()]
+    lines = protocol_lines(everything[0].metrics.protocol or {})[:1]
+    for model, results in comparison.results.items():
+        for name, result in results.items():
+            lines.append(f"{model}, {name}: {_facts(result)}")
+    return lines
+
+
+def _facts(result: Result) -> str:
+    metrics = result.metrics
+    facts = [f"{metrics.n} rows", *notes_of(metrics)]
+    if result.swap is not None:
+        low, high = result.swap.ci95
+        facts.append(f"query swap {result.swap.share:.1f}% [{low:.1f}, {high:.1f}] (chance 50%)")
+    return "; ".join([*facts, *protocol_lines(metrics.protocol or {})[1:]])
+
+
+# --- writers -----------------------------------------------------------------------------------------
+
+
+def as_markdown(table: Table) -> str:
+    """A table of what was measured, one of what was published, and the notes."""
+    parts = [_markdown_rows(table, table.measured)]
+    if table.published:
+        parts.append(f"{table.published_title}:\n\n{_markdown_rows(table, table.published)}")
+    parts.append("\n".join(f"- {_escaped(note, '|')}" for note in table.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_rows(table: Table, rows: Sequence[Row]) -> str:
+    header = [f"{_escaped(n, '|')} {m}" if m == METRICS[0] else m for n in table.data_sets for m in METRICS]
+    lines = ["| | " + " | ".join(header) + " |", "|---|" + "---|" * len(header)]
+    for row in rows:
+        cells = [str(cell) for name in table.data_sets for cell in _cells(row, name)]
+        lines.append(f"| {_escaped(row.name, '|')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def as_latex(table: Table) -> str:
+    """A ``tabular`` for the package booktabs; the notes are comments below it."""
+    width = len(METRICS)
+    columns = 1 + width * len(table.data_sets)
+    spans = [rf"\multicolumn{{{width}}}{{c}}{{{_latex(name)}}}" for name in table.data_sets]
+    rules = [rf"\cmidrule(lr){{{2 + width * i}-{1 + width * (i + 1)}}}" for i in range(len(table.data_sets))]
+    lines = [
+        rf"\begin{{tabular}}{{l{'c' * (columns - 1)}}}",
+        r"\toprule",
+        " & " + " & ".join(spans) + r" \\",
+        "".join(rules),
+        "Model & " + " & ".join(METRICS * len(table.data_sets)) + r" \\",
+        r"\midrule",
+        *(_latex_row(table, row) for row in table.measured),
+    ]
+    if table.published:
+        title = rf"\multicolumn{{{columns}}}{{l}}{{\textit{{{_latex(table.published_title)}}}}} \\"
+        lines += [r"\midrule", title, *(_latex_row(table, row) for row in table.published)]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*lines, *(f"% {note}" for note in table.notes)]) + "\n"
+
+
+def _latex_row(table: Table, row: Row) -> str:
+    def text(cell: Cell) -> str:
+        value = _latex(cell.value)
+        return f"{value} {{\\scriptsize ${cell.interval}$}}" if cell.interval else value
+
+    cells = [text(cell) for name in table.data_sets for cell in _cells(row, name)]
+    return " & ".join([_latex(row.name), *cells]) + r" \\"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "[": "{[}",  # after a line break it would be an argument
+    DAGGER: r"$^\dagger$",
+    "−": "$-$",
+    NONE: "--",
+}
+
+
+def _latex(text: str) -> str:
+    # A sign is set as mathematics: "-3.1" would begin with a hyphen.
+    if text[:1] in ("+", "-") and text[1:2].isdigit():
+        return f"${text}$"
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def as_text(table: Table) -> str:
+    """A line for each model and data set, then the notes."""
+    lines = []
+    for rows, mark in ((table.measured, ""), (table.published, " (published)")):
+        for row in rows:
+            for name in row.cells:
+                figures = zip(METRICS, _cells(row, name), strict=True)
+                said = ", ".join(f"{metric} {cell}" for metric, cell in figures)
+                lines.append(f"{row.name}{mark}, {name}: {said}")
+    if table.published:
+        lines.append(table.published_title)
+    return "\n".join([*lines, *table.notes]) + "\n"
+
+
+def print_table(table: Table, console: Console) -> None:
+    """On a terminal a table (one a data set where one for all is too wide), elsewhere :func:`as_text`."""
+    if not console.is_terminal:
+        console.print(as_text(table), end="", markup=False, highlight=False, soft_wrap=True)
+        return
+    whole = _rich_table(table, table.data_sets)
+    options = console.options.update(max_width=10_000)  # how wide it would like to be
+    fits = console.measure(whole, options=options).maximum <= console.width
+    for part in [whole] if fits else [_rich_table(table, (name,)) for name in table.data_sets]:
+        console.print(part)
+    for note in table.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    alone = len(data_sets) == 1
+    shown = RichTable(
+        title=Text(data_sets[0]) if alone else None,
+        caption=table.published_title if table.published else None,
+    )
+    shown.add_column("", overflow="fold")
+    for name in data_sets:
+        for metric in METRICS:
+            above = name if metric == METRICS[0] else ""
+            shown.add_column(Text(metric if alone else f"{above}\n{metric}"), justify="right")
+    for row in table.measured:
+        if any(name in row.cells for name in data_sets):
+            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
+    if table.published:
+        shown.add_section()
+        for row in table.published:
+            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
+    return shown
+
+
+def _rich_cells(row: Row, data_sets: Sequence[str]) -> list[Any]:
+    from rich.text import Text
+
+    return [
+        Text("\n".join(filter(None, (cell.value, cell.interval))))
+        for name in data_sets
+        for cell in _cells(row, name)
+    ]
+
+
+def _cells(row: Row, data_set: str) -> tuple[Cell, ...]:
+    return row.cells.get(data_set, (Cell(value=NONE),) * len(METRICS))
+
+
+def _escaped(text: str, characters: str) -> str:
+    return "".join(f"\\{character}" if character in characters else character for character in text)
+
+
+def as_json(comparison: Comparison, *, published: bool = False) -> dict[str, Any]:
+    """The record; what was published under a key of its own, with its source."""
+    record = comparison.to_json()
+    if published:
+        columns = published_columns(comparison.data_sets)
+        record["published"] = {
+            "source": SOURCE,
+            "note": "not measured here",
+            "models": {
+                row.name: {
+                    "tables": row.tables,
+                    "reproduced_by_its_authors": row.reproduced,
+                    **{
+                        mine: dict(zip(METRICS, row.scores[paper], strict=True))
+                        for mine, paper in columns.items()
+                    },
+                }
+                for row in ROWS
+            },
+        }
+    return record

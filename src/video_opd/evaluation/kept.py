@@ -1,0 +1,25 @@
+"""Where the answers of ``evaluate --model`` lie, so that it can be repeated after a kill. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from video_opd.types import Sample
+
+
+def kept_path(made_by: Mapping[str, Any], samples: Iterable[Sample]) -> Path:
+    """A file of the user's cache folder, named by content: the model's, the settings', the questions'.
+
+    The same model on the same questions finds its answers wherever the command is run, and whatever the spans
+    of the annotation are; anything else gets another file.
+    """
+    digest = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16)
+    for sample in samples:
+        digest.update(json.dumps([sample.id, str(sample.video.absolute()), sample.query]).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "video-opd" / "answers" / f"{digest.hexdigest()}.jsonl"
