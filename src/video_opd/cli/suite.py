@@ -20,7 +20,7 @@ def evaluate_suite(arguments: argparse.Namespace) -> int | None:
     for name in FOR_GROUNDING:
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} does not go with --suite: leave it out")
-    from video_opd.cli.commands import as_json
+    from video_opd.cli.commands import as_json, print_json
     from video_opd.evaluation.general import suite
     from video_opd.evaluation.general.tables import print_suite, print_survey
 
