@@ -48,11 +48,9 @@ class Prefix:
     def taken(self, rows: Sequence[int]) -> Prefix:
         """Prompt ``rows[i]`` at place i, with a cache that may be written to.
 
-        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order: a
-        ``DynamicCache`` grows by replacing its tensors, not by changing them.
+        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order.
         """
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache = copied(self.cache)
         select_rows(cache, rows, len(self))
         index = torch.tensor(rows, device=self.next_position_B.device)
         return Prefix(
@@ -63,6 +61,13 @@ class Prefix:
             next_position_B=self.next_position_B[index],
             last_hidden_BD=self.last_hidden_BD[index],
         )
+
+
+def copied(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values in a cache that may be written to: it grows by replacing its tensors."""
+    copy_of = copy.copy(cache)
+    copy_of.layers = [copy.copy(layer) for layer in cache.layers]
+    return copy_of
 
 
 def select_rows(cache: DynamicCache, rows: Sequence[int], count: int) -> None:

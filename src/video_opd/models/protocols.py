@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
@@ -22,6 +22,10 @@ class Policy(Protocol):
         The result can be used any number of times while the weights stay; ``.taken(rows)`` is the part of it
         for some of the prompts.
         """
+        ...
+
+    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
+        """:meth:`prefill` of ``size`` prompts at a time; a video that they share is read once for all."""
         ...
 
     def sample(
