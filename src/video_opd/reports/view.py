@@ -147,7 +147,7 @@ def _answer(number: int, answer: Mapping[str, Any], duration_s: float) -> dict[s
         "number": number,
         "query": answer["query"],
         "line": answer["line"],
-        "spoken": answer["line"] if span is None else f"From {clock(span[0])} to {clock(span[1])}.",
+        "spoken": "none" if span is None else f"from {clock(span[0])} to {clock(span[1])}",
         "start": None if span is None else f"{span[0]:.3f}",
         "end": None if span is None else f"{span[1]:.3f}",
         "colour": COLOURS[(number - 1) % len(COLOURS)],

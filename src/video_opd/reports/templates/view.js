@@ -2,7 +2,7 @@
 // The page's clock is the video's where the browser plays it, and otherwise one of its own over the frames.
 (function () {
   const get = (id) => document.getElementById(id);
-  const video = get("video"), still = get("still"), seek = get("seek"), cursor = get("cursor");
+  const video = get("video"), still = get("still"), seek = get("seek"), lines = get("lines");
   const playButton = get("play"), loopButton = get("loop"), muteButton = get("mute");
   const duration = Number(seek.dataset.duration), frameStep = Number(seek.dataset.step);
   const answers = Array.from(document.querySelectorAll(".answer"));
@@ -67,7 +67,7 @@
     get("now").textContent = text.replace(" of ", " / ");
     seek.setAttribute("aria-valuenow", seconds.toFixed(2));
     seek.setAttribute("aria-valuetext", text);
-    cursor.style.left = 100 * seconds / duration + "%";
+    lines.style.setProperty("--at", 100 * seconds / duration + "%");
     playButton.textContent = isPlaying() ? "Pause" : "Play";
     if (onFrames && frames.length) {
       const near = frames.reduce((a, b) =>
@@ -77,10 +77,10 @@
     }
   }
 
-  function choose(index, focus) {
+  function choose(index) {
     const answer = answers[index];
     if (!answer) return;
-    if (focus) answer.focus();
+    if (answers.includes(document.activeElement)) answer.focus(); // the focus goes along, or stays where it is
     get("status").textContent = answer.getAttribute("aria-label");
     if (!hasSpan(answer)) return;
     chosen = index;
@@ -92,13 +92,13 @@
     let index = chosen;
     do index += direction; while (answers[index] && !hasSpan(answers[index]));
     if (chosen < 0 && direction < 0) index = answers.findLastIndex(hasSpan);
-    if (answers[index]) choose(index, true);
+    if (answers[index]) choose(index);
   }
 
   function setLoop(on) {
     looping = on && answers.some(hasSpan);
     loopButton.setAttribute("aria-pressed", String(looping));
-    if (looping && chosen < 0) choose(answers.findIndex(hasSpan), false);
+    if (looping && chosen < 0) choose(answers.findIndex(hasSpan));
   }
 
   function setMute(on) {
@@ -138,7 +138,7 @@
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const onButton = event.target instanceof HTMLButtonElement || event.target instanceof HTMLAnchorElement;
     if (onButton && (event.key === " " || event.key === "Enter")) return; // the button's own
-    if (/^[1-9]$/.test(event.key)) choose(Number(event.key) - 1, true);
+    if (/^[1-9]$/.test(event.key)) choose(Number(event.key) - 1);
     else {
       const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
       if (!act) return;
@@ -157,7 +157,12 @@
   document.querySelectorAll(".track").forEach((track) => track.addEventListener("click", point));
   playButton.addEventListener("click", toggle);
   loopButton.addEventListener("click", () => setLoop(!looping));
-  answers.forEach((answer, index) => answer.addEventListener("click", () => choose(index, false)));
+  answers.forEach((answer, index) => answer.addEventListener("click", (event) => {
+    const [start, end] = span(answer);
+    const again = index === chosen && now() >= start && now() < end;
+    if (event.detail === 0 && again) toggle(); // by the keyboard
+    else choose(index);
+  }));
   if (video) {
     muteButton.addEventListener("click", () => setMute(!video.muted));
     video.controls = false;
