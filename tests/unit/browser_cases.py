@@ -1,4 +1,4 @@
-"""Chromium over its debugging pipe: a page is opened, operated by real key events, and asked. No driver needed."""
+"""Chromium over its debugging pipe: a page is opened, operated by real key events, and asked. No driver."""
 
 from __future__ import annotations
 
