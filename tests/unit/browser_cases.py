@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,14 @@ KEYS = {
     **{c: (f"Key{c.upper()}", ord(c.upper()), c) for c in "lm"},
 }
 SHIFT = 8
+# Chromium reads commands from descriptor 3 and answers on 4.
+LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(word), fcntl.F_DUPFD, 10) for word in sys.argv[1:3]]
+for place, end in zip((3, 4), ends):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -126,9 +135,8 @@ def browser_page(folder: Path, size: tuple[int, int] = (1200, 900)) -> Iterator[
         f"--autoplay-policy=no-user-gesture-required --window-size={size[0]},{size[1]} "
         f"--user-data-dir={folder}"
     ).split()
-    # Chromium reads commands from descriptor 3 and answers on 4.
     process = subprocess.Popen(
-        ["sh", "-c", f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}', CHROMIUM, *options],
+        [sys.executable, "-c", LAUNCH, str(read_commands), str(write_answers), CHROMIUM, *options],
         pass_fds=(read_commands, write_answers),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_cases import numbered_frame, read_number, write_sound, write_video
+from video_cases import numbered_frame, numbers_and_times, write_sound, write_video
 
 from video_opd.data.cut import cut_clip
 from video_opd.data.video import VideoError, probe
@@ -41,14 +41,6 @@ def write_film(path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0)
     return path
 
 
-def frames_of(path: Path) -> tuple[list[int], list[float]]:
-    with av.open(str(path)) as container:
-        found = [
-            (read_number(f.to_ndarray(format="rgb24")), float(f.time)) for f in container.decode(video=0)
-        ]
-    return [number for number, _ in found], [time_s for _, time_s in found]
-
-
 def sound_of(path: Path) -> tuple[np.ndarray, int]:
     """float32 [N] of the left channel from time 0 on, and the rate."""
     with av.open(str(path)) as container:
@@ -73,7 +65,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_clip_begins_and_ends_at_the_frame_that_was_asked_for(film: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "clip.mp4"
     assert cut_clip(film, (2.3, 5.7), out) == pytest.approx((2.3, 5.7))
-    numbers, times_s = frames_of(out)
+    numbers, times_s = numbers_and_times(out)
     assert numbers == list(range(23, 57))
     assert times_s == pytest.approx(np.arange(34) / 10, abs=1e-4)
     info = probe(out)
@@ -103,7 +95,7 @@ def test_a_silent_video_has_a_silent_clip(tmp_path: Path) -> None:
     cut_clip(write_video(tmp_path / "v.mp4", 30), (1.0, 2.0), tmp_path / "clip.mp4")
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert not container.streams.audio
-    assert frames_of(tmp_path / "clip.mp4")[0] == list(range(10, 20))
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == list(range(10, 20))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +114,7 @@ def test_ends_go_to_the_nearest_border_between_frames(
 ) -> None:
     video = write_video(tmp_path / "v.mp4", 30)
     written = cut_clip(video, span, tmp_path / "clip.mp4")
-    assert frames_of(tmp_path / "clip.mp4")[0] == list(numbers)
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == list(numbers)
     assert written == pytest.approx((numbers.start / 10, numbers.stop / 10))
     assert probe(tmp_path / "clip.mp4").duration_s == pytest.approx(len(numbers) / 10, abs=1e-4)
 
@@ -132,7 +124,7 @@ def test_a_variable_rate_keeps_its_times(tmp_path: Path) -> None:
     times_s -= times_s[0]
     video = write_video(tmp_path / "v.mp4", 60, times_s=times_s)
     cut_clip(video, (float(times_s[17]), float(times_s[41])), tmp_path / "clip.mp4")
-    numbers, clip_s = frames_of(tmp_path / "clip.mp4")
+    numbers, clip_s = numbers_and_times(tmp_path / "clip.mp4")
     assert numbers == list(range(17, 41))
     assert clip_s == pytest.approx(times_s[17:41] - times_s[17], abs=1e-4)
     assert probe(tmp_path / "clip.mp4").duration_s == pytest.approx(times_s[41] - times_s[17], abs=1e-4)
@@ -150,7 +142,7 @@ def test_a_variable_rate_keeps_its_times(tmp_path: Path) -> None:
 def test_other_codecs_and_odd_sizes(tmp_path: Path, suffix: str, codec: str, size: tuple[int, int]) -> None:
     video = write_video(tmp_path / f"v{suffix}", 30, codec=codec, size=size)
     cut_clip(video, (0.5, 2.0), tmp_path / "clip.mp4")
-    assert frames_of(tmp_path / "clip.mp4")[0] == list(range(5, 20))
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == list(range(5, 20))
     assert probe(tmp_path / "clip.mp4").size_px == (size[0] // 2 * 2, size[1] // 2 * 2)
     with av.open(str(video)) as a, av.open(str(tmp_path / "clip.mp4")) as b:
         source = list(a.decode(video=0))[5].to_ndarray(format="rgb24")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]
     window_s, overlap_s = arguments.window, arguments.overlap
     if overlap_s is not None and window_s is None:
         raise UserError("--overlap is that of windows: give --window SECONDS as well")
-    if window_s is not None and not 0 <= (overlap_s or 0.0) < window_s:
+    if window_s is not None and not 0 <= (overlap_s or 0.0) < window_s < math.inf:
         raise UserError(
             f"--window {window_s:g} with --overlap {overlap_s or 0.0:g}: a window must be longer than the "
             "overlap, and the overlap 0 or more"
