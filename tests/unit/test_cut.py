@@ -33,10 +33,10 @@ def write_film(path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0)
         wave = (0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / HZ)).astype(np.float32)
         for start in range(0, len(wave), 1024):
             chunk = np.stack([wave[start : start + 1024]] * 2)
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), format="fltp", layout="stereo")
-            frame.sample_rate, frame.time_base = HZ, Fraction(1, HZ)
-            frame.pts = start + round(delay_s * HZ)
-            container.mux(sound.encode(frame))
+            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), format="fltp", layout="stereo")
+            heard.sample_rate, heard.time_base = HZ, Fraction(1, HZ)
+            heard.pts = start + round(delay_s * HZ)
+            container.mux(sound.encode(heard))
         container.mux(sound.encode(None))
     return path
 
@@ -45,7 +45,7 @@ def sound_of(path: Path) -> tuple[np.ndarray, int]:
     """float32 [N] of the left channel from time 0 on, and the rate."""
     with av.open(str(path)) as container:
         rate = container.streams.audio[0].rate
-        pieces = [(f.pts, f.to_ndarray()[0]) for f in container.decode(audio=0)]
+        pieces = [(f.pts or 0, f.to_ndarray()[0]) for f in container.decode(audio=0)]
     wave = np.zeros(max(pts + len(x) for pts, x in pieces), dtype=np.float32)
     for pts, x in pieces:
         wave[max(pts, 0) : pts + len(x)] = x[max(-pts, 0) :]

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_a_demuxer_reads_the_cues_back(tmp_path: Path) -> None:
         as_srt(VIDEO, [answer(f"query {i}", span) for i, span in enumerate(spans)]), encoding="utf-8"
     )
     with av.open(str(file)) as container:
-        packets = [p for p in container.demux() if p.size]
+        packets: list[Any] = [p for p in container.demux() if p.size]
     found = [
         (float(p.pts * p.time_base), float((p.pts + p.duration) * p.time_base), bytes(p)) for p in packets
     ]

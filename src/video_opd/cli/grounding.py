@@ -13,10 +13,7 @@ from video_opd.errors import UserError
 from video_opd.progress import log
 
 if TYPE_CHECKING:
-    from video_opd.data.video import VideoInfo
     from video_opd.evaluation.ground import GroundedAnswer
-
-SAMPLING_TEMPERATURE = 1.0  # the model's own distribution, as in training
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,9 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     window_s, overlap_s = _windows(arguments)
     _check_targets(arguments, video)
     access = read_access(arguments.model, arguments.overrides)
-    settings = AnswerSettings(
-        n=arguments.samples,
-        temperature=_temperature(arguments),
+    settings = AnswerSettings.choose(
+        arguments.samples,
+        arguments.temperature,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
         thinking=access.prompt.thinking,
@@ -65,7 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
             "frames were seen; --window SECONDS searches it piece by piece"
         )
     if arguments.view:
-        _write_page(arguments, info, answers)
+        from video_opd.api import write_page
+
+        name = Path(arguments.model).name
+        log(f"wrote {write_page(arguments.view, video, answers, model=name, embed_mb=arguments.embed_mb)}")
     if arguments.cut:
         _write_clips(Path(arguments.cut), video, answers)
 
@@ -95,12 +95,6 @@ def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]
     return window_s, overlap_s
 
 
-def _temperature(arguments: argparse.Namespace) -> float:
-    if arguments.temperature is not None:
-        return arguments.temperature
-    return SAMPLING_TEMPERATURE if arguments.samples > 1 else 0.0
-
-
 def _check_targets(arguments: argparse.Namespace, video: Path) -> None:
     if arguments.view:
         from video_opd.reports.view import check_page
@@ -110,24 +104,6 @@ def _check_targets(arguments: argparse.Namespace, video: Path) -> None:
         from video_opd.data.cut import check_target
 
         check_target(video, Path(arguments.cut))
-
-
-def _write_page(arguments: argparse.Namespace, info: VideoInfo, answers: Sequence[GroundedAnswer]) -> None:
-    from video_opd.data.stills import stills
-    from video_opd.reports.view import Film, write_view
-
-    film = Film(
-        path=info.path,
-        codec=info.codec,
-        fps=info.fps,
-        duration_s=info.duration_s,
-        frames=stills(info.path, count=48),
-    )
-    records = [{**answer.to_json(), "line": answer.line()} for answer in answers]
-    written = write_view(
-        arguments.view, film, records, model=Path(arguments.model).name, embed_mb=arguments.embed_mb
-    )
-    log(f"wrote {written}")
 
 
 def _write_clips(out: Path, video: Path, answers: Sequence[GroundedAnswer]) -> None:

@@ -25,7 +25,7 @@ from video_opd.types import Clip, EncodedPrompt, Rollout
 
 if TYPE_CHECKING:
     from video_opd.data.encode import PromptEncoder
-    from video_opd.models.protocols import Policy
+    from video_opd.models.protocols import PartwisePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +161,9 @@ class GroundedAnswer:
             "windows": [window.to_json() for window in self.windows] if several else [],
         }
 
+    def __str__(self) -> str:
+        return self.line()
+
     def line(self) -> str:
         """For people: ``00:12.54 → 00:17.83 (5.3 s)``, and what is to be known about it."""
         shown = "the window" if len(self.windows) > 1 else "the video"
@@ -184,7 +187,7 @@ class GroundedAnswer:
 
 
 def ground(
-    policy: Policy,
+    policy: PartwisePolicy,
     encoder: PromptEncoder,
     budget: VideoBudget,
     video: str | Path,
@@ -255,7 +258,7 @@ def _sample_id(window: Window, query: str) -> str:
 
 
 def _replies(
-    policy: Policy, prompts: Sequence[EncodedPrompt], settings: AnswerSettings, batch_size: int
+    policy: PartwisePolicy, prompts: Sequence[EncodedPrompt], settings: AnswerSettings, batch_size: int
 ) -> Iterator[list[Rollout]]:
     """``settings.n`` rollouts of each prompt, ``batch_size`` at a time, from one reading of the video."""
     size = max(1, batch_size // settings.n)

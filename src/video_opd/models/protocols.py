@@ -24,10 +24,6 @@ class Policy(Protocol):
         """
         ...
 
-    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
-        """:meth:`prefill` of ``size`` prompts at a time; a video that they share is read once for all."""
-        ...
-
     def sample(
         self,
         prompts: Sequence[EncodedPrompt] | Any,
@@ -52,6 +48,15 @@ class Policy(Protocol):
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """Log-probabilities of given responses; with ``grad``, to the prompts themselves only."""
+        ...
+
+
+@runtime_checkable
+class PartwisePolicy(Policy, Protocol):
+    """A policy that can be asked more about one video than memory holds at a time."""
+
+    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
+        """:meth:`prefill` of ``size`` prompts at a time; a video that they share is read once for all."""
         ...
 
 
