@@ -80,6 +80,13 @@ def test_text_says_why_there_is_no_answer(changes: dict[str, object], why: str) 
     assert line == f"no answer: the model wrote 'x' ({why})"
 
 
+def test_text_quotes_a_long_answer_in_part_and_json_whole() -> None:
+    said = "hm " * 100
+    found = answer("q", None, text=said)
+    assert found.line() == f"no answer: the model wrote {said[:119] + '…'!r} (no time span in it)"
+    assert json.loads(as_json(VIDEO, [found]))["answers"][0]["text"] == said
+
+
 def test_json_has_everything_whether_asked_for_or_not() -> None:
     plain, full = (
         json.loads(as_json(VIDEO, [a]))["answers"][0]

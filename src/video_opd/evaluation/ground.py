@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from video_opd.models.protocols import PartwisePolicy
 
 
+QUOTED = 120  # characters of what a model wrote, in a line for people
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """One text that the model wrote, and how it was read.
@@ -57,7 +60,8 @@ class Reply:
             why = "no time span in it, and cut off at the length limit"
         else:
             why = "no time span in it"
-        return f"no answer: the model wrote {self.text!r} ({why})"
+        text = self.text if len(self.text) <= QUOTED else f"{self.text[: QUOTED - 1]}…"
+        return f"no answer: the model wrote {text!r} ({why})"
 
 
 @dataclass(frozen=True, kw_only=True)
