@@ -84,6 +84,14 @@ def format_span(span: Interval) -> str:
     return f"{span[0]:.2f} to {span[1]:.2f}"
 
 
+def clock(time_s: float) -> str:
+    """For people: ``00:12.54``, from an hour on ``1:02:03.00``."""
+    hundredths = round(time_s * 100)
+    minutes, rest = divmod(hundredths, 6000)
+    seconds = f"{rest // 100:02d}.{rest % 100:02d}"
+    return f"{minutes:02d}:{seconds}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{seconds}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParsedAnswer:
     """What an answer says. ``rule`` is the rule that matched, ``"none"`` where none did; ``span`` is None

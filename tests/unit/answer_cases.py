@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ class FakePolicy:
     def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> FakePrefix:
         self.read.append([p.sample_id for p in prompts])
         return FakePrefix(prompts)
+
+    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[FakePrefix]:
+        self.read.append([p.sample_id for p in prompts])
+        for start in range(0, len(prompts), size):
+            yield FakePrefix(prompts[start : start + size])
 
     def sample(
         self,

@@ -228,3 +228,41 @@ def test_positions_after_the_video_are_the_prompts_own() -> None:
         alone = student.prefill([prompt])
         assert alone.next_position_B[0] == prefix.next_position_B[row]
         torch.testing.assert_close(alone.last_hidden_BD[0], prefix.last_hidden_BD[row], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+@pytest.mark.parametrize("case", ["mixed", "pair"])
+def test_parts_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
+    """Every part answers as the whole does, and no clip is read a second time for the next part."""
+    prompts, student = prompts_of(case), policy()
+    whole = student.sample(student.prefill(prompts), max_new_tokens=6, temperature=0)
+    patches, columns = shapes_of(student)
+    assert torch.is_grad_enabled()
+    parts = []
+    for part in student.prefill_parts(prompts, size):
+        assert torch.is_grad_enabled()  # the caller's own state, between the parts
+        parts.append(part)
+    clips = len({prompt.clip_digest for prompt in prompts})
+    assert len(patches) == 1 and [rows for rows, _ in columns[:1]] == [clips]
+    assert [len(part) for part in parts] == [len(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    assert [p for part in parts for p in part.prompts] == list(prompts)
+    got = [group for part in parts for group in student.sample(part, max_new_tokens=6, temperature=0)]
+    assert [r.token_ids for r in flat(got)] == [r.token_ids for r in flat(whole)]
+    for ours, expected in zip(flat(got), flat(whole), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(ours.recorded), torch.tensor(expected.recorded), atol=1e-5, rtol=0
+        )
+
+
+def test_prompts_without_a_common_video_are_read_part_by_part() -> None:
+    prompts, student = mixed_prompts()[:2], policy()
+    patches, _ = shapes_of(student)
+    parts = student.prefill_parts(prompts, 1)
+    next(parts)
+    assert len(patches) == 1  # the second video waits
+    got = [
+        student.sample(part, max_new_tokens=6, temperature=0)[0][0]
+        for part in student.prefill_parts(prompts, 1)
+    ]
+    expected = flat(student.sample(prompts, max_new_tokens=6, temperature=0))
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected]

@@ -17,6 +17,7 @@ from video_opd.temporal import (
     best_iou,
     centre_s,
     clamp,
+    clock,
     format_span,
     iou,
     is_proper,
@@ -198,3 +199,17 @@ def test_long_texts_take_linear_time(text: str) -> None:
     start = time.process_time()
     parse_answer(text)
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("time_s", "text"),
+    [
+        (12.54, "00:12.54"),
+        (59.999, "01:00.00"),
+        (0.0, "00:00.00"),
+        (3723.0, "1:02:03.00"),
+        (3599.99, "59:59.99"),
+    ],
+)
+def test_clock(time_s: float, text: str) -> None:
+    assert clock(time_s) == text

@@ -14,7 +14,7 @@ import pytest
 import torch
 from video_cases import numbered_frame, read_number, write_sound, write_video
 
-from video_opd.data import demux, video
+from video_opd.data import decode, demux, video
 from video_opd.data.budget import VideoBudget, count_tokens
 from video_opd.data.video import VideoError, clip_digest, load_clip, probe
 from video_opd.errors import UserError
@@ -158,7 +158,7 @@ def test_only_stretches_that_are_needed_are_decoded_and_memory_is_bounded(tmp_pa
         fed.append(packet is not None)
         return plain(stream, packet)
 
-    monkeypatch.setattr(video, "decode_packet", counted)
+    monkeypatch.setattr(decode, "decode_packet", counted)
     tracemalloc.start()
     clip = load_clip(path, VideoBudget(max_frames=12, min_frame_tokens=1))
     peak = tracemalloc.get_traced_memory()[1]

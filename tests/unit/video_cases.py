@@ -30,6 +30,15 @@ def read_number(frame: np.ndarray) -> int:
     return int(((levels > 127).astype(int) << np.arange(BITS)).sum())
 
 
+def numbers_and_times(path: Path) -> tuple[list[int], list[float]]:
+    """The number that every frame of a file carries, and its time in seconds."""
+    with av.open(str(path)) as container:
+        found = [
+            (read_number(f.to_ndarray(format="rgb24")), float(f.time)) for f in container.decode(video=0)
+        ]
+    return [number for number, _ in found], [time_s for _, time_s in found]
+
+
 def write_video(
     path: Path,
     count: int,

@@ -260,32 +260,9 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
 
 
 def ground(arguments: argparse.Namespace) -> None:
-    if not Path(arguments.video).exists():  # before the model is loaded
-        raise UserError(f"{arguments.video}: no such file; name a video")
-    from video_opd.evaluation.ground import ground as run
-    from video_opd.evaluation.opened import open_model, read_access
-    from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.cli.grounding import run
 
-    model = open_model(read_access(arguments.model, arguments.overrides), arguments.device)
-    settings = AnswerSettings(
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        thinking=model.access.prompt.thinking,
-    )
-    answers = run(
-        model.policy,
-        model.encoder,
-        model.budget,
-        arguments.video,
-        arguments.query,
-        settings=settings,
-        backend=model.access.video.backend,
-    )
-    if arguments.json:
-        print_json({"video": arguments.video, "answers": [answer.to_json() for answer in answers]})
-        return
-    for answer in answers:
-        print(answer.line() if len(answers) == 1 else f"{answer.query}: {answer.line()}")
+    run(arguments)
 
 
 def report(arguments: argparse.Namespace) -> None:

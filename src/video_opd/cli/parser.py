@@ -28,7 +28,12 @@ class Parser(argparse.ArgumentParser):
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Arguments with ``run`` (the function of :mod:`video_opd.cli.commands`) and ``overrides``."""
     plain, overrides = split_overrides(words)
-    arguments = build_parser().parse_args(plain)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(plain)
+    if rest and ("more" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse gives a list that may be empty only the words right after the ones before it
+        getattr(arguments, arguments.more).extend(rest)
     if overrides and not arguments.takes_overrides:
         raise UserError(f"{overrides[0]}: this command reads no recipe; see video-opd --help")
     arguments.overrides = overrides
@@ -301,14 +306,48 @@ def _ground(commands: Any) -> None:
         "ground",
         "ground",
         "where in one video does it happen",
-        'video-opd ground runs/a/model video.mp4 "the cup falls"',
+        'video-opd ground runs/a/model video.mp4 "the cup falls" --view answers.html',
         overrides=True,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder")
     parser.add_argument("video", metavar="VIDEO", help="a video file")
-    parser.add_argument("query", metavar="QUERY", nargs="+", help="what to look for")
+    parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for")
+    parser.add_argument("--queries", metavar="FILE", help="more queries: one a line, or JSON Lines")
+    parser.add_argument(
+        "--samples",
+        type=_positive,
+        default=1,
+        metavar="K",
+        help="answer by consensus of K samples; default: 1",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="default: 0 (greedy), with --samples 1"
+    )
+    parser.add_argument(
+        "--window", type=float, metavar="SECONDS", help="search a long video in windows; default: whole"
+    )
+    parser.add_argument("--overlap", type=float, metavar="S", help="of the windows; default: half a window")
     _model_options(parser, data=False)
-    _json_flag(parser)
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="answers at a time; default: 8"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--format",
+        choices=("text", "json", "srt", "csv"),
+        help="default: text on a terminal, else json",
+    )
+    form.add_argument("--json", action="store_const", const="json", dest="format", help="--format json")
+    parser.add_argument("--view", metavar="OUT.html", help="also write a page to look at the answers")
+    parser.add_argument(
+        "--embed-mb",
+        type=float,
+        default=20.0,
+        metavar="MB",
+        help="larger videos are linked by it; default: 20",
+    )
+    parser.add_argument("--cut", metavar="OUT.mp4", help="also write the answer as a clip")
+    parser.set_defaults(more="query")
 
 
 def _report(commands: Any) -> None:

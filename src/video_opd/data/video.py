@@ -12,33 +12,39 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
+import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
-from video_opd.data.budget import PAIR, ClipPlan, VideoBudget, nearest_indices, plan, uniform_indices
-from video_opd.data.demux import (
-    PacketIndex,
-    VideoError,
-    decode_packet,
-    describe,
-    open_container,
-    read_index,
-    video_stream,
-)
+from video_opd.data.budget import PAIR, VideoBudget, nearest_indices, plan, uniform_indices
+from video_opd.data.decode import as_shown, decode_frames
+from video_opd.data.demux import PacketIndex, VideoError, read_index
 from video_opd.errors import UserError
 from video_opd.types import Clip
 
-__all__ = ["BACKENDS", "VideoError", "VideoInfo", "clip_digest", "load_clip", "probe"]
+__all__ = [
+    "BACKENDS",
+    "VideoError",
+    "VideoInfo",
+    "Window",
+    "clip_digest",
+    "load_clip",
+    "load_windows",
+    "plan_windows",
+    "probe",
+]
 
 BACKENDS = ("pyav", "torchcodec")
 # So many of the chosen frames may be damaged (a lost packet, a cut at the start) before the video is.
 MAX_LOST_SHARE = 0.05
 # A claimed rate within this of the measured one is taken: it is what other readers report.
 RATE_TOLERANCE = 0.005
+TIME_ROUNDING = 1e-6  # seconds: 2/3 + 1/3 is not 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +70,48 @@ def probe(path: str | Path) -> VideoInfo:
     return _info(path, read_index(path))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A stretch of a video as a clip of its own: the clip's times count from ``start_s``.
+
+    It begins with its first frame, so its clip looks like a video that was cut there. Example:
+    ``Window(number=1, count=9, start_s=30.0, end_s=90.0, clip=…)``, whose clip lasts 60 s.
+    """
+
+    number: int  # from 0, in the order of time
+    count: int  # of the windows of the video
+    start_s: float  # presentation times in the video
+    end_s: float
+    clip: Clip
+
+
 def load_clip(path: str | Path, budget: VideoBudget, backend: str = "pyav") -> Clip:
     """Decodes the frames that ``budget`` allows; always an even number (the last one repeated if need be).
 
     Raises VideoError for a video that cannot be used: missing, empty, truncated, corrupt, without a video
     stream, without frames. Raises UserError for a backend that is unknown or not installed.
     """
+    return next(load_windows(path, budget, backend=backend)).clip
+
+
+def load_windows(
+    path: str | Path,
+    budget: VideoBudget,
+    window_s: float | None = None,
+    overlap_s: float = 0.0,
+    backend: str = "pyav",
+) -> Iterator[Window]:
+    """Stretches of ``window_s`` seconds (none: the whole video), each with the frames that ``budget`` allows.
+
+    Neighbours overlap by ``overlap_s``, the last two by more where the duration asks for it; a video that is
+    not longer than ``window_s`` is one window. The file is read once and decoded once, as the windows are
+    taken. Raises as :func:`load_clip` does, and UserError for a window that is not longer than its overlap.
+    """
+    if window_s is not None and not (math.isfinite(window_s) and 0 <= overlap_s < window_s):
+        raise UserError(
+            f"a window of {window_s:g} s with an overlap of {overlap_s:g} s: the window must be longer than "
+            "the overlap, and the overlap 0 or more"
+        )
     if backend not in BACKENDS:
         raise UserError(f"unknown video backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
     if backend == "torchcodec" and importlib.util.find_spec("torchcodec") is None:
@@ -77,26 +119,39 @@ def load_clip(path: str | Path, budget: VideoBudget, backend: str = "pyav") -> C
     path = Path(path)
     index = read_index(path)
     info = _info(path, index)
-    chosen = plan(info.frame_count, info.fps, *info.size_px, budget)
-    wanted = _choose(info, chosen.n_frames)
-    if backend == "torchcodec":
-        decoded = _torchcodec_frames(path, wanted)
-    else:
-        decoded = _pyav_frames(path, index, wanted)
-    frames, kept = _collect(decoded, wanted, chosen, path)
-    if len(kept) % PAIR:
-        frames, kept = np.concatenate([frames, frames[-1:]]), np.append(kept, kept[-1])
-    times_s = info.times_s[kept]
-    return Clip(
-        path=path,
-        frames=frames,
-        times_s=times_s,
-        frame_indices=kept,
-        source_fps=info.fps,
-        duration_s=info.duration_s,
-        source_size_px=info.size_px,
-        digest=clip_digest(frames, times_s),
+    ranges = plan_windows(info.times_s, info.duration_s, window_s, overlap_s)
+    parts = [_Part(info, budget, number, len(ranges), *frames) for number, frames in enumerate(ranges)]
+    wanted = np.unique(np.concatenate([part.wanted for part in parts]))
+    decoded = (
+        _torchcodec_frames(path, wanted) if backend == "torchcodec" else _pyav_frames(path, index, wanted)
     )
+    waiting = deque(parts)
+    for number, rgb in decoded:
+        for part in itertools.takewhile(lambda part: part.wanted[0] <= number, waiting):  # noqa: B023
+            part.take(number, rgb)
+        while waiting and waiting[0].wanted[-1] <= number:
+            yield waiting.popleft().window()
+    for part in waiting:  # whose last frames are lost
+        yield part.window()
+
+
+def plan_windows(
+    times_s: np.ndarray, duration_s: float, window_s: float | None, overlap_s: float
+) -> list[tuple[int, int]]:
+    """(first frame, first frame after) of each window; ``times_s`` [frame_count] are those of the frames.
+
+    Windows begin every ``window_s − overlap_s`` seconds, but the last one so early that it is as long as the
+    others. One in which no new frame is shown is left out.
+    """
+    if window_s is None or duration_s <= window_s:
+        return [(0, len(times_s))]
+    step_s = window_s - overlap_s
+    last_s = duration_s - window_s
+    starts_s = np.append(np.arange(math.ceil(last_s / step_s - TIME_ROUNDING)) * step_s, last_s)
+    first = np.searchsorted(times_s, starts_s - TIME_ROUNDING)
+    stop = np.searchsorted(times_s, starts_s + window_s - TIME_ROUNDING)
+    found = [(int(a), int(b)) for a, b in zip(first, stop, strict=True) if a < b]
+    return list(dict.fromkeys(found))
 
 
 def clip_digest(frames: np.ndarray, times_s: np.ndarray) -> str:
@@ -127,29 +182,68 @@ def _info(path: Path, index: PacketIndex) -> VideoInfo:
     )
 
 
-def _choose(info: VideoInfo, n_frames: int) -> np.ndarray:
+class _Part:
+    """A window that is being filled: its frames number ``first`` to ``stop``, this one not included."""
+
+    def __init__(
+        self, info: VideoInfo, budget: VideoBudget, number: int, count: int, first: int, stop: int
+    ) -> None:
+        self.info, self.number, self.count = info, number, count
+        whole = stop - first == info.frame_count
+        self.start_s = float(info.times_s[first])
+        self.end_s = float(info.times_s[stop]) if stop < info.frame_count else info.duration_s
+        local = info.variable_rate and not whole  # the mean rate of the file says little about a part of it
+        fps = (stop - first) / (self.end_s - self.start_s) if local else info.fps
+        self.plan = plan(stop - first, fps, *info.size_px, budget)
+        self.wanted = first + _choose(info, info.times_s[first:stop], self.plan.n_frames)
+        self.frames: np.ndarray | None = None
+        self.kept: list[int] = []
+
+    def take(self, number: int, rgb: np.ndarray) -> None:
+        """Keeps the frame if the window wants it; they come in display order."""
+        place = np.searchsorted(self.wanted, number)
+        if place == len(self.wanted) or self.wanted[place] != number:
+            return
+        if self.frames is None:
+            size = (len(self.wanted), self.plan.height_px, self.plan.width_px, 3)
+            self.frames = np.empty(size, dtype=np.uint8)
+        self.frames[len(self.kept)] = _resize(rgb, self.plan.height_px, self.plan.width_px)
+        self.kept.append(number)
+
+    def window(self) -> Window:
+        """Raises VideoError where too many of its frames did not come."""
+        path, lost = self.info.path, len(self.wanted) - len(self.kept)
+        if self.frames is None:
+            raise VideoError(path, "corrupt: none of its frames can be decoded")
+        if lost > MAX_LOST_SHARE * len(self.wanted):
+            raise VideoError(path, f"corrupt: {lost} of {len(self.wanted)} chosen frames cannot be decoded")
+        frames, kept = self.frames[: len(self.kept)], np.array(self.kept, dtype=np.int64)
+        self.frames = None
+        if len(kept) % PAIR:
+            frames, kept = np.concatenate([frames, frames[-1:]]), np.append(kept, kept[-1])
+        times_s = self.info.times_s[kept] - self.start_s
+        clip = Clip(
+            path=path,
+            frames=frames,
+            times_s=times_s,
+            frame_indices=kept,
+            source_fps=self.info.fps,
+            duration_s=self.end_s - self.start_s,
+            source_size_px=self.info.size_px,
+            digest=clip_digest(frames, times_s),
+        )
+        return Window(number=self.number, count=self.count, start_s=self.start_s, end_s=self.end_s, clip=clip)
+
+
+def _choose(info: VideoInfo, times_s: np.ndarray, n_frames: int) -> np.ndarray:
     if info.variable_rate:
-        return nearest_indices(info.times_s, n_frames)
-    return np.unique(uniform_indices(info.frame_count, n_frames))
+        return nearest_indices(times_s, n_frames)
+    return np.unique(uniform_indices(len(times_s), n_frames))
 
 
-def _collect(
-    decoded: Iterator[tuple[int, np.ndarray]], wanted: np.ndarray, chosen: ClipPlan, path: Path
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resized frames [T, H, W, 3] and their numbers [T], in display order."""
-    frames = np.empty((len(wanted), chosen.height_px, chosen.width_px, 3), dtype=np.uint8)
-    kept = np.empty(len(wanted), dtype=np.int64)
-    count = 0
-    for number, rgb in decoded:
-        frames[count] = _resize(rgb, chosen.height_px, chosen.width_px)
-        kept[count] = number
-        count += 1
-    lost = len(wanted) - count
-    if count == 0:
-        raise VideoError(path, "corrupt: none of its frames can be decoded")
-    if lost > MAX_LOST_SHARE * len(wanted):
-        raise VideoError(path, f"corrupt: {lost} of {len(wanted)} chosen frames cannot be decoded")
-    return frames[:count], kept[:count]
+def _pyav_frames(path: Path, index: PacketIndex, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for number, frame in decode_frames(path, index, wanted):
+        yield number, as_shown(frame)
 
 
 def _resize(rgb: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
@@ -163,67 +257,6 @@ def _resize(rgb: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1).contiguous()
     image = resize(image, [height_px, width_px], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return image.permute(1, 2, 0).numpy()
-
-
-def _pyav_frames(path: Path, index: PacketIndex, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(number, RGB as shown) of each wanted frame that decodes, in display order, each once."""
-    feed_N, drain_N = _stretches(index, wanted)
-    number_of = {int(index.packet_pts_N[index.frame_packet_T[n]]): int(n) for n in wanted}
-    output = 0
-    with open_container(path) as container:
-        stream = video_stream(container, path)
-
-        def pick(frames: list[av.VideoFrame]) -> Iterator[tuple[int, np.ndarray]]:
-            nonlocal output
-            for frame in frames:
-                key = frame.pts if index.timed else output
-                output += 1
-                number = None if key is None else number_of.pop(key, None)
-                if number is not None and not frame.is_corrupt:
-                    rgb = frame.to_ndarray(format="rgb24")
-                    yield number, np.rot90(rgb, round(frame.rotation / 90) % 4)
-
-        position = 0
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0:
-                    continue
-                if feed_N[position]:
-                    yield from pick(decode_packet(stream, packet))
-                    if drain_N[position]:
-                        yield from pick(decode_packet(stream, None))
-                        stream.codec_context.flush_buffers()
-                position += 1
-                if not number_of or position == len(feed_N):
-                    break
-        except av.FFmpegError as error:
-            if number_of:
-                raise VideoError(path, f"cannot be read to its end ({describe(error)})") from None
-        if number_of:
-            yield from pick(decode_packet(stream, None))
-
-
-def _stretches(index: PacketIndex, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which packets to feed to the decoder, and after which of them to drain it before a gap. bool [N] each.
-
-    A frame needs the packets from its keyframe on. One that is shown before its keyframe (a leading picture
-    of an open group) needs the group before as well. Files whose marks say nothing are fed whole.
-    """
-    count = len(index.packet_pts_N)
-    everything = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
-    if not index.skippable:
-        return everything
-    starts = np.flatnonzero(index.packet_key_N)
-    packets = index.frame_packet_T[wanted]
-    groups = np.searchsorted(starts, packets, side="right") - 1
-    leading = index.packet_pts_N[packets] < index.packet_pts_N[starts[groups]]
-    begins = starts[np.maximum(groups - leading, 0)]
-    change = np.zeros(count + 1, dtype=np.int64)
-    np.add.at(change, begins, 1)
-    np.add.at(change, packets + 1, -1)
-    feed = np.cumsum(change[:-1]) > 0
-    drain = feed & ~np.append(feed[1:], True)
-    return feed, drain
 
 
 def _torchcodec_frames(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,16 @@ class OpenModel:
             "dtype": self.access.model.dtype,
             "input": {"video": asdict(self.access.video), "prompt": asdict(self.access.prompt)},
         }
+
+    def asking(self, style: str) -> OpenModel:
+        """The same model, asked in another prompt style. Raises UserError for an unknown one."""
+        from video_opd.data.encode import PromptEncoder
+
+        if style == self.access.prompt.style:
+            return self
+        prompt = replace(self.access.prompt, style=style)  # type: ignore[arg-type]  # the encoder checks it
+        encoder = PromptEncoder(self.policy.processor, prompt)
+        return replace(self, access=replace(self.access, prompt=prompt), encoder=encoder)
 
     def loader(self, samples: Sequence[Sample]) -> Loading:
         return Loading(self, samples)

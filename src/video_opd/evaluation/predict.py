@@ -30,6 +30,13 @@ class AnswerSettings:
     seed: int = 0
     thinking: bool = False
 
+    @classmethod
+    def choose(cls, n: int, temperature: float | None = None, **others: Any) -> AnswerSettings:
+        """Where no temperature is given: greedy for one answer, the model's own distribution for several."""
+        if temperature is None:
+            temperature = 1.0 if n > 1 else 0.0
+        return cls(n=n, temperature=temperature, **others)
+
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
             raise UserError(

@@ -56,6 +56,12 @@ class PromptBatch:
             videos_of_prompt=tuple(self.videos_of_prompt[row] for row in rows.tolist()),
         )
 
+    def taken(self, rows: Sequence[int], pad_id: int) -> PromptBatch:
+        """Some rows of a batch without videos, without the columns that are padding in all of them."""
+        lengths = self.attention_mask_BP[list(rows)].sum(1).tolist()
+        ends = [self.input_ids_BP.shape[1]] * len(rows)
+        return self.cut(rows, ends, lengths, pad_id=pad_id, videos=False)
+
     def cut(
         self, rows: Sequence[int], stops: Sequence[int], lengths: Sequence[int], *, pad_id: int, videos: bool
     ) -> PromptBatch:

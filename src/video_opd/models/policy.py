@@ -16,7 +16,7 @@ Only positions that predict a response token meet ``lm_head``, in either.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,7 @@ from video_opd.models.batching import (
 )
 from video_opd.models.head import ResponseHead
 from video_opd.models.modes import call_through, computing_in, evaluating
-from video_opd.models.prefix import Prefix, select_rows
+from video_opd.models.prefix import Prefix, copied, select_rows
 from video_opd.models.protocols import Responses
 from video_opd.models.sampling import SamplingSettings, draw, rollout_uniforms, sampled_logprobs
 from video_opd.models.sharing import find_trunks
@@ -96,7 +96,20 @@ class HFPolicy:
         not called through ``forward_module``: DDP watches the parameters, and wants one call a backward.
         """
         with self._state(grad):
-            return self._prefill(self._batch(prompts), prompts)
+            return next(self._prefills(prompts, len(prompts)))
+
+    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Prefix]:
+        """:meth:`prefill` of ``size`` prompts at a time: for more of them than memory can hold.
+
+        What prompts have in common (the video) is still read once for all parts.
+        """
+        parts = self._prefills(prompts, size)
+        while True:
+            with self._state(grad=False):  # never open while the caller has its turn
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
 
     def sample(
         self,
@@ -185,30 +198,33 @@ class HFPolicy:
 
     # ------------------------------------------------------------------------------------- the transformer
 
-    def _prefill(self, batch: PromptBatch, prompts: Sequence[EncodedPrompt]) -> Prefix:
+    def _prefills(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Prefix]:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.model.config)
-        mask_BP = batch.attention_mask_BP
-        trunks = find_trunks(prompts, self.model.config.video_token_id)
-        if trunks is None:
-            last_hidden_BD = self._read(batch, mask_BP, cache)
-        else:
-            trunk, branch = trunks.split(batch, prompts, self.vocabulary.pad_id)
-            self._read(trunk, trunk.attention_mask_BP, cache)
-            rows = list(trunks.of_prompt)
-            select_rows(cache, rows, len(trunks.lengths))
-            mask_BP = torch.cat([trunk.attention_mask_BP[rows], branch.attention_mask_BP], dim=1)
-            last_hidden_BD = self._read(branch, mask_BP, cache)
-        return Prefix(
-            read_by=self.model,
-            prompts=tuple(prompts),
-            cache=cache,
-            attention_mask_BP=mask_BP,
-            next_position_B=batch.next_position_B,
-            last_hidden_BD=last_hidden_BD,
-            grad=torch.is_grad_enabled(),
-        )
+        batch, trunks = self._batch(prompts), find_trunks(prompts, self.model.config.video_token_id)
+        shared = DynamicCache(config=self.model.config)
+        if trunks is not None:
+            trunk, branches = trunks.split(batch, prompts, self.vocabulary.pad_id)
+            self._read(trunk, trunk.attention_mask_BP, shared)
+        for rows in _slices(len(prompts), size):
+            cache = copied(shared)
+            if trunks is None:
+                part = batch if len(rows) == len(prompts) else self._batch([prompts[row] for row in rows])
+                mask_BP = part.attention_mask_BP
+            else:
+                part = branches.taken(rows, self.vocabulary.pad_id)
+                of_row = [trunks.of_prompt[row] for row in rows]
+                select_rows(cache, of_row, len(trunks.lengths))
+                mask_BP = torch.cat([trunk.attention_mask_BP[of_row], part.attention_mask_BP], dim=1)
+            yield Prefix(
+                read_by=self.model,
+                last_hidden_BD=self._read(part, mask_BP, cache),
+                prompts=tuple(prompts[row] for row in rows),
+                cache=cache,
+                attention_mask_BP=mask_BP,
+                next_position_B=part.next_position_B,
+                grad=torch.is_grad_enabled(),
+            )
 
     def _read(self, batch: PromptBatch, mask_BL: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Last hidden state [B, D] of ``batch`` on top of ``cache``; ``mask_BL`` covers both."""
@@ -225,7 +241,7 @@ class HFPolicy:
     def _read_once(self, prompts: Sequence[EncodedPrompt] | Prefix) -> Prefix:
         """The prefix that was given, or one of the prompts that were."""
         if not isinstance(prompts, Prefix):
-            return self._prefill(self._batch(prompts), prompts)
+            return next(self._prefills(prompts, len(prompts)))
         assert prompts.read_by is self.model, "another model read this prefix"
         return prompts
 
@@ -443,6 +459,10 @@ class _PlainDecoder(_Decoder):
     def step(self, token_B: torch.Tensor) -> torch.Tensor:
         self.ids_BR = torch.cat([self.ids_BR, token_B[:, None]], dim=1)
         return self.first()
+
+
+def _slices(count: int, size: int) -> list[list[int]]:
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
 def _prompts_of(prompts: Sequence[EncodedPrompt] | Prefix) -> Sequence[EncodedPrompt]:

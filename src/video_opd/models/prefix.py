@@ -50,11 +50,9 @@ class Prefix:
     def taken(self, rows: Sequence[int]) -> Prefix:
         """Prompt ``rows[i]`` at place i, with a cache that may be written to.
 
-        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order: a
-        ``DynamicCache`` grows by replacing its tensors, not by changing them.
+        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order.
         """
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache = copied(self.cache)
         select_rows(cache, rows, len(self))
         index = torch.tensor(rows, device=self.next_position_B.device)
         return Prefix(
@@ -66,6 +64,13 @@ class Prefix:
             last_hidden_BD=self.last_hidden_BD[index],
             grad=self.grad,
         )
+
+
+def copied(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values in a cache that may be written to: it grows by replacing its tensors."""
+    copy_of = copy.copy(cache)
+    copy_of.layers = [copy.copy(layer) for layer in cache.layers]
+    return copy_of
 
 
 def select_rows(cache: DynamicCache, rows: Sequence[int], count: int) -> None:

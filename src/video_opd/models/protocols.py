@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
@@ -48,6 +48,15 @@ class Policy(Protocol):
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """Log-probabilities of given responses; ``grad`` takes prompts, or a prefix read with ``grad``."""
+        ...
+
+
+@runtime_checkable
+class PartwisePolicy(Policy, Protocol):
+    """A policy that can be asked more about one video than memory holds at a time."""
+
+    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
+        """:meth:`prefill` of ``size`` prompts at a time; a video that they share is read once for all."""
         ...
 
 

@@ -9,8 +9,6 @@ shipped with the package.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -119,18 +117,15 @@ def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:
 
 
 def _timeline(sample: Sample, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    from PIL import Image
-
     from video_opd.data.budget import VideoBudget
+    from video_opd.data.stills import jpeg_uri
     from video_opd.data.video import load_clip
 
     clip = load_clip(sample.video, VideoBudget(min_frame_tokens=9, max_frame_tokens=16))
     pictures, times = [], []
     for i in range(SHOWN_FRAMES):
         k = i * (len(clip.frames) - 1) // (SHOWN_FRAMES - 1)
-        buffer = io.BytesIO()
-        Image.fromarray(clip.frames[k]).save(buffer, "JPEG", quality=80)
-        pictures.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+        pictures.append(jpeg_uri(clip.frames[k]))
         times.append(float(clip.times_s[k]))
     return {
         "id": sample.id,

@@ -1,0 +1,313 @@
+"""What a notebook needs: load a model, find events in a video, measure answers.
+
+``from video_opd import load, ground, evaluate`` is the same; it imports this module when they are first used.
+Nothing here imports torch before a model is loaded.
+
+Example::
+
+    model = load("models/tiny-teacher")
+    answer = ground(model, "holiday.mp4", "the dog jumps into the lake", samples=8)
+    answer.span, answer.agreement    # ((12.54, 17.83), 0.81)
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from video_opd.errors import UserError
+
+if TYPE_CHECKING:
+    from video_opd.evaluation.ground import GroundedAnswer
+    from video_opd.evaluation.metrics import ConstantAnswer, Metrics, QuerySwap
+    from video_opd.evaluation.opened import OpenModel
+    from video_opd.types import Prediction, Sample
+
+__all__ = ["Evaluation", "evaluate", "ground", "load", "write_page"]
+
+PAGE_FRAMES = 48  # of a page: they stand in for a video that a browser does not play
+
+
+def load(
+    path: str | Path, *, device: str | None = None, settings: Mapping[str, Any] | None = None
+) -> OpenModel:
+    """A checkpoint, ready to answer.
+
+    Args:
+        path: a folder for ``from_pretrained`` of ``Qwen3VLForConditionalGeneration``, or a name on a hub. One
+            that ``video-opd train`` wrote knows how it was shown its videos; others get the defaults.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; a GPU where there is one when None.
+        settings: keys of a recipe's ``model``, ``video`` and ``prompt`` sections.
+
+    Raises:
+        UserError: not such a checkpoint, an unknown key.
+
+    Example::
+
+        model = load("models/tiny-teacher", settings={"video.fps": 1, "model.dtype": "bfloat16"})
+    """
+    from video_opd.evaluation.opened import open_model, read_access
+
+    words = []
+    for key, value in (settings or {}).items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return open_model(read_access(str(path), words), device)
+
+
+@overload
+def ground(  # type: ignore[overload-overlap]  # a text is a sequence of texts to mypy
+    model: OpenModel | str | Path,
+    video: str | Path,
+    query: str,
+    *,
+    samples: int = ...,
+    temperature: float | None = ...,
+    window_s: float | None = ...,
+    overlap_s: float | None = ...,
+    max_new_tokens: int = ...,
+    seed: int = ...,
+    batch_size: int = ...,
+) -> GroundedAnswer: ...
+@overload
+def ground(
+    model: OpenModel | str | Path,
+    video: str | Path,
+    query: Sequence[str],
+    *,
+    samples: int = ...,
+    temperature: float | None = ...,
+    window_s: float | None = ...,
+    overlap_s: float | None = ...,
+    max_new_tokens: int = ...,
+    seed: int = ...,
+    batch_size: int = ...,
+) -> list[GroundedAnswer]: ...
+def ground(
+    model: OpenModel | str | Path,
+    video: str | Path,
+    query: str | Sequence[str],
+    *,
+    samples: int = 1,
+    temperature: float | None = None,
+    window_s: float | None = None,
+    overlap_s: float | None = None,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> GroundedAnswer | list[GroundedAnswer]:
+    """Where in a video an event lies; the video is decoded and read once for all queries.
+
+    Args:
+        model: what :func:`load` returned, or a path for it.
+        video: a video file.
+        query: what to look for, or several of them.
+        samples: of a query; above 1 the answer is their consensus, and ``answer.agreement`` says how much
+            they agree (docs/ground.md).
+        temperature: of the samples; 0 (greedy) for one, 1 for several when None.
+        window_s: search a long video in windows of so many seconds instead of thinning it.
+        overlap_s: of neighbouring windows; half a window when None.
+        max_new_tokens: of an answer, at most.
+        seed: of the draws.
+        batch_size: answers that are written at a time.
+
+    Returns:
+        One answer for one query, a list for a list. ``span`` is in seconds, or None.
+
+    Raises:
+        UserError: a video that cannot be used, an empty query, impossible settings.
+
+    Example::
+
+        for answer in ground(model, "kitchen.mp4", ["the cup falls", "he opens the door"]):
+            print(answer.query, answer.span)
+    """
+    from video_opd.evaluation.ground import ground as run
+    from video_opd.evaluation.predict import AnswerSettings
+
+    opened = load(model) if isinstance(model, str | Path) else model
+    answers = run(
+        opened.policy,
+        opened.encoder,
+        opened.budget,
+        video,
+        [query] if isinstance(query, str) else list(query),
+        settings=AnswerSettings.choose(
+            samples,
+            temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            thinking=opened.access.prompt.thinking,
+        ),
+        window_s=window_s,
+        overlap_s=overlap_s,
+        batch_size=batch_size,
+        backend=opened.access.video.backend,
+    )
+    return answers[0] if isinstance(query, str) else answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Metrics, and beside them what they are worth (docs/evaluation.md). ``str()`` is what is printed."""
+
+    metrics: Metrics
+    best_constant: ConstantAnswer | None  # None without durations
+    query_swap: QuerySwap | None  # None where no video has two queries to tell apart
+
+    @property
+    def miou(self) -> float:
+        """In percent."""
+        return self.metrics.miou
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of ``video-opd evaluate --json``."""
+        from video_opd.evaluation.tables import evaluation_record
+
+        return evaluation_record(self.metrics, self.best_constant, self.query_swap)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        from video_opd.evaluation.tables import print_metrics
+
+        console = Console(file=io.StringIO(), force_terminal=False)
+        print_metrics(
+            {"answers": self.metrics},
+            constant=self.best_constant,
+            swaps={"answers": self.query_swap},
+            console=console,
+        )
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def evaluate(
+    data: str | Path | Sequence[Sample],
+    predictions: str | Path | Mapping[str, Any] | None = None,
+    *,
+    model: OpenModel | str | Path | None = None,
+    protocol: str = "paper",
+    video_root: str | Path | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+) -> Evaluation:
+    """Grounding metrics of answers, with intervals and controls. With ``predictions`` it needs no torch.
+
+    Args:
+        data: a data file, or its rows.
+        predictions: a predictions file, or answers by the rows' ids: a span ``(start_s, end_s)``, a text, a
+            :class:`~video_opd.types.Prediction`, or None for no answer.
+        model: answers now, greedily, asked as the protocol asks; in place of ``predictions``.
+        protocol: ``"paper"`` or ``"timelens"``.
+        video_root: where the videos are; beside the data when None.
+        max_new_tokens: of the model's answers, at most.
+        batch_size: answers that the model writes at a time.
+
+    Raises:
+        UserError: neither or both of ``predictions`` and ``model``, a file that cannot be read, no annotated
+            row, no prediction that belongs to one.
+
+    Example::
+
+        evaluate("test.jsonl", {"kitchen-1": (12.5, 14.0)}).metrics.values["R@0.5"]
+    """
+    from video_opd.data.annotations import read_samples
+    from video_opd.evaluation import metrics
+
+    if (predictions is None) == (model is None):
+        raise UserError("evaluate needs either predictions or a model")
+    samples = read_samples(data, video_root) if isinstance(data, str | Path) else list(data)
+    if model is not None:
+        found = _predicted(model, samples, protocol, max_new_tokens, batch_size)
+    else:
+        assert predictions is not None
+        found = _given(predictions)
+    return Evaluation(
+        metrics=metrics.evaluate(samples, found, protocol),
+        best_constant=metrics.best_constant(samples),
+        query_swap=metrics.query_swap(samples, found, protocol),
+    )
+
+
+def _given(predictions: str | Path | Mapping[str, Any]) -> dict[str, Prediction]:
+    from video_opd.evaluation.predictions import parse_row, read_predictions
+    from video_opd.types import Prediction
+
+    if isinstance(predictions, str | Path):
+        return read_predictions(predictions)
+    found = {}
+    for identity, value in predictions.items():
+        if isinstance(value, Prediction):
+            found[identity] = value
+            continue
+        row = (
+            {"response": value}
+            if isinstance(value, str)
+            else {"span": None if value is None else list(value)}
+        )
+        found[identity] = parse_row({"id": identity, **row}, f"prediction {identity!r}")
+    return found
+
+
+def _predicted(
+    model: OpenModel | str | Path, samples: list[Sample], protocol: str, max_new_tokens: int, batch_size: int
+) -> dict[str, Prediction]:
+    from video_opd.evaluation.predict import AnswerSettings, predict
+    from video_opd.evaluation.predictions import read_predictions
+    from video_opd.evaluation.protocols import get_protocol
+
+    style = get_protocol(protocol).prompt_style
+    opened = (load(model) if isinstance(model, str | Path) else model).asking(style)
+    thinking = opened.access.prompt.thinking
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "predictions.jsonl"
+        predict(
+            opened.policy,
+            samples,
+            opened.loader,
+            out,
+            made_by=opened.made_by(),
+            settings=AnswerSettings(max_new_tokens=max_new_tokens, thinking=thinking),
+            batch_size=batch_size,
+        )
+        return read_predictions(out)
+
+
+def write_page(
+    out: str | Path,
+    video: str | Path,
+    answers: Sequence[GroundedAnswer],
+    *,
+    model: str = "",
+    embed_mb: float | None = None,
+) -> Path:
+    """The page of ``video-opd ground --view``: the video, its answers on a timeline, operated by keys.
+
+    Args:
+        out: an HTML file.
+        video: the file that ``answers`` are about.
+        answers: what :func:`ground` returned.
+        model: its name, for the headline.
+        embed_mb: a larger video is linked, not put into the page; 20 MB when None.
+
+    Raises:
+        UserError: a video that cannot be used, a page that cannot be written.
+    """
+    from video_opd.data.stills import stills
+    from video_opd.data.video import probe
+    from video_opd.reports.view import EMBED_MB, Film, write_view
+
+    info = probe(video)
+    film = Film(
+        path=info.path,
+        codec=info.codec,
+        fps=info.fps,
+        duration_s=info.duration_s,
+        frames=stills(info.path, count=PAGE_FRAMES),
+    )
+    records = [{**answer.to_json(), "line": answer.line()} for answer in answers]
+    return write_view(out, film, records, model=model, embed_mb=EMBED_MB if embed_mb is None else embed_mb)

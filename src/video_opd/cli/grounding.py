@@ -1,0 +1,119 @@
+"""``video-opd ground``: everything that can be wrong is looked at before the model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from video_opd.errors import UserError
+from video_opd.progress import log
+
+if TYPE_CHECKING:
+    from video_opd.evaluation.ground import GroundedAnswer
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from video_opd.data.video import probe
+    from video_opd.evaluation.formats import FORMATS
+    from video_opd.evaluation.ground import ground
+    from video_opd.evaluation.opened import open_model, read_access
+    from video_opd.evaluation.predict import AnswerSettings
+
+    video = Path(arguments.video)
+    info = probe(video)
+    queries = _queries(arguments, video)
+    window_s, overlap_s = _windows(arguments)
+    _check_targets(arguments, video)
+    access = read_access(arguments.model, arguments.overrides)
+    settings = AnswerSettings.choose(
+        arguments.samples,
+        arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        thinking=access.prompt.thinking,
+    )
+    model = open_model(access, arguments.device)
+    answers = ground(
+        model.policy,
+        model.encoder,
+        model.budget,
+        video,
+        queries,
+        settings=settings,
+        window_s=window_s,
+        overlap_s=overlap_s,
+        batch_size=arguments.batch_size,
+        backend=access.video.backend,
+    )
+    chosen = arguments.format or ("text" if sys.stdout.isatty() else "json")
+    if text := FORMATS[chosen](video, answers):
+        print(text, flush=True)
+    if chosen == "srt":
+        for answer in answers:
+            if answer.span is None:
+                log(f"no cue for {answer.query!r}: {answer.line()}")
+    if answers[0].thinned and window_s is None:
+        log(
+            f"{video}: {info.duration_s:.1f} s are more than the video budget holds: {answers[0].frames} "
+            "frames were seen; --window SECONDS searches it piece by piece"
+        )
+    if arguments.view:
+        from video_opd.api import write_page
+
+        name = Path(arguments.model).name
+        log(f"wrote {write_page(arguments.view, video, answers, model=name, embed_mb=arguments.embed_mb)}")
+    if arguments.cut:
+        _write_clips(Path(arguments.cut), video, answers)
+
+
+def _queries(arguments: argparse.Namespace, video: Path) -> list[str]:
+    from video_opd.data.queries import read_queries
+    from video_opd.evaluation.ground import check_queries
+
+    queries = list(arguments.query)
+    if arguments.queries:
+        queries += read_queries(arguments.queries, video)
+    elif not queries:
+        raise UserError("nothing to look for: give a QUERY or --queries FILE; see video-opd ground --help")
+    check_queries(queries)
+    return queries
+
+
+def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]:
+    window_s, overlap_s = arguments.window, arguments.overlap
+    if overlap_s is not None and window_s is None:
+        raise UserError("--overlap is that of windows: give --window SECONDS as well")
+    if window_s is not None and not 0 <= (overlap_s or 0.0) < window_s < math.inf:
+        raise UserError(
+            f"--window {window_s:g} with --overlap {overlap_s or 0.0:g}: a window must be longer than the "
+            "overlap, and the overlap 0 or more"
+        )
+    return window_s, overlap_s
+
+
+def _check_targets(arguments: argparse.Namespace, video: Path) -> None:
+    if arguments.view:
+        from video_opd.reports.view import check_page
+
+        check_page(Path(arguments.view))
+    if arguments.cut:
+        from video_opd.data.cut import check_target
+
+        check_target(video, Path(arguments.cut))
+
+
+def _write_clips(out: Path, video: Path, answers: Sequence[GroundedAnswer]) -> None:
+    """``OUT.mp4`` for one query, ``OUT-1.mp4`` and so on for several, numbered as the queries are."""
+    from video_opd.data.cut import cut_clip
+
+    for number, answer in enumerate(answers, start=1):
+        target = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{number}")
+        if answer.span is None:
+            log(f"{target} is not written: {answer.line()}")
+            continue
+        start_s, end_s = cut_clip(video, answer.span, target)
+        log(f"wrote {target}: {start_s:.2f} to {end_s:.2f} s of {video.name}")

@@ -1,0 +1,230 @@
+"""A stretch of a video as a file of its own, exact to a frame.
+
+Cutting without encoding can begin at keyframes only, seconds away from what was asked for. So the frames are
+decoded and encoded again (H.264, and AAC for the sound), at their own times: a variable rate stays one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from video_opd.data.decode import decode_frames
+from video_opd.data.demux import PacketIndex, VideoError, describe, open_container, read_index, video_stream
+from video_opd.errors import UserError
+from video_opd.progress import log
+from video_opd.temporal import Interval
+
+CRF = "18"  # of x264: hardly to be told from the source
+CLOCK_HZ = 90_000  # of the written times: fine enough for any rate
+AAC_HZ = (
+    48_000,
+    44_100,
+    32_000,
+    24_000,
+    22_050,
+    16_000,
+    12_000,
+    11_025,
+    8_000,
+)  # any other becomes the first
+PREROLL_S = 1.0  # a sound decoder needs a little before what it is asked for
+JITTER_S = 0.005  # clocks of containers are coarser than a sample
+
+
+def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
+    """Writes what ``video`` shows in ``span`` (seconds from its first frame) to the MP4 file ``out``.
+
+    Each end goes to the nearest border between two frames, and one frame is kept at least; the sound is cut
+    to the sample there. Returns the span that was written. ``out`` is replaced whole or not at all.
+
+    Raises VideoError for a video that cannot be used, UserError for an ``out`` that cannot be written.
+    """
+    video, out = Path(video), Path(out)
+    check_target(video, out)
+    index = read_index(video)
+    first, stop = nearest_frames(index, span)
+    borders_s = _borders_s(index)
+    written = (float(borders_s[first]), float(borders_s[stop]))
+    part = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(video, index, first, stop, part)
+        part.replace(out)
+    except VideoError:
+        raise
+    except OSError as error:  # av's errors of the disk are OSErrors as well
+        raise UserError(f"{out}: cannot be written ({describe(error)}); choose another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    return written
+
+
+def check_target(video: Path, out: Path) -> None:
+    """Raises UserError for a name that no clip can be written to."""
+    if out.suffix.lower() != ".mp4":
+        raise UserError(f"{out}: a clip is an MP4 file; name one that ends in .mp4")
+    if out.is_dir():
+        raise UserError(f"{out}: a folder; name a file that ends in .mp4")
+    if out.exists() and video.exists() and out.samefile(video):
+        raise UserError(f"{out}: the video itself; name another file for the clip")
+
+
+def nearest_frames(index: PacketIndex, span: Interval) -> tuple[int, int]:
+    """(first frame, first frame after): each end of ``span`` at the nearest border; one frame at least."""
+    borders_s = _borders_s(index)
+    first = min(int(np.abs(borders_s - span[0]).argmin()), len(borders_s) - 2)
+    stop = max(int(np.abs(borders_s - span[1]).argmin()), first + 1)
+    return first, stop
+
+
+def _borders_s(index: PacketIndex) -> np.ndarray:
+    return np.append(index.frame_times_s_T, index.end_s)
+
+
+def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) -> None:
+    borders_s = _borders_s(index)
+    start_s, end_s = float(borders_s[first]), float(borders_s[stop])
+    ticks = np.round((borders_s[first : stop + 1] - start_s) * CLOCK_HZ).astype(np.int64)
+    decoded = decode_frames(video, index, np.arange(first, stop))
+    _, frame = next(decoded, (first, None))
+    if frame is None:
+        raise VideoError(video, "corrupt: none of the frames of the clip can be decoded")
+    with av.open(str(out), "w", options={"movflags": "+faststart"}) as container:
+        picture = _picture_stream(container, frame)
+        sound = _Sound(container, video, origin_s=_origin_s(video, index), span=(start_s, end_s))
+        # A frame that cannot be decoded is left out: the one before is shown for longer.
+        number = first
+        for following, after in itertools.chain(decoded, [(stop, None)]):
+            shown = frame.reformat(picture.width, picture.height, "yuv420p")
+            shown.pts, shown.time_base = int(ticks[number - first]), Fraction(1, CLOCK_HZ)
+            shown.pict_type = av.video.frame.PictureType.NONE  # which of them are keyframes is x264's choice
+            container.mux(_lasting(picture.encode(shown), int(ticks[-1])))
+            sound.write_until(float(borders_s[number]))
+            if after is not None:
+                number, frame = following, after
+        container.mux(_lasting(picture.encode(None), int(ticks[-1])))
+        sound.write_until(end_s)
+
+
+def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
+    """The muxer reads durations off the next packet; of the last one it has to be told."""
+    for packet in packets:
+        assert packet.pts is not None
+        packet.duration = end - packet.pts
+    return packets
+
+
+def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame) -> av.VideoStream:
+    """Rotation and colours of the source, and its size but for an odd row: 4:2:0 has even sides."""
+    # Without B-frames packets are in the order of time, and a file ends exactly where it should.
+    stream = container.add_stream("libx264", options={"crf": CRF, "bf": "0"})
+    assert isinstance(stream, av.VideoStream)
+    stream.width, stream.height = max(2, like.width // 2 * 2), max(2, like.height // 2 * 2)
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    stream.time_base = context.time_base = Fraction(1, CLOCK_HZ)
+    shown = like.reformat(format="yuv420p")
+    context.color_range, context.colorspace = shown.color_range, shown.colorspace
+    context.color_primaries, context.color_trc = shown.color_primaries, shown.color_trc
+    if like.rotation:
+        stream.set_display_rotation(like.rotation)
+    return stream
+
+
+def _origin_s(video: Path, index: PacketIndex) -> float:
+    """When the first frame is shown on the clock that sound and picture of the file share."""
+    if not index.timed:
+        return 0.0
+    with open_container(video) as container:
+        base = video_stream(container, video).time_base
+    assert base is not None
+    return float(index.packet_pts_N[index.frame_packet_T[0]] * base)
+
+
+class _Sound:
+    """The sound of a stretch, written a little at a time, so that it lies beside its pictures in the file."""
+
+    def __init__(
+        self, container: av.container.OutputContainer, video: Path, *, origin_s: float, span: Interval
+    ) -> None:
+        self.container, self.span = container, span
+        self.chunks = _sound_chunks(video, origin_s, span)
+        self.next = next(self.chunks, None)
+        self.written = 0  # samples
+        self.rate = 1
+        self.stream: av.AudioStream | None = None
+        if self.next is not None:  # a track without a sample would confuse players
+            samples_CN, self.rate = self.next
+            layout = "mono" if len(samples_CN) == 1 else "stereo"
+            self.stream = container.add_stream("aac", rate=self.rate, layout=layout)
+
+    def write_until(self, time_s: float) -> None:
+        """All that is heard before ``time_s`` of the video; at the end of the stretch, the rest."""
+        if self.stream is None:
+            return
+        while self.next is not None and self.span[0] + self.written / self.rate <= time_s:
+            samples_CN, _ = self.next
+            layout = "mono" if len(samples_CN) == 1 else "stereo"
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples_CN), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = self.rate, self.written, Fraction(1, self.rate)
+            self.container.mux(self.stream.encode(frame))
+            self.written += samples_CN.shape[1]
+            self.next = next(self.chunks, None)
+        if time_s >= self.span[1]:
+            self.container.mux(self.stream.encode(None))
+            self.stream = None
+
+
+def _sound_chunks(video: Path, origin_s: float, span: Interval) -> Iterator[tuple[np.ndarray, int]]:
+    """(float32 [1 or 2 channels, N], rate in Hz) without a gap from the beginning of ``span``; silence where
+    the file has none. Nothing for a file without sound. More than two channels are mixed down to two.
+    """
+    with open_container(video) as container:
+        if not container.streams.audio:
+            return
+        stream = container.streams.audio[0]
+        rate = stream.rate if stream.rate in AAC_HZ else AAC_HZ[0]
+        resampler = av.AudioResampler("fltp", "mono" if stream.channels == 1 else "stereo", rate)
+        total = round((span[1] - span[0]) * rate)
+        position = 0
+        assert stream.time_base is not None
+        with contextlib.suppress(av.FFmpegError):  # a container that cannot be sought is read from its start
+            earlier_s = max(0.0, origin_s + span[0] - PREROLL_S)
+            container.seek(int(earlier_s / stream.time_base), stream=stream)
+        for frame in _audio_frames(container, stream, video):
+            for part in resampler.resample(frame):
+                if part.pts is None or part.time_base is None:
+                    continue
+                samples_CN = part.to_ndarray()
+                at = round((float(part.pts * part.time_base) - origin_s - span[0]) * rate)
+                if position and abs(at - position) <= JITTER_S * rate:
+                    at = position
+                if at + samples_CN.shape[1] <= position:
+                    continue
+                if at > position:
+                    silence = np.zeros((len(samples_CN), min(at, total) - position), dtype=np.float32)
+                    samples_CN, at = np.concatenate([silence, samples_CN], axis=1), position
+                samples_CN = samples_CN[:, position - at :][:, : total - position]
+                if samples_CN.shape[1]:
+                    position += samples_CN.shape[1]
+                    yield samples_CN.astype(np.float32, copy=False), rate
+                if position >= total:
+                    return
+
+
+def _audio_frames(
+    container: av.container.InputContainer, stream: av.AudioStream, video: Path
+) -> Iterator[av.AudioFrame]:
+    try:
+        yield from container.decode(stream)
+    except av.FFmpegError as error:
+        log(f"{video}: its sound cannot be read to the end ({describe(error)}); the clip goes on without")

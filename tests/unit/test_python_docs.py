@@ -1,0 +1,41 @@
+"""docs/python.md is run as it stands: every cell, in order, and every output that is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def cells(text: str) -> list[tuple[str, str | None]]:
+    """(code, the output that is shown right after it, if any)."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found: list[tuple[str, str | None]] = []
+    for language, body in blocks:
+        if language == "python":
+            found.append((body, None))
+        else:
+            assert language == "text" and found and found[-1][1] is None, "an output follows its cell"
+            found[-1] = (found[-1][0], body)
+    return found
+
+
+def test_the_document_runs_and_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    notebook: dict[str, Any] = {}
+    document = cells((ROOT / "docs" / "python.md").read_text(encoding="utf-8"))
+    assert len(document) >= 8
+    for code, shown in document:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, "docs/python.md", "exec"), notebook)
+        assert out.getvalue() == (shown or ""), code
+    assert (tmp_path / "clip.mp4").stat().st_size > 1000
+    assert "data:video/mp4;base64," in (tmp_path / "answers.html").read_text()
