@@ -225,7 +225,7 @@ def evaluate(
         found = _predicted(model, samples, protocol, max_new_tokens, batch_size)
     else:
         assert predictions is not None
-        found = _given(predictions)
+        found = _given(predictions, protocol)
     return Evaluation(
         metrics=metrics.evaluate(samples, found, protocol),
         best_constant=metrics.best_constant(samples),
@@ -233,12 +233,12 @@ def evaluate(
     )
 
 
-def _given(predictions: str | Path | Mapping[str, Any]) -> dict[str, Prediction]:
+def _given(predictions: str | Path | Mapping[str, Any], protocol: str) -> dict[str, Prediction]:
     from video_opd.evaluation.predictions import parse_row, read_predictions
     from video_opd.types import Prediction
 
     if isinstance(predictions, str | Path):
-        return read_predictions(predictions)
+        return read_predictions(predictions, protocol=protocol)
     found = {}
     for identity, value in predictions.items():
         if isinstance(value, Prediction):
@@ -249,7 +249,7 @@ def _given(predictions: str | Path | Mapping[str, Any]) -> dict[str, Prediction]
             if isinstance(value, str)
             else {"span": None if value is None else list(value)}
         )
-        found[identity] = parse_row({"id": identity, **row}, f"prediction {identity!r}")
+        found[identity] = parse_row({"id": identity, **row}, f"prediction {identity!r}", protocol=protocol)
     return found
 
 
@@ -274,7 +274,7 @@ def _predicted(
             settings=AnswerSettings(max_new_tokens=max_new_tokens, thinking=thinking),
             batch_size=batch_size,
         )
-        return read_predictions(out)
+        return read_predictions(out, thinking=thinking, protocol=protocol)
 
 
 def write_page(
