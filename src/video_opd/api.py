@@ -222,23 +222,26 @@ def evaluate(
         raise UserError("evaluate needs either predictions or a model")
     samples = read_samples(data, video_root) if isinstance(data, str | Path) else list(data)
     if model is not None:
-        found = _predicted(model, samples, protocol, max_new_tokens, batch_size)
+        found, otherwise = _predicted(model, samples, protocol, max_new_tokens, batch_size)
     else:
         assert predictions is not None
-        found = _given(predictions, protocol)
+        found, otherwise = _given(predictions, samples, protocol)
     return Evaluation(
-        metrics=metrics.evaluate(samples, found, protocol),
+        metrics=metrics.evaluate(samples, found, protocol, deviations=otherwise),
         best_constant=metrics.best_constant(samples),
         query_swap=metrics.query_swap(samples, found, protocol),
     )
 
 
-def _given(predictions: str | Path | Mapping[str, Any], protocol: str) -> dict[str, Prediction]:
-    from video_opd.evaluation.predictions import parse_row, read_predictions
+def _given(
+    predictions: str | Path | Mapping[str, Any], samples: list[Sample], protocol: str
+) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
+    """The answers by id, and what they were made with otherwise than the protocol says, if that is known."""
+    from video_opd.evaluation.predictions import parse_row
     from video_opd.types import Prediction
 
     if isinstance(predictions, str | Path):
-        return read_predictions(predictions, protocol=protocol)
+        return _read(predictions, samples, protocol)
     found = {}
     for identity, value in predictions.items():
         if isinstance(value, Prediction):
@@ -250,14 +253,25 @@ def _given(predictions: str | Path | Mapping[str, Any], protocol: str) -> dict[s
             else {"span": None if value is None else list(value)}
         )
         found[identity] = parse_row({"id": identity, **row}, f"prediction {identity!r}", protocol=protocol)
-    return found
+    return found, None
+
+
+def _read(
+    path: str | Path, samples: list[Sample], protocol: str
+) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
+    from video_opd.evaluation.answers import made_otherwise, read_answers
+    from video_opd.evaluation.protocols import get_protocol
+
+    asked = get_protocol(protocol)
+    answers = read_answers([path], asked, name="model")
+    found, _ = answers.of(samples)
+    return found, made_otherwise(answers.files, asked)
 
 
 def _predicted(
     model: OpenModel | str | Path, samples: list[Sample], protocol: str, max_new_tokens: int, batch_size: int
-) -> dict[str, Prediction]:
+) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
     from video_opd.evaluation.predict import AnswerSettings, predict
-    from video_opd.evaluation.predictions import read_predictions
     from video_opd.evaluation.protocols import get_protocol
 
     style = get_protocol(protocol).prompt_style
@@ -274,7 +288,7 @@ def _predicted(
             settings=AnswerSettings(max_new_tokens=max_new_tokens, thinking=thinking),
             batch_size=batch_size,
         )
-        return read_predictions(out, thinking=thinking, protocol=protocol)
+        return _read(out, samples, protocol)
 
 
 def write_page(

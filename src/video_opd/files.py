@@ -27,16 +27,16 @@ def write_text(path: str | Path, text: str) -> Path:
     Through a link, the file that it points to. Raises :class:`UserError` that names the file when it cannot
     be written, or is no plain file; what was there is untouched then.
     """
-    path = replaceable(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = replaceable(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        part.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another place"
         ) from error
-    return path
+    return Path(path)
