@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,10 +16,16 @@ from video_opd.data.video import VideoError, probe
 from video_opd.errors import UserError
 
 HZ = 44_100
+REAL = Path(os.environ.get("VIDEO_OPD_REAL") or Path(__file__).parents[2] / "../shared/real")
 
 
-def write_film(path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0) -> Path:
-    """Numbered frames, and a tone that is 200 Hz higher every second; the sound begins ``delay_s`` late."""
+def write_film(
+    path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0, begins_s: float = 0.0
+) -> Path:
+    """Numbered frames, and a tone that is 200 Hz higher every second; the sound begins ``delay_s`` late.
+
+    The file's clock shows ``begins_s`` where the sound would begin without delay, and at the first frame.
+    """
     with av.open(str(path), "w") as container:
         picture = container.add_stream("libx264", rate=fps, options={"g": "50", "bf": "2"})
         sound = container.add_stream("aac", rate=HZ, layout="stereo")
@@ -26,6 +33,7 @@ def write_film(path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0)
         picture.height, picture.width, picture.pix_fmt = 64, 192, "yuv420p"
         for number in range(seconds * fps):
             frame = av.VideoFrame.from_ndarray(numbered_frame(number, 64, 192), format="rgb24")
+            frame.pts, frame.time_base = number + round(begins_s * fps), Fraction(1, fps)
             container.mux(picture.encode(frame))
         container.mux(picture.encode(None))
         t = np.arange(seconds * HZ) / HZ
@@ -35,7 +43,7 @@ def write_film(path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0)
             chunk = np.stack([wave[start : start + 1024]] * 2)
             heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), format="fltp", layout="stereo")
             heard.sample_rate, heard.time_base = HZ, Fraction(1, HZ)
-            heard.pts = start + round(delay_s * HZ)
+            heard.pts = start + round((begins_s + delay_s) * HZ)
             container.mux(sound.encode(heard))
         container.mux(sound.encode(None))
     return path
@@ -89,6 +97,18 @@ def test_sound_that_begins_later_than_the_clip_stays_where_it_was(tmp_path: Path
     assert np.abs(wave[: round(0.45 * rate)]).max() < 0.02
     assert pitch(wave[round(0.55 * rate) : round(1.45 * rate)], rate) == pytest.approx(200, abs=4)
     assert pitch(wave[round(1.55 * rate) : round(1.95 * rate)], rate) == pytest.approx(400, abs=6)
+
+
+@pytest.mark.parametrize("delay_s", [-2.0, 0.0])
+def test_a_film_whose_clock_does_not_begin_at_zero(tmp_path: Path, delay_s: float) -> None:
+    """As recordings of broadcasts have it; and sound that begins before the first picture."""
+    film = write_film(tmp_path / "late.mkv", 6, begins_s=3.0, delay_s=delay_s)
+    cut_clip(film, (1.0, 3.0), tmp_path / "clip.mp4")
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == list(range(10, 30))
+    wave, rate = sound_of(tmp_path / "clip.mp4")
+    first_hz = 200 * (2 - delay_s)  # a second after the first picture
+    assert pitch(wave[round(0.05 * rate) : round(0.95 * rate)], rate) == pytest.approx(first_hz, abs=4)
+    assert pitch(wave[round(1.05 * rate) : round(1.95 * rate)], rate) == pytest.approx(first_hz + 200, abs=4)
 
 
 def test_a_silent_video_has_a_silent_clip(tmp_path: Path) -> None:
@@ -172,3 +192,20 @@ def test_what_cannot_be_cut(film: Path, tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="no video stream"):
         cut_clip(write_sound(tmp_path / "s.m4a"), (1.0, 2.0), tmp_path / "clip.mp4")
     assert not (tmp_path / "clip.mp4").exists()
+
+
+@pytest.mark.skipif(not (REAL / "OHOFG.mp4").exists(), reason="the real videos are not here")
+def test_a_real_video(tmp_path: Path) -> None:
+    """9.53 fps and sound: the first frame is nearest to the source's at that time."""
+    source = REAL / "OHOFG.mp4"
+    start_s, end_s = cut_clip(source, (22.3, 33.0), tmp_path / "clip.mp4")
+    info = probe(source)
+    assert abs(start_s - 22.3) <= 0.5 / info.fps and abs(end_s - 33.0) <= 0.5 / info.fps
+    assert probe(tmp_path / "clip.mp4").duration_s == pytest.approx(end_s - start_s, abs=1e-3)
+    number = int(np.abs(info.times_s - start_s).argmin())
+    with av.open(str(source)) as a, av.open(str(tmp_path / "clip.mp4")) as b:
+        near = [f.to_ndarray(format="rgb24").astype(int) for f in a.decode(video=0)][number - 1 : number + 2]
+        first = next(b.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    assert np.argmin([np.abs(frame - first).mean() for frame in near]) == 1
+    wave, rate = sound_of(tmp_path / "clip.mp4")
+    assert len(wave) / rate == pytest.approx(end_s - start_s, abs=0.05)

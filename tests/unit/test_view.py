@@ -206,6 +206,7 @@ def pressed(page: Page) -> list[str]:
 
 def operate(page: Page) -> None:
     """What the keys do, with the video or with frames alone."""
+    page.ask("window.kept = [], addEventListener('keydown', (e) => kept.push(e.defaultPrevented)), 0")
     for key, modifiers, time_s in (
         ("ArrowRight", 0, 1.0),
         ("ArrowRight", SHIFT, 1.1),
@@ -227,6 +228,8 @@ def operate(page: Page) -> None:
         page.press(key, modifiers)
         assert now(page) == pytest.approx(time_s, abs=0.02), key
     assert pressed(page) == ["answer-3"]
+    # Nothing is left to the browser, which would scroll the page.
+    assert page.ask("kept.length") == 16 and page.ask("kept.every(Boolean)")
     page.press("2")
     assert EVIL in page.ask("document.getElementById('status').textContent")
     # Play, pause.

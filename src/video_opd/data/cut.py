@@ -69,7 +69,9 @@ def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
 
 
 def check_target(video: Path, out: Path) -> None:
-    """Raises UserError for a name that no clip can be written to."""
+    """Raises UserError for a name that no clip can be written to, and for a PyAV that cannot write one."""
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        raise UserError(f"cutting a clip needs PyAV 17.1 or newer, here is {av.__version__}: update av")
     if out.suffix.lower() != ".mp4":
         raise UserError(f"{out}: a clip is an MP4 file; name one that ends in .mp4")
     if out.is_dir():
