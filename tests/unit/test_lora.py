@@ -88,10 +88,14 @@ def scores(of: Any, engine: Any = "prefix") -> torch.Tensor:
 
 def gradients(of: Any, engine: Any = "prefix") -> dict[str, torch.Tensor]:
     of.zero_grad()
-    found = HFPolicy(of, processor(), engine).logprobs(mixed_prompts(), RESPONSES, grad=True)
+    return backward(HFPolicy(of, processor(), engine), mixed_prompts())
+
+
+def backward(policy: HFPolicy, prompts: Any) -> dict[str, torch.Tensor]:
+    found = policy.logprobs(prompts, RESPONSES, grad=True)
     weights = torch.linspace(-1.0, 2.0, found.mask_BT.numel()).reshape(found.mask_BT.shape)
     (found.logprobs_BT * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
 def assert_close_gradients(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -219,6 +223,18 @@ def test_the_engines_agree() -> None:
     assert (scores(student) - scores(model(0, sharpness=8.0))).abs().max() > 0.1
     torch.testing.assert_close(scores(student), scores(student, "plain"), atol=1e-4, rtol=0)
     assert_close_gradients(gradients(student), gradients(student, "plain"))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_they_train_through_the_reading_that_was_sampled_from(recompute: bool) -> None:
+    student = trained()
+    expected = gradients(student, "plain")
+    student.zero_grad()
+    student.train()
+    policy = HFPolicy(student, processor(), "prefix", recompute=recompute)
+    prefix = policy.prefill(mixed_prompts(), grad=True)
+    policy.sample(prefix, n=2, max_new_tokens=3, temperature=0)
+    assert_close_gradients(backward(policy, prefix), expected)
 
 
 def test_they_train_under_gradient_checkpointing() -> None:
