@@ -88,5 +88,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixtu
     words = ["--lengths", "60", "--repeats", "1", "--rollouts", "2", "--max-new-tokens", "2", "--no-memory"]
     assert main(["bench", "engine", *words, "--device", "cpu", "--json", str(out)]) == 0
     record = json.loads(out.read_text())
-    assert table(record["results"]) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table(record["results"]) in printed
+    opd, grpo, *_ = (r["ways"] for r in record["results"])
+    share = 100 * opd["plain"]["seconds"] / grpo["plain"]["seconds"]
+    assert f"a step of video-opd is {share:.0f}% of grpo's (plain)" in printed
     assert record["machine"]["torch"] == torch.__version__

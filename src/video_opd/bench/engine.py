@@ -174,3 +174,21 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 f"| {'' if peak is None else f'{peak / 2**20:.0f} MiB'} |"
             )
     return "\n".join(lines)
+
+
+def against_grpo(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A step of Video-OPD in percent of one of GRPO, by either engine (figure 6); a line a prompt length."""
+    seconds = {
+        (record["prompt_tokens"], record["job"].split(",")[0], engine): record["ways"][engine]["seconds"]
+        for record in records
+        for engine in ENGINES
+    }
+    return [
+        f"{tokens} tokens: a step of video-opd is "
+        + ", ".join(
+            f"{100 * seconds[tokens, 'video-opd', engine] / seconds[tokens, 'grpo', engine]:.0f}% of grpo's "
+            f"({engine})"
+            for engine in ENGINES
+        )
+        for tokens in dict.fromkeys(record["prompt_tokens"] for record in records)
+    ]

@@ -276,8 +276,8 @@ def bench_engine(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from video_opd.bench.engine import against_grpo, table
     from video_opd.bench.engine import bench_engine as run
-    from video_opd.bench.engine import table
     from video_opd.bench.timing import machine
     from video_opd.models.loading import check_same_tokens, load_model
     from video_opd.world.demo import shipped
@@ -305,6 +305,7 @@ def bench_engine(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_text(arguments.json, as_json(record) + "\n")
     print(table(record["results"]))
+    print("\n".join(["", *against_grpo(record["results"])]))
 
 
 def data_convert(arguments: argparse.Namespace) -> None:
