@@ -124,7 +124,16 @@ def main() -> None:
 def noisy_teacher(out: Path, family: str, arguments: argparse.Namespace) -> Path:
     """The shipped teacher after lessons in which spans of ``family`` are shifted."""
     data = make_world(out / "lessons", videos={"train": arguments.lessons}, seed=LESSON_SEED)["train"]
-    rows = [taught(sample, family) for sample in read_samples(data)]
+    samples = read_samples(data)
+    mine = [sample for sample in samples if sample.source == family]
+    # As many lessons about the family as about all others: at its share of the videos it is not believed.
+    again = max(1, round((len(samples) - len(mine)) / len(mine)))
+    rows = [taught(sample, family) for sample in samples]
+    rows += [
+        replace(taught(sample, family), id=f"{sample.id}, again {i}")
+        for i in range(1, again)
+        for sample in mine
+    ]
     shifted = data.with_name("shifted.jsonl")
     write_rows(shifted, rows)
     run = out / "noisy-teacher"
@@ -215,8 +224,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--family", default="moves right", help="the event family that is taught wrongly")
     parser.add_argument("--lessons", type=int, default=200, help="videos that the teacher is spoilt on")
-    parser.add_argument("--lesson-steps", type=int, default=60)
-    parser.add_argument("--lesson-lr", type=float, default=3e-4)
+    parser.add_argument("--lesson-steps", type=int, default=100)
+    parser.add_argument("--lesson-lr", type=float, default=1e-3)
     parser.add_argument("--videos", type=int, default=240, help="of the pool, four candidates each")
     parser.add_argument("--k", type=int, default=320, help="rows that each arm trains on")
     parser.add_argument("--steps", type=int, default=40)
