@@ -56,6 +56,7 @@ def main() -> None:
     }
     changes: dict[str, Any] = {
         "model.engine": arguments.engine,
+        "optim.lr": "3e-4",  # the same for every method
         "optim.batch_size": arguments.batch_size,
         "optim.micro_batch_size": min(8, arguments.batch_size),
     }
