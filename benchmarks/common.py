@@ -17,6 +17,8 @@ import torch
 
 from video_opd.jsonl import read_jsonl
 from video_opd.world.demo import shipped
+from video_opd.world.make import make_world
+from video_opd.world.measure import evaluate_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -93,6 +95,27 @@ def step_seconds(runs: Sequence[Path]) -> float:
     return statistics.median(
         row["time/step_s"] for run in runs for _, row in read_jsonl(run / "metrics.jsonl") if row["step"] > 1
     )
+
+
+def make_pools(out: Path, seeds: Sequence[int], first_seed: int, videos: int) -> dict[int, Path]:
+    """A data file of generated training videos for each seed; ``first_seed`` tells experiments apart."""
+    return {
+        seed: make_world(out / f"pool-{seed}", videos={"train": videos}, seed=first_seed + seed)["train"]
+        for seed in seeds
+    }
+
+
+def shipped_scores(tests: Mapping[str, Path], out: Path) -> dict[str, list[dict[str, dict[str, Any]]]]:
+    """Of the base and the teacher, which have no seeds."""
+    return {
+        name: [
+            {
+                split: scores(evaluate_model(name, shipped(name), split, data, out))
+                for split, data in tests.items()
+            }
+        ]
+        for name in (BASE, TEACHER)
+    }
 
 
 def student_scores(run: Path, tests: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

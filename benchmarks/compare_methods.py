@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    BASE,
-    TEACHER,
     machine,
+    make_pools,
     run_all,
-    scores,
+    shipped_scores,
     step_seconds,
     student_scores,
     table,
@@ -29,9 +28,7 @@ from common import (
     write_result,
 )
 
-from video_opd.world.demo import shipped
-from video_opd.world.make import make_world
-from video_opd.world.measure import evaluate_model, make_test_sets
+from video_opd.world.measure import make_test_sets
 
 # What is compared: a recipe of ``recipes/tiny``, and what is changed in it.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,10 +47,7 @@ def main() -> None:
     arguments = parse()
     out, seeds, methods = Path(arguments.out), arguments.seeds, arguments.methods
     tests = make_test_sets(out / "test")
-    pools = {
-        seed: make_world(out / f"pool-{seed}", videos={"train": arguments.videos}, seed=TRAIN_SEED + seed)
-        for seed in seeds
-    }
+    pools = make_pools(out, arguments.seeds, TRAIN_SEED, arguments.videos)
     changes: dict[str, Any] = {
         "model.engine": arguments.engine,
         "optim.lr": "3e-4",  # the same for every method
@@ -63,7 +57,7 @@ def main() -> None:
     commands = [
         train_command(
             ARMS[method][0],
-            data=pools[seed]["train"],
+            data=pools[seed],
             tests=tests if arguments.evaluation else {},
             out=out / f"{method}-{seed}",
             clips=out / "clips",
@@ -83,15 +77,7 @@ def main() -> None:
         "step_s": step_s,
     }
     if arguments.evaluation:
-        rows = {
-            name: [
-                {
-                    split: scores(evaluate_model(name, shipped(name), split, data, out / "eval"))
-                    for split, data in tests.items()
-                }
-            ]
-            for name in (BASE, TEACHER)
-        }
+        rows = shipped_scores(tests, out / "eval")
         rows |= {
             method: [student_scores(out / f"{method}-{seed}", tests) for seed in seeds] for method in methods
         }

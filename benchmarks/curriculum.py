@@ -17,11 +17,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import BASE, TEACHER, machine, mean_miou, run_all, student_scores, table, train_command, video_opd
+from common import (
+    BASE,
+    TEACHER,
+    machine,
+    make_pools,
+    mean_miou,
+    run_all,
+    student_scores,
+    table,
+    train_command,
+    video_opd,
+)
 from common import write_result as write
 
 from video_opd.world.demo import shipped
-from video_opd.world.make import make_world
 from video_opd.world.measure import make_test_sets
 
 POOL_SEED = 600  # + the run's seed
@@ -41,12 +51,7 @@ def main() -> None:
     arguments = parse()
     out, seeds = Path(arguments.out), arguments.seeds
     tests = make_test_sets(out / "test")
-    pools = {
-        seed: make_world(out / f"pool-{seed}", videos={"train": arguments.videos}, seed=POOL_SEED + seed)[
-            "train"
-        ]
-        for seed in seeds
-    }
+    pools = make_pools(out, arguments.seeds, POOL_SEED, arguments.videos)
     models = ["--student", shipped(BASE), "--teacher", shipped(TEACHER)]
     run_all(
         [score_command(models, pools[seed], scores_of(out, seed), seed) for seed in seeds], arguments.jobs

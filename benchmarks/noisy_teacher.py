@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import BASE, TEACHER, machine, run_all, train_command, video_opd, write_result
+from common import BASE, TEACHER, machine, make_pools, run_all, train_command, video_opd, write_result
 
 from video_opd.data.annotations import read_samples, write_rows
 from video_opd.evaluation.metrics import evaluate
@@ -49,12 +49,7 @@ def main() -> None:
     out, family = Path(arguments.out), arguments.family
     tests = make_test_sets(out / "test")
     teacher = noisy_teacher(out, family, arguments)
-    pools = {
-        seed: make_world(out / f"pool-{seed}", videos={"train": arguments.videos}, seed=POOL_SEED + seed)[
-            "train"
-        ]
-        for seed in arguments.seeds
-    }
+    pools = make_pools(out, arguments.seeds, POOL_SEED, arguments.videos)
     models = ["--student", shipped(BASE), "--teacher", teacher, "--reverse-kl"]
     run_all(
         [

@@ -19,9 +19,10 @@ from common import (
     ROOT,
     TEACHER,
     machine,
+    make_pools,
     mean_miou,
     run_all,
-    scores,
+    shipped_scores,
     student_scores,
     table,
     video_opd,
@@ -29,8 +30,7 @@ from common import (
 )
 
 from video_opd.world.demo import shipped
-from video_opd.world.make import make_world
-from video_opd.world.measure import evaluate_model, make_test_sets
+from video_opd.world.measure import make_test_sets
 
 POOL_SEED = 900  # + the run's seed
 
@@ -39,12 +39,7 @@ def main() -> None:
     arguments = parse()
     out, seeds, rounds = Path(arguments.out), arguments.seeds, arguments.rounds
     tests = make_test_sets(out / "test")
-    pools = {
-        seed: make_world(out / f"pool-{seed}", videos={"train": arguments.videos}, seed=POOL_SEED + seed)[
-            "train"
-        ]
-        for seed in seeds
-    }
+    pools = make_pools(out, arguments.seeds, POOL_SEED, arguments.videos)
 
     def command(count: int, seed: int) -> list[str]:
         """``count`` rounds that share the samples and the steps of all."""
@@ -68,15 +63,7 @@ def main() -> None:
         return video_opd("rounds", ROOT / "recipes" / "tiny" / "rounds.yaml", *words)
 
     run_all([command(count, seed) for seed in seeds for count in (rounds, 1)], arguments.jobs)
-    rows = {
-        name: [
-            {
-                split: scores(evaluate_model(name, shipped(name), split, data, out / "eval"))
-                for split, data in tests.items()
-            }
-        ]
-        for name in (BASE, TEACHER)
-    }
+    rows = shipped_scores(tests, out / "eval")
     for number in range(1, rounds + 1):
         rows[f"round {number} of {rounds}"] = [
             student_scores(folder(out, rounds, seed) / f"round-{number}", tests) for seed in seeds

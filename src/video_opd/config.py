@@ -146,7 +146,9 @@ class SamplingConfig:
     top_k: int = 0  # 0: off
     max_new_tokens: int = 64  # ours: an answer is about a dozen tokens; thinking mode must say its own
     rollouts: int = 1  # sec. 3.1: a single rollout for each prompt; grpo: 8 (sec. 4.1)
-    micro_batch_size: int | None = None  # prompts sampled together; none: as optim.micro_batch_size
+    # Prompts sampled together. None: as optim.micro_batch_size, and then (prefix engine) the reading that
+    # they are sampled from is the forward of the update, too.
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         need(self.temperature > 0, "sampling.temperature must be above 0: training needs samples")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from video_opd.algorithms.grpo import GRPO
-from video_opd.algorithms.method import Signal, Trajectories
-from video_opd.algorithms.registry import make_method
+from video_opd.algorithms.method import Method, Signal, Trajectories
+from video_opd.algorithms.registry import make_method, make_reward
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.data.encode import PromptEncoder
 from video_opd.models.policy import HFPolicy
@@ -130,9 +130,12 @@ class Steps:
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        made = make_method(recipe, processor.tokenizer)
-        if isinstance(made, GRPO) and rollouts == 1:
-            made.__class__ = OneAnswer
+        one = method == "grpo" and rollouts == 1
+        made: Method = (
+            OneAnswer(recipe.sampling, make_reward(recipe))
+            if one
+            else make_method(recipe, processor.tokenizer)
+        )
         parts = Parts(
             model=model,
             forward_module=model,

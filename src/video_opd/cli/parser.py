@@ -92,7 +92,9 @@ def _command(
     parser = commands.add_parser(
         name,
         help=help,
-        description=f"{help[0].upper()}{help[1:]}.{settings}",
+        description=f"{help[0].upper()}{help[1:]}.{settings}".replace(
+            "%%", "%"
+        ),  # argparse formats help only
         epilog=f"example: {example}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
