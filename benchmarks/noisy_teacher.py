@@ -3,16 +3,17 @@
     python benchmarks/noisy_teacher.py --out runs/noisy-teacher --seeds 0 1 2
 
 The teacher is the shipped one, fine-tuned (``video-opd train``, method sft) until it answers queries of one
-event family with the wrong span and all others as before: the span after the event, of the event's length, or
-the one before it where there is no room. Students are then trained by Video-OPD under that teacher on rows
-that ``video-opd select`` chose with and without the gate, at random and by the reverse KL, which asks for
-rows where teacher and student differ. For that family and for the rest: mIoU with the truth, and with what
-the teacher was taught.
+event family with the wrong span and all others as before: the event's, some seconds later, or earlier where
+there is no room. A known share of the candidates asks for that family. Students are then trained by Video-OPD
+under that teacher on rows that ``video-opd select`` chose with and without the gate, at random and by the
+reverse KL, which asks for rows where teacher and student differ. For that family and for the rest: mIoU with
+the truth, and with what the teacher was taught.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,10 @@ def main() -> None:
     out, family = Path(arguments.out), arguments.family
     tests = make_test_sets(out / "test")
     teacher = noisy_teacher(out, family, arguments)
-    pools = make_pools(out, arguments.seeds, POOL_SEED, arguments.videos)
+    pools = {
+        seed: with_share(pool, family, arguments.share, seed)
+        for seed, pool in make_pools(out, arguments.seeds, POOL_SEED, arguments.videos).items()
+    }
     models = ["--student", shipped(BASE), "--teacher", teacher, "--reverse-kl"]
     run_all(
         [
@@ -103,10 +107,11 @@ def main() -> None:
         ],
         arguments.jobs,
     )  # fmt: skip
-    rows = {name: [judged(folder, tests, family)] for name, folder in answers.items()}
+    rows = {name: [judged(folder, tests, family, arguments.shift)] for name, folder in answers.items()}
     for number, arm in enumerate(ARMS):
         rows[arm] = [
-            judged(out / f"student-{number}-{seed}" / "eval", tests, family) for seed in arguments.seeds
+            judged(out / f"student-{number}-{seed}" / "eval", tests, family, arguments.shift)
+            for seed in arguments.seeds
         ]
     wrong = {seed: teacher_errors(out / f"scores-{seed}.jsonl", pool, family) for seed, pool in pools.items()}
     print(table(rows, family))
@@ -118,14 +123,15 @@ def main() -> None:
 
 def noisy_teacher(out: Path, family: str, arguments: argparse.Namespace) -> Path:
     """The shipped teacher after lessons in which spans of ``family`` are shifted."""
+    shift_s = arguments.shift
     data = make_world(out / "lessons", videos={"train": arguments.lessons}, seed=LESSON_SEED)["train"]
     samples = read_samples(data)
     mine = [sample for sample in samples if sample.source == family]
     # As many lessons about the family as about all others: at its share of the videos it is not believed.
     again = max(1, round((len(samples) - len(mine)) / len(mine)))
-    rows = [taught(sample, family) for sample in samples]
+    rows = [taught(sample, family, shift_s) for sample in samples]
     rows += [
-        replace(taught(sample, family), id=f"{sample.id}, again {i}")
+        replace(taught(sample, family, shift_s), id=f"{sample.id}, again {i}")
         for i in range(1, again)
         for sample in mine
     ]
@@ -146,23 +152,33 @@ def noisy_teacher(out: Path, family: str, arguments: argparse.Namespace) -> Path
     return run / "model"
 
 
-def taught(sample: Sample, family: str) -> Sample:
+def taught(sample: Sample, family: str, by_s: float) -> Sample:
     """``sample`` with the span that the teacher is to believe in."""
     if sample.source != family:
         return sample
-    return replace(sample, spans=tuple(shift(span, sample.duration_s) for span in sample.spans))
+    return replace(sample, spans=tuple(shift(span, by_s, sample.duration_s) for span in sample.spans))
 
 
-def shift(span: tuple[float, float], duration_s: float) -> tuple[float, float]:
-    """The span after it, of its length; the one before it where there is no room; disjoint from it."""
+def shift(span: tuple[float, float], by_s: float, duration_s: float) -> tuple[float, float]:
+    """The span ``by_s`` seconds later, or earlier where there is no room for that."""
     start_s, end_s = span
-    length = end_s - start_s
-    if end_s + length <= duration_s:
-        return end_s, end_s + length
-    return max(0.0, start_s - length), start_s
+    if end_s + by_s <= duration_s:
+        return start_s + by_s, end_s + by_s
+    return max(0.0, start_s - by_s), max(end_s - start_s, end_s - by_s)
 
 
-def judged(folder: Path, tests: dict[str, Path], family: str) -> dict[str, float]:
+def with_share(pool: Path, family: str, share: float, seed: int) -> Path:
+    """The rows of ``pool`` without so many of other families that ``share`` are of this one."""
+    samples = read_samples(pool)
+    mine = [sample for sample in samples if sample.source == family]
+    others = [sample for sample in samples if sample.source != family]
+    random.Random(seed).shuffle(others)
+    path = pool.with_name("candidates.jsonl")
+    write_rows(path, mine + others[: round(len(mine) * (1 / share - 1))])
+    return path
+
+
+def judged(folder: Path, tests: dict[str, Path], family: str, shift_s: float) -> dict[str, float]:
     """mIoU over all test sets: of the family with the truth and with the lesson, of the others."""
     truth: list[Sample] = []
     answers: dict[str, Any] = {}
@@ -171,7 +187,7 @@ def judged(folder: Path, tests: dict[str, Path], family: str) -> dict[str, float
         answers |= read_predictions(folder / f"student-{data.stem}.jsonl")
     mine = [sample for sample in truth if sample.source == family]
     others = [sample for sample in truth if sample.source != family]
-    lesson = [taught(sample, family) for sample in mine]
+    lesson = [taught(sample, family, shift_s) for sample in mine]
     return {
         "n": len(mine),
         "family": evaluate(mine, answers).miou,
@@ -218,8 +234,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="folder for videos and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--family", default="moves right", help="the event family that is taught wrongly")
-    parser.add_argument("--lessons", type=int, default=200, help="videos that the teacher is spoilt on")
-    parser.add_argument("--lesson-steps", type=int, default=100)
+    parser.add_argument("--shift", type=float, default=3.0, help="seconds by which its spans are wrong")
+    parser.add_argument(
+        "--share", type=float, default=1 / 3, help="of the candidates that are of that family"
+    )
+    parser.add_argument("--lessons", type=int, default=400, help="videos that the teacher is spoilt on")
+    parser.add_argument("--lesson-steps", type=int, default=150)
     parser.add_argument("--lesson-lr", type=float, default=1e-3)
     parser.add_argument("--videos", type=int, default=240, help="of the pool, four candidates each")
     parser.add_argument("--k", type=int, default=320, help="rows that each arm trains on")

@@ -46,6 +46,8 @@ class ModelConfig:
     # that it does not fit (prefix engine; the plain one keeps). ours
     gradient_checkpointing: bool | None = None
     freeze: tuple[ModelPart, ...] = ()  # ours: nothing is frozen
+    # With several processes: "fsdp2" keeps master weights and the optimiser's state in shards. ours
+    sharding: Literal["fsdp2"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def test_the_probe_counts_changed_weights():
     with torch.no_grad():
         parameters[0][0] += 1e-6  # 10 weights, below the rounding step of bfloat16
         parameters[1][:30] += 1.0
-    assert probe.changed(before) == (40 / 400, 30 / 400)
+    assert probe.changed(before) == (40, 30, 400)
 
 
 def test_a_subset_estimates_the_share():
@@ -147,8 +147,9 @@ def test_a_subset_estimates_the_share():
     assert before.numel() == 4000
     with torch.no_grad():
         parameters[2].add_(1.0)
-    share, _ = probe.changed(before)
-    assert abs(share - 20_000 / 30_001) < 0.03
+    changed, _, size = probe.changed(before)
+    assert size == 4000
+    assert abs(changed / size - 20_000 / 30_001) < 0.03
     assert torch.equal(WeightProbe(parameters, seed=1, size=4000).read(), probe.read())
 
 

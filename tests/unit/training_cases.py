@@ -18,12 +18,12 @@ from model_cases import encode, model, processor
 from video_opd.algorithms.registry import make_method
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
-from video_opd.models.loading import load_model
+from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Teacher
 from video_opd.models.teachers import LocalTeacher, WithoutAdapters
-from video_opd.training.build import Parts, adapt, freeze, make_optimizer, usable_samples
+from video_opd.training.build import Parts, adapt, freeze, prepare, usable_samples
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
@@ -80,11 +80,15 @@ class Build:
             adapt(student, recipe, weights)
         else:
             freeze(student, recipe.model)
-        optimizer = make_optimizer([p for p in student.parameters() if p.requires_grad], recipe.optim)
-        forward_module, optimizer = accelerator.prepare(student, optimizer)
+        forward_module, optimizer = prepare(recipe, accelerator, student)
         recompute = bool(recipe.model.gradient_checkpointing)
         policy = HFPolicy(
-            student, processor(), self.engine, forward_module=forward_module, recompute=recompute
+            student,
+            processor(),
+            self.engine,
+            compute_dtype=None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype],
+            forward_module=forward_module,
+            recompute=recompute,
         )
         teacher = HFPolicy(model(self.teacher_seed, sharpness=8.0), processor(), self.engine)
         return Parts(

@@ -19,7 +19,7 @@ from torch import nn
 
 from video_opd.config import LoraConfig
 from video_opd.errors import UserError
-from video_opd.models.parts import part_modules
+from video_opd.models.parts import part_modules, state_of
 from video_opd.seeds import derive_seed
 
 NAME = "default"  # peft keeps adapters by name; we have one
@@ -127,24 +127,30 @@ def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
         del model.peft_config
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Writes what is trained: the adapter in peft's format, beside it the parts trained in full, if any."""
+def save_adapter(model: nn.Module, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes what is trained: the adapter in peft's format, beside it the parts trained in full, if any.
+
+    ``state`` has the model's weights, where they are not what it holds.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     inner: Any = model
+    state = state or state_of(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     inner.peft_config[NAME].save_pretrained(folder)
     # Without looking for embeddings: peft would ask a hub about the base.
-    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=NAME, save_embedding_layers=False
+    )
     save_file(
         {f"{_PREFIX}{name}": weight.contiguous() for name, weight in weights.items()},
         folder / WEIGHTS,
         metadata={"format": "pt"},
     )
     if full := trained_in_full(model):
-        held = {name: weight.detach().contiguous() for name, weight in full.items()}
+        held = {name: state[name].contiguous() for name in full}
         save_file(held, folder / FULL_WEIGHTS)
 
 

@@ -35,3 +35,14 @@ def cast_weights(model: nn.Module, dtype: torch.dtype, *, frozen_only: bool = Fa
     for parameter in model.parameters():
         if not (frozen_only and parameter.requires_grad):
             parameter.data = parameter.data.to(dtype)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What ``state_dict`` gives of a plain model, from what its modules hold now: FSDP's own hooks would put
+    a gathered model into shards again."""
+    state: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+    return state

@@ -26,6 +26,7 @@ from video_opd.models.teachers import LocalTeacher, RoutedTeacher, WithoutAdapte
 from video_opd.progress import log
 from video_opd.training.memory import recomputes
 from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import is_sharded, shard, sharding_asked
 from video_opd.types import EncodedPrompt, Sample
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
         getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
-    forward_module, optimizer = accelerator.prepare(model, optimizer)
+    forward_module, optimizer = prepare(recipe, accelerator, model)
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
     policy = HFPolicy(
         model,
@@ -109,6 +109,18 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         # An evaluation counts what is missing; it does not stop for it.
         evaluation_loader=prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0),
     )
+
+
+def prepare(
+    recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """(what forwards with gradients go through, optimiser), for one process or several."""
+    if sharding_asked(recipe):
+        shard(model, DTYPES[recipe.model.dtype], accelerator.device)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+    if is_sharded(model):
+        return model, accelerator.prepare(optimizer)
+    return accelerator.prepare(model, optimizer)
 
 
 def load_student(

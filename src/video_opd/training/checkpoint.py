@@ -26,6 +26,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation.opened import MODEL_FACTS
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
+from video_opd.models.parts import state_of
 
 ADAPTER = "adapter"
 _PREFIX = "step-"
@@ -75,17 +76,20 @@ def save_checkpoint(
     processor: Any,
     training: Mapping[str, Any],
     recipe: Recipe,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
     """Writes ``root/step-N`` and deletes all but the newest ``run.keep_checkpoints``.
+
+    ``weights`` is the model's state dict, where it does not hold that itself.
 
     Raises :class:`UserError` when the disk is full; older checkpoints are untouched then.
     """
     path = root / f"{_PREFIX}{step}"
     with _written_beside(path) as folder:
         if has_adapters(model):
-            save_adapter(model, folder / ADAPTER)
+            save_adapter(model, folder / ADAPTER, weights)
         else:
-            _fill_model_folder(model, processor, folder / "model", recipe)
+            _fill_model_folder(model, processor, folder / "model", recipe, weights)
         torch.save(dict(training), folder / "training.pt")
         state = {"step": step, "files": _sizes(folder)}
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -136,9 +140,15 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _fill_model_folder(model: Any, processor: Any, folder: Path, recipe: Recipe) -> None:
+def _fill_model_folder(
+    model: Any,
+    processor: Any,
+    folder: Path,
+    recipe: Recipe,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     with no_library_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state or state_of(model))
     processor.save_pretrained(folder)
     video = {name: value for name, value in asdict(recipe.video).items() if name != "backend"}
     facts = {"method": recipe.method, "video": video, "prompt": asdict(recipe.prompt)}

@@ -34,6 +34,7 @@ from video_opd.training.checks import check_first_prompts
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
 from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import Shards, load_optimizer_state, optimizer_state, sharding_asked
 from video_opd.training.step import Prepared, Stepper, StepResult
 from video_opd.training.weights import WeightProbe
 
@@ -94,7 +95,7 @@ class Run:
         self.plan = BatchPlan.of(recipe, parts.samples)
         self.watch = Stopwatch(settle=_settle(accelerator.device))
         self.stepper = Stepper(recipe, accelerator, parts, self.watch)
-        self.probe = WeightProbe(parts.parameters, derive_seed(recipe.run.seed, "weights"))
+        self.probe = WeightProbe(self.stepper.shards.parameters, derive_seed(recipe.run.seed, "weights"))
 
     def steps(self, start: int) -> None:
         """Steps ``start`` … to the last, each with its metrics row and, where one is due, a checkpoint."""
@@ -136,7 +137,7 @@ class Run:
         records = sorted(
             gather_object(list(result.records)), key=lambda record: (record.position, record.index)
         )
-        as_held, as_bf16 = self.probe.changed(before)
+        as_held, as_bf16, read = map(sum, zip(*gather_object([self.probe.changed(before)]), strict=True))
         row: dict[str, Any] = {
             "step": step + 1,
             **rollout_metrics(records, self.recipe.loss.clip),
@@ -144,8 +145,8 @@ class Run:
             "update/grad_norm": result.grad_norm,
             "update/lr": lr,
             "update/done": int(result.updated),
-            "weights/changed": as_held,
-            "weights/changed_bf16": as_bf16,
+            "weights/changed": as_held / read,
+            "weights/changed_bf16": as_bf16 / read,
             **token_counts(
                 records,
                 self.recipe.model.engine == "prefix",
@@ -173,8 +174,9 @@ class Run:
         from accelerate.utils import gather_object
 
         with self.watch.stage("checkpoint"):
+            weights = self.stepper.shards.state()
             training = {
-                "optimizer": self.parts.optimizer.state_dict(),
+                "optimizer": optimizer_state(self.parts.optimizer),
                 "random": gather_object([checkpoints.random_state()]),
             }
             if self.accelerator.is_main_process:
@@ -185,6 +187,7 @@ class Run:
                     processor=self.parts.processor,
                     training=training,
                     recipe=self.recipe,
+                    weights=weights,
                 )
             self.accelerator.wait_for_everyone()
 
@@ -231,6 +234,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     from accelerate.utils import set_seed
 
     check_trackers(recipe)
+    sharding_asked(recipe)
     accelerator = Accelerator(
         # The policy casts by itself, so that sampling, scoring and training are cast alike.
         mixed_precision="no",
@@ -263,7 +267,7 @@ def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Acc
     if saved is None:
         return 0
     state = checkpoints.load_training_state(saved)
-    parts.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(parts.optimizer, state["optimizer"])
     states = state["random"]
     checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
     log(f"continuing after step {saved.step} ({saved.path})")
@@ -271,6 +275,7 @@ def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Acc
 
 
 def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> RunResult:
+    Shards(parts.model).dissolve()
     if accelerator.is_main_process:
         if has_adapters(parts.model):  # before model/, which says that all is there
             checkpoints.save_adapter_folder(parts.model, folder.adapter)

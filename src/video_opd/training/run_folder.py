@@ -70,8 +70,8 @@ class RunFolder:
         before = dict(flatten(yaml.safe_load(self.recipe.read_text(encoding="utf-8")) or {}))
         now = dict(flatten(to_dict(recipe)))
         for key in dict.fromkeys((*now, *before)):
-            # The folder may have been moved, or be named from elsewhere.
-            if key == "run.dir" or key.startswith(ignored):
+            # The folder may have been moved, or be named from elsewhere; shards change no result.
+            if key in ("run.dir", "model.sharding") or key.startswith(ignored):
                 continue
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if old != new:

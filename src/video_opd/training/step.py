@@ -28,6 +28,7 @@ from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row, micro_batches
 from video_opd.training.build import Parts
 from video_opd.training.metrics import RolloutRecord, Stopwatch
+from video_opd.training.sharding import Shards, whole
 from video_opd.training.trajectories import check_ratio, make_records, make_trajectories, without_nonfinite
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
@@ -75,6 +76,7 @@ class Stepper:
         )
         # Scored as it was sampled; the teacher's own distribution is never sharpened.
         self.temperature = recipe.sampling.temperature if self.needs.sampling else 1.0
+        self.shards = Shards(parts.model)
         self.reads_once = self.needs.sampling and recipe.model.engine == "prefix"
 
     @property
@@ -110,7 +112,8 @@ class Stepper:
         for i, piece in enumerate(prepared.pieces if prepared.divisor != 0 else ()):
             last = i + 1 == len(prepared.pieces)
             # Gradients are added up locally and exchanged once, by the backward of the last piece.
-            with self.accelerator.no_sync(self.parts.forward_module) if not last else nullcontext():
+            alone = self.shards.units or not last  # shards are reduced when all is added up
+            with self.accelerator.no_sync(self.parts.forward_module) if alone else nullcontext():
                 if piece.rows:
                     part, new = self._update(piece, assumed, step if samples else None)
                     records += new
@@ -122,9 +125,7 @@ class Stepper:
         if not prepared.divisor:  # no video of the whole batch could be decoded
             self.parts.optimizer.zero_grad(set_to_none=True)
             return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
-        if assumed != prepared.divisor:
-            self._scale_gradients(assumed / prepared.divisor)
-        grad_norm, updated = self._apply(step)
+        grad_norm, updated = self._apply(step, assumed / prepared.divisor)
         return StepResult(
             records=records, loss=loss * assumed / prepared.divisor, grad_norm=grad_norm, updated=updated
         )
@@ -224,19 +225,20 @@ class Stepper:
 
         with self.watch.stage("update"):
             if parts.forward_module is parts.model:
-                return  # one process: nobody waits for it
+                return  # one process, or shards: nobody waits for it
             self.accelerator.backward(call_through(parts.forward_module, parts.model, zero))
 
-    def _scale_gradients(self, factor: float) -> None:
-        for parameter in self.parts.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-
-    def _apply(self, step: int) -> tuple[float, bool]:
-        """Clips and steps: (global gradient norm before clipping, whether the weights were touched)."""
+    def _apply(self, step: int, factor: float) -> tuple[float, bool]:
+        """Clips and steps, with ``factor`` times the gradients that were added up: (global gradient norm
+        before clipping, whether the weights were touched)."""
         parts, optim = self.parts, self.recipe.optim
         with self.watch.stage("update"):
-            norm = float(self.accelerator.clip_grad_norm_(parts.parameters, optim.max_grad_norm))
+            self.shards.reduce()
+            parameters = self.shards.parameters
+            for parameter in parameters if factor != 1.0 else ():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+            norm = whole(self.accelerator.clip_grad_norm_(parameters, optim.max_grad_norm)).item()
             finite = math.isfinite(norm)
             if not finite and self.recipe.loss.nonfinite == "raise":
                 raise UserError(
@@ -246,4 +248,5 @@ class Stepper:
             if finite:
                 parts.optimizer.step()
             parts.optimizer.zero_grad(set_to_none=True)
+            self.shards.gather()
         return norm, finite

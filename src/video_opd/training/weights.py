@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 SUBSET = 100_000
 
@@ -14,30 +15,31 @@ class WeightProbe:
     """Reads the same ``size`` weights before and after a step.
 
     The positions are drawn once, uniformly over all trainable weights, from ``seed``; of a model with no more
-    than ``size`` weights, every one is read.
+    than ``size`` weights, every one is read. Of weights in shards, each process has its own.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], seed: int, size: int = SUBSET) -> None:
-        self.parameters = parameters
-        ends = np.cumsum([parameter.numel() for parameter in parameters])
+        self.weights = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        ends = np.cumsum([weight.numel() for weight in self.weights])
         total = int(ends[-1])
         positions = np.arange(total)
         if total > size:
             positions = np.sort(np.random.Generator(np.random.Philox(seed)).integers(total, size=size))
         owner = np.searchsorted(ends, positions, side="right")
-        starts = ends - [parameter.numel() for parameter in parameters]
+        starts = ends - [weight.numel() for weight in self.weights]
         self.picks = [
-            (i, torch.from_numpy(positions[owner == i] - starts[i]).to(parameters[i].device))
+            (i, torch.from_numpy(positions[owner == i] - starts[i]).to(self.weights[i].device))
             for i in np.unique(owner).tolist()
         ]
 
     @torch.no_grad()
     def read(self) -> torch.Tensor:
-        return torch.cat([self.parameters[i].detach().flatten()[where].cpu() for i, where in self.picks])
+        return torch.cat([self.weights[i].detach().flatten()[where].cpu() for i, where in self.picks])
 
-    def changed(self, before: torch.Tensor) -> tuple[float, float]:
-        """Shares of the subset that differ now: as they are held, and as rounded to bfloat16."""
+    def changed(self, before: torch.Tensor) -> tuple[int, int, int]:
+        """How many of the subset differ now: as they are held, and as rounded to bfloat16; how many there
+        are."""
         now = self.read()
-        as_held = (now != before).double().mean().item()
-        as_bf16 = (now.bfloat16() != before.bfloat16()).double().mean().item()
-        return as_held, as_bf16
+        as_held = int((now != before).sum())
+        as_bf16 = int((now.bfloat16() != before.bfloat16()).sum())
+        return as_held, as_bf16, len(now)

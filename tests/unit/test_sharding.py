@@ -1,0 +1,145 @@
+"""Two processes (gloo), with DDP and with FSDP2, train as one does with the plain engine: every estimator,
+both modes of the prefix, adapters, a frozen part; and one goes on with what the others saved."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_cases import Build, assert_equal_to_rounding, free_port, make_recipe, rows_of, start, weights_of
+
+from video_opd.config import Recipe
+from video_opd.errors import UserError
+from video_opd.training.build import Parts
+from video_opd.training.loop import train
+from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import is_sharded, sharding_asked, whole
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "video-opd": {},
+    "video-opd recompute": {"model": {"gradient_checkpointing": True}},
+    "video-opd full": {"loss": {"estimator": "full", "reduction": "token_mean"}},
+    "video-opd top-k": {"loss": {"estimator": "topk"}},
+    "video-opd baseline": {"loss": {"baseline": "kl"}},
+    "video-opd frozen vision": {"model": {"freeze": ["vision"]}},
+    "video-opd adapters": {"lora": {"parts": ["language"], "rank": 4}},
+    "grpo": {
+        "sampling": {"rollouts": 3},
+        "reward": {"function": "training_cases:a_reward"},
+        "loss": {"kl_beta": 0.1},
+    },
+    "grpo recompute": {
+        "sampling": {"rollouts": 3},
+        "reward": {"function": "training_cases:a_reward"},
+        "model": {"gradient_checkpointing": True},
+    },
+    "sft": {},
+}
+
+
+def recipe_of(name: str, path: Path, *, sharded: bool, engine: str = "prefix", **run: Any) -> Recipe:
+    """Four optimiser steps of 6 prompts, two on each batch; two processes have 2 and 1 micro-batches."""
+    sections = {key: dict(value) for key, value in SETTINGS[name].items()}
+    sections["model"] = {
+        **sections.get("model", {}),
+        "engine": engine,
+        "sharding": "fsdp2" if sharded else None,
+    }
+    optim = {"lr": 1e-3, "max_grad_norm": 1e9, "updates_per_batch": 2, "max_steps": 4}
+    optim |= {"batch_size": 6, "micro_batch_size": 2}
+    return make_recipe(path, name.split()[0], **{**sections, "optim": optim, "run": run})
+
+
+class Recording(Build):
+    """Keeps the gradients of the first optimiser step, whole, in ``gradients.pt`` beside the run."""
+
+    def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
+        parts = super().__call__(recipe, accelerator, folder, weights)
+        step, kept = parts.optimizer.step, folder.path / "gradients.pt"
+        assert is_sharded(parts.model) == (accelerator.num_processes > 1 and recipe.model.sharding == "fsdp2")
+
+        def keep_and_step() -> None:
+            named = parts.model.named_parameters()
+            held = {name: whole(weight.grad).clone() for name, weight in named if weight.requires_grad}
+            if accelerator.is_main_process and not kept.exists():
+                torch.save(held, kept)
+            step()
+
+        parts.optimizer.step = keep_and_step
+        return parts
+
+
+def train_on_two(recipe: Recipe, build: Build) -> Path:
+    port = free_port()
+    processes = [start(rank, 2, port, recipe, build) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return Path(recipe.run.dir)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: Path):
+    plain = recipe_of(name, tmp_path / "plain", sharded=False, engine="plain")
+    one = train(plain, Recording(rows=12, engine="plain")).path
+    rows = rows_of(one / "metrics.jsonl")
+    assert [row["update/grad_norm"] > 0 for row in rows] == [True] * 4
+    expected = torch.load(one / "gradients.pt")
+    for sharded in (False, True):
+        recipe = recipe_of(name, tmp_path / f"sharded {sharded}", sharded=sharded)
+        two = train_on_two(recipe, Recording(rows=12))
+        assert_equal_to_rounding(one, two)
+        got = torch.load(two / "gradients.pt")
+        assert got.keys() == expected.keys()
+        off = math.sqrt(sum((got[key] - expected[key]).square().sum().item() for key in expected))
+        assert off < 1e-5 * math.sqrt(sum(grad.square().sum().item() for grad in expected.values()))
+
+
+@pytest.mark.parametrize("name", ["video-opd", "video-opd adapters"])
+def test_a_run_is_continued_on_another_number_of_processes(name: str, tmp_path: Path):
+    build = Build(rows=12)
+    one = train(recipe_of(name, tmp_path / "one", sharded=False, save_every=2), build).path
+    two = train_on_two(recipe_of(name, tmp_path / "two", sharded=True, save_every=2), build)
+    for source, path in ((one, tmp_path / "two-continue"), (two, tmp_path / "one-continues")):
+        shutil.copytree(source, path)
+        (path / "done.json").unlink()
+        shutil.rmtree(path / "model")
+        shutil.rmtree(path / "checkpoints" / "step-4")
+    continued = train_on_two(recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2), build)
+    assert_equal_to_rounding(one, continued)
+    train(recipe_of(name, tmp_path / "one-continues", sharded=False, save_every=2), build)
+    assert_equal_to_rounding(one, tmp_path / "one-continues")
+
+
+def test_shards_are_float32_where_the_computation_is_not(tmp_path: Path):
+    """bfloat16 rounds to 3 digits, and DDP's autocast keeps more in float32: alike, not equal."""
+    SETTINGS["sft bfloat16"] = {"model": {"dtype": "bfloat16"}}
+    found = []
+    for sharded in (False, True):
+        recipe = recipe_of("sft bfloat16", tmp_path / f"sharded {sharded}", sharded=sharded)
+        run = train_on_two(recipe, Recording(rows=12))
+        gradients = torch.load(run / "gradients.pt")
+        assert {grad.dtype for grad in gradients.values()} == {torch.float32}
+        assert {weight.dtype for weight in weights_of(run).values()} == {torch.float32}
+        # All but the embeddings of tokens that nobody wrote: a step of 1e-3 is lost on no float32 weight.
+        assert min(row["weights/changed"] for row in rows_of(run / "metrics.jsonl")) > 0.85
+        found.append(torch.cat([grad.flatten() for grad in gradients.values()]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.995
+    assert math.isclose(found[0].norm(), found[1].norm(), rel_tol=0.05)
+
+
+def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = recipe_of("video-opd", tmp_path, sharded=True)
+    assert not sharding_asked(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sharding_asked(recipe)
+    assert not sharding_asked(recipe_of("video-opd", tmp_path, sharded=False))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="set model"):
+        sharding_asked(recipe)
