@@ -66,6 +66,19 @@ def test_a_bench_compares_equal_work() -> None:
     json.dumps(records)
 
 
+def test_long_prompts_are_not_sampled_without_a_cache() -> None:
+    records = bench_engine(
+        model(sharpness=8), processor(), model(1, sharpness=8), lengths=[60], rollouts=2, repeats=1, tokens=3,
+        memory=False, plain_up_to=50,
+    )  # fmt: skip
+    assert [record["reference"] for record in records] == [
+        "plain update", "plain update", "cached, one by one", "cached, one by one",
+    ]  # fmt: skip
+    for record in records:
+        assert "plain" not in record["ways"]
+        assert record["ways"][record["reference"]]["speedup"]["median"] == 1
+
+
 def test_other_results_are_an_error() -> None:
     def answered(logprob: float, token: int = 3) -> list[list[Rollout]]:
         return [[Rollout(token_ids=(token,), logprobs=(logprob,), text="", truncated=True)]]

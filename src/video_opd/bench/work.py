@@ -25,7 +25,7 @@ from video_opd.training.build import Parts, make_optimizer
 from video_opd.training.loop import make_accelerator
 from video_opd.training.metrics import Stopwatch
 from video_opd.training.step import Stepper, StepResult
-from video_opd.types import Clip, EncodedPrompt, Sample
+from video_opd.types import Clip, EncodedPrompt, Rollout, Sample
 
 Engine = Literal["plain", "prefix"]
 FPS = 2.0
@@ -96,6 +96,17 @@ def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts:
     return recipe
 
 
+class PlainUpdates(HFPolicy):
+    """Samples with a cache, as ``generate`` does; differentiates each answer with its prompt before it."""
+
+    def __init__(self, model: Any, processor: Any, *, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, processor, "plain", compute_dtype=compute_dtype)
+        self.sampler = HFPolicy(model, processor, "prefix", compute_dtype=compute_dtype)
+
+    def sample(self, *prompts: Any, **settings: Any) -> list[list[Rollout]]:
+        return self.sampler.sample(*prompts, **settings)
+
+
 class OneAnswer(GRPO):
     """GRPO where a group of one is not refused: it teaches nothing, but here it only has to cost."""
 
@@ -104,7 +115,10 @@ class OneAnswer(GRPO):
 
 
 class Steps:
-    """Optimiser steps of one method by one engine, at a rate of 0: every step is the first."""
+    """Optimiser steps of one method by one engine, at a rate of 0: every step is the first.
+
+    ``cached``: the plain engine samples with a cache.
+    """
 
     def __init__(
         self,
@@ -119,14 +133,18 @@ class Steps:
         dtype: str = "float32",
         tokens: int = 16,
         recompute: bool = False,
+        cached: bool = False,
     ) -> None:
         recipe = step_recipe(method, engine, rollouts, dtype=dtype, prompts=len(prompts), tokens=tokens)
         compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
         if recompute:  # layers that are checkpointed by transformers are a model of their own
             model = checkpointed(model, engine)
-        policy = HFPolicy(
-            model, processor, engine, compute_dtype=compute_dtype, recompute=recompute and engine == "prefix"
-        )
+        policy: HFPolicy
+        if cached and engine == "plain":
+            policy = PlainUpdates(model, processor, compute_dtype=compute_dtype)
+        else:
+            again = recompute and engine == "prefix"
+            policy = HFPolicy(model, processor, engine, compute_dtype=compute_dtype, recompute=again)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
         for group in optimizer.param_groups:
             group["lr"] = 0.0

@@ -301,6 +301,7 @@ def bench_engine(arguments: argparse.Namespace) -> None:
         tokens=arguments.max_new_tokens,
         side_px=arguments.frame_side,
         memory=not arguments.no_memory,
+        plain_up_to=arguments.plain_up_to,
     )
     if arguments.json:
         write_text(arguments.json, as_json(record) + "\n")

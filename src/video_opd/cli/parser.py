@@ -396,6 +396,10 @@ def _bench(commands: Any) -> None:
         "--lengths", type=_positive, nargs="+", default=[300, 1000, 3000], metavar="N",
         help="prompt tokens; default: 300 1000 3000",
     )  # fmt: skip
+    engine.add_argument(
+        "--plain-up-to", type=_positive, default=1500, metavar="N",
+        help="of longer prompts nothing is sampled without a cache; default: 1500",
+    )  # fmt: skip
     engine.add_argument("--prompts", type=_positive, default=1, metavar="N", help="of a step; default: 1")
     engine.add_argument("--rollouts", type=_positive, default=8, metavar="G", help="of GRPO; default: 8")
     engine.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns; default: 5")
