@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from model_cases import model, processor
 
+from video_opd.bench import data as bench
 from video_opd.bench.engine import bench_engine, same_answers, same_step, table
 from video_opd.bench.timing import peak_bytes, quartiles, summary, take_turns
 from video_opd.bench.work import QUERIES, Steps, prompts_of
 from video_opd.cli import main
+from video_opd.data.budget import VideoBudget
+from video_opd.errors import UserError
 from video_opd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -107,3 +113,44 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixtu
     share = 100 * opd["plain"]["seconds"] / grpo["plain"]["seconds"]
     assert f"a step of video-opd is {share:.0f}% of grpo's (plain)" in printed
     assert record["machine"]["torch"] == torch.__version__
+
+
+def library_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives qwen-vl-utils a decoder, which it brings none of: PyAV, all frames."""
+    library = pytest.importorskip("qwen_vl_utils.vision_process")
+
+    def read(ele: dict[str, Any]) -> Any:
+        with av.open(ele["video"]) as container:
+            frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        count = library.smart_nframes(ele, total_frames=len(frames), video_fps=30.0)
+        index = torch.linspace(0, len(frames) - 1, count).round().long()
+        facts = {"fps": 30.0, "frames_indices": index.tolist(), "total_num_frames": len(frames)}
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)[index], facts, 2.0
+
+    monkeypatch.setitem(library.VIDEO_READER_BACKENDS, "decord", read)
+    monkeypatch.setattr(library, "get_video_reader_backend", lambda: "decord")
+
+
+def test_the_data_path_is_compared_on_what_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = bench.make_videos(tmp_path, [3], (64, 96))
+    library_reads(path, monkeypatch)
+    one, all_of_them = bench.bench_data(processor(), [path], budget=VideoBudget(), repeats=2)
+    assert one["video"] == "96x64, 3 s, 30 fps" and one["frames"] == 6
+    same = one["differences"]
+    assert same["video_tokens"] == same["video_tokens_library"] > 0 and same["pixels"] < 0.02
+    assert one["ways"]["qwen-vl-utils"]["speedup"]["median"] == 1
+    assert all_of_them["frames"] == 12 and "| all, 2 times |" in bench.table([one, all_of_them])
+    # Once more, what is shown is not the same: another budget.
+    theirs = bench.by_library(processor(), path, VideoBudget(max_frames=4))
+    ours = bench.by_ours(processor(), path, VideoBudget())
+    found = bench.differences(theirs, ours)
+    assert found["video_tokens"] > found["video_tokens_library"] and "pixels" not in found
+
+
+def test_without_a_decoder_the_library_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("qwen_vl_utils.vision_process")
+    monkeypatch.setattr(library, "get_video_reader_backend", lambda: "torchvision")
+    with pytest.raises(UserError, match="pip install decord"):
+        bench.library_backend()

@@ -309,6 +309,31 @@ def bench_engine(arguments: argparse.Namespace) -> None:
     print("\n".join(["", *against_grpo(record["results"])]))
 
 
+def bench_data(arguments: argparse.Namespace) -> None:
+    import sys
+    import tempfile
+
+    import torch
+
+    from video_opd.bench.data import bench_data as run
+    from video_opd.bench.data import make_videos, table
+    from video_opd.bench.timing import machine
+    from video_opd.data.describe import read_budget
+    from video_opd.models.loading import load_processor
+    from video_opd.world.demo import shipped
+
+    processor = load_processor(arguments.model or shipped("tiny-base"))
+    budget = read_budget(arguments.overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = [Path(video) for video in arguments.videos]
+        videos = videos or make_videos(Path(folder), (10, 60, 180), (360, 640))
+        results = run(processor, videos, budget=budget, repeats=arguments.repeats, workers=arguments.workers)
+    record = {"command": sys.argv[1:], "machine": machine(torch.device("cpu")), "results": results}
+    if arguments.json:
+        write_text(arguments.json, as_json(record) + "\n")
+    print(table(results))
+
+
 def data_convert(arguments: argparse.Namespace) -> None:
     from video_opd.data.tables import conversion_lines, format_lines
 

@@ -379,7 +379,7 @@ def _bench(commands: Any) -> None:
         commands,
         "bench",
         "bench_engine",
-        "what the engines cost, as ratios in one run",
+        "what the engines and the data path cost, as ratios in one run",
         "video-opd bench engine --lengths 400 1000 --json engine.json",
     )
     subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
@@ -411,6 +411,19 @@ def _bench(commands: Any) -> None:
     engine.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
     engine.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     engine.add_argument("--json", metavar="OUT.json", help="also write everything there")
+    data = _command(
+        subjects,
+        "data",
+        "bench_data",
+        "from a video file to a prompt, against qwen-vl-utils and the processor",
+        "video-opd bench data holiday.mp4 lecture.mkv --json data.json",
+        overrides=True,
+    )
+    data.add_argument("videos", nargs="*", metavar="VIDEO", help="default: three that are made")
+    data.add_argument("--model", metavar="M", help="whose processor; default: the shipped tiny base")
+    data.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns; default: 5")
+    data.add_argument("--workers", type=_positive, default=2, metavar="N", help="default: 2")
+    data.add_argument("--json", metavar="OUT.json", help="also write everything there")
 
 
 def _data_convert(actions: Any) -> None:

@@ -38,7 +38,7 @@ def load_model(
     config = _read(path, "config.json", AutoConfig.from_pretrained)
     if config.model_type != "qwen3_vl":
         raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with 'qwen3_vl' checkpoints")
-    processor = _load_processor(path)
+    processor = load_processor(path)
     with no_library_bars():
         model, report = _read(
             path,
@@ -148,7 +148,8 @@ def _check_folder(path: str | Path) -> None:
         raise UserError(f"{path}: no such model folder")  # "organisation/name" may be on a hub
 
 
-def _load_processor(path: str | Path) -> Qwen3VLProcessor:
+def load_processor(path: str | Path) -> Qwen3VLProcessor:
+    """The processor of a checkpoint. Raises :class:`UserError` where there is none of Qwen3-VL's."""
     from transformers import AutoProcessor, Qwen3VLProcessor
 
     processor = _read(path, "the processor", AutoProcessor.from_pretrained)
