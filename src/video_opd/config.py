@@ -94,7 +94,7 @@ class DataConfig:
     limit: int | None = None  # only the first rows
     shuffle: bool = True  # a permutation an epoch, a function of (run.seed, epoch)
     workers: int = 2  # decoding in the background; 0: in the training process
-    prefetch: int = 8  # videos made ahead
+    prefetch: int | None = None  # videos made ahead; none: those of a batch, so that the next one is ready
     max_failed_share: float = 0.05  # a run stops when more videos than this cannot be decoded
     cache_dir: str | None = None  # keeps decoded clips on disk
 
@@ -102,7 +102,7 @@ class DataConfig:
         need(bool(self.train), "data.train is empty: name a data file (JSON Lines)")
         need(self.limit is None or self.limit >= 1, "data.limit must be at least 1 (none: all rows)")
         need(self.workers >= 0, "data.workers must not be negative")
-        need(self.prefetch >= 1, "data.prefetch must be at least 1")
+        need(self.prefetch is None or self.prefetch >= 1, "data.prefetch must be at least 1")
         need(0.0 <= self.max_failed_share <= 1.0, "data.max_failed_share is a share: between 0 and 1")
 
 

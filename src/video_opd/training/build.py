@@ -218,6 +218,7 @@ def prompt_loader(
 ) -> Loader:
     """Decodes and encodes in the background, as the recipe says."""
     data, encoder = recipe.data, PromptEncoder(processor, recipe.prompt)
+    a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
 
     def load(samples: Sequence[Sample]) -> PromptLoader:
         return PromptLoader(
@@ -225,7 +226,7 @@ def prompt_loader(
             encoder,
             VideoBudget.of(recipe.video),
             workers=data.workers,
-            prefetch=data.prefetch,
+            prefetch=data.prefetch or a_batch,
             skipped_path=skipped_path,
             max_failed_share=max_failed_share,
             backend=recipe.video.backend,
