@@ -3,8 +3,12 @@ both modes of the prefix, adapters, a frozen part; and one goes on with what the
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +147,30 @@ def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="set model"):
         sharding_asked(recipe)
+
+
+def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
+    """Also where there is no accelerator: Accelerate's own answer there is several runs in one folder."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from test_sharding import Recording, recipe_of\n"
+        "from video_opd.training.loop import train\n"
+        "train(recipe_of('sft', Path(sys.argv[1]), sharded=True), Recording(rows=12))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "two")],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "two" / "environment.json").read_text())
+    assert facts["processes"] == 2
+    one = train(recipe_of("sft", tmp_path / "one", sharded=False), Recording(rows=12)).path
+    assert_equal_to_rounding(one, tmp_path / "two")

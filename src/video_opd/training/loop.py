@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -235,12 +236,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     check_trackers(recipe)
     sharding_asked(recipe)
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
+        # Under torchrun without an accelerator, Accelerate would start as many runs as there are processes.
+        cpu=asked > 1 and not torch.accelerator.is_available(),
         # The policy casts by itself, so that sampling, scoring and training are cast alike.
         mixed_precision="no",
         log_with=list(recipe.run.trackers) or None,
         project_dir=recipe.run.dir,
     )
+    if accelerator.num_processes != asked:
+        raise UserError(
+            f"the launcher started {asked} processes, but Accelerate joined {accelerator.num_processes}; "
+            "use torchrun, or accelerate launch --multi_gpu"
+        )
     set_seed(recipe.run.seed)
     return accelerator
 
