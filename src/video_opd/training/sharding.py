@@ -24,6 +24,7 @@ from torch import nn
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.modes import call_through
+from video_opd.models.parts import state_of
 
 UNITS = ("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock")  # are gathered and reduced one at a time
 
@@ -109,33 +110,35 @@ class Shards:
         self._in_shards()
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """The state dict of master weights, on the CPU; None where the model can give it by itself."""
+        """The state dict of master weights, on the CPU of the first process (others get none of it); None
+        where the model can give it by itself."""
         if not self.units:
             return None
         self._in_shards()
-        found: dict[int, torch.Tensor] = {}
-        state: dict[str, torch.Tensor] = {}
+        parameters = dict(self.model.named_parameters())  # one that has two names, once
+        gathered = {id(parameter): on_first(parameter.detach()) for parameter in parameters.values()}
+        state = state_of(self.model)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) not in found:
-                found[id(parameter)] = whole(parameter.detach()).cpu()
-            state[name] = found[id(parameter)]
+            tensor = gathered[id(parameter)]
+            if tensor is None:
+                del state[name]
+            else:
+                state[name] = tensor
         self.gather()
-        for prefix, module in self.model.named_modules():
-            for name, buffer in module.named_buffers(prefix, recurse=False):
-                if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                    state[name] = buffer.cpu()
         return state
 
     def dissolve(self) -> None:
-        """Whole for good, with master weights: to be evaluated and saved by whoever wants to, and no longer
-        trained."""
-        state = self.state()
-        for name, tensor in (state or {}).items():
+        """Whole for good, on the first process with master weights: to be evaluated and saved there, and no
+        longer trained."""
+        masters: dict[int, nn.Parameter] = {}  # a tensor that has two names stays one
+        for name, tensor in (self.state() or {}).items():
             prefix, _, own = name.rpartition(".")
             module = self.model.get_submodule(prefix)
             held = module._parameters.get(own)
             if held is not None:  # FSDP, which watches each forward, finds its own copy gathered
-                module._parameters[own] = nn.Parameter(tensor.to(held.device), held.requires_grad)
+                if id(held) not in masters:
+                    masters[id(held)] = nn.Parameter(tensor.to(held.device), held.requires_grad)
+                module._parameters[own] = masters[id(held)]
 
     def _in_shards(self) -> None:
         for unit in self.units:
@@ -149,12 +152,19 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def on_first(tensor: torch.Tensor) -> torch.Tensor | None:
+    """On the CPU of the first process; every process together."""
+    value = whole(tensor)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return value.cpu() if first else None
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Of all weights, whoever holds the shards, on the CPU; every process together."""
+    """Of all weights, whoever holds the shards, on the CPU of the first process; every process together."""
     state = optimizer.state_dict()
     moments = {
         index: {
-            key: whole(value).cpu() if isinstance(value, torch.Tensor) else value
+            key: on_first(value) if isinstance(value, torch.Tensor) else value
             for key, value in of_one.items()
         }
         for index, of_one in state["state"].items()
