@@ -181,6 +181,7 @@ class Stepper:
             student = parts.policy.logprobs(
                 prefix, responses, grad=True, full=self.full, temperature=self.temperature
             )
+            del prefix  # the graph keeps what it needs of keys and values
             if piece.batch is None:
                 limit = recipe.loss.max_importance_weight
                 batch = make_trajectories(piece.rows, piece.groups, student, teacher, reference, limit)
