@@ -1,0 +1,122 @@
+"""ms-swift's GRPO, GKD and OPD-RL on the tiny model: ``with_ms_swift.py SETTINGS.json RECORD.json``.
+
+In ms-swift's own environment, through ``swift rlhf``'s own pipeline and arguments. OPD-RL is what ms-swift
+calls GRPO with a teacher and no reward: the advantage of a sampled token is the teacher's log-prob less the
+student's, which is what Video-OPD optimises; GKD compares whole distributions.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import Any
+
+from measure import Measure, Tokens, read_settings, write_record
+
+REWARD, CALLBACK = "peers_reward", "peers_measure"
+
+
+def arguments(asked: dict[str, Any]) -> list[str]:
+    """Of ``swift rlhf``."""
+    method, answers = asked["method"], asked["prompts"] * asked["rollouts"]
+    given: dict[str, Any] = {
+        "rlhf_type": "gkd" if method == "gkd" else "grpo",
+        "model": asked["model"],
+        "model_type": "qwen3_vl",
+        "template": "qwen3_vl",
+        "torch_dtype": "float32",
+        "bf16": "false",
+        "fp16": "false",
+        "use_cpu": "true",
+        "attn_impl": "sdpa",
+        "tuner_type": "full",
+        "freeze_vit": "false",
+        "freeze_aligner": "false",
+        "freeze_llm": "false",
+        "dataset": asked["rows"],
+        "dataset_shuffle": "false",
+        "train_dataloader_shuffle": "false",
+        "max_length": "4096",
+        "use_vllm": "false",
+        "max_completion_length": asked["tokens"],
+        "temperature": "1.0",
+        "top_p": "1.0",
+        "per_device_train_batch_size": asked["answers_at_once"],
+        "gradient_accumulation_steps": answers // asked["answers_at_once"],
+        "max_steps": asked["steps"],
+        "learning_rate": asked["lr"],
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "weight_decay": "0",
+        "max_grad_norm": "1.0",
+        "gradient_checkpointing": "false",
+        "vit_gradient_checkpointing": "false",
+        "dataloader_num_workers": "0",
+        "seed": asked["seed"],
+        "output_dir": asked["folder"],
+        "add_version": "false",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "logging_steps": "1",
+        "callbacks": CALLBACK,
+    }
+    if method == "grpo":
+        given |= {"num_generations": asked["rollouts"], "beta": "0", "reward_funcs": REWARD}
+    elif method == "opd-rl":
+        given |= {"num_generations": "1", "beta": "0", "teacher_model": asked["teacher"]}
+    else:
+        # lmbda 1: every answer is the student's own; beta 1: the reverse KL, over the whole vocabulary
+        given |= {"lmbda": "1", "beta": "1", "teacher_model": asked["teacher"]}
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+
+
+def main(settings_path: str, record_path: str) -> None:
+    asked = read_settings(settings_path)
+    shutil.rmtree(asked["folder"], ignore_errors=True)
+    # Before the import: nothing is asked of a hub, and a frame keeps the size that its file has.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HF": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {
+        "FPS": str(asked["fps"]),
+        "VIDEO_MIN_TOKEN_NUM": str(asked["frame_tokens"]),
+        "VIDEO_MAX_TOKEN_NUM": str(asked["frame_tokens"]),
+    }
+
+    import reward
+    import swift
+    import torch
+    import transformers
+    from swift.callbacks import TrainerCallback, callbacks_map
+    from swift.pipelines import rlhf_main
+    from swift.rewards import ORM, orms
+
+    measure = Measure(asked["warmup"])
+
+    class Reward(ORM):
+        def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+            return reward.of_completions(completions)
+
+    class Loaded(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            config, teacher = model.config, getattr(self.trainer, "teacher_model", None)
+            Tokens(
+                measure,
+                model,
+                self.trainer.template.tokenizer.pad_token_id,
+                (config.image_token_id, config.video_token_id),
+            )
+            measure.loaded(model, *([] if teacher is None else [teacher]))
+
+    orms[REWARD] = Reward
+    callbacks_map[CALLBACK] = Loaded
+    torch.set_num_threads(asked["threads"])
+    rlhf_main(arguments(asked))
+    record = measure.record(
+        framework=f"ms-swift {swift.__version__}", transformers=transformers.__version__
+    )
+    write_record(record_path, record)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
