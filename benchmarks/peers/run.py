@@ -196,7 +196,7 @@ def write_student(folder: Path) -> Path:
     assert not AutoConfig.from_pretrained(source).tie_word_embeddings, "the rows are those of the head alone"
     never, *ends = AutoTokenizer.from_pretrained(source).convert_tokens_to_ids([NEVER_SAID, *ENDS])
     head = weights["lm_head.weight"].clone()
-    head[ends] = head[never]
+    head[ends] = head[never].clone()
     save_file({**weights, "lm_head.weight": head}, made / "model.safetensors", metadata={"format": "pt"})
     return made
 

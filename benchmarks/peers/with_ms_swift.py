@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from typing import Any
 
 from measure import Measure, Tokens, read_settings, write_record
 
-REWARD, CALLBACK = "peers_reward", "peers_measure"
+REWARD, CALLBACK, TEMPLATE = "peers_reward", "peers_measure", "peers_qwen3_vl"
 
 
 def arguments(asked: dict[str, Any]) -> list[str]:
@@ -24,7 +25,7 @@ def arguments(asked: dict[str, Any]) -> list[str]:
         "rlhf_type": "gkd" if method == "gkd" else "grpo",
         "model": asked["model"],
         "model_type": "qwen3_vl",
-        "template": "qwen3_vl",
+        "template": TEMPLATE,
         "torch_dtype": "float32",
         "bf16": "false",
         "fp16": "false",
@@ -72,6 +73,41 @@ def arguments(asked: dict[str, Any]) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
+def register(model: str, measure: Measure) -> None:
+    """Makes the reward, the callback and the template known to ms-swift, by its own registries.
+
+    Its template for Qwen3-VL has the published models' numbers of the image and video tokens written into it;
+    the tiny models have others.
+    """
+    import reward
+    from swift.callbacks import TrainerCallback, callbacks_map
+    from swift.rewards import ORM, orms
+    from swift.template import TEMPLATE_MAPPING, register_template
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    known = TEMPLATE_MAPPING["qwen3_vl"]
+
+    class Template(known.template_cls):  # type: ignore[name-defined, misc]
+        image_token_id = config.image_token_id
+        video_token_id = config.video_token_id
+
+    class Reward(ORM):
+        def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+            return reward.of_completions(completions)
+
+    class Loaded(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            teacher = getattr(self.trainer, "teacher_model", None)
+            pad = self.trainer.template.tokenizer.pad_token_id
+            Tokens(measure, model, pad, (config.image_token_id, config.video_token_id))
+            measure.loaded(model, *([] if teacher is None else [teacher]))
+
+    register_template(replace(known, template_type=TEMPLATE, template_cls=Template))
+    orms[REWARD] = Reward
+    callbacks_map[CALLBACK] = Loaded
+
+
 def main(settings_path: str, record_path: str) -> None:
     asked = read_settings(settings_path)
     shutil.rmtree(asked["folder"], ignore_errors=True)
@@ -83,33 +119,13 @@ def main(settings_path: str, record_path: str) -> None:
         "VIDEO_MAX_TOKEN_NUM": str(asked["frame_tokens"]),
     }
 
-    import reward
     import swift
     import torch
     import transformers
-    from swift.callbacks import TrainerCallback, callbacks_map
     from swift.pipelines import rlhf_main
-    from swift.rewards import ORM, orms
 
     measure = Measure(asked["warmup"])
-
-    class Reward(ORM):
-        def __call__(self, completions: list[Any], **_: Any) -> list[float]:
-            return reward.of_completions(completions)
-
-    class Loaded(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            config, teacher = model.config, getattr(self.trainer, "teacher_model", None)
-            Tokens(
-                measure,
-                model,
-                self.trainer.template.tokenizer.pad_token_id,
-                (config.image_token_id, config.video_token_id),
-            )
-            measure.loaded(model, *([] if teacher is None else [teacher]))
-
-    orms[REWARD] = Reward
-    callbacks_map[CALLBACK] = Loaded
+    register(asked["model"], measure)
     torch.set_num_threads(asked["threads"])
     rlhf_main(arguments(asked))
     record = measure.record(
