@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,15 @@ class Measure:
         self.counts = {"patches": 0, "positions": 0}
         self.prompts: list[dict[str, int]] = []
         self.answer_lengths: list[float] = []  # of each step
+        self.hooks: list[Any] = []
 
     def loaded(self, *models: Any) -> None:
         """Hooks on ``models``, Qwen3-VL all of them; the resident set's high-water mark starts here."""
-        register_optimizer_step_post_hook(lambda *_: self._step_ended())
+        self.hooks.append(register_optimizer_step_post_hook(lambda *_: self._step_ended()))
         for model in models:
-            layers = model.model.language_model.layers
-            model.model.visual.register_forward_pre_hook(self._saw_patches, with_kwargs=True)
-            layers[0].register_forward_pre_hook(self._saw_positions, with_kwargs=True)
+            visual, layer = model.model.visual, model.model.language_model.layers[0]
+            self.hooks.append(visual.register_forward_pre_hook(self._saw_patches, with_kwargs=True))
+            self.hooks.append(layer.register_forward_pre_hook(self._saw_positions, with_kwargs=True))
         self.loaded_bytes = status("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:
             file.write(RESET_PEAK)
@@ -61,6 +63,10 @@ class Measure:
     def prompt(self, tokens: int, visual: int) -> None:
         """Notes one prompt's tokens, and how many of them stand for what is seen."""
         self.prompts.append({"tokens": tokens, "visual": visual})
+
+    def stop(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def record(self, **more: Any) -> dict[str, Any]:
         """Seconds and work of the steps after the warm-up, and memory."""
@@ -99,8 +105,8 @@ class Tokens:
         self.step = -1
         self.in_prompts: list[int] = []
         self.in_rows: list[int] = []
-        model.model.register_forward_pre_hook(self._called, with_kwargs=True)
-        register_optimizer_step_post_hook(lambda *_: self._step_ended())
+        measure.hooks.append(model.model.register_forward_pre_hook(self._called, with_kwargs=True))
+        measure.hooks.append(register_optimizer_step_post_hook(lambda *_: self._step_ended()))
 
     def _called(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -122,7 +128,7 @@ class Tokens:
 
 
 def differences(values: Sequence[float]) -> list[float]:
-    return [after - before for before, after in zip(values, values[1:], strict=False)]
+    return [after - before for before, after in pairwise(values)]
 
 
 def status(key: str) -> int:

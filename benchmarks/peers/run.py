@@ -2,10 +2,10 @@
 
     python benchmarks/peers/run.py --out runs/peers
 
-The same tiny Qwen3-VL, the same videos, the same number of visual tokens, answers, threads and updates; each
-framework in a virtual environment of its own, which the first run builds from the package index with pip
-(about 6 GB each) and later ones use again. Ways take turns: one process each, one after another, ``--repeats``
-times; ratios are taken within a turn. ``benchmarks/results/peers.json`` has everything.
+The same tiny Qwen3-VL, videos, number of visual tokens, answers, threads and updates; each framework in a
+virtual environment of its own, which the first run builds from the package index with pip (about 6 GB each)
+and later ones use again. Ways take turns: one process each, one after another, ``--repeats`` times; ratios
+are taken within a turn. ``benchmarks/results/peers.json`` has everything.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ PAIR_S = 2 / FPS  # seconds of a pair of frames
 CELL_PX = 32  # a visual token shows 32 × 32 px of a pair
 QUERIES = ("the red circle moves left", "a blue square appears", "the green ring gets bigger")
 OURS = "video-opd"
+LAST = (
+    *("framework", "prompt_tokens", "visual_tokens", "answer_tokens"),
+    *("patches_a_step", "positions_a_step"),
+)
 ENDS, NEVER_SAID = ("<|im_end|>", "<|endoftext|>"), "<|vision_pad|>"
 
 
@@ -71,7 +75,7 @@ class Plan:
     pairs: int = 16
     side_px: int = 256
     tokens: int = 16
-    steps: int = 4
+    steps: int = 3
     warmup: int = 1
     threads: int = 2
     lr: float = 1e-6
@@ -185,7 +189,7 @@ def write_data(folder: Path, plan: Plan, videos: int) -> Data:
 def write_student(folder: Path) -> Path:
     """The tiny base, but that it never ends an answer: all answers have as many tokens as are allowed.
 
-    The head's rows of the two tokens that end one become that of a token that no model of ours was ever taught.
+    The head's rows of the two tokens that end one become that of a token that was never taught.
     """
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoTokenizer
@@ -206,7 +210,9 @@ def messages(query: str, video: str = "") -> list[dict[str, str]]:
     return [
         {
             "role": message["role"],
-            "content": "".join(video if part["type"] == "video" else part["text"] for part in message["content"]),
+            "content": "".join(
+                video if part["type"] == "video" else part["text"] for part in message["content"]
+            ),
         }
         for message in build_messages(query)
     ]
@@ -240,7 +246,15 @@ def python_of(environment: str | None, venvs: Path) -> Path:
     if not ready.exists() or ready.read_text() != wanted:
         log(f"building the environment {environment}")
         venv.create(folder, with_pip=True, symlinks=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "-r", str(HERE / f"requirements-{environment}.txt")]
+        install = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "-r",
+            str(HERE / f"requirements-{environment}.txt"),
+        ]
         subprocess.run(install, check=True)
         ready.write_text(wanted)
     return python.absolute()
@@ -269,7 +283,7 @@ def run_way(way: Way, plan: Plan, data: Data, python: Path, folder: Path) -> dic
 
 
 def summarise(turns: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one way: medians over its turns, and how many times longer it took than ``reference`` in each turn."""
+    """Of one way: medians over its turns, and how many times longer than ``reference`` it took in a turn."""
     seconds = [statistics.median(turn["seconds"]) for turn in turns]
     against = [statistics.median(turn["seconds"]) for turn in reference]
     return {
@@ -277,11 +291,7 @@ def summarise(turns: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[st
         "times_ours": quartiles([a / b for a, b in zip(seconds, against, strict=True)]),
         "peak_above_loaded": statistics.median(turn["peak_bytes"] - turn["loaded_bytes"] for turn in turns),
         **{key: statistics.median(turn[key] for turn in turns) for key in ("peak_bytes", "loaded_bytes")},
-        **{
-            key: turns[-1][key]
-            for key in ("framework", "prompt_tokens", "visual_tokens", "answer_tokens")
-            + ("patches_a_step", "positions_a_step")
-        },
+        **{key: turns[-1][key] for key in LAST},
         "turns": list(turns),
     }
 
@@ -306,13 +316,37 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def verdict(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line a peer: its fastest way against our fastest, its smallest against our smallest."""
+    by_framework: dict[str, list[Mapping[str, Any]]] = {}
+    for name, way in found.items():
+        by_framework.setdefault(name.split(",")[0], []).append(way)
+
+    def fastest(framework: str) -> Mapping[str, Any]:
+        return min(by_framework[framework], key=lambda way: way["seconds"])
+
+    def smallest(framework: str) -> float:
+        return min(way["peak_above_loaded"] for way in by_framework[framework])
+
+    return [
+        f"{peer}: a step takes {fastest(peer)['seconds'] / fastest(OURS)['seconds']:.1f} times as long as "
+        f"ours (fastest ways) and {smallest(peer) / smallest(OURS):.1f} times its memory (smallest ways)"
+        for peer in by_framework
+        if peer != OURS
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="environments, videos, runs")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="of a process, the first warms up")
     parser.add_argument("--threads", type=int, default=Plan.threads)
-    parser.add_argument("--only", default="", help="ways whose name has this in it, and ours; writes no result")
+    parser.add_argument(
+        "--only", default="", help="ways whose name has this in it, and ours; writes no result"
+    )
     args = parser.parse_args()
     plan = Plan(steps=args.steps, threads=args.threads)
     compared = jobs()
@@ -326,6 +360,7 @@ def main() -> None:
     pythons = {way.environment: python_of(way.environment, args.out / "venvs") for _, way in every}
     data = write_data(args.out / "data", plan, max(way.prompts for _, way in every) * plan.steps)
     turns: dict[tuple[str, Way], list[dict[str, Any]]] = {key: [] for key in every}
+    results: dict[str, dict[str, Any]] = {}
     for turn in range(args.repeats):
         start = turn % len(every)
         for i, (job, way) in enumerate(every[start:] + every[:start]):
@@ -334,14 +369,14 @@ def main() -> None:
             turns[job, way].append(record)
             seconds = statistics.median(record["seconds"])
             log(f"turn {turn + 1}, {i + 1}/{len(every)}: {way.method}, {way.name}: {seconds:.2f} s a step")
-    results = {
-        job: {way.name: summarise(turns[job, way], turns[job, ways[0]]) for way in ways}
-        for job, ways in compared.items()
-    }
+        results = {
+            job: {way.name: summarise(turns[job, way], turns[job, ways[0]]) for way in ways}
+            for job, ways in compared.items()
+        }
+        if not args.only:  # after each turn: a run that is stopped leaves what it has
+            write_result("peers", {"machine": machine(), "plan": asdict(plan), "jobs": results})
     for job, found in results.items():
-        print(f"\n{job}\n\n{table(found)}")
-    if not args.only:
-        write_result("peers", {"machine": machine(), "plan": asdict(plan), "jobs": results})
+        print(f"\n{job}\n\n{table(found)}\n\n" + "\n".join(verdict(found)))
 
 
 if __name__ == "__main__":

@@ -63,13 +63,14 @@ def arguments(asked: dict[str, Any]) -> list[str]:
         "logging_steps": "1",
         "callbacks": CALLBACK,
     }
+    teacher = {"teacher_model": asked["teacher"], "teacher_model_type": "qwen3_vl"}
     if method == "grpo":
         given |= {"num_generations": asked["rollouts"], "beta": "0", "reward_funcs": REWARD}
     elif method == "opd-rl":
-        given |= {"num_generations": "1", "beta": "0", "teacher_model": asked["teacher"]}
+        given |= {"num_generations": "1", "beta": "0", **teacher}
     else:
         # lmbda 1: every answer is the student's own; beta 1: the reverse KL, over the whole vocabulary
-        given |= {"lmbda": "1", "beta": "1", "teacher_model": asked["teacher"]}
+        given |= {"lmbda": "1", "beta": "1", **teacher}
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 
 
@@ -128,9 +129,7 @@ def main(settings_path: str, record_path: str) -> None:
     register(asked["model"], measure)
     torch.set_num_threads(asked["threads"])
     rlhf_main(arguments(asked))
-    record = measure.record(
-        framework=f"ms-swift {swift.__version__}", transformers=transformers.__version__
-    )
+    record = measure.record(framework=f"ms-swift {swift.__version__}", transformers=transformers.__version__)
     write_record(record_path, record)
 
 
