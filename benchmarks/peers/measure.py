@@ -39,7 +39,11 @@ class Measure:
         self.hooks: list[Any] = []
 
     def loaded(self, *models: Any) -> None:
-        """Hooks on ``models``, Qwen3-VL all of them; the resident set's high-water mark starts here."""
+        """Hooks on ``models``, Qwen3-VL all of them, the student first; the resident set's high-water mark
+        starts here."""
+        trained = [weight for weight in models[0].parameters() if weight.requires_grad]
+        self.trained = sum(weight.numel() for weight in trained)
+        self.dtypes = sorted({str(weight.dtype) for weight in trained})
         self.hooks.append(register_optimizer_step_post_hook(lambda *_: self._step_ended()))
         for model in models:
             visual, layer = model.model.visual, model.model.language_model.layers[0]
@@ -86,6 +90,8 @@ class Measure:
             "visual_tokens": sorted({prompt["visual"] for prompt in self.prompts}),
             "answer_tokens": round(statistics.fmean(self.answer_lengths[self.warmup :]), 2),
             **work,
+            "trained_weights": self.trained,
+            "trained_dtypes": self.dtypes,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "load_after": round(os.getloadavg()[0], 2),

@@ -48,6 +48,7 @@ LAST = (
     *("framework", "prompt_tokens", "visual_tokens", "answer_tokens"),
     *("patches_a_step", "positions_a_step"),
 )
+TRAINED_WEIGHTS = 1_368_384  # all of the student's
 ENDS, NEVER_SAID = ("<|im_end|>", "<|endoftext|>"), "<|vision_pad|>"
 
 
@@ -278,8 +279,22 @@ def run_way(way: Way, plan: Plan, data: Data, python: Path, folder: Path) -> dic
     if done.returncode != 0 or not found.exists():
         raise RuntimeError(f"{way.name} ({way.method}) failed:\n" + said.read_text()[-3000:])
     record = json.loads(found.read_text())
-    assert record["visual_tokens"] == [plan.visual_tokens], (way, record["visual_tokens"])
+    check_same_work(way, plan, record)
     return {**record, "load_before": round(load, 2)}
+
+
+def check_same_work(way: Way, plan: Plan, record: Mapping[str, Any]) -> None:
+    """Raises RuntimeError where a way was given less or more to do than the plan says."""
+    expected = {
+        "visual_tokens": [plan.visual_tokens],
+        "answer_tokens": plan.tokens,
+        "trained_weights": TRAINED_WEIGHTS,
+        "trained_dtypes": ["torch.float32"],
+        "threads": plan.threads,
+    }
+    for key, value in expected.items():
+        if record[key] != value:
+            raise RuntimeError(f"{way.name} ({way.method}): {key} is {record[key]}, not {value}")
 
 
 def summarise(turns: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

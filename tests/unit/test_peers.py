@@ -139,6 +139,19 @@ def test_the_first_way_of_every_job_is_ours_and_work_divides_evenly() -> None:
             assert way.environment is None or (PEERS / f"requirements-{way.environment}.txt").is_file()
 
 
+@pytest.mark.parametrize("key", ["visual_tokens", "answer_tokens", "trained_weights", "threads"])
+def test_less_work_is_refused(key: str) -> None:
+    way = run.jobs()["GRPO: 2 prompts, 8 answers each"][2]
+    same = {
+        **{"visual_tokens": [12], "answer_tokens": 16.0, "threads": 2},
+        **{"trained_weights": run.TRAINED_WEIGHTS, "trained_dtypes": ["torch.float32"]},
+    }
+    run.check_same_work(way, PLAN, same)
+    less = [11] if key == "visual_tokens" else same[key] - 1  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match=f"TRL, 16 at once .grpo.: {key} is"):
+        run.check_same_work(way, PLAN, {**same, key: less})
+
+
 @pytest.fixture
 def watched(student: tuple[Any, Any]) -> Iterator[Any]:
     model, processor = student
@@ -167,7 +180,7 @@ def test_what_a_step_was_given_is_counted(watched: Any, data: Any, student: tupl
     record = watched.record()
     assert len(record["seconds"]) == 2 and all(second > 0 for second in record["seconds"])
     assert record["prompt_tokens"] == [prompt.length] and record["visual_tokens"] == [12]
-    assert record["answer_tokens"] == 4
+    assert record["answer_tokens"] == 4 and record["trained_weights"] == run.TRAINED_WEIGHTS
     assert record["patches_a_step"] == 2 * 12 * 4  # a visual token is 2 × 2 patches
     assert record["positions_a_step"] == prompt.length + (2 + prompt.length + 4)
     assert record["peak_bytes"] >= record["loaded_bytes"] > 0
