@@ -269,6 +269,8 @@ def run_way(way: Way, plan: Plan, data: Data, python: Path, folder: Path) -> dic
     found.unlink(missing_ok=True)
     asked.write_text(json.dumps(settings_of(way, plan, data, folder / "run"), indent=1))
     environment = {**os.environ, "OMP_NUM_THREADS": str(plan.threads), "CUDA_VISIBLE_DEVICES": ""}
+    if way.environment is not None:
+        environment.pop("PYTHONPATH", None)  # nothing of ours is among what they import
     load = os.getloadavg()[0]
     with said.open("w") as file:
         done = subprocess.run(

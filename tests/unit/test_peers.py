@@ -147,7 +147,7 @@ def test_less_work_is_refused(key: str) -> None:
         **{"trained_weights": run.TRAINED_WEIGHTS, "trained_dtypes": ["torch.float32"]},
     }
     run.check_same_work(way, PLAN, same)
-    less = [11] if key == "visual_tokens" else same[key] - 1  # type: ignore[operator]
+    less = [11] if key == "visual_tokens" else same[key] - 1
     with pytest.raises(RuntimeError, match=f"TRL, 16 at once .grpo.: {key} is"):
         run.check_same_work(way, PLAN, {**same, key: less})
 
