@@ -165,7 +165,7 @@ def same_step(results: dict[str, StepResult], dtype: str) -> dict[str, float]:
         if dtype == "float32":
             mine, theirs = ([r.token_ids for r in each.records] for each in (step, plain))
             assert mine == theirs, f"{name}: other answers than the first way's"
-        # GRPO's terms cancel where answers are of one length: rounding is relative to a term, not to their sum.
+        # GRPO's terms cancel where answers are as long: rounding is relative to a term, not to their sum.
         scale = max(abs(plain.loss), 1.0)
         worst = max(worst, abs(step.loss - plain.loss) / scale)
         if plain.grad_norm > 0 and math.isfinite(plain.grad_norm):
