@@ -48,7 +48,7 @@ def test_peak_memory_is_what_the_work_takes() -> None:
     assert peak is not None and 60 * 2**20 < peak < 80 * 2**20
 
 
-@pytest.mark.parametrize("tokens", [60, 200])
+@pytest.mark.parametrize("tokens", [60, 200, 3000])
 def test_prompts_have_the_length_that_was_asked_for(tokens: int) -> None:
     prompts = prompts_of(processor(), tokens, queries=3, videos=2)
     assert len(prompts) == 6 and len({p.clip_digest for p in prompts}) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
 from collections.abc import Sequence
@@ -44,10 +45,13 @@ def prompts_of(
     """``queries`` prompts on each of ``videos`` noise videos, as short as they can be with ``tokens`` tokens
     or more; frames are ``side_px`` × ``side_px``."""
     encoder = PromptEncoder(processor)
-    one, two = (encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length for pairs in (1, 2))
-    pairs = max(1, -(-(tokens - one) // (two - one)) + 1)
-    while encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length < tokens:
-        pairs += 1  # time stamps grow with the time
+
+    def length(pairs: int) -> int:
+        return encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length
+
+    one, two = length(1), length(2)
+    at_most = max(1, -(-(tokens - one) // (two - one)) + 1)  # time stamps grow with the time
+    pairs = 1 + bisect.bisect_left(range(1, at_most), tokens, key=length)
     prompts: list[EncodedPrompt] = []
     for video in range(videos):
         asked = [QUERIES[i % len(QUERIES)] for i in range(queries)]
