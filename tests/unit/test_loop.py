@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_cases import processor
 from training_cases import (
     Build,
     assert_equal_to_rounding,
@@ -25,8 +26,10 @@ from training_cases import (
 )
 
 from video_opd.config import OptimConfig
+from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.loading import load_model
+from video_opd.training.build import prompt_loader
 from video_opd.training.checks import CheckError
 from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.run_folder import RunFolder
@@ -348,3 +351,12 @@ def test_the_learning_rate_is_a_function_of_the_step():
     cosine = OptimConfig(lr=2.0, schedule="cosine")
     assert learning_rate(0, 10, cosine) == 2.0 and math.isclose(learning_rate(5, 10, cosine), 1.0)
     assert learning_rate(9, 10, cosine) > 0
+
+
+def test_a_whole_batch_is_decoded_ahead(tmp_path: Path):
+    """With fewer videos ahead than a step takes at once, the model waits for the rest."""
+    for prefetch, ahead in ((None, 24), (3, 3)):
+        recipe = make_recipe(tmp_path, optim={"batch_size": 24}, data={"prefetch": prefetch})
+        load = prompt_loader(recipe, processor(), skipped_path=None, max_failed_share=1.0)
+        loader = load([])
+        assert isinstance(loader, PromptLoader) and loader.prefetch == ahead

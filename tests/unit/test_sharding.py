@@ -128,7 +128,13 @@ def test_shards_are_float32_where_the_computation_is_not(tmp_path: Path):
         run = train_on_two(recipe, Recording(rows=12))
         gradients = torch.load(run / "gradients.pt")
         assert {grad.dtype for grad in gradients.values()} == {torch.float32}
-        assert {weight.dtype for weight in weights_of(run).values()} == {torch.float32}
+        weights = weights_of(run)
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        # Masters, not what was computed with: bfloat16 does not hold them.
+        flat = torch.cat([weight.flatten() for weight in weights.values()])
+        assert (flat != flat.bfloat16().float()).double().mean() > 0.85
+        saved = weights_of(run / "checkpoints" / "step-4")
+        assert all(torch.equal(weights[name], saved[name]) for name in weights)
         # All but the embeddings of tokens that nobody wrote: a step of 1e-3 is lost on no float32 weight.
         assert min(row["weights/changed"] for row in rows_of(run / "metrics.jsonl")) > 0.85
         found.append(torch.cat([grad.flatten() for grad in gradients.values()]))
