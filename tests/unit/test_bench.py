@@ -59,10 +59,16 @@ def test_prompts_have_the_length_that_was_asked_for(tokens: int) -> None:
 
 def test_a_bench_compares_equal_work() -> None:
     records = bench_engine(
-        model(sharpness=8), processor(), model(1, sharpness=8), lengths=[60], rollouts=3, repeats=2, tokens=4
+        model(sharpness=8),
+        processor(),
+        model(1, sharpness=8),
+        lengths=[60],
+        rollouts=(2, 3),
+        repeats=2,
+        tokens=4,
     )
     assert [r["job"] for r in records] == [
-        "video-opd", "grpo, 3 rollouts", "score, 8 answers", "5 queries on a video",
+        "video-opd", "grpo, 2 rollouts", "grpo, 3 rollouts", "score, 8 answers", "5 queries on a video",
     ]  # fmt: skip
     for record in records:
         assert record["ways"]["plain"]["speedup"]["median"] == 1
@@ -74,8 +80,8 @@ def test_a_bench_compares_equal_work() -> None:
 
 def test_long_prompts_are_not_sampled_without_a_cache() -> None:
     records = bench_engine(
-        model(sharpness=8), processor(), model(1, sharpness=8), lengths=[60], rollouts=2, repeats=1, tokens=3,
-        memory=False, plain_up_to=50,
+        model(sharpness=8), processor(), model(1, sharpness=8), lengths=[60], rollouts=(2,), repeats=1,
+        tokens=3, memory=False, plain_up_to=50,
     )  # fmt: skip
     assert [record["reference"] for record in records] == [
         "plain update", "plain update", "cached, one by one", "cached, one by one",
@@ -111,7 +117,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixtu
     assert table(record["results"]) in printed
     opd, grpo, *_ = (r["ways"] for r in record["results"])
     share = 100 * opd["plain"]["seconds"] / grpo["plain"]["seconds"]
-    assert f"a step of video-opd is {share:.0f}% of grpo's (plain)" in printed
+    assert f"a step of video-opd against one of grpo, 2 rollouts: {share:.0f}% (plain)" in printed
     assert record["machine"]["torch"] == torch.__version__
 
 

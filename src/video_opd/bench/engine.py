@@ -28,7 +28,7 @@ def bench_engine(
     teacher: Any,
     *,
     lengths: Sequence[int],
-    rollouts: int = 8,
+    rollouts: Sequence[int] = (8,),
     prompts: int = 1,
     repeats: int = 5,
     dtype: str = "float32",
@@ -39,8 +39,8 @@ def bench_engine(
 ) -> list[dict[str, Any]]:
     """A record for each prompt length and job: seconds, speed-ups with quartiles, peak memory.
 
-    Of longer prompts than ``plain_up_to`` tokens nothing is sampled without a cache. What ways are compared
-    with is the first of them.
+    GRPO is a job for each number of ``rollouts``. Of longer prompts than ``plain_up_to`` tokens nothing is
+    sampled without a cache. What ways are compared with is the first of them.
 
     Raises ``AssertionError`` where two ways give different answers, log-probabilities or gradients.
     """
@@ -67,10 +67,13 @@ def bench_engine(
 
         jobs: dict[str, tuple[dict[str, Work], Check]] = {
             "video-opd": (step_ways(steps, "video-opd", 1), same_step),
-            f"grpo, {rollouts} rollouts": (
-                step_ways(steps, "grpo", rollouts) | {"prefix, one rollout": steps("grpo", "prefix", 1)},
-                same_step,
-            ),
+            **{
+                f"grpo, {count} rollouts": (
+                    step_ways(steps, "grpo", count) | {"prefix, one rollout": steps("grpo", "prefix", 1)},
+                    same_step,
+                )
+                for count in rollouts
+            },
             f"score, {SCORED} answers": (scoring_ways(policies, shown, tokens), same_answers),
             f"{QUERIES} queries on a video": (query_ways(policies, asked, tokens), same_answers),
         }
@@ -203,18 +206,18 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def against_grpo(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A step of Video-OPD in percent of one of GRPO, by either engine (figure 6); a line a prompt length."""
-    seconds = {
-        (record["prompt_tokens"], record["job"].split(",")[0], engine): record["ways"][way]["seconds"]
-        for record in records
-        for engine, way in (("plain", record["reference"]), ("prefix", "prefix"))
-    }
-    return [
-        f"{tokens} tokens: a step of video-opd is "
-        + ", ".join(
-            f"{100 * seconds[tokens, 'video-opd', engine] / seconds[tokens, 'grpo', engine]:.0f}% of grpo's "
-            f"({engine})"
-            for engine in ENGINES
-        )
-        for tokens in dict.fromkeys(record["prompt_tokens"] for record in records)
-    ]
+    """A step of Video-OPD in percent of one of GRPO, by either engine (figure 6); a line for each GRPO."""
+    lines = []
+    for ours in records:
+        for theirs in records:
+            same_prompts = theirs["prompt_tokens"] == ours["prompt_tokens"]
+            if ours["job"] == "video-opd" and theirs["job"].startswith("grpo") and same_prompts:
+                shares = [
+                    f"{100 * ours['ways'][way]['seconds'] / theirs['ways'][way]['seconds']:.0f}% ({engine})"
+                    for engine, way in (("plain", ours["reference"]), ("prefix", "prefix"))
+                ]
+                lines.append(
+                    f"{ours['prompt_tokens']} tokens: a step of video-opd against one of {theirs['job']}: "
+                    + ", ".join(shares)
+                )
+    return lines

@@ -401,7 +401,9 @@ def _bench(commands: Any) -> None:
         help="of longer prompts nothing is sampled without a cache; default: 1500",
     )  # fmt: skip
     engine.add_argument("--prompts", type=_positive, default=1, metavar="N", help="of a step; default: 1")
-    engine.add_argument("--rollouts", type=_positive, default=8, metavar="G", help="of GRPO; default: 8")
+    engine.add_argument(
+        "--rollouts", type=_positive, nargs="+", default=[8], metavar="G", help="of GRPO; default: 8"
+    )
     engine.add_argument("--repeats", type=_positive, default=5, metavar="N", help="turns; default: 5")
     engine.add_argument("--max-new-tokens", type=_positive, default=16, metavar="N", help="default: 16")
     engine.add_argument("--frame-side", type=_positive, default=64, metavar="PX", help="default: 64")
