@@ -109,6 +109,7 @@ def jobs(prompts: int = 2, rollouts: int = 8, distilled: int = 8) -> dict[str, l
     swift = {"environment": "ms-swift", "script": "with_ms_swift.py"}
     grpo: dict[str, Any] = {"method": "grpo", "prompts": prompts, "rollouts": rollouts}
     one: dict[str, Any] = {"prompts": distilled, "rollouts": 1}
+    sizes = (1, 2, distilled)
     return {
         f"GRPO: {prompts} prompts, {rollouts} answers each": [
             Way(framework=OURS, at_once=rollouts, **grpo),
@@ -120,12 +121,11 @@ def jobs(prompts: int = 2, rollouts: int = 8, distilled: int = 8) -> dict[str, l
             ),
         ],
         f"distillation: {distilled} prompts, one answer each": [
-            Way(framework=OURS, method="video-opd", at_once=1, **one),
-            Way(framework=OURS, method="video-opd", at_once=distilled, **one),
+            *(Way(framework=OURS, method="video-opd", at_once=at_once, **one) for at_once in sizes),
             *(
                 Way(framework=f"ms-swift {method.upper()}", method=method, at_once=at_once, **one, **swift)
                 for method in ("gkd", "opd-rl")
-                for at_once in (distilled, 1)
+                for at_once in sizes
             ),
         ],
     }
