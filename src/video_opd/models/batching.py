@@ -217,7 +217,9 @@ def _distinct_videos(
         videos_of_prompt.append(place[prompt.clip_digest])
     if not pixels:
         return None, None, tuple(videos_of_prompt)
-    return torch.cat(pixels), torch.cat(grids), tuple(videos_of_prompt)
+    # A copy of one video's pixels would be as large as they are.
+    joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+    return joined, torch.cat(grids), tuple(videos_of_prompt)
 
 
 def _cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:

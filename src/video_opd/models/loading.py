@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from video_opd.errors import UserError
+from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.models.vocabulary import eos_token_ids, vision_token_ids
 
@@ -26,6 +27,7 @@ def load_model(
 
     ``path`` is a folder that ``save_pretrained`` wrote, or the name of a model on a hub. ``attn`` is any
     attention implementation of transformers; with ``sdpa`` the vision tower attends to all frames at once.
+    It embeds patches by a matrix product.
 
     Raises :class:`UserError` when something is missing, broken, or not Qwen3-VL.
     """
@@ -51,6 +53,7 @@ def load_model(
     if lost := sorted(report["missing_keys"]):
         raise UserError(f"{path}: {len(lost)} weights are missing, first {lost[0]!r}; save it again")
     use_batched_frames(model)
+    use_linear_patches(model)
     return model.to(target).eval(), processor
 
 
