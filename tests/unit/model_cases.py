@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
 from video_opd.types import EncodedPrompt
@@ -22,6 +23,7 @@ QUERIES = (
     "the blue square moves left",
     "a small green triangle, then a large yellow circle: when do the two meet?",
 )
+PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +42,56 @@ def model(seed: int = 0, *, sharpness: float = 1.0) -> Any:
     with torch.no_grad():
         made.lm_head.weight.mul_(sharpness)
     return made
+
+
+@lru_cache(maxsize=2)
+def _mixture_built(seed: int) -> Any:
+    """The same sizes, with four experts in each decoder layer, two of them for each token."""
+    dense = _built(0)
+    text, vision = dense.config.text_config.to_dict(), dense.config.vision_config.to_dict()
+    for part in (text, vision):
+        del part["model_type"]
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen3VLMoeConfig(
+        text_config=text | experts,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **{name: getattr(dense.config, name) for name in names},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: Any = Qwen3VLMoeForConditionalGeneration(config)
+        for layer in made.model.language_model.layers:  # as drawn, all experts are chosen alike
+            torch.nn.init.normal_(layer.mlp.gate.weight)
+    made.generation_config = dense.generation_config
+    return made.float().eval()
+
+
+def mixture(seed: int = 0, *, sharpness: float = 1.0) -> Any:
+    """A fresh random model with experts."""
+    made = copy.deepcopy(_mixture_built(seed))
+    with torch.no_grad():
+        made.lm_head.weight.mul_(sharpness)
+    return made
+
+
+def forbidden(rows: int) -> list[int]:
+    ids = processor().tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+    return [*ids, *range(len(processor().tokenizer), rows)]
+
+
+def stock_logprobs(stock: Any, prompt: EncodedPrompt, tokens: tuple[int, ...]) -> torch.Tensor:
+    """[R, V] of one response by one unpadded forward of the stock model: no code of ours."""
+    response = torch.tensor([tokens])
+    types = torch.cat([prompt.tensors["mm_token_type_ids"], torch.zeros_like(response)], dim=1)
+    with torch.no_grad():
+        logits = stock(
+            input_ids=torch.cat([prompt.input_ids, response], dim=1),
+            **{**prompt.tensors, "mm_token_type_ids": types},
+        ).logits[0, prompt.length - 1 : -1]
+    logits[:, forbidden(logits.shape[-1])] = -torch.inf
+    return logits.log_softmax(-1)
 
 
 def encode(

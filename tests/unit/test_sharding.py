@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_cases import mixture, model
 from safetensors.torch import load_file
 from training_cases import Build, assert_equal_to_rounding, free_port, make_recipe, rows_of, start
 
@@ -43,6 +44,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": {"gradient_checkpointing": True},
     },
     "sft": {},
+    "video-opd experts": {},
+    "grpo experts recompute": {
+        "sampling": {"rollouts": 3},
+        "reward": {"function": "training_cases:a_reward"},
+        "model": {"gradient_checkpointing": True},
+    },
 }
 # bfloat16 rounds to 3 digits, and DDP's autocast keeps more in float32: alike, not equal.
 BFLOAT16: dict[str, dict[str, Any]] = {
@@ -83,6 +90,10 @@ class Recording(Build):
         return parts
 
 
+def build_of(name: str, engine: str = "prefix") -> Recording:
+    return Recording(rows=12, engine=engine, student=mixture if "experts" in name else model)
+
+
 def train_on_two(recipe: Recipe, build: Build) -> Path:
     port = free_port()
     processes = [start(rank, 2, port, recipe, build) for rank in range(2)]
@@ -95,13 +106,13 @@ def train_on_two(recipe: Recipe, build: Build) -> Path:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: Path):
     plain = recipe_of(name, tmp_path / "plain", sharded=False, engine="plain")
-    one = train(plain, Recording(rows=12, engine="plain")).path
+    one = train(plain, build_of(name, "plain")).path
     rows = rows_of(one / "metrics.jsonl")
     assert [row["update/grad_norm"] > 0 for row in rows] == [True] * 4
     expected = torch.load(one / "gradients.pt")
     for sharded in (False, True):
         recipe = recipe_of(name, tmp_path / f"sharded {sharded}", sharded=sharded)
-        two = train_on_two(recipe, Recording(rows=12))
+        two = train_on_two(recipe, build_of(name))
         assert_equal_to_rounding(one, two)
         got = torch.load(two / "gradients.pt")
         assert got.keys() == expected.keys()

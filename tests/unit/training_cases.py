@@ -67,12 +67,19 @@ class Build:
     """Stands in for ``build_parts``: the same models, without folders and files to load them from."""
 
     def __init__(
-        self, rows: int = 8, *, broken: Sequence[str] = (), teacher_seed: int = 1, engine: Any = "prefix"
+        self,
+        rows: int = 8,
+        *,
+        broken: Sequence[str] = (),
+        teacher_seed: int = 1,
+        engine: Any = "prefix",
+        student: Callable[..., Any] = model,
     ) -> None:
         self.rows, self.broken, self.teacher_seed, self.engine = rows, broken, teacher_seed, engine
+        self.student = student
 
     def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
-        student = model(0, sharpness=8.0)
+        student = self.student(0, sharpness=8.0)
         if Path(weights).is_dir() and not is_adapter(weights):
             student, _ = load_model(weights, dtype="float32")
         method = make_method(recipe, processor().tokenizer)
@@ -109,7 +116,7 @@ class Build:
     def reference(self, policy: HFPolicy) -> Teacher:
         if has_adapters(policy.model) and not trained_in_full(policy.model):
             return WithoutAdapters(policy)
-        return LocalTeacher(HFPolicy(model(0, sharpness=8.0), processor(), self.engine))
+        return LocalTeacher(HFPolicy(self.student(0, sharpness=8.0), processor(), self.engine))
 
     def load(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         return ((s, prompt(int(s.id[1:]))) for s in samples if s.id not in self.broken)

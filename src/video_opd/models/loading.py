@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# By ``model_type``, transformers' class. The second has experts in its decoder layers; nothing else differs.
+FAMILIES = {
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
 
 
 def load_model(
     path: str | Path, dtype: str = "bfloat16", device: str | torch.device = "cpu", attn: str = "sdpa"
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
-    """A Qwen3-VL model in evaluation mode and the processor that was saved beside it.
+    """A Qwen3-VL model, dense or with experts, in evaluation mode, and the processor saved beside it.
 
     ``path`` is a folder that ``save_pretrained`` wrote, or the name of a model on a hub. ``attn`` is any
     attention implementation of transformers; with ``sdpa`` the vision tower attends to all frames at once.
@@ -31,21 +36,22 @@ def load_model(
 
     Raises :class:`UserError` when something is missing, broken, or not Qwen3-VL.
     """
-    from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+    import transformers
 
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     target = _usable_device(device)
     _check_folder(path)
-    config = _read(path, "config.json", AutoConfig.from_pretrained)
-    if config.model_type != "qwen3_vl":
-        raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with 'qwen3_vl' checkpoints")
+    config = _read(path, "config.json", transformers.AutoConfig.from_pretrained)
+    if config.model_type not in FAMILIES:
+        known = " and ".join(FAMILIES)
+        raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with {known} checkpoints")
     processor = load_processor(path)
     with no_library_bars():
         model, report = _read(
             path,
             "the weights",
-            Qwen3VLForConditionalGeneration.from_pretrained,
+            getattr(transformers, FAMILIES[config.model_type]).from_pretrained,
             dtype=DTYPES[dtype],
             attn_implementation=attn,
             output_loading_info=True,

@@ -26,7 +26,11 @@ from video_opd.errors import UserError
 from video_opd.models.modes import call_through
 from video_opd.models.parts import state_of
 
-UNITS = ("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock")  # are gathered and reduced one at a time
+# Are gathered and reduced one at a time.
+UNITS = (
+    *("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
+    *("Qwen3VLMoeTextDecoderLayer", "Qwen3VLMoeVisionBlock"),
+)
 
 
 def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
