@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class Recording(Build):
     def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
         parts = super().__call__(recipe, accelerator, folder, weights)
         step, kept = parts.optimizer.step, folder.path / "gradients.pt"
+        if accelerator.num_processes > 1:  # while one evaluates for hours, the others wait
+            group = torch.distributed.group.WORLD
+            assert group is not None
+            assert group._get_backend(accelerator.device).options._timeout >= timedelta(days=1)
         assert is_sharded(parts.model) == (accelerator.num_processes > 1 and recipe.model.sharding == "fsdp2")
 
         def keep_and_step() -> None:

@@ -11,7 +11,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation.batching import by_video
 from video_opd.types import Sample
 
-# The first to finish waits for the last, and videos are not equally long.
+# The first to finish waits for the last; a collective's own patience is some ten minutes.
 LONGEST_WAIT = timedelta(days=30)
 
 

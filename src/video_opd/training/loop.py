@@ -21,6 +21,7 @@ import torch
 
 from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
+from video_opd.evaluation.processes import LONGEST_WAIT
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.models.lora import has_adapters, merge_adapters
@@ -231,7 +232,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """One process or many, as ``accelerate launch`` or torchrun says."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import set_seed
 
     check_trackers(recipe)
@@ -240,6 +241,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         # Under torchrun without an accelerator, Accelerate would start as many runs as there are processes.
         cpu=asked > 1 and not torch.accelerator.is_available(),
+        # The others wait while the first process saves a checkpoint, or evaluates the finished model.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         # The policy casts by itself, so that sampling, scoring and training are cast alike.
         mixed_precision="no",
         log_with=list(recipe.run.trackers) or None,
