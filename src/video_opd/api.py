@@ -56,7 +56,7 @@ def load(
     words = []
     for key, value in (settings or {}).items():
         words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return open_model(read_access(str(path), words), device)
+    return open_model(read_access(str(path), words, device=device), device)
 
 
 @overload

@@ -150,3 +150,10 @@ def set_eos(changed: Any, _: Any) -> None:
 def test_a_difference_is_named(change: Callable[[Any, Any], None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_same_tokens(*pair(change))
+
+
+def test_a_name_that_no_hub_knows_might_have_been_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"models/studnt: there is no such folder, and as a name on a hub: "):
+        load_model("models/studnt")

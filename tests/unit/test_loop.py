@@ -26,6 +26,7 @@ from training_cases import (
 )
 
 from video_opd.config import OptimConfig
+from video_opd.data.annotations import write_rows
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.loading import load_model
@@ -34,6 +35,7 @@ from video_opd.training.checks import CheckError
 from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.trajectories import RatioError
+from video_opd.world.demo import shipped
 
 KILLS = int(os.environ.get("VIDEO_OPD_KILLS", "3"))
 
@@ -360,3 +362,25 @@ def test_a_whole_batch_is_decoded_ahead(tmp_path: Path):
         load = prompt_loader(recipe, processor(), skipped_path=None, max_failed_share=1.0)
         loader = load([])
         assert isinstance(loader, PromptLoader) and loader.prefetch == ahead
+
+
+def test_a_teacher_that_is_not_there_is_found_before_the_student_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": "a", "video": "a.mp4", "query": "the red circle", "spans": [[1, 3]]}]
+    data = tmp_path / "data.jsonl"
+    write_rows(data, rows)
+    recipe = make_recipe(
+        tmp_path / "run",
+        data={"train": str(data)},
+        model={"path": str(shipped("tiny-base"))},
+        teacher={"path": str(tmp_path / "teacher")},
+    )
+    monkeypatch.setattr("video_opd.training.build.load_model", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match="teacher: no such model folder"):
+        train(recipe)
+
+
+def test_one_process_says_that_it_shards_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make_recipe(tmp_path / "run", optim={"max_steps": 1}, model={"sharding": "fsdp2"}), Build())
+    assert "there is one process: nothing is sharded" in capsys.readouterr().err

@@ -273,3 +273,17 @@ def test_a_broken_note_of_a_model_is_one_line(tmp_path: Path, text: str) -> None
     with pytest.raises(UserError) as told:
         read_access(str(tmp_path), [], "timelens")
     assert re.search(r"video_opd\.json|prompt|video", str(told.value))
+
+
+def test_the_precision_is_the_training_s_or_the_device_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype(*overrides: str, device: str | None = None) -> str:
+        return read_access(str(tmp_path), overrides, device=device).model.dtype
+
+    assert (dtype(), dtype(device="cpu"), dtype(device="cuda:1")) == ("float32", "float32", "bfloat16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert (dtype(), dtype(device="cpu")) == ("bfloat16", "float32")
+    assert dtype("--model.dtype", "float32") == "float32"
+    (tmp_path / "video_opd.json").write_text('{"dtype": "float32"}')  # as it was trained
+    assert (dtype(), dtype("--model.dtype", "bfloat16")) == ("float32", "bfloat16")

@@ -20,6 +20,7 @@ from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
+from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
 from video_opd.models.protocols import Teacher
 from video_opd.models.teachers import LocalTeacher, WithoutAdapters
@@ -80,6 +81,7 @@ class Build:
 
     def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
         student = self.student(0, sharpness=8.0)
+        use_linear_patches(student)  # as those that are loaded
         if Path(weights).is_dir() and not is_adapter(weights):
             student, _ = load_model(weights, dtype="float32")
         method = make_method(recipe, processor().tokenizer)

@@ -86,7 +86,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from video_opd.evaluation.processes import Processes
 
     samples = read_samples(arguments.data, arguments.video_root)
-    access = read_access(arguments.model, arguments.overrides, arguments.protocol)
+    access = read_access(arguments.model, arguments.overrides, arguments.protocol, arguments.device)
     settings = answer_settings(arguments, access)
     processes = Processes.of_environment()
     model = open_model(access, arguments.device)
@@ -195,7 +195,7 @@ def _scored(arguments: argparse.Namespace) -> tuple[Access, Access | None, str, 
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return *accesses(recipe), recipe.data.train, recipe.data.video_root
-    access = read_access(arguments.student, arguments.overrides)
+    access = read_access(arguments.student, arguments.overrides, device=arguments.device)
     if not arguments.teacher:
         return access, None, arguments.data, None
     teacher_model = replace(access.model, path=arguments.teacher)

@@ -157,7 +157,7 @@ def _answer(
         )
     if arguments.answers and len(data_sets) > 1:
         raise UserError("--answers is one file: evaluate one data set at a time, or leave it out")
-    access = read_access(arguments.model, arguments.overrides, protocol.name)
+    access = read_access(arguments.model, arguments.overrides, protocol.name, arguments.device)
     settings = answer_settings(arguments, access)
     model = open_model(access, arguments.device)
     files = []

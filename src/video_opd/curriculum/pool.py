@@ -53,6 +53,10 @@ def score_pool(
     videos. Raises :class:`UserError` for models that do not share their tokens.
     """
     assert not (repeatable and processes is not None and processes.count > 1), "windows are of one output"
+    if teacher is not None and teacher_from is None:
+        from video_opd.models.loading import read_config
+
+        read_config(teacher.model.path)  # before minutes are spent on reading the student
     opened = open_model(student, device, cache_dir)
     other = None if teacher is None else Opening(lambda: _open_teacher(teacher, opened, device))
     if other is not None and teacher_from is None:

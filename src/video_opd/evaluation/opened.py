@@ -39,20 +39,28 @@ class Access:
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
-def read_access(path: str, overrides: Sequence[str], protocol: str | None = None) -> Access:
+def read_access(
+    path: str, overrides: Sequence[str], protocol: str | None = None, device: str | None = None
+) -> Access:
     """What the model folder says, changed by ``overrides``; a ``protocol`` decides the prompt.
 
-    The protocol's video budget is for models that do not say which they were trained with. Raises UserError
-    for an unknown key, and for a prompt that is not the protocol's.
+    The protocol's video budget is for models that do not say which they were trained with. One that does not
+    say which precision it was trained in is run in bfloat16 on a GPU (``device``, as :func:`open_model` takes
+    it) and in float32 on a CPU. Raises UserError for an unknown key, and for a prompt that is not the
+    protocol's.
     """
     facts = read_model_facts(path) or {}
     tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
+    model = {"path": path} | ({"dtype": facts["dtype"]} if "dtype" in facts else {})
     chosen = None if protocol is None else get_protocol(protocol)
     if chosen is not None:
         tree.setdefault("video", asdict(chosen.video))
         if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
             tree["prompt"] = {**prompt, "style": chosen.prompt_style}
-    access = TreeReader(Access, {}).read(apply_overrides({**tree, "model": {"path": path}}, overrides))
+    tree = apply_overrides({**tree, "model": model}, overrides)
+    access = TreeReader(Access, {}).read(tree)
+    if "dtype" not in tree["model"] and _chosen_device(device).startswith("cuda"):
+        access = replace(access, model=replace(access.model, dtype="bfloat16"))
     if chosen is not None and access.prompt.style != chosen.prompt_style:
         raise UserError(
             f"--prompt.style {access.prompt.style} is not how protocol {chosen.name} asks: leave out either"
@@ -143,16 +151,16 @@ def open_model(access: Access, device: str | None = None, cache_dir: str | Path 
 
     Raises UserError when it is not one.
     """
-    import torch
-
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.loading import load_model
     from video_opd.models.policy import HFPolicy
 
-    path = access.model.path
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    chosen = device or (gpu if torch.cuda.is_available() else "cpu")
-    model, processor = load_model(path, dtype=access.model.dtype, device=chosen, attn=access.model.attn)
+    model, processor = load_model(
+        access.model.path,
+        dtype=access.model.dtype,
+        device=_chosen_device(device),
+        attn=access.model.attn,
+    )
     return OpenModel(
         access=access,
         policy=HFPolicy(model, processor, access.model.engine),
@@ -160,6 +168,14 @@ def open_model(access: Access, device: str | None = None, cache_dir: str | Path 
         budget=budget_of(access.video),
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
+
+
+def _chosen_device(device: str | None) -> str:
+    import torch
+
+    if device is not None:
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def budget_of(video: VideoConfig) -> VideoBudget:

@@ -41,11 +41,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     target = _usable_device(device)
-    _check_folder(path)
-    config = _read(path, "config.json", transformers.AutoConfig.from_pretrained)
-    if config.model_type not in FAMILIES:
-        known = " and ".join(FAMILIES)
-        raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with {known} checkpoints")
+    config = read_config(path)
     processor = load_processor(path)
     with no_library_bars():
         model, report = _read(
@@ -61,6 +57,24 @@ def load_model(
     use_batched_frames(model)
     use_linear_patches(model)
     return model.to(target).eval(), processor
+
+
+def read_config(path: str | Path) -> Any:
+    """The config of a checkpoint, before its weights are read. Raises :class:`UserError` for a folder that is
+    not there or incomplete, for a name that no hub knows, and for another family."""
+    from transformers import AutoConfig
+
+    _check_folder(path)
+    try:
+        config = _read(path, "config.json", AutoConfig.from_pretrained)
+    except UserError as error:
+        if Path(path).is_dir():
+            raise
+        raise UserError(f"{path}: there is no such folder, and as a name on a hub: {error}") from error
+    if config.model_type not in FAMILIES:
+        known = " and ".join(FAMILIES)
+        raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with {known} checkpoints")
+    return config
 
 
 def check_same_tokens(

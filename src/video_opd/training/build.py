@@ -17,7 +17,7 @@ from video_opd.data.budget import VideoBudget
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
-from video_opd.models.loading import DTYPES, check_same_tokens, load_model
+from video_opd.models.loading import DTYPES, check_same_tokens, load_model, read_config
 from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
 from video_opd.models.parts import cast_weights, part_modules
 from video_opd.models.policy import HFPolicy
@@ -68,6 +68,9 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
     if recipe.method == "grpo":
         make_reward(recipe)  # a function that cannot be imported is found before any model is loaded
     samples = read_samples(recipe.data.train, recipe.data.video_root)
+    if recipe.teacher.path:  # before minutes are spent on reading the student
+        for path in (recipe.teacher.path, *recipe.teacher.by_source.values()):
+            read_config(path)
     device = accelerator.device
     model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
     method = make_method(recipe, processor.tokenizer)
@@ -117,6 +120,8 @@ def prepare(
     """(what forwards with gradients go through, optimiser), for one process or several."""
     if sharding_asked(recipe):
         shard(model, DTYPES[recipe.model.dtype], accelerator.device)
+    elif recipe.model.sharding is not None:
+        log(f"model.sharding is {recipe.model.sharding}, but there is one process: nothing is sharded")
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
     if is_sharded(model):
         return model, accelerator.prepare(optimizer)

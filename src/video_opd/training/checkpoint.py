@@ -52,8 +52,9 @@ class Checkpoint:
 
 
 def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Recipe) -> None:
-    """A folder for ``from_pretrained`` with the processor, and ``video_opd.json``: the video budget and the
-    prompt that the model was trained with, so that prediction uses the same. Replaces ``path`` atomically.
+    """A folder for ``from_pretrained`` with the processor, and ``video_opd.json``: the video budget, the
+    prompt and the precision that the model was trained with, so that prediction uses the same. Replaces
+    ``path`` atomically.
 
     Raises :class:`UserError` when the disk is full; what was at ``path`` is then still there.
     """
@@ -151,7 +152,12 @@ def _fill_model_folder(
         model.save_pretrained(folder, state_dict=state or state_of(model))
     processor.save_pretrained(folder)
     video = {name: value for name, value in asdict(recipe.video).items() if name != "backend"}
-    facts = {"method": recipe.method, "video": video, "prompt": asdict(recipe.prompt)}
+    facts = {
+        "method": recipe.method,
+        "dtype": recipe.model.dtype,
+        "video": video,
+        "prompt": asdict(recipe.prompt),
+    }
     (folder / MODEL_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ class Answerer:
     @property
     def access(self) -> Access:
         """How the model is run and what it sees."""
-        return read_access(self.model, [*self.overrides, "--prompt.style", STYLE])
+        return read_access(self.model, [*self.overrides, "--prompt.style", STYLE], device=self.device)
 
     @property
     def settings(self) -> AnswerSettings:
