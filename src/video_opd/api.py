@@ -39,7 +39,7 @@ def load(
     """A checkpoint, ready to answer.
 
     Args:
-        path: a folder for ``from_pretrained`` of ``Qwen3VLForConditionalGeneration``, or a name on a hub. One
+        path: a folder for ``from_pretrained``, a Qwen3-VL (dense or with experts), or a name on a hub. One
             that ``video-opd train`` wrote knows how it was shown its videos; others get the defaults.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; a GPU where there is one when None.
         settings: keys of a recipe's ``model``, ``video`` and ``prompt`` sections.
