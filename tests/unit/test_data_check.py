@@ -259,3 +259,22 @@ def test_faults_are_kept_only_where_asked_for(tmp_path):
     assert [sample.id for sample in kept.samples] == ["r0"]
     assert [(fault.line, fault.id) for fault in kept.faults] == [(2, None), (3, "r0")]
     assert "already used on line 1" in kept.faults[1].message
+
+
+def test_lines_that_are_no_json_are_told_all_at_once(videos, capsys, monkeypatch):
+    monkeypatch.chdir(videos)
+    first, last = (json.dumps(row).encode() for row in rows({}, {}))
+    lines = [b'{"id": "half', first, b"[1, 2]", b'"\xff"', last]
+    Path("d.jsonl").write_bytes(b"\n".join(lines))
+    assert main(["data", "check", "d.jsonl", "--workers", "1", "--write-good", "good.jsonl", "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    told = [(problem["line"], problem["id"], problem["kinds"]) for problem in record["problems"]]
+    assert told == [(1, None, ["row"]), (3, None, ["row"]), (4, None, ["row"])]
+    reasons = [problem["problem"] for problem in record["problems"]]
+    assert reasons[0].startswith("d.jsonl:1: not JSON") and reasons[1].startswith("d.jsonl:3: a list, not")
+    assert reasons[2].startswith("d.jsonl:4: not UTF-8") and record["rows"] == 5
+    assert [sample.id for sample in read_samples("good.jsonl")] == ["r0", "r1"]
+    with pytest.raises(UserError, match=r"d\.jsonl:1: not JSON"):  # who reads it still stops at the first
+        read_samples("d.jsonl")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_annotations("gone.jsonl", keep_faults=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.jsonl import read_jsonl, write_jsonl
+from video_opd.jsonl import read_lines, write_jsonl
 from video_opd.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ REQUIRED_KEYS = ("id", "video", "query")
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A row that cannot be used."""
+    """A line that is no row."""
 
     line: int
     id: str | None  # as far as it has one
@@ -41,7 +41,7 @@ class Annotations:
     samples: tuple[Sample, ...]
     clamped: tuple[tuple[int, str], ...]  # (line, id) of rows with a span cut to the video's duration
     unannotated: int  # rows without spans
-    faults: tuple[Fault, ...] = ()  # rows that are wrong; only where they were asked for
+    faults: tuple[Fault, ...] = ()  # lines that are wrong; only where they were asked for
 
 
 def read_samples(path: str | Path, video_root: str | Path | None = None) -> list[Sample]:
@@ -67,8 +67,8 @@ def read_annotations(
     Videos are relative to ``video_root``, or to the data file's folder; whether they are there is for the
     loader to find out. Spans that end past ``duration`` are cut to it and counted. Raises UserError with the
     line for anything else: a broken line, a missing key, an id that was used before, a span that is
-    reversed, empty, negative, not a number, or entirely past the end. With ``keep_faults`` a row that is
-    wrong is left out and listed; only what is no line of JSON is an error then.
+    reversed, empty, negative, not a number, or entirely past the end. With ``keep_faults`` a line that is
+    wrong is left out and listed; only a file that cannot be opened is an error then.
     """
     path = Path(path)
     root = Path(video_root) if video_root is not None else path.parent
@@ -76,9 +76,11 @@ def read_annotations(
     clamped: list[tuple[int, str]] = []
     lines: dict[str, int] = {}
     faults: list[Fault] = []
-    for line, row in read_jsonl(path):
+    for line, row in read_lines(path):
         where = f"{path}:{line}"
         try:
+            if isinstance(row, UserError):
+                raise row
             sample, cut = _sample(row, where, root)
             if sample.id in lines:
                 first = lines[sample.id]
@@ -88,7 +90,7 @@ def read_annotations(
         except UserError as error:
             if not keep_faults:
                 raise
-            identity = row.get("id")
+            identity = None if isinstance(row, UserError) else row.get("id")
             known = identity if isinstance(identity, str) else None
             faults.append(Fault(line=line, id=known, message=str(error)))
             continue
