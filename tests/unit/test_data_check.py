@@ -278,3 +278,31 @@ def test_lines_that_are_no_json_are_told_all_at_once(videos, capsys, monkeypatch
         read_samples("d.jsonl")
     with pytest.raises(UserError, match="cannot be read"):
         read_annotations("gone.jsonl", keep_faults=True)
+
+
+def test_a_span_is_looked_at_before_it_is_cut_to_the_duration(videos):
+    """v.mp4 lasts 4 s. What is past the tolerance is a problem whether or not a duration is stated."""
+    data = write(
+        videos / "d.jsonl",
+        rows(
+            {"spans": [[0, 1], [3, 9]]},
+            {"spans": [[3, 9]], "duration": None},
+            {"spans": [[3, 5]]},  # just within the tolerance: cut
+            {"spans": [[3, 9]], "video": "gone.mp4"},
+            {"spans": [[1, 3.9]], "duration": 2.0},
+        ),
+    )
+    record = check(data, videos / "c.jsonl", settings=HERE, good=videos / "good.jsonl")
+    assert [(p["id"], p["kinds"], p["problem"]) for p in record["problems"]] == [
+        ("r0", ["span"], "a span ends at 9 s, the video at 4.00 s"),
+        ("r1", ["span"], "a span ends at 9 s, the video at 4.00 s"),
+        ("r3", ["missing", "span"], "no such file; a span ends at 9 s, past the duration, 4 s"),
+        (
+            "r4",
+            ["span", "duration"],
+            "a span ends at 3.9 s, past the duration, 2 s; duration 2 s, but the video lasts 4.00 s",
+        ),
+    ]
+    assert record["clamped"] == 1
+    (good,) = read_samples(videos / "good.jsonl")
+    assert (good.id, good.spans) == ("r2", ((3.0, 4.0),))

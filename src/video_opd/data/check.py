@@ -91,6 +91,7 @@ def check(
     annotations = read_annotations(data, video_root, keep_faults=True)
     seen = look(annotations.samples, out, settings)
     problems = find_problems(annotations, seen, settings.tolerance_s)
+    too_long = {problem["id"] for problem in problems if SPAN in problem["kinds"]}
     written = 0
     if good is not None:
         bad = {problem["id"] for problem in problems if problem["video"] is not None}
@@ -101,7 +102,7 @@ def check(
         "rows": len(annotations.samples) + len(annotations.faults),
         "videos": len(seen),
         "unannotated": annotations.unannotated,
-        "clamped": len(annotations.clamped),
+        "clamped": sum(identity not in too_long for _, identity in annotations.clamped),
         "tolerance_s": settings.tolerance_s,
         "checked": str(out),
         "good": None if good is None else str(good),
@@ -135,17 +136,27 @@ def find_problems(
 
 
 def _problems(sample: Sample, seen: Seen, tolerance_s: float) -> Iterator[tuple[str, str]]:
-    if seen.duration_s is None:
-        yield (MISSING if seen.missing else UNDECODABLE), seen.error or "unknown"
-        return
     end_s = seen.duration_s
-    if any(start_s >= end_s for start_s, _ in sample.spans):
-        yield SPAN, f"a span begins after the video's end at {end_s:.2f} s"
-    elif sample.spans and (last_s := max(end for _, end in sample.spans)) > end_s + tolerance_s:
-        yield SPAN, f"a span ends at {last_s:g} s, the video at {end_s:.2f} s"
-    if sample.duration_s is not None and abs(sample.duration_s - end_s) > tolerance_s:
+    if end_s is None:
+        yield (MISSING if seen.missing else UNDECODABLE), seen.error or "unknown"
+    if text := _past_the_end(sample, end_s, tolerance_s):
+        yield SPAN, text
+    if end_s is not None and sample.duration_s is not None and abs(sample.duration_s - end_s) > tolerance_s:
         part = " (the row is about a part of the video)" if sample.row.get("clip") else ""
         yield DURATION, f"duration {sample.duration_s:g} s, but the video lasts {end_s:.2f} s{part}"
+
+
+def _past_the_end(sample: Sample, end_s: float | None, tolerance_s: float) -> str | None:
+    """Of the spans as they are written: reading has cut them to the stated duration, however long they were."""
+    spans = sample.row.get("spans") or sample.spans
+    last_s = max((end for _, end in spans), default=0.0)
+    if end_s is not None and any(start_s >= end_s for start_s, _ in spans):
+        return f"a span begins after the video's end at {end_s:.2f} s"
+    if end_s is not None and last_s > end_s + tolerance_s:
+        return f"a span ends at {last_s:g} s, the video at {end_s:.2f} s"
+    if sample.duration_s is not None and last_s > sample.duration_s + tolerance_s:
+        return f"a span ends at {last_s:g} s, past the duration, {sample.duration_s:g} s"
+    return None
 
 
 # --- opening -----------------------------------------------------------------------------------------
