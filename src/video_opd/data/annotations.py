@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import math
 import os
@@ -23,6 +24,8 @@ from video_opd.types import Sample
 logger = logging.getLogger(__name__)
 
 REQUIRED_KEYS = ("id", "video", "query")
+KNOWN_KEYS = (*REQUIRED_KEYS, "duration", "spans", "source")
+_LIKENESS, _MOST_LETTERS = 0.8, 2  # of a misspelt key: alike by difflib, longer or shorter by so many letters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,17 @@ def read_annotations(
     )
 
 
+def misspelt_keys(row: Mapping[str, Any]) -> dict[str, str]:
+    """``{"span": "spans"}``: keys that nearly are a known one which the row lacks; others are free."""
+    unknown = {key.lower(): key for key in row if key not in KNOWN_KEYS}
+    found = {}
+    for name in KNOWN_KEYS:
+        if name not in row:
+            near = [key for key in unknown if abs(len(key) - len(name)) <= _MOST_LETTERS]
+            found.update({unknown[key]: name for key in difflib.get_close_matches(name, near, 1, _LIKENESS)})
+    return found
+
+
 def write_rows(path: str | Path, rows: Iterable[Sample | Mapping[str, Any]]) -> None:
     """Writes a data file atomically.
 
@@ -130,7 +144,10 @@ def _row(sample: Sample, folder: Path) -> dict[str, Any]:
 def _sample(row: dict[str, Any], where: str, root: Path) -> tuple[Sample, bool]:
     missing = [key for key in REQUIRED_KEYS if key not in row]
     if missing:
-        raise UserError(f"{where}: no {', '.join(map(repr, missing))}; a row needs id, video and query")
+        hints = [f"; {key!r}: did you mean {name!r}?" for key, name in misspelt_keys(row).items()]
+        raise UserError(
+            f"{where}: no {', '.join(map(repr, missing))}; a row needs id, video and query{''.join(hints)}"
+        )
     for key in REQUIRED_KEYS:
         if not isinstance(row[key], str) or not row[key].strip():
             raise UserError(f"{where}: {key!r} is {row[key]!r}; it must be a string that is not empty")

@@ -17,7 +17,7 @@ import torch
 
 from video_opd.config import PromptConfig
 from video_opd.data.budget import CELL_PX, PAIR, count_tokens
-from video_opd.data.prompts import build_messages
+from video_opd.data.prompts import CONTROL_TOKEN, build_messages
 from video_opd.errors import UserError
 from video_opd.types import Clip, EncodedPrompt
 
@@ -44,7 +44,7 @@ class PromptEncoder:
             )
         build_messages("", self.prompt.style, self.prompt.thinking)  # an unknown style is an error now
         added = processor.tokenizer.get_added_vocab()
-        self._control = tuple(token for token in added if re.fullmatch(r"<\|.*\|>", token))
+        self._control = tuple(token for token in added if CONTROL_TOKEN.fullmatch(token))
         self._vision_end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
         # Fast tokenizers refuse to be used by two threads at the moment one of them changes a setting.
         self._lock = threading.Lock()
