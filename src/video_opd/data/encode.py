@@ -86,10 +86,14 @@ class PromptEncoder:
             for sample_id, row, text in zip(sample_ids, rows, texts, strict=True)
         ]
 
+    def refusal(self, query: str) -> str | None:
+        """Why this query cannot be encoded, if so: it holds one of the model's control tokens."""
+        token = next((token for token in self._control if token in query), None)
+        return None if token is None else f"its query holds the control token {token}; remove it"
+
     def _chat_text(self, query: str, sample_id: str) -> str:
-        for token in self._control:
-            if token in query:
-                raise UserError(f"sample {sample_id!r}: its query holds the control token {token}; remove it")
+        if (reason := self.refusal(query)) is not None:
+            raise UserError(f"sample {sample_id!r}: {reason}")
         messages = build_messages(query, self.prompt.style, self.prompt.thinking)
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
