@@ -95,7 +95,7 @@ class DataConfig:
     shuffle: bool = True  # a permutation an epoch, a function of (run.seed, epoch)
     workers: int = 2  # decoding in the background; 0: in the training process
     prefetch: int | None = None  # videos made ahead; none: those of a batch, so that the next one is ready
-    max_failed_share: float = 0.05  # a run stops when more videos than this cannot be decoded
+    max_failed_share: float = 0.05  # a run stops when more rows than this cannot be used
     cache_dir: str | None = None  # keeps decoded clips on disk
 
     def __post_init__(self) -> None:

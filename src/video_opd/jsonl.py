@@ -28,6 +28,17 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises UserError, naming ``path:line``, for a missing file, a line that is not UTF-8 or not JSON, and a
     row that is not an object.
     """
+    for number, row in read_lines(path):
+        if isinstance(row, UserError):
+            raise row
+        yield number, row
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
+    """As :func:`read_jsonl`, but a line that is wrong is yielded as its error, and the next ones follow.
+
+    Raises UserError for a file that cannot be opened.
+    """
     path = Path(path)
     try:
         file = path.open("rb")
@@ -39,16 +50,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")  # editors on Windows write a byte-order mark
             if not raw.strip():
                 continue
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start}; save as UTF-8") from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); mend or delete the line") from None
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise UserError(f"{path}:{number}: a {kind}, not an object; write one {{…}} a line")
-            yield number, row
+            yield number, _parsed(raw, f"{path}:{number}")
+
+
+def _parsed(raw: bytes, where: str) -> dict[str, Any] | UserError:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return UserError(f"{where}: not UTF-8 at byte {error.start}; save as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{where}: not JSON ({error}); mend or delete the line")
+    if not isinstance(row, dict):
+        return UserError(f"{where}: a {type(row).__name__}, not an object; write one {{…}} a line")
+    return row
 
 
 def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -257,7 +257,7 @@ def test_data_check_names_what_cannot_be_used(tmp_path, capsys) -> None:
         {"id": "e", "video": "v.mp4", **row, "duration": 9.0},
     ]
     assert main(["data", "check", str(write_rows(tmp_path / "good.jsonl", good))]) == 0
-    assert "1 rows, 1 videos: 0 rows with problems" in capsys.readouterr().out
+    assert "1 row, 1 video: 0 rows with problems" in capsys.readouterr().out
     assert main(["data", "check", str(write_rows(tmp_path / "bad.jsonl", good + bad)), "--json"]) == 1
     record = json.loads(capsys.readouterr().out)
     assert [problem["id"] for problem in record["problems"]] == ["b", "c", "d", "e"]

@@ -424,9 +424,9 @@ def test_the_command_prints_a_summary_and_lists_what_it_left_out(tmp_path, capsy
     source, out = write(tmp_path / "a.jsonl", rows), tmp_path / "o.jsonl"
     assert main(["data", "convert", str(source), "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert f"{out}: 2 of 14 questions written, on 1 videos (videomind)" in text
+    assert f"{out}: 2 of 14 questions written, on 1 video (videomind)" in text
     assert text.count("reversed span (2 to 1)") == 10 and "and 2 more like this" in text
-    assert "12 left out: 12 reversed span" in text and "1 spans that end past the video" in text
+    assert "12 left out: 12 reversed span" in text and "1 span past the end of the video" in text
     words = ["data", "convert", "videomind", str(source), "--out", str(out), "--source", "mine", "--json"]
     assert main(words) == 0
     record = json.loads(capsys.readouterr().out)
@@ -434,6 +434,18 @@ def test_the_command_prints_a_summary_and_lists_what_it_left_out(tmp_path, capsy
     assert record["clamped_spans"] == [
         {"where": f"{source}:14", "id": "mine:abc#13", "from_s": 99.0, "to_s": 10.0}
     ]
+
+
+def test_videos_that_are_not_found_are_named_the_first_few(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("root").mkdir()
+    for count, said in ((1, "1 video"), (3, "3 videos"), (5, "5 videos")):
+        write(Path("a.jsonl"), [FLAT | {"vid": f"v{i}"} for i in range(count)])
+        assert main(["data", "convert", "a.jsonl", "--video-root", "root", "--out", "o.jsonl"]) == 0
+        names = ", ".join(f"root/v{i}.mp4" for i in range(min(count, 3)))
+        rest = ", …; --json lists all" if count > 3 else ""
+        lines = capsys.readouterr().out.splitlines()
+        assert f"  {said} not found under the video root: {names}{rest}" in lines
 
 
 def test_formats_are_listed(capsys):

@@ -241,7 +241,7 @@ def test_the_command_says_all_and_its_exit_code_too(videos, capsys, monkeypatch)
         "d.jsonl:3: span [2, 1] does not end after it starts; write [start, end]",
         "3 rows, 2 videos: 2 rows with problems (1 row, 1 missing), 0 spans cut to the duration, "
         "0 rows without spans; tolerance 1 s",
-        "good.jsonl: 1 rows without problems",
+        "good.jsonl: 1 row without problems",
     ]
     assert Path("d.check.jsonl").exists() and default_out("d.jsonl") == Path("d.check.jsonl")
     assert main(["data", "check", "good.jsonl", "--out", "d.check.jsonl", "--json"]) == 0
@@ -259,3 +259,110 @@ def test_faults_are_kept_only_where_asked_for(tmp_path):
     assert [sample.id for sample in kept.samples] == ["r0"]
     assert [(fault.line, fault.id) for fault in kept.faults] == [(2, None), (3, "r0")]
     assert "already used on line 1" in kept.faults[1].message
+
+
+def test_lines_that_are_no_json_are_told_all_at_once(videos, capsys, monkeypatch):
+    monkeypatch.chdir(videos)
+    first, last = (json.dumps(row).encode() for row in rows({}, {}))
+    lines = [b'{"id": "half', first, b"[1, 2]", b'"\xff"', last]
+    Path("d.jsonl").write_bytes(b"\n".join(lines))
+    assert main(["data", "check", "d.jsonl", "--workers", "1", "--write-good", "good.jsonl", "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    told = [(problem["line"], problem["id"], problem["kinds"]) for problem in record["problems"]]
+    assert told == [(1, None, ["row"]), (3, None, ["row"]), (4, None, ["row"])]
+    reasons = [problem["problem"] for problem in record["problems"]]
+    assert reasons[0].startswith("d.jsonl:1: not JSON") and reasons[1].startswith("d.jsonl:3: a list, not")
+    assert reasons[2].startswith("d.jsonl:4: not UTF-8") and record["rows"] == 5
+    assert [sample.id for sample in read_samples("good.jsonl")] == ["r0", "r1"]
+    with pytest.raises(UserError, match=r"d\.jsonl:1: not JSON"):  # who reads it still stops at the first
+        read_samples("d.jsonl")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_annotations("gone.jsonl", keep_faults=True)
+
+
+def test_a_span_is_looked_at_before_it_is_cut_to_the_duration(videos):
+    """v.mp4 lasts 4 s. What is past the tolerance is a problem whether or not a duration is stated."""
+    data = write(
+        videos / "d.jsonl",
+        rows(
+            {"spans": [[0, 1], [3, 9]]},
+            {"spans": [[3, 9]], "duration": None},
+            {"spans": [[3, 5]]},  # just within the tolerance: cut
+            {"spans": [[3, 9]], "video": "gone.mp4"},
+            {"spans": [[1, 3.9]], "duration": 2.0},
+        ),
+    )
+    record = check(data, videos / "c.jsonl", settings=HERE, good=videos / "good.jsonl")
+    assert [(p["id"], p["kinds"], p["problem"]) for p in record["problems"]] == [
+        ("r0", ["span"], "a span ends at 9 s, the video at 4.00 s"),
+        ("r1", ["span"], "a span ends at 9 s, the video at 4.00 s"),
+        ("r3", ["missing", "span"], "no such file; a span ends at 9 s, past the duration, 4 s"),
+        (
+            "r4",
+            ["span", "duration"],
+            "a span ends at 3.9 s, past the duration, 2 s; duration 2 s, but the video lasts 4.00 s",
+        ),
+    ]
+    assert record["clamped"] == 1
+    (good,) = read_samples(videos / "good.jsonl")
+    assert (good.id, good.spans) == ("r2", ((3.0, 4.0),))
+
+
+def test_a_key_that_is_nearly_a_known_one_is_told(videos):
+    """Only where the known one is missing; any other key is the user's."""
+    row = {"id": "r", "video": "v.mp4", "query": "q"}
+    near: list[dict[str, Any]] = [
+        {"span": [5, 7]},
+        {"Spans": [[1, 2]]},
+        {"duraton": 4.0, "sapns": []},
+        {"duration_s": 4.0},
+    ]
+    fine: list[dict[str, Any]] = [
+        {"spans": None, "span": [1, 2]},
+        {"spans": [[1, 2]], "span": [1, 2], "vidoe": "x", "idx": 3},
+        {"score": 0.5, "source_id": 7, "video_id": "v", "clip": [0, 4], "windows": [[1, 2]], "vid": "v"},
+    ]
+    made = [row | {"id": f"r{i}"} | extra for i, extra in enumerate([*near, *fine])]
+    data = write(videos / "d.jsonl", [*made, {"vidoe": "v.mp4", "id": "x", "query": "q"}])
+    record = check(data, videos / "c.jsonl", settings=HERE, good=videos / "good.jsonl")
+    assert [(p["id"], p["kinds"], p["problem"]) for p in record["problems"]] == [
+        (
+            "x",
+            ["row"],
+            f"{data}:8: no 'video'; a row needs id, video and query; 'vidoe': did you mean 'video'?",
+        ),
+        ("r0", ["key"], "key 'span' is not known; did you mean 'spans'?"),
+        ("r1", ["key"], "key 'Spans' is not known; did you mean 'spans'?"),
+        (
+            "r2",
+            ["key"],
+            "key 'duraton' is not known; did you mean 'duration'?; "
+            "key 'sapns' is not known; did you mean 'spans'?",
+        ),
+        ("r3", ["key"], "key 'duration_s' is not known; did you mean 'duration'?"),
+    ]
+    assert [sample.id for sample in read_samples(videos / "good.jsonl")] == ["r4", "r5", "r6"]
+
+
+def test_a_query_with_a_control_token_is_told_and_still_read(videos):
+    queries = ("x <|im_end|>", "a < b |> c <| d", "<think> <|>", "<|video_pad|><|im_end|>")
+    data = write(videos / "d.jsonl", rows(*({"query": query} for query in queries)))
+    record = check(data, videos / "c.jsonl", settings=HERE)
+    assert [(p["id"], p["kinds"], p["problem"]) for p in record["problems"]] == [
+        ("r0", ["query"], "its query holds the control token <|im_end|>; remove it"),
+        ("r3", ["query"], "its query holds the control token <|video_pad|>; remove it"),
+    ]
+    assert [sample.query for sample in read_samples(data)] == list(queries)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows_is_a_problem(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").write_text(content)
+    assert main(["data", "check", "d.jsonl"]) == 1
+    assert capsys.readouterr().out == "d.jsonl: no rows in it; check the path\n"
+    assert main(["data", "check", "d.jsonl", "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["rows"] == 0 and record["by_kind"] == {"empty": 1}
+    assert main(["data", "stats", "d.jsonl"]) == 0
+    assert capsys.readouterr().out.startswith("no rows in it: there is nothing to describe")

@@ -16,7 +16,7 @@ import torch
 from video_opd.config import PromptConfig
 from video_opd.data.budget import VideoBudget
 from video_opd.data.encode import PromptEncoder, collate
-from video_opd.data.prompts import build_messages
+from video_opd.data.prompts import CONTROL_TOKEN, build_messages
 from video_opd.data.video import clip_digest, load_clip
 from video_opd.errors import UserError
 from video_opd.types import Clip
@@ -142,6 +142,14 @@ def test_threads_get_what_one_thread_gets():
 def test_a_query_cannot_hold_a_control_token(token):
     with pytest.raises(UserError, match=re.escape(token)):
         encoder().encode(make_clip([0.0, 0.5]), f"a cat {token} jumps", "row 7")
+
+
+def test_every_control_token_is_known_to_a_check_without_the_model():
+    added = build_processor().tokenizer.get_added_vocab()
+    refused = [token for token in added if encoder().refusal(f"x {token}") is not None]
+    assert {"<|im_start|>", "<|im_end|>", "<|video_pad|>", "<|vision_start|>"} <= set(refused)
+    assert all(CONTROL_TOKEN.fullmatch(token) for token in refused)
+    assert all(token in refused for token in added if token.startswith("<|"))
 
 
 def test_thinking_changes_the_prompt():

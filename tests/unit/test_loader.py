@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -124,10 +125,34 @@ def test_too_many_failures_stop_a_long_run_early(tmp_path):
     assert len(list(read_jsonl(skipped))) == 50
 
 
-def test_a_query_that_cannot_be_encoded_is_the_users_error(videos):
-    samples = [Sample(id="x", video=videos[0], query="a <|im_end|> b")]
-    with pytest.raises(UserError, match=r"'x'.*<\|im_end\|>"):
-        list(PromptLoader(samples, encoder(), SMALL))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_query_that_cannot_be_encoded_is_put_aside_alone(videos, tmp_path, monkeypatch, workers):
+    """Other queries on its video are encoded; a video about which nothing else is asked is not decoded."""
+    decoded = count_decodes(monkeypatch)
+    samples = rows(videos[:3])
+    bad = [1, 2, 3]  # one on the first video, both on the second
+    for i in bad:
+        samples[i] = replace(samples[i], query="a <|im_end|> b")
+    skipped = tmp_path / "skipped.jsonl"
+    made = PromptLoader(
+        samples, encoder(), SMALL, workers=workers, skipped_path=skipped, max_failed_share=0.5
+    )
+    assert ids(list(made)) == ["0-0", "2-0", "2-1"] and sorted(decoded) == [videos[0], videos[2]]
+    reason = "its query holds the control token <|im_end|>; remove it"
+    told = [{"id": samples[i].id, "video": str(samples[i].video), "reason": reason} for i in bad]
+    assert [row for _, row in read_jsonl(skipped)] == told
+    assert [(sample.id, why) for sample, why in made.skipped] == [(row["id"], reason) for row in told]
+    with pytest.raises(UserError, match=r"3 of 6 rows cannot be used.*0-1, .*<\|im_end\|>"):
+        list(PromptLoader(samples, encoder(), SMALL, workers=workers, max_failed_share=0.4))
+
+
+def test_a_bad_query_on_a_bad_video_has_its_own_reason(tmp_path):
+    samples = rows([tmp_path / "gone.mp4"], queries=3)
+    samples[1] = replace(samples[1], query="<|video_pad|>")
+    made = PromptLoader(samples, encoder(), SMALL, max_failed_share=1.0)
+    assert list(made) == []
+    reasons = {sample.id: reason for sample, reason in made.skipped}
+    assert reasons["gone-0"] == reasons["gone-2"] == "no such file" and "<|video_pad|>" in reasons["gone-1"]
 
 
 def test_waiting_is_measured_and_a_left_loader_stops_its_threads(videos, monkeypatch):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import math
 import os
@@ -17,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.jsonl import read_jsonl, write_jsonl
+from video_opd.jsonl import read_lines, write_jsonl
 from video_opd.types import Sample
 
 logger = logging.getLogger(__name__)
 
 REQUIRED_KEYS = ("id", "video", "query")
+KNOWN_KEYS = (*REQUIRED_KEYS, "duration", "spans", "source")
+_LIKENESS, _MOST_LETTERS = 0.8, 2  # of a misspelt key: alike by difflib, longer or shorter by so many letters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A row that cannot be used."""
+    """A line that is no row."""
 
     line: int
     id: str | None  # as far as it has one
@@ -41,7 +44,7 @@ class Annotations:
     samples: tuple[Sample, ...]
     clamped: tuple[tuple[int, str], ...]  # (line, id) of rows with a span cut to the video's duration
     unannotated: int  # rows without spans
-    faults: tuple[Fault, ...] = ()  # rows that are wrong; only where they were asked for
+    faults: tuple[Fault, ...] = ()  # lines that are wrong; only where they were asked for
 
 
 def read_samples(path: str | Path, video_root: str | Path | None = None) -> list[Sample]:
@@ -67,8 +70,8 @@ def read_annotations(
     Videos are relative to ``video_root``, or to the data file's folder; whether they are there is for the
     loader to find out. Spans that end past ``duration`` are cut to it and counted. Raises UserError with the
     line for anything else: a broken line, a missing key, an id that was used before, a span that is
-    reversed, empty, negative, not a number, or entirely past the end. With ``keep_faults`` a row that is
-    wrong is left out and listed; only what is no line of JSON is an error then.
+    reversed, empty, negative, not a number, or entirely past the end. With ``keep_faults`` a line that is
+    wrong is left out and listed; only a file that cannot be opened is an error then.
     """
     path = Path(path)
     root = Path(video_root) if video_root is not None else path.parent
@@ -76,9 +79,11 @@ def read_annotations(
     clamped: list[tuple[int, str]] = []
     lines: dict[str, int] = {}
     faults: list[Fault] = []
-    for line, row in read_jsonl(path):
+    for line, row in read_lines(path):
         where = f"{path}:{line}"
         try:
+            if isinstance(row, UserError):
+                raise row
             sample, cut = _sample(row, where, root)
             if sample.id in lines:
                 first = lines[sample.id]
@@ -88,7 +93,7 @@ def read_annotations(
         except UserError as error:
             if not keep_faults:
                 raise
-            identity = row.get("id")
+            identity = None if isinstance(row, UserError) else row.get("id")
             known = identity if isinstance(identity, str) else None
             faults.append(Fault(line=line, id=known, message=str(error)))
             continue
@@ -102,6 +107,17 @@ def read_annotations(
         unannotated=sum(not s.spans for s in samples),
         faults=tuple(faults),
     )
+
+
+def misspelt_keys(row: Mapping[str, Any]) -> dict[str, str]:
+    """``{"span": "spans"}``: keys that nearly are a known one which the row lacks; others are free."""
+    unknown = {key.lower(): key for key in row if key not in KNOWN_KEYS}
+    found = {}
+    for name in KNOWN_KEYS:
+        if name not in row:
+            near = [key for key in unknown if abs(len(key) - len(name)) <= _MOST_LETTERS]
+            found.update({unknown[key]: name for key in difflib.get_close_matches(name, near, 1, _LIKENESS)})
+    return found
 
 
 def write_rows(path: str | Path, rows: Iterable[Sample | Mapping[str, Any]]) -> None:
@@ -128,7 +144,10 @@ def _row(sample: Sample, folder: Path) -> dict[str, Any]:
 def _sample(row: dict[str, Any], where: str, root: Path) -> tuple[Sample, bool]:
     missing = [key for key in REQUIRED_KEYS if key not in row]
     if missing:
-        raise UserError(f"{where}: no {', '.join(map(repr, missing))}; a row needs id, video and query")
+        hints = [f"; {key!r}: did you mean {name!r}?" for key, name in misspelt_keys(row).items()]
+        raise UserError(
+            f"{where}: no {', '.join(map(repr, missing))}; a row needs id, video and query{''.join(hints)}"
+        )
     for key in REQUIRED_KEYS:
         if not isinstance(row[key], str) or not row[key].strip():
             raise UserError(f"{where}: {key!r} is {row[key]!r}; it must be a string that is not empty")

@@ -18,14 +18,16 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from video_opd.data.annotations import Annotations, read_annotations, write_rows
+from video_opd.data.annotations import Annotations, misspelt_keys, read_annotations, write_rows
 from video_opd.data.budget import VideoBudget
+from video_opd.data.prompts import CONTROL_TOKEN
 from video_opd.errors import UserError
 from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
 from video_opd.progress import track
 from video_opd.types import Sample
 
 MISSING, UNDECODABLE, DURATION, SPAN, ROW = "missing", "undecodable", "duration", "span", "row"
+QUERY, KEY, EMPTY = "query", "key", "empty"
 _CRASHED = "it brings the decoder down"
 
 
@@ -91,6 +93,10 @@ def check(
     annotations = read_annotations(data, video_root, keep_faults=True)
     seen = look(annotations.samples, out, settings)
     problems = find_problems(annotations, seen, settings.tolerance_s)
+    if not annotations.samples and not annotations.faults:
+        empty = f"{data}: no rows in it; check the path"
+        problems = [{"id": None, "line": None, "video": None, "kinds": [EMPTY], "problem": empty}]
+    too_long = {problem["id"] for problem in problems if SPAN in problem["kinds"]}
     written = 0
     if good is not None:
         bad = {problem["id"] for problem in problems if problem["video"] is not None}
@@ -101,7 +107,7 @@ def check(
         "rows": len(annotations.samples) + len(annotations.faults),
         "videos": len(seen),
         "unannotated": annotations.unannotated,
-        "clamped": len(annotations.clamped),
+        "clamped": sum(identity not in too_long for _, identity in annotations.clamped),
         "tolerance_s": settings.tolerance_s,
         "checked": str(out),
         "good": None if good is None else str(good),
@@ -115,7 +121,7 @@ def find_problems(
     annotations: Annotations, seen: Mapping[Path, Seen], tolerance_s: float
 ) -> list[dict[str, Any]]:
     """``{"id", "line", "video", "kinds", "problem"}`` for each row with a problem, wrong rows first."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": fault.id, "line": fault.line, "video": None, "kinds": [ROW], "problem": fault.message}
         for fault in annotations.faults
     ]
@@ -135,17 +141,31 @@ def find_problems(
 
 
 def _problems(sample: Sample, seen: Seen, tolerance_s: float) -> Iterator[tuple[str, str]]:
-    if seen.duration_s is None:
-        yield (MISSING if seen.missing else UNDECODABLE), seen.error or "unknown"
-        return
     end_s = seen.duration_s
-    if any(start_s >= end_s for start_s, _ in sample.spans):
-        yield SPAN, f"a span begins after the video's end at {end_s:.2f} s"
-    elif sample.spans and (last_s := max(end for _, end in sample.spans)) > end_s + tolerance_s:
-        yield SPAN, f"a span ends at {last_s:g} s, the video at {end_s:.2f} s"
-    if sample.duration_s is not None and abs(sample.duration_s - end_s) > tolerance_s:
+    if end_s is None:
+        yield (MISSING if seen.missing else UNDECODABLE), seen.error or "unknown"
+    if text := _past_the_end(sample, end_s, tolerance_s):
+        yield SPAN, text
+    if end_s is not None and sample.duration_s is not None and abs(sample.duration_s - end_s) > tolerance_s:
         part = " (the row is about a part of the video)" if sample.row.get("clip") else ""
         yield DURATION, f"duration {sample.duration_s:g} s, but the video lasts {end_s:.2f} s{part}"
+    if token := CONTROL_TOKEN.search(sample.query):
+        yield QUERY, f"its query holds the control token {token.group()}; remove it"
+    for key, name in misspelt_keys(sample.row).items():
+        yield KEY, f"key {key!r} is not known; did you mean {name!r}?"
+
+
+def _past_the_end(sample: Sample, end_s: float | None, tolerance_s: float) -> str | None:
+    """Of the spans as they are written: reading has cut them to the stated duration."""
+    spans = sample.row.get("spans") or sample.spans
+    last_s = max((end for _, end in spans), default=0.0)
+    if end_s is not None and any(start_s >= end_s for start_s, _ in spans):
+        return f"a span begins after the video's end at {end_s:.2f} s"
+    if end_s is not None and last_s > end_s + tolerance_s:
+        return f"a span ends at {last_s:g} s, the video at {end_s:.2f} s"
+    if sample.duration_s is not None and last_s > sample.duration_s + tolerance_s:
+        return f"a span ends at {last_s:g} s, past the duration, {sample.duration_s:g} s"
+    return None
 
 
 # --- opening -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from video_opd.config import PromptConfig
 from video_opd.data.budget import CELL_PX, PAIR, count_tokens
-from video_opd.data.prompts import build_messages
+from video_opd.data.prompts import CONTROL_TOKEN, build_messages
 from video_opd.errors import UserError
 from video_opd.types import Clip, EncodedPrompt
 
@@ -44,7 +44,7 @@ class PromptEncoder:
             )
         build_messages("", self.prompt.style, self.prompt.thinking)  # an unknown style is an error now
         added = processor.tokenizer.get_added_vocab()
-        self._control = tuple(token for token in added if re.fullmatch(r"<\|.*\|>", token))
+        self._control = tuple(token for token in added if CONTROL_TOKEN.fullmatch(token))
         self._vision_end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
         # Fast tokenizers refuse to be used by two threads at the moment one of them changes a setting.
         self._lock = threading.Lock()
@@ -86,10 +86,14 @@ class PromptEncoder:
             for sample_id, row, text in zip(sample_ids, rows, texts, strict=True)
         ]
 
+    def refusal(self, query: str) -> str | None:
+        """Why this query cannot be encoded, if so: it holds one of the model's control tokens."""
+        token = next((token for token in self._control if token in query), None)
+        return None if token is None else f"its query holds the control token {token}; remove it"
+
     def _chat_text(self, query: str, sample_id: str) -> str:
-        for token in self._control:
-            if token in query:
-                raise UserError(f"sample {sample_id!r}: its query holds the control token {token}; remove it")
+        if (reason := self.refusal(query)) is not None:
+            raise UserError(f"sample {sample_id!r}: {reason}")
         messages = build_messages(query, self.prompt.style, self.prompt.thinking)
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from video_opd.data.budget import VideoBudget
@@ -25,7 +26,14 @@ from video_opd.types import EncodedPrompt, Sample
 MIN_JUDGED = 50
 
 _Group = list[Sample]
-_Made = list[EncodedPrompt] | VideoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What became of the rows of a video: each has a prompt, or a reason why there is none."""
+
+    prompts: list[tuple[Sample, EncodedPrompt]]
+    failed: list[tuple[Sample, str]]
 
 
 class PromptLoader:
@@ -34,9 +42,9 @@ class PromptLoader:
     ``workers`` threads decode (0: the caller does), at most ``prefetch`` videos ahead: memory is theirs,
     because the prompts of a video share its pixels.
 
-    A video that cannot be decoded is put aside with its reason in ``skipped_path`` (a row of ``id``,
-    ``video``, ``reason``; each once) and in ``skipped``. UserError is raised when more than
-    ``max_failed_share`` of the rows failed: of the first 50 or more, and of all of them.
+    A row whose video cannot be decoded, or whose query the encoder refuses, is put aside with its reason in
+    ``skipped_path`` (a row of ``id``, ``video``, ``reason``; each once) and in ``skipped``. UserError is
+    raised when more than ``max_failed_share`` of the rows failed: of the first 50 or more, of all at the end.
 
     ``wait_s`` is how long the caller was kept waiting so far.
     """
@@ -78,13 +86,11 @@ class PromptLoader:
         done = failed = 0
         for group, made in self._in_order(groups):
             done += len(group)
-            if isinstance(made, VideoError):
-                failed += len(group)
-                self._put_aside(group, made)
+            failed += len(made.failed)
+            self._put_aside(made.failed)
             if done >= min(MIN_JUDGED, len(self.samples)):
                 self._judge(failed, done)
-            if not isinstance(made, VideoError):
-                yield from zip(group, made, strict=True)
+            yield from made.prompts
 
     def _in_order(self, groups: list[_Group]) -> Iterator[tuple[_Group, _Made]]:
         if self.workers == 0:
@@ -117,22 +123,34 @@ class PromptLoader:
 
     def _make(self, group: _Group) -> _Made:
         video = group[0].video
+        asked: list[Sample] = []
+        failed: list[tuple[Sample, str]] = []
+        for sample in group:
+            reason = self.encoder.refusal(sample.query)
+            if reason is None:
+                asked.append(sample)
+            else:
+                failed.append((sample, reason))
+        if not asked:
+            return _Made(prompts=[], failed=failed)
         try:
             if self._cache is not None:
                 clip = self._cache.load(video, self.budget, self.backend)
             else:
                 clip = load_clip(video, self.budget, self.backend)
         except VideoError as error:
-            return error
-        return self.encoder.encode_many(clip, [s.query for s in group], [s.id for s in group])
+            return _Made(prompts=[], failed=failed + [(sample, error.reason) for sample in asked])
+        prompts = self.encoder.encode_many(clip, [s.query for s in asked], [s.id for s in asked])
+        return _Made(prompts=list(zip(asked, prompts, strict=True)), failed=failed)
 
-    def _put_aside(self, group: _Group, error: VideoError) -> None:
-        self.skipped += [(sample, error.reason) for sample in group]
-        new = [sample for sample in group if sample.id not in self._reported]
-        self._reported.update(sample.id for sample in new)
+    def _put_aside(self, failed: Sequence[tuple[Sample, str]]) -> None:
+        self.skipped += failed
+        new = [(sample, reason) for sample, reason in failed if sample.id not in self._reported]
+        self._reported.update(sample.id for sample, _ in new)
         if self.skipped_path is not None and new:
             append_jsonl(
-                self.skipped_path, [{"id": s.id, "video": str(s.video), "reason": error.reason} for s in new]
+                self.skipped_path,
+                [{"id": sample.id, "video": str(sample.video), "reason": reason} for sample, reason in new],
             )
 
     def _already_reported(self) -> set[str]:
@@ -146,7 +164,7 @@ class PromptLoader:
             sample, reason = self.skipped[0]
             where = "" if self.skipped_path is None else f"; all are in {self.skipped_path}"
             raise UserError(
-                f"{failed} of {done} rows have a video that cannot be used, more than "
-                f"{self.max_failed_share:.0%} (first: {sample.video}: {reason}{where}); check the paths and "
-                "the video root, or raise data.max_failed_share"
+                f"{failed} of {done} rows cannot be used, more than {self.max_failed_share:.0%} "
+                f"(first: {sample.id}, {sample.video}: {reason}{where}); check the paths and the video root "
+                "(video-opd data check lists all), or raise data.max_failed_share"
             )

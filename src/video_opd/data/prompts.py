@@ -43,6 +43,9 @@ class PromptStyle:
         return self.reply.format(start=span[0], end=span[1])
 
 
+# What is no text to a model: <|im_end|>, <|video_pad|>. In a query it would end the turn, or be a frame.
+CONTROL_TOKEN = re.compile(r"<\|[^|\s]+\|>")
+
 # Table 8's variant: the paper does not print its instruction, so it is the shortest that says the format.
 THINKING_INSTRUCTION = " Think first between <think> and </think>, then give the answer."
 

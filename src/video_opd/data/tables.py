@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from video_opd.data.convert import Conversion
 
 MOST_SHOWN = 10  # problems of one reason; --json has all
+MOST_NAMED = 3  # in a line
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -25,25 +26,37 @@ def format_lines() -> Iterator[str]:
 def conversion_lines(result: Conversion) -> Iterator[str]:
     yield from _problems((p.reason, p.line()) for p in result.problems)
     yield (
-        f"{result.out}: {result.written} of {result.read} questions written, on {len(result.videos)} videos "
-        f"({result.format})"
+        f"{result.out}: {result.written} of {counted(result.read, 'questions')} written, "
+        f"on {counted(len(result.videos), 'videos')} ({result.format})"
     )
     notes = (
         (result.dropped, f"left out: {', '.join(f'{n} {reason}' for reason, n in result.reasons.items())}"),
         (len(result.problems) - result.dropped, "spans left out of questions that have others"),
-        (len(result.cut), "spans that end past the video cut to its end"),
+        (len(result.cut), "spans past the end of the video, cut to it"),
         (result.unannotated, "questions without spans, as in the source"),
         (result.without_duration, "rows without a duration: give --durations FILE, or --probe"),
-        (result.on_clips, "rows about a part of their video" + _CLIPS),
-        (len(result.not_found), "videos not found under the video root"),
+        (result.on_clips, "rows about a part of a video" + _CLIPS),
+        (len(result.not_found), f"videos not found under the video root: {_first(sorted(result.not_found))}"),
         (len(result.of_two_lengths), "videos with more than one duration: files of parts share a name"),
     )
     for count, note in notes:
         if count:
-            yield f"  {count} {note}"
+            yield f"  {counted(count, note)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", …; --json lists all" if len(names) > MOST_NAMED else "")
 
 
 _CLIPS = ": times count from its start, so the file must hold just that part; or convert with --clips whole"
+
+
+def counted(count: int, what: str) -> str:
+    """``3 rows without spans``; of one, the first word is in the singular."""
+    noun, space, rest = what.partition(" ")
+    if count == 1:
+        noun = f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
+    return f"{count:,} {noun}{space}{rest}"
 
 
 def _problems(found: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -60,14 +73,16 @@ def check_lines(record: dict[str, Any]) -> Iterator[str]:
     """Of the record of ``data check``."""
     yield from _problems((problem["kinds"][0], _problem_line(problem)) for problem in record["problems"])
     kinds = ", ".join(f"{count} {kind}" for kind, count in record["by_kind"].items())
-    yield (
-        f"{record['rows']} rows, {record['videos']} videos: {len(record['problems'])} rows with problems"
-        + (f" ({kinds})" if kinds else "")
-        + f", {record['clamped']} spans cut to the duration, {record['unannotated']} rows without spans; "
-        f"tolerance {record['tolerance_s']:g} s"
-    )
+    if record["rows"]:
+        yield (
+            f"{counted(record['rows'], 'rows')}, {counted(record['videos'], 'videos')}: "
+            + counted(len(record["problems"]), "rows with problems")
+            + (f" ({kinds})" if kinds else "")
+            + f", {counted(record['clamped'], 'spans cut to the duration')}, "
+            f"{counted(record['unannotated'], 'rows without spans')}; tolerance {record['tolerance_s']:g} s"
+        )
     if record["good"]:
-        yield f"{record['good']}: {record['written']} rows without problems"
+        yield f"{record['good']}: {counted(record['written'], 'rows without problems')}"
 
 
 def _problem_line(problem: dict[str, Any]) -> str:
@@ -84,7 +99,10 @@ def bar(share: float, width: int = _BAR_WIDTH) -> str:
 
 def stats_lines(record: dict[str, Any]) -> Iterator[str]:
     """Of the record of :func:`video_opd.data.describe.describe`."""
-    yield f"{record['rows']:,} rows on {record['videos']:,} videos"
+    if not record["rows"]:
+        yield "no rows in it: there is nothing to describe; check the path"
+        return
+    yield f"{counted(record['rows'], 'rows')} on {counted(record['videos'], 'videos')}"
     notes = (
         ("unannotated", "rows without spans"),
         ("clamped", "rows with a span cut to the duration"),
@@ -93,7 +111,7 @@ def stats_lines(record: dict[str, Any]) -> Iterator[str]:
     )
     for key, note in notes:
         if record[key]:
-            yield f"  {record[key]:,} {note}"
+            yield f"  {counted(record[key], note)}"
     if record["duration_s"]:
         yield f"  {record['duration_s']['total'] / 3600:,.1f} hours of video"
     yield ""

@@ -122,7 +122,7 @@ class OpenModel:
 
 
 class Loading(contextlib.AbstractContextManager["Loading"]):
-    """``(sample, prompt)`` pairs, decoded in the background; a video that fails is told and left out."""
+    """``(sample, prompt)`` pairs, decoded in the background; a row that fails is told and left out."""
 
     def __init__(self, model: OpenModel, samples: Sequence[Sample]) -> None:
         from video_opd.data.loader import PromptLoader
