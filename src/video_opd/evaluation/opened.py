@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from video_opd.config import ModelConfig, PromptConfig, VideoConfig
 from video_opd.errors import UserError
@@ -39,12 +39,19 @@ class Access:
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
+A = TypeVar("A", bound=Access)
+
+
 def read_access(path: str, overrides: Sequence[str], protocol: str | None = None) -> Access:
     """What the model folder says, changed by ``overrides``; a ``protocol`` decides the prompt.
 
     The protocol's video budget is for models that do not say which they were trained with. Raises UserError
     for an unknown key, and for a prompt that is not the protocol's.
     """
+    return _read(Access, path, overrides, protocol)
+
+
+def _read(kind: type[A], path: str, overrides: Sequence[str], protocol: str | None) -> A:
     facts = read_model_facts(path) or {}
     tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
     chosen = None if protocol is None else get_protocol(protocol)
@@ -52,12 +59,37 @@ def read_access(path: str, overrides: Sequence[str], protocol: str | None = None
         tree.setdefault("video", asdict(chosen.video))
         if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
             tree["prompt"] = {**prompt, "style": chosen.prompt_style}
-    access = TreeReader(Access, {}).read(apply_overrides({**tree, "model": {"path": path}}, overrides))
+    access: A = TreeReader(kind, {}).read(apply_overrides({**tree, "model": {"path": path}}, overrides))
     if chosen is not None and access.prompt.style != chosen.prompt_style:
         raise UserError(
             f"--prompt.style {access.prompt.style} is not how protocol {chosen.name} asks: leave out either"
         )
     return access
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TeacherModel:
+    """What the teacher of a score may have of its own."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None  # none: as the student's
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairAccess(Access):
+    teacher: _TeacherModel = field(default_factory=_TeacherModel)
+
+
+def read_pair(student: str, teacher: str | None, overrides: Sequence[str]) -> tuple[Access, Access | None]:
+    """:func:`read_access` of a student, and of a teacher that is shown the same, where one is named.
+
+    ``overrides`` may have ``--teacher.dtype``; left out, it is ``model.dtype``.
+    """
+    pair = _read(_PairAccess, student, overrides, None)
+    own = Access(model=pair.model, video=pair.video, prompt=pair.prompt)
+    if teacher is None:
+        return own, None
+    dtype = pair.teacher.dtype or own.model.dtype
+    return own, replace(own, model=replace(own.model, path=teacher, dtype=dtype))
 
 
 def read_model_facts(path: str | Path) -> dict[str, Any] | None:
