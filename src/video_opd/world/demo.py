@@ -43,6 +43,10 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     ``steps`` is the number of optimiser steps (the recipe's own when None). Raises
     :class:`~video_opd.errors.UserError` when ``out`` cannot be written or holds another demo.
     """
+    out = Path(out)
+    recipe = demo_recipe(out, seed, steps)
+    _claim(out, recipe)
+
     from video_opd.curriculum.pool import accesses, score_pool
     from video_opd.curriculum.samplers import SamplerSettings
     from video_opd.curriculum.scores import ScoreSettings
@@ -51,9 +55,6 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     from video_opd.training.loop import train
     from video_opd.world.make import make_world
 
-    out = Path(out)
-    recipe = demo_recipe(out, seed, steps)
-    _claim(out, recipe)
     pool = make_world(
         out / "world" / "train", videos={"train": POOL_VIDEOS}, seed=TRAIN_SEED + seed, track=track
     )
