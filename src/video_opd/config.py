@@ -513,7 +513,7 @@ class Recipe:
 
 
 # What other trainers call our keys.
-_SYNONYMS = {
+SYNONYMS = {
     "learning_rate": "optim.lr",
     "num_generations": "sampling.rollouts",
     "max_completion_length": "sampling.max_new_tokens",
@@ -549,7 +549,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from nested dicts, strictly; ``where`` opens every message."""
     try:
-        return TreeReader(Recipe, _SYNONYMS).read(_with_dependent_defaults(tree))
+        return TreeReader(Recipe, SYNONYMS).read(_with_dependent_defaults(tree))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error.__cause__
 

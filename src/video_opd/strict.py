@@ -136,7 +136,7 @@ class TreeReader:
 
     def _unknown(self, key: str, siblings: list[str]) -> str:
         """Names the nearest key: the same word in another section, else a sibling by spelling, else any."""
-        everywhere = list(_leaves(self.root, ""))
+        everywhere = list(leaves(self.root, ""))
         word = key.rpartition(".")[2]
         words = {path.rpartition(".")[2]: path for path in siblings}
         near = [path for path in everywhere if path.rpartition(".")[2] == word][:1]
@@ -157,9 +157,14 @@ class TreeReader:
         if origin is Literal:
             return _choice(value, arguments, path)
         if origin is dict:
+            need(value is not None, f"{path} is empty; for none, write {{}}")
             need(isinstance(value, Mapping), f"{path} must be a section of keys, not {value!r}")
             return {str(key): self._value(item, arguments[1], f"{path}.{key}") for key, item in value.items()}
         if origin is tuple:
+            need(value is not None, f"{path} is empty; for none, write []")
+            if isinstance(value, str) and "," in value and arguments[0] is not str:  # a text may have commas
+                listed = ", ".join(part.strip() for part in value.split(","))
+                raise UserError(f'{path} is a list: write "[{listed}]", not {value!r}')
             items = list(value) if isinstance(value, list | tuple) else [value]
             kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
             need(len(items) == len(kinds), f"{path} needs {len(kinds)} values, not {len(items)}")
@@ -171,10 +176,11 @@ class TreeReader:
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _leaves(cls: type, path: str) -> Iterator[str]:
+def leaves(cls: type, path: str = "") -> Iterator[str]:
+    """``"optim.lr"``, …: every key of a settings class that is no section, below ``path``."""
     for name, hint in _hints(cls).items():
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(typing.cast(type, hint), f"{path}{name}.")
+            yield from leaves(typing.cast(type, hint), f"{path}{name}.")
         else:
             yield f"{path}{name}"
 
@@ -182,6 +188,7 @@ def _leaves(cls: type, path: str) -> Iterator[str]:
 def _choice(value: Any, choices: Sequence[str], path: str) -> Any:
     if value in choices:
         return value
+    need(value is not None, f"{path} is empty; choose one of: {', '.join(choices)}")
     near = difflib.get_close_matches(str(value), choices, 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"{path} is {value!r}; choose one of: {', '.join(choices)}{hint}")
@@ -198,5 +205,6 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
     ok = ok and not (isinstance(value, float) and math.isnan(value))
     if not ok:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise UserError(f"{path} must be {names[kind]}, not {value!r}")
+        found = "but it is empty" if value is None else f"not {value!r}"
+        raise UserError(f"{path} must be {names[kind]}, {found}")
     return value

@@ -105,6 +105,42 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(words, names, capsys, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "evaluate --data d --predictions p --basline b",
+            "(did you mean --baseline?); see video-opd evaluate -",
+        ),
+        ("data check d.jsonl --decod", "--decod (did you mean --decode?); see video-opd data check --help"),
+        ("demo --step 2", "--step 2 (did you mean --steps?); see video-opd demo --help"),
+        ("train r.yaml --methd grpo", "(did you mean --method?); see video-opd train --help"),
+        ("train r.yaml --sharding fsdp2", "(did you mean --model.sharding?); see video-opd train --help"),
+        ("train r.yaml --learning-rate 1", "(did you mean --optim.lr?)"),
+        (
+            "evaluate --data d --model m --dtype bfloat16",
+            "(did you mean --model.dtype?); see video-opd evaluate",
+        ),
+        ("data stats d.jsonl --fps 1", "(did you mean --video.fps?); see video-opd data stats"),
+        # A flag that is missing because it was misspelt.
+        ("predict m d --uot p", "unrecognized arguments: --uot (did you mean --out?); see video-opd predict"),
+        # What the command does not read is not offered: predict has no optimiser, select no recipe.
+        ("predict m d --out p --lr 1", "--lr 1; see video-opd predict --help"),
+        ("select --data d --scores s --k 1 --out o --dtype x", "--dtype x; see video-opd select --help"),
+        (
+            "report a --out r --optim.lr 1",
+            "--optim.lr: this command reads no recipe; see video-opd report --help",
+        ),
+        ("--debig demo", "--debig (did you mean --debug?)"),
+        ("data check a b", "unrecognized arguments: b; see video-opd data check --help"),
+    ],
+)
+def test_a_flag_that_is_not_known_leads_to_the_commands_help(words: str, said: str, capsys) -> None:
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
 def test_other_failures_are_one_line_and_exit_code_1(monkeypatch, capsys) -> None:
     def fail(arguments: argparse.Namespace) -> None:
         raise RuntimeError("the disk\ncaught fire")
@@ -403,6 +439,44 @@ def test_score_by_options_and_by_recipe_agree(model_and_data, tmp_path, capsys) 
     # The teacher is the student: no distance between them.
     assert all(abs(row["reverse_kl"]) < 1e-4 for row in rows)
     assert main(["score", str(recipe), *named, "--out", str(tmp_path / "t.jsonl")]) == 2
+
+
+@pytest.fixture
+def asked_of(monkeypatch) -> list:
+    """What score would ask of which models, without any."""
+    from video_opd.curriculum import pool
+    from video_opd.curriculum.scores import ScoreResult
+
+    calls: list = []
+
+    def noted(student, teacher, *_, **__) -> ScoreResult:
+        calls.append((student, teacher))
+        return ScoreResult(kept=0, scored=0, failed=0, unannotated=0, reused=0)
+
+    monkeypatch.setattr(pool, "score_pool", noted)
+    return calls
+
+
+def test_the_teacher_of_score_has_a_type_of_its_own(tmp_path, asked_of, capsys) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [{"id": "a", "video": "v", "query": "q", "spans": [[0, 1]]}])
+    words = ["score", "--student", "s", "--data", str(data), "--out", str(tmp_path / "o.jsonl")]
+    assert main([*words, "--teacher", "t", "--teacher.dtype", "bfloat16", "--video.fps", "1"]) == 0
+    student, teacher = asked_of.pop()
+    assert (student.model.path, student.model.dtype) == ("s", "float32")
+    assert (teacher.model.path, teacher.model.dtype) == ("t", "bfloat16")
+    assert teacher.video == student.video and student.video.fps == 1
+    # Left out, it is the student's.
+    assert main([*words, "--teacher", "t", "--model.dtype", "bfloat16"]) == 0
+    assert {access.model.dtype for access in asked_of.pop()} == {"bfloat16"}
+    for more, said in (
+        (["--teacher.dtype", "bfloat16"], "--teacher M"),
+        (["--teacher", "t", "--teacher.dtype", "float16"], "teacher.dtype is 'float16'"),
+        (["--teacher", "t", "--teacher.dtyp", "float32"], "did you mean teacher.dtype"),
+        (["--teacher.path", "t"], "--teacher M"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2 and not asked_of
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predict", "score"])

@@ -73,6 +73,12 @@ def test_an_unknown_key_is_named_with_the_nearest(tree: dict, expected: str):
         ({"model": {"dtype": "float16"}}, "model.dtype is 'float16'; choose one of"),
         ({"teacher": {}}, "teacher.path is missing"),
         ({"method": "grop"}, "method is 'grop'"),
+        ({"teacher": {"path": None}}, "teacher.path must be text, but it is empty"),
+        ({"model": {"dtype": None}}, "model.dtype is empty; choose one of: float32, bfloat16"),
+        ({"lora": {"parts": None}}, r"lora.parts is empty; for none, write \[\]"),
+        ({"lora": {"parts": "language,vision"}}, r"lora.parts is a list: write .\[language, vision\]."),
+        ({"lora": {"parts": ["language,vision"]}}, r"lora.parts\[0\] is 'language,vision'; choose one of"),
+        ({"optim": {"betas": "0.9,0.95"}}, r"optim.betas is a list: write .\[0.9, 0.95\]."),
     ],
 )
 def test_wrong_types_are_refused(tree: dict, expected: str):
@@ -127,6 +133,10 @@ def test_overrides_are_yaml_and_win(tmp_path: Path):
     assert recipe.optim.lr == 3e-4 and recipe.optim.betas == (0.8, 0.95) and recipe.optim.max_steps == 7
     assert recipe.data.shuffle is False and recipe.run.trackers == () and recipe.data.limit is None
     assert recipe.evaluate.data == ("one.jsonl",)  # one value stands for a list of one
+
+
+def test_a_file_name_may_hold_a_comma():
+    assert recipe_from_dict({**SMALLEST, "evaluate": {"data": "a,b.jsonl"}}).evaluate.data == ("a,b.jsonl",)
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path):

@@ -108,6 +108,14 @@ def test_sources_as_data_sets(files: Path, capsys: pytest.CaptureFixture[str]) -
         ((*BOTH, "--model", "m", "--answers", "x.jsonl"), "one data set"),
         ((*BOTH, "--model", "m", "--answers", "x.jsonl", "--out", "y.jsonl"), "leave out one"),
         ((*BOTH, *STUDENT, "--video.fps", "1"), "--video.fps"),
+        (("--data", "other.jsonl", "--predictions", "other.jsonl"), "other.jsonl:1: a row of a data file"),
+        (
+            ("--data", "other.jsonl", "--predictions", "student-other.jsonl", "--baseline", "other.jsonl"),
+            "data",
+        ),
+        ((*BOTH, *STUDENT, "--out", "x.pdf"), ".md, .tex, .json or .txt"),
+        ((*BOTH, *STUDENT, "--out", "x.jsonl"), "--format"),
+        ((*BOTH, "--model", "m", "--out", "x.html"), "x.html"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(
@@ -118,6 +126,16 @@ def test_what_cannot_be_meant_is_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err
     assert sorted(files.iterdir()) == before
+
+
+def test_an_ending_is_known_or_the_format_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("evaluate", *BOTH, *STUDENT, "--out")
+    text = run(capsys, *words[:-1], "--format", "text")
+    for name, form in (("table", ()), ("T.TXT", ()), ("table.log", ("--format", "text"))):
+        assert run(capsys, *words, name, *form) == ""
+        assert Path(name).read_text() == text
+    run(capsys, *words, "T.MD")
+    assert Path("T.MD").read_text().startswith("| |")
 
 
 def test_answers_of_another_protocol_need_the_flag(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,7 @@ def test_the_headline_is_computed_from_the_numbers(folder: Path) -> None:
     # Means over the two test sets; (46 − 40) / (50 − 40).
     assert "After 40 steps of Video-OPD" in text
     assert "by 46.0%, up from 40.0%; its teacher's by 50.0%" in text and "60% of the way" in text
-    assert "above the base's on one of two test sets" in text
+    assert "above the base's on one of the two test sets" in text
     assert "ignores the video would score 21.0%" in text
     # First and last tenth: means of 0.488…0.452 and of 0.056…0.020.
     assert "fell from 0.47 to 0.038 nats" in text and "2 min 00 s" in text
@@ -159,6 +159,40 @@ def test_a_run_that_made_it_worse_is_told_so(folder: Path) -> None:
         path.write_text(json.dumps(metrics_record("student", testset, 30.0)))
     text = " ".join(story.headline(read_run(folder)))
     assert "by 30.0%, down from 40.0%" in text and "-100% of the way" in text
+
+
+def student_scores(folder: Path, **mious: float) -> str:
+    """The headline of the run when the student has these scores; the base has 50 (short) and 30 (long)."""
+    for testset, miou in mious.items():
+        path = folder / "eval" / f"student-{testset}.json"
+        path.write_text(json.dumps(metrics_record("student", testset, miou)))
+    return " ".join(story.headline(read_run(folder)))
+
+
+def test_the_headline_hides_no_test_set_that_went_the_other_way(folder: Path) -> None:
+    text = student_scores(folder, short=53.0, long=29.0)
+    assert "by 41.0%, up from 40.0%" in text
+    assert "on average over two test sets; on long it fell, from 30.0% to 29.0%." in text
+    assert "above the base's on none of the two test sets" in text
+    text = student_scores(folder, short=47.0, long=31.0)
+    assert "by 39.0%, down from 40.0%" in text and "; on long it rose, from 30.0% to 31.0%." in text
+    text = student_scores(folder, short=51.0, long=30.04)  # what is written as no change is none
+    assert "up from 40.0%" in text and "on average over two test sets." in text
+
+
+def test_what_is_written_as_equal_is_called_so(folder: Path) -> None:
+    assert "by 40.0%, as before: 40.0%" in student_scores(folder, short=50.02, long=30.02)
+    write_rows(folder / "metrics.jsonl", [metrics_row(1, 0.3001), metrics_row(2, 0.3002)])
+    text = " ".join(story.headline(read_run(folder)))
+    assert "(reverse KL) stayed at 0.3 nats a token" in text
+
+
+def test_intervals_that_lie_below_the_bases_do_not_overlap(folder: Path) -> None:
+    for path in (folder / "eval").glob("*-long.json"):
+        path.unlink()
+    assert "base and student overlap." in student_scores(folder, short=46.0)  # 43–49 and 48–52
+    text = student_scores(folder, short=40.0)  # 37–43 and 48–52
+    assert "The 95% interval of the student lies below the base's." in text
 
 
 def test_no_way_to_the_teacher_where_there_is_no_gap() -> None:

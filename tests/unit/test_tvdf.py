@@ -17,7 +17,7 @@ from rich.console import Console
 from video_opd.curriculum.samplers import SamplerSettings, Strategy
 from video_opd.curriculum.scorefile import read_scores
 from video_opd.curriculum.tables import print_explanation, print_summary
-from video_opd.curriculum.tvdf import explain, histogram, histogram_edges, select_file
+from video_opd.curriculum.tvdf import explain, explain_file, histogram, histogram_edges, select_file
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
 from video_opd.types import Score
@@ -169,6 +169,24 @@ def test_scores_that_are_missing_or_not_finite_are_nan(tmp_path: Path) -> None:
     )
     for score in read_scores(path).values():
         assert math.isnan(score.teacher_iou) and math.isnan(score.student_iou) and score.reverse_kl is None
+
+
+@pytest.mark.parametrize(
+    "row", [{"responses": ["1 to 2"], "spans": [[1, 2]]}, {"video": "v.mp4", "query": "q"}]
+)
+def test_a_file_without_any_score_is_no_scores_file(
+    files: tuple[Path, Path], tmp_path: Path, row: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "p.jsonl", [{"id": i, **row} for i in "ab"])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"p\.jsonl: .* video-opd score"):
+        select_file(files[0], path, "topk", 1, out=tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="video-opd score"):
+        explain_file(files[0], path, 1)
+    assert sorted(tmp_path.iterdir()) == before
+    # One row that was measured makes it one; so do values that are null.
+    write(path, [{"id": "a", **row}, {"id": "b", "student_iou": None}])
+    assert set(read_scores(path)) == {"a", "b"}
 
 
 def test_histogram_holds_lower_edges() -> None:

@@ -188,18 +188,19 @@ def _scored(arguments: argparse.Namespace) -> tuple[Access, Access | None, str, 
     if not arguments.recipe and not (arguments.student and arguments.data):
         raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
     from video_opd.config import load_recipe
-    from video_opd.evaluation.opened import read_access
 
     if arguments.recipe:
         from video_opd.curriculum.pool import accesses
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return *accesses(recipe), recipe.data.train, recipe.data.video_root
-    access = read_access(arguments.student, arguments.overrides, device=arguments.device)
-    if not arguments.teacher:
-        return access, None, arguments.data, None
-    teacher_model = replace(access.model, path=arguments.teacher)
-    return access, replace(access, model=teacher_model), arguments.data, None
+    from video_opd.evaluation.opened import read_pair
+
+    of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
+    if "--teacher.path" in of_teacher or (of_teacher and not arguments.teacher):
+        raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
+    pair = read_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
+    return *pair, arguments.data, None
 
 
 def select(arguments: argparse.Namespace) -> None:

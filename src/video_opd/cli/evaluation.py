@@ -84,9 +84,10 @@ def _split_name(word: str) -> tuple[str | None, str]:
 
 
 def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """The format of the table and the file that it goes to (none: stdout)."""
-    from video_opd.evaluation.comparison_formats import SUFFIXES
+    """The format of the table and the file that it goes to (none: stdout).
 
+    The ending of the file decides the format, unless it is said; a file without an ending is text.
+    """
     out = arguments.out
     if out is not None and arguments.model and out.endswith(".jsonl"):  # the older spelling of --answers
         if arguments.answers not in (None, out):
@@ -96,8 +97,22 @@ def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
         arguments.answers, out = out, None
     if arguments.answers and not arguments.model:
         raise UserError("--answers keeps what --model answers: leave it out with --predictions")
-    form = arguments.format or (SUFFIXES.get(Path(out).suffix, "text") if out else "text")
-    return form, out
+    return arguments.format or _format_of(out), out
+
+
+def _format_of(out: str | None) -> str:
+    from video_opd.evaluation.comparison_formats import SUFFIXES
+
+    suffix = "" if out is None else Path(out).suffix.lower()
+    if not suffix:
+        return "text"
+    if suffix not in SUFFIXES:
+        *most, last = SUFFIXES
+        raise UserError(
+            f"--out {out}: {suffix} is not an ending of a table; it may be {', '.join(most)} or {last}, "
+            "or say --format"
+        )
+    return SUFFIXES[suffix]
 
 
 def _data_sets(files: Mapping[str, Sequence[str]], arguments: argparse.Namespace) -> dict[str, list[Sample]]:

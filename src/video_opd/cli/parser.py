@@ -7,6 +7,7 @@ value may begin with a dash and may stand anywhere.
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,12 @@ from video_opd.errors import UserError
 STRATEGIES = ("topk", "dsus", "bbds", "gwds", "gaussian", "random")
 PROTOCOLS = ("paper", "timelens")
 FORMATS = ("text", "markdown", "latex", "json")
+
+# Which settings of a recipe a command reads: how their keys begin.
+OF_RECIPE = ("",)
+OF_MODEL = ("model.", "video.", "prompt.")
+OF_PAIR = (*OF_MODEL, "teacher.dtype")
+OF_VIDEO = ("video.",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,15 +36,78 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """Arguments with ``run`` (the function of :mod:`video_opd.cli.commands`) and ``overrides``."""
     plain, overrides = split_overrides(words)
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(plain)
+    chosen = _chosen(parser, plain)
+    try:
+        arguments, rest = parser.parse_known_args(plain)
+    except UserError:
+        # What is missing may be what is misspelt.
+        if flags := [word for word in plain if _is_unknown_flag(word, chosen)]:
+            _refuse(flags, chosen)
+        raise
     if rest and ("more" not in arguments or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(rest, chosen)
     if rest:  # argparse gives a list that may be empty only the words right after the ones before it
         getattr(arguments, arguments.more).extend(rest)
     if overrides and not arguments.takes_overrides:
-        raise UserError(f"{overrides[0]}: this command reads no recipe; see video-opd --help")
+        chosen.error(f"{overrides[0]}: this command reads no recipe")
     arguments.overrides = overrides
     return arguments
+
+
+def _chosen(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that ``words`` name, as far as they name one."""
+    for word in words:
+        children = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not children:
+            break
+        if word.startswith("-"):  # none of those before a command takes a value
+            continue
+        if word not in children[0].choices:
+            break
+        parser = children[0].choices[word]
+    return parser
+
+
+def _is_unknown_flag(word: str, parser: argparse.ArgumentParser) -> bool:
+    name = word.partition("=")[0]
+    return name.startswith("--") and len(name) > 2 and " " not in word and name not in _flags(parser)
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _refuse(words: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    near = [hit for word in words if _is_unknown_flag(word, parser) if (hit := _nearest(word, parser))]
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+
+def _nearest(word: str, parser: argparse.ArgumentParser) -> str | None:
+    """What a flag that is not known may mean: a setting of that very name, else what is spelt like it."""
+    flag = word.partition("=")[0]
+    settings = _settings(parser.get_default("takes_overrides") or ())
+    name = flag.removeprefix("--").replace("-", "_")
+    if name in settings:
+        return settings[name]
+    if near := difflib.get_close_matches(flag, _flags(parser), 1, 0.7):
+        return near[0]
+    near = difflib.get_close_matches(name, settings, 1, 0.7)
+    return settings[near[0]] if near else None
+
+
+def _settings(begins: tuple[str, ...]) -> dict[str, str]:
+    """``{"lr": "--optim.lr", …}``: the last word of a setting that begins so, and other trainers' words."""
+    if not begins:
+        return {}
+    from video_opd.config import SYNONYMS, Recipe
+    from video_opd.strict import leaves
+
+    words = {
+        path.rpartition(".")[2]: path for path in reversed(list(leaves(Recipe))) if path.startswith(begins)
+    }
+    words |= {word: path for word, path in SYNONYMS.items() if path.startswith(begins)}
+    return {word: f"--{path}" for word, path in words.items()}
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -86,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, run: str, help: str, example: str, overrides: bool = False
+    commands: Any, name: str, run: str, help: str, example: str, overrides: tuple[str, ...] = ()
 ) -> argparse.ArgumentParser:
     settings = " Settings of a recipe are given as --section.key VALUE." if overrides else ""
     parser = commands.add_parser(
@@ -129,7 +199,7 @@ def _train(commands: Any) -> None:
         "train",
         "one post-training run; repeated, it continues",
         "video-opd train recipes/tiny/video-opd.yaml --optim.lr 1e-4 --run.dir runs/a",
-        overrides=True,
+        overrides=OF_RECIPE,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     _json_flag(parser)
@@ -142,7 +212,7 @@ def _rounds(commands: Any) -> None:
         "rounds",
         "score, select, train and evaluate, repeated from the last student; repeated, it continues",
         "video-opd rounds recipes/tiny/rounds.yaml --rounds.count 2 --tvdf.k 128 --run.dir runs/b",
-        overrides=True,
+        overrides=OF_RECIPE,
     )
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file as for train; data.train is the candidate pool"
@@ -157,7 +227,7 @@ def _predict(commands: Any) -> None:
         "predict",
         "answers for every row of a data file; repeated, it continues",
         "video-opd predict runs/a/model data/test.jsonl --out runs/a/eval/predictions.jsonl",
-        overrides=True,
+        overrides=OF_MODEL,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder")
     parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
@@ -182,12 +252,14 @@ def _score(commands: Any) -> None:
         "score",
         "TVDF scores: how well teacher and student answer each row; repeated, it continues",
         "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl",
-        overrides=True,
+        overrides=OF_PAIR,
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names student, teacher and data")
     parser.add_argument("--student", metavar="M", help="the student's checkpoint folder")
     parser.add_argument(
-        "--teacher", metavar="M", help="the teacher's; left out, only the student is scored, for gaussian"
+        "--teacher",
+        metavar="M",
+        help="the teacher's (its type: --teacher.dtype); left out, only the student is scored, for gaussian",
     )
     parser.add_argument("--data", metavar="D.jsonl", help="the candidates")
     parser.add_argument("--out", required=True, metavar="S.jsonl", help="the scores file")
@@ -237,7 +309,7 @@ def _evaluate(commands: Any) -> None:
         "evaluate",
         "grounding metrics with 95%% intervals over videos, or general video understanding (--suite general)",
         "video-opd evaluate --data test.jsonl --predictions student=p.jsonl --baseline base=b.jsonl",
-        overrides=True,
+        overrides=OF_MODEL,
     )
     file = "[NAME=]FILE"
     parser.add_argument("--data", nargs="+", metavar=file, help="the annotated rows; a data set a file")
@@ -309,7 +381,7 @@ def _ground(commands: Any) -> None:
         "ground",
         "where in one video does it happen",
         'video-opd ground runs/a/model video.mp4 "the cup falls" --view answers.html',
-        overrides=True,
+        overrides=OF_MODEL,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder")
     parser.add_argument("video", metavar="VIDEO", help="a video file")
@@ -419,7 +491,7 @@ def _bench(commands: Any) -> None:
         "bench_data",
         "from a video file to a prompt, against qwen-vl-utils and the processor",
         "video-opd bench data holiday.mp4 lecture.mkv --json data.json",
-        overrides=True,
+        overrides=OF_VIDEO,
     )
     data.add_argument("videos", nargs="*", metavar="VIDEO", help="default: three that are made")
     data.add_argument("--model", metavar="M", help="whose processor; default: the shipped tiny base")
@@ -504,7 +576,7 @@ def _data_stats(actions: Any) -> None:
         "data_stats",
         "describe a data file: durations, spans, queries, sources, tokens",
         "video-opd data stats train.jsonl --size 640x360 --html stats.html",
-        overrides=True,
+        overrides=OF_VIDEO,
     )
     stats.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
     stats.add_argument("--video-root", metavar="DIR", help="where the videos are; default: beside the data")

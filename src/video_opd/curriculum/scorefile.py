@@ -11,20 +11,25 @@ from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 from video_opd.types import Score
 
+KEYS = ("teacher_iou", "student_iou", "reverse_kl")
+
 
 def read_scores(path: str | Path) -> dict[str, Score]:
     """The scores of a file by sample id; what is null, missing or not finite is NaN (reverse KL: None).
 
     The spans that the scores came from stay in the file. Raises :class:`UserError` with file and line for a
-    row without id, a value that is no number or out of range, and for an id that comes twice.
+    row without id, a value that is no number or out of range, and for an id that comes twice; and for a file
+    of rows none of which has any score.
     """
     scores: dict[str, Score] = {}
+    measured = False
     for number, row in read_jsonl(path):
         identity = row.get("id")
         if not isinstance(identity, str):
             raise UserError(f'{path}:{number}: a score needs an "id" that is a string')
         if identity in scores:
             raise UserError(f"{path}:{number}: a second score for id {identity!r}; keep one row for each id")
+        measured = measured or any(key in row for key in KEYS)
         try:
             reverse_kl = _number(row, "reverse_kl")
             scores[identity] = Score(
@@ -35,6 +40,11 @@ def read_scores(path: str | Path) -> dict[str, Score]:
             )
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
+    if scores and not measured:
+        raise UserError(
+            f"{path}: not a scores file: no row has {', '.join(KEYS[:-1])} or {KEYS[-1]}; "
+            "name one that video-opd score made"
+        )
     return scores
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMATS = ("text", "markdown", "latex", "json")
-SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json"}
+SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json", ".txt": "text"}
 DAGGER = "†"
 NONE = "–"
 

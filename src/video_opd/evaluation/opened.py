@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from video_opd.config import ModelConfig, PromptConfig, VideoConfig
 from video_opd.errors import UserError
@@ -39,6 +39,9 @@ class Access:
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
+A = TypeVar("A", bound=Access)
+
+
 def read_access(
     path: str, overrides: Sequence[str], protocol: str | None = None, device: str | None = None
 ) -> Access:
@@ -49,6 +52,10 @@ def read_access(
     it) and in float32 on a CPU. Raises UserError for an unknown key, and for a prompt that is not the
     protocol's.
     """
+    return _read(Access, path, overrides, protocol, device)
+
+
+def _read(kind: type[A], path: str, overrides: Sequence[str], protocol: str | None, device: str | None) -> A:
     facts = read_model_facts(path) or {}
     tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
     model = {"path": path} | ({"dtype": facts["dtype"]} if "dtype" in facts else {})
@@ -58,7 +65,7 @@ def read_access(
         if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
             tree["prompt"] = {**prompt, "style": chosen.prompt_style}
     tree = apply_overrides({**tree, "model": model}, overrides)
-    access = TreeReader(Access, {}).read(tree)
+    access: A = TreeReader(kind, {}).read(tree)
     if "dtype" not in tree["model"] and _chosen_device(device).startswith("cuda"):
         access = replace(access, model=replace(access.model, dtype="bfloat16"))
     if chosen is not None and access.prompt.style != chosen.prompt_style:
@@ -66,6 +73,33 @@ def read_access(
             f"--prompt.style {access.prompt.style} is not how protocol {chosen.name} asks: leave out either"
         )
     return access
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TeacherModel:
+    """What the teacher of a score may have of its own."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None  # none: as the student's
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairAccess(Access):
+    teacher: _TeacherModel = field(default_factory=_TeacherModel)
+
+
+def read_pair(
+    student: str, teacher: str | None, overrides: Sequence[str], device: str | None = None
+) -> tuple[Access, Access | None]:
+    """:func:`read_access` of a student, and of a teacher that is shown the same, where one is named.
+
+    ``overrides`` may have ``--teacher.dtype``; left out, it is ``model.dtype``.
+    """
+    pair = _read(_PairAccess, student, overrides, None, device)
+    own = Access(model=pair.model, video=pair.video, prompt=pair.prompt)
+    if teacher is None:
+        return own, None
+    dtype = pair.teacher.dtype or own.model.dtype
+    return own, replace(own, model=replace(own.model, path=teacher, dtype=dtype))
 
 
 def read_model_facts(path: str | Path) -> dict[str, Any] | None:

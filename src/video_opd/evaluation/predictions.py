@@ -23,8 +23,8 @@ def read_predictions(
     A row is ``{"id", "responses", "spans"?, "rules"?}``, ``{"id", "response"}`` or ``{"id", "span"}``. Text
     without spans is parsed here, with ``thinking`` after ``</think>`` only. A reversed or empty span is None.
     Spans that stand beside a text were read from it by the rules of ``paper``; under a protocol that reads
-    otherwise the text counts. Raises :class:`UserError` with file and line for any other form, and for an id
-    that comes twice.
+    otherwise the text counts. Raises :class:`UserError` with file and line for any other form, among them a
+    row of a data file, and for an id that comes twice.
     """
     protocol = get_protocol(protocol)
     predictions: dict[str, Prediction] = {}
@@ -58,6 +58,12 @@ def parse_row(
             parsed = [protocol.parse(text, thinking=thinking) for text in responses]
             spans = [answer.span for answer in parsed]
             rules = [answer.rule for answer in parsed]
+    elif "span" not in row and "spans" in row and "video" in row:
+        # Its spans are the annotation: read as answers, they would be right every time.
+        raise UserError(
+            f'{where}: a row of a data file, whose "spans" are the annotation: name the answers of a model '
+            '(a prediction has "responses", "response" or "span")'
+        )
     elif "spans" in row or "span" in row:
         responses = []
         spans = _spans(row["spans"] if "spans" in row else [row["span"]], where)

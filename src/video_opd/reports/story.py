@@ -106,25 +106,45 @@ def headline(run: Run) -> list[str]:
         f"true moments by {found.student:.1f}%, {_change(found)} {found.base:.1f}%"
     )
     first += "." if found.teacher is None else f"; its teacher's by {found.teacher:.1f}%."
-    return [first, f"This is mIoU {where}.", *_certainty(run, found), *_training(run)]
+    return [first, f"This is mIoU {where}{_against(run, found)}.", *_certainty(run, found), *_training(run)]
 
 
 def _change(found: Gap) -> str:
-    if found.student == found.base:
-        return "as before:"
-    return "up from" if found.student > found.base else "down from"
+    way = _way(found.base, found.student)
+    return "as before:" if way == 0 else "up from" if way > 0 else "down from"
+
+
+def _way(before: float, after: float) -> int:
+    """1 up, -1 down, 0 where both are written alike: in percent, with one decimal."""
+    old, new = float(f"{before:.1f}"), float(f"{after:.1f}")
+    return (new > old) - (new < old)
+
+
+def _against(run: Run, found: Gap) -> str:
+    """The test sets on which the student went the other way than on average, where that went any."""
+    way, parts = _way(found.base, found.student), []
+    for name in found.testsets:
+        base, student = run.evaluation("base", name), run.evaluation(run.student, name)
+        assert base is not None and student is not None
+        old, new = base.scores["mIoU"], student.scores["mIoU"]
+        if way * _way(old, new) < 0:
+            parts.append(f"on {name} it {'fell' if new < old else 'rose'}, from {old:.1f}% to {new:.1f}%")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _certainty(run: Run, found: Gap) -> list[str]:
-    above = [name for name in found.testsets if _clearly_above(run, name)]
+    above = [name for name in found.testsets if _apart(run, "base", run.student, name)]
     total = len(found.testsets)
-    if total == 1:
+    below = [name for name in found.testsets if _apart(run, run.student, "base", name)]
+    if total == 1 and below:
+        sure = "The 95% interval of the student lies below the base's."
+    elif total == 1:
         sure = f"The 95% intervals of base and student {'do not overlap' if above else 'overlap'}."
     elif len(above) == total:
         sure = "The 95% intervals of base and student do not overlap on any test set."
     else:
-        share = f"{_word(len(above))} of {_word(total)} test sets"
-        sure = f"The student's 95% interval lies above the base's on {share}."
+        sure = f"The student's 95% interval lies above the base's on {_share(len(above), total)}"
+        sure += f", and below it on {_share(len(below), total)}." if below else "."
     if found.closed is not None:
         sure += f" The student went {found.closed:.0%} of the way from the base to the teacher."
     constants = [e.best_constant for name in found.testsets if (e := run.evaluation(run.student, name))]
@@ -140,9 +160,10 @@ def _training(run: Run) -> list[str]:
         return [f"Training took {duration(seconds)}."] if (seconds := train_seconds(run)) else []
     few = max(1, len(kl) // 10)
     start, end = fmean(kl[:few]), fmean(kl[-few:])
-    fell = "fell" if end < start else "rose"
+    old, new = f"{start:.2g}", f"{end:.2g}"
+    fell = f"stayed at {new}" if old == new else f"{'fell' if end < start else 'rose'} from {old} to {new}"
     time = f" Training took {duration(seconds)}." if (seconds := train_seconds(run)) else ""
-    distance = f"Its distance to the teacher (reverse KL) {fell} from {start:.2g} to {end:.2g} nats a token."
+    distance = f"Its distance to the teacher (reverse KL) {fell} nats a token."
     return [distance + time]
 
 
@@ -151,10 +172,11 @@ def _student_only(run: Run) -> str:
     return ", ".join(parts[:4])
 
 
-def _clearly_above(run: Run, testset: str) -> bool:
-    base, student = run.evaluation("base", testset), run.evaluation(run.student, testset)
-    assert base is not None and student is not None
-    return "mIoU" in base.ci95 and "mIoU" in student.ci95 and student.ci95["mIoU"][0] > base.ci95["mIoU"][1]
+def _apart(run: Run, lower: str, upper: str, testset: str) -> bool:
+    """Whether the interval of model ``upper`` lies above that of ``lower``."""
+    low, high = run.evaluation(lower, testset), run.evaluation(upper, testset)
+    assert low is not None and high is not None
+    return "mIoU" in low.ci95 and "mIoU" in high.ci95 and high.ci95["mIoU"][0] > low.ci95["mIoU"][1]
 
 
 def train_seconds(run: Run) -> float:
@@ -337,6 +359,10 @@ def _plain(value: Any) -> str:
 
 def _plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def _share(n: int, total: int) -> str:
+    return f"{_word(n) if n else 'none'} of the {_word(total)} test sets"
 
 
 def _word(n: int) -> str:

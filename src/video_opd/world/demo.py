@@ -15,7 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from video_opd.config import Recipe, load_recipe
+from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log, track
 from video_opd.types import Sample
@@ -40,6 +43,10 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     ``steps`` is the number of optimiser steps (the recipe's own when None). Raises
     :class:`~video_opd.errors.UserError` when ``out`` cannot be written or holds another demo.
     """
+    out = Path(out)
+    recipe = demo_recipe(out, seed, steps)
+    _claim(out, recipe)
+
     from video_opd.curriculum.pool import accesses, score_pool
     from video_opd.curriculum.samplers import SamplerSettings
     from video_opd.curriculum.scores import ScoreSettings
@@ -48,8 +55,6 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     from video_opd.training.loop import train
     from video_opd.world.make import make_world
 
-    out = Path(out)
-    recipe = demo_recipe(out, seed, steps)
     pool = make_world(
         out / "world" / "train", videos={"train": POOL_VIDEOS}, seed=TRAIN_SEED + seed, track=track
     )
@@ -84,6 +89,34 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
             evaluate_model(name, path, split, data, out / "eval")
     write_timelines(tests["short"], list(models), out / "eval")
     return out
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Makes ``out`` this demo's folder before anything is made in it, or says what it holds in the demo's own
+    options."""
+    from video_opd.training.run_folder import RunFolder
+
+    folder = RunFolder(out)
+    try:
+        folder.claim(recipe)
+    except UserError as error:
+        before: dict[str, Any] = {}
+        if folder.recipe.exists() and not folder.round(1).exists():
+            before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {}
+        for option, (section, key), new in (
+            ("--steps", ("optim", "max_steps"), recipe.optim.max_steps),
+            ("--seed", ("run", "seed"), recipe.run.seed),
+        ):
+            old = before.get(section, {}).get(key, new)
+            if old != new:
+                raise UserError(
+                    f"{out} holds a demo with {option} {old}, and this one has {new}: "
+                    f"give {option} {old} to continue that one, or another --out"
+                ) from error
+        held, is_held, _ = str(error).partition(": choose another run.dir")
+        if not is_held:
+            raise
+        raise UserError(f"{held}: give the demo another --out") from error
 
 
 def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
