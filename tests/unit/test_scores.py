@@ -135,6 +135,8 @@ def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
     assert all(row["teacher_iou"] == 1.0 for row in after.values())
     with pytest.raises(UserError, match="teacher"):
         run(tmp_path / "3.jsonl", made_by={**MADE_BY, "teacher": "other"}, teacher_from=first)
+    with pytest.raises(UserError, match="another 'teacher_dtype'"):
+        run(tmp_path / "3.jsonl", made_by={**MADE_BY, "teacher_dtype": "bfloat16"}, teacher_from=first)
     with pytest.raises(UserError, match="teacher_answers"):
         run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=first)
 

@@ -63,7 +63,9 @@ def score_pool(
         other.load()
     made_by: dict[str, Any] = {
         "student": opened.made_by()["model"],
+        "student_dtype": student.model.dtype,
         "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
+        "teacher_dtype": None if teacher is None else teacher.model.dtype,
         "input": opened.made_by()["input"],
     }
     windows = whole_windows(opened.loader, out) if repeatable else contextlib.nullcontext(opened.loader)

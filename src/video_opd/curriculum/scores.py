@@ -97,10 +97,10 @@ def score(
     """Appends a row of the scores file for every sample that has none.
 
     Without a ``teacher`` only the student answers, which is all that GRPO's choice by difficulty needs (D.1).
-    ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, and ``"input"``: prompt and video
-    budget. ``teacher_from`` is an earlier scores file: the teacher's part of its rows is taken over if the
-    same teacher made them from the same input and settings. Of several ``processes`` each scores whole
-    videos. Raises :class:`UserError` where another teacher made them, and where ``out`` holds rows that
+    ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
+    (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` is an earlier scores
+    file: the teacher's part of its rows is taken over if the same teacher made them from the same input and
+    settings. Of several ``processes`` each scores whole videos. Raises :class:`UserError` where another teacher made them, and where ``out`` holds rows that
     something else made.
     """
     settings = settings or ScoreSettings()
@@ -227,7 +227,7 @@ def _teacher_rows(
 ) -> dict[str, dict[str, Any]]:
     """The teacher's part of an earlier scores file, for the samples to do."""
     before = read_note(path)
-    for key in ("teacher", "input", "teacher_answers"):
+    for key in ("teacher", "teacher_dtype", "input", "teacher_answers"):
         if before.get(key) != json.loads(json.dumps(note.get(key))):
             raise UserError(
                 f"{path}: another {key!r} made these teacher scores: score anew, without that file"
