@@ -100,8 +100,8 @@ def score(
     ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
     (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` is an earlier scores
     file: the teacher's part of its rows is taken over if the same teacher made them from the same input and
-    settings. Of several ``processes`` each scores whole videos. Raises :class:`UserError` where another teacher made them, and where ``out`` holds rows that
-    something else made.
+    settings. Of several ``processes`` each scores whole videos. Raises :class:`UserError` where another
+    teacher made them, and where ``out`` holds rows that something else made.
     """
     settings = settings or ScoreSettings()
     if teacher is None and (settings.reverse_kl or teacher_from is not None):
