@@ -496,7 +496,7 @@ class WithCopy(Build):
     """The initial student as a model of its own."""
 
     def reference(self, policy: HFPolicy) -> Teacher:
-        return LocalTeacher(HFPolicy(model(0, sharpness=8.0), processor(), self.engine))
+        return LocalTeacher(HFPolicy(self.base(), processor(), self.engine))
 
 
 def grpo_recipe(path: Path) -> Recipe:

@@ -80,8 +80,7 @@ class Build:
         self.student = student
 
     def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
-        student = self.student(0, sharpness=8.0)
-        use_linear_patches(student)  # as those that are loaded
+        student = self.base()
         if Path(weights).is_dir() and not is_adapter(weights):
             student, _ = load_model(weights, dtype="float32")
         method = make_method(recipe, processor().tokenizer)
@@ -115,10 +114,15 @@ class Build:
             evaluation_loader=self.load,
         )
 
+    def base(self) -> Any:
+        made = self.student(0, sharpness=8.0)
+        use_linear_patches(made)  # as models that are loaded
+        return made
+
     def reference(self, policy: HFPolicy) -> Teacher:
         if has_adapters(policy.model) and not trained_in_full(policy.model):
             return WithoutAdapters(policy)
-        return LocalTeacher(HFPolicy(self.student(0, sharpness=8.0), processor(), self.engine))
+        return LocalTeacher(HFPolicy(self.base(), processor(), self.engine))
 
     def load(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         return ((s, prompt(int(s.id[1:]))) for s in samples if s.id not in self.broken)
