@@ -31,7 +31,7 @@ from common import BASE, TEACHER, machine, write_result
 from video_opd.algorithms.rewards import IoUReward, checked
 from video_opd.algorithms.signals import group_advantages, kl_baseline, sampled_reverse_kl
 from video_opd.data.annotations import read_samples
-from video_opd.evaluation.opened import open_model, read_access
+from video_opd.models.inference import load_inference_model, read_inference_config
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
 from video_opd.types import EncodedPrompt, Sample
@@ -45,8 +45,10 @@ def main() -> None:
     arguments = parse()
     torch.manual_seed(0)
     data = make_world(Path(arguments.out), videos={"train": arguments.prompts}, seed=400)["train"]
-    student = open_model(read_access(str(shipped(BASE)), []), cache_dir=Path(arguments.out) / "clips")
-    teacher = LocalTeacher(open_model(read_access(str(shipped(TEACHER)), [])).policy)
+    student = load_inference_model(
+        read_inference_config(str(shipped(BASE)), []), cache_dir=Path(arguments.out) / "clips"
+    )
+    teacher = LocalTeacher(load_inference_model(read_inference_config(str(shipped(TEACHER)), [])).policy)
     one_each: dict[Path, Sample] = {}
     for sample in read_samples(data):
         one_each.setdefault(sample.video, sample)

@@ -24,7 +24,7 @@ from common import BASE, TEACHER, machine, write_result
 from video_opd.api import ground, load
 from video_opd.data.annotations import read_samples
 from video_opd.evaluation.bootstrap import interval95
-from video_opd.evaluation.ground import GroundedAnswer, WindowAnswer
+from video_opd.grounding.ground import GroundedAnswer, WindowAnswer
 from video_opd.progress import track
 from video_opd.temporal import Interval, iou
 from video_opd.types import Sample

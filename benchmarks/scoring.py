@@ -38,9 +38,9 @@ import transformers
 
 from video_opd.data.annotations import read_samples
 from video_opd.evaluation.batching import by_video
-from video_opd.evaluation.opened import OpenModel, open_model, read_access
 from video_opd.evaluation.predict import AnswerSettings, predict
 from video_opd.jsonl import read_jsonl
+from video_opd.models.inference import InferenceModel, load_inference_model, read_inference_config
 from video_opd.models.policy import HFPolicy
 from video_opd.seeds import derive_seed
 from video_opd.types import EncodedPrompt, Rollout, Sample
@@ -57,8 +57,8 @@ Job = Callable[[], list[Rollout]]
 def main() -> None:
     arguments = parse()
     torch.manual_seed(0)
-    model = open_model(
-        read_access(
+    model = load_inference_model(
+        read_inference_config(
             str(shipped("tiny-base")),
             [f"--video.{end}_frame_tokens={FRAME_TOKENS}" for end in ("min", "max")],
         ),
@@ -221,7 +221,7 @@ def compare(expected: Sequence[Rollout], got: Sequence[Rollout]) -> float:
 
 
 def measure_predict(
-    model: OpenModel, videos: Sequence[Sequence[Sample]], out: Path, repeats: int
+    model: InferenceModel, videos: Sequence[Sequence[Sample]], out: Path, repeats: int
 ) -> dict[str, Any]:
     """User-mode seconds of ``predict`` as it batches, and one by one."""
     samples = [sample for rows in videos for sample in rows]

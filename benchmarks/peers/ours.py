@@ -16,7 +16,7 @@ from measure import Measure, read_settings, write_record
 import video_opd
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
-from video_opd.training.build import Parts, build_parts
+from video_opd.training.components import Parts, build_parts
 from video_opd.training.loop import train
 from video_opd.types import EncodedPrompt, Sample
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, overload
 from video_opd.errors import UserError
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.ground import GroundedAnswer
     from video_opd.evaluation.metrics import ConstantAnswer, Metrics, QuerySwap
-    from video_opd.evaluation.opened import OpenModel
+    from video_opd.grounding.ground import GroundedAnswer
+    from video_opd.models.inference import InferenceModel
     from video_opd.types import Prediction, Sample
 
 __all__ = ["Evaluation", "evaluate", "ground", "load", "write_page"]
@@ -35,7 +35,7 @@ PAGE_FRAMES = 48  # of a page: they stand in for a video that a browser does not
 
 def load(
     path: str | Path, *, device: str | None = None, settings: Mapping[str, Any] | None = None
-) -> OpenModel:
+) -> InferenceModel:
     """A checkpoint, ready to answer.
 
     Args:
@@ -51,17 +51,17 @@ def load(
 
         model = load("models/tiny-teacher", settings={"video.fps": 1, "model.dtype": "bfloat16"})
     """
-    from video_opd.evaluation.opened import open_model, read_access
+    from video_opd.models.inference import load_inference_model, read_inference_config
 
     words = []
     for key, value in (settings or {}).items():
         words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return open_model(read_access(str(path), words, device=device), device)
+    return load_inference_model(read_inference_config(str(path), words, device=device), device)
 
 
 @overload
 def ground(  # type: ignore[overload-overlap]  # a text is a sequence of texts to mypy
-    model: OpenModel | str | Path,
+    model: InferenceModel | str | Path,
     video: str | Path,
     query: str,
     *,
@@ -75,7 +75,7 @@ def ground(  # type: ignore[overload-overlap]  # a text is a sequence of texts t
 ) -> GroundedAnswer: ...
 @overload
 def ground(
-    model: OpenModel | str | Path,
+    model: InferenceModel | str | Path,
     video: str | Path,
     query: Sequence[str],
     *,
@@ -88,7 +88,7 @@ def ground(
     batch_size: int = ...,
 ) -> list[GroundedAnswer]: ...
 def ground(
-    model: OpenModel | str | Path,
+    model: InferenceModel | str | Path,
     video: str | Path,
     query: str | Sequence[str],
     *,
@@ -126,8 +126,8 @@ def ground(
         for answer in ground(model, "kitchen.mp4", ["the cup falls", "he opens the door"]):
             print(answer.query, answer.span)
     """
-    from video_opd.evaluation.ground import ground as run
     from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.grounding.ground import ground as run
 
     opened = load(model) if isinstance(model, str | Path) else model
     answers = run(
@@ -141,12 +141,12 @@ def ground(
             temperature,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            thinking=opened.access.prompt.thinking,
+            thinking=opened.config.prompt.thinking,
         ),
         window_s=window_s,
         overlap_s=overlap_s,
         batch_size=batch_size,
-        backend=opened.access.video.backend,
+        backend=opened.config.video.backend,
     )
     return answers[0] if isinstance(query, str) else answers
 
@@ -166,14 +166,14 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The record of ``video-opd evaluate --json``."""
-        from video_opd.evaluation.tables import evaluation_record
+        from video_opd.evaluation.terminal import evaluation_record
 
         return evaluation_record(self.metrics, self.best_constant, self.query_swap)
 
     def __str__(self) -> str:
         from rich.console import Console
 
-        from video_opd.evaluation.tables import print_metrics
+        from video_opd.evaluation.terminal import print_metrics
 
         console = Console(file=io.StringIO(), force_terminal=False)
         print_metrics(
@@ -189,7 +189,7 @@ def evaluate(
     data: str | Path | Sequence[Sample],
     predictions: str | Path | Mapping[str, Any] | None = None,
     *,
-    model: OpenModel | str | Path | None = None,
+    model: InferenceModel | str | Path | None = None,
     protocol: str = "paper",
     video_root: str | Path | None = None,
     max_new_tokens: int = 64,
@@ -259,7 +259,7 @@ def _given(
 def _read(
     path: str | Path, samples: list[Sample], protocol: str
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
-    from video_opd.evaluation.answers import made_otherwise, read_answers
+    from video_opd.evaluation.prediction_files import made_otherwise, read_answers
     from video_opd.evaluation.protocols import get_protocol
 
     asked = get_protocol(protocol)
@@ -269,14 +269,18 @@ def _read(
 
 
 def _predicted(
-    model: OpenModel | str | Path, samples: list[Sample], protocol: str, max_new_tokens: int, batch_size: int
+    model: InferenceModel | str | Path,
+    samples: list[Sample],
+    protocol: str,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
     from video_opd.evaluation.predict import AnswerSettings, predict
     from video_opd.evaluation.protocols import get_protocol
 
     style = get_protocol(protocol).prompt_style
     opened = (load(model) if isinstance(model, str | Path) else model).asking(style)
-    thinking = opened.access.prompt.thinking
+    thinking = opened.config.prompt.thinking
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "predictions.jsonl"
         predict(
@@ -311,9 +315,9 @@ def write_page(
     Raises:
         UserError: a video that cannot be used, a page that cannot be written.
     """
-    from video_opd.data.stills import stills
     from video_opd.data.video import probe
-    from video_opd.reports.view import EMBED_MB, Film, write_view
+    from video_opd.grounding.page import EMBED_MB, Film, write_view
+    from video_opd.grounding.stills import stills
 
     info = probe(video)
     film = Film(

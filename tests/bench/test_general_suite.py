@@ -361,7 +361,7 @@ def test_a_judge_scores_captions_and_what_could_not_be_read(
 def test_a_judge_that_does_not_answer_fails_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmms_eval.tasks.tempcompass import utils
 
-    from video_opd.evaluation.general import hooks
+    from video_opd.suites import hooks
 
     monkeypatch.setattr(utils, "get_eval_result", lambda prompt: (None, 0))
     monkeypatch.setattr(
@@ -379,7 +379,7 @@ def test_a_judge_that_does_not_answer_fails_the_run(data: Path, monkeypatch: pyt
 def test_without_a_judge_nobody_is_asked(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import requests
 
-    from video_opd.evaluation.general import hooks
+    from video_opd.suites import hooks
 
     monkeypatch.setattr(requests, "post", lambda *a, **k: pytest.fail("a request went out"))
     for task in ("tempcompass_multi_choice", "tempcompass_yes_no", "tempcompass_caption_matching"):
@@ -412,7 +412,7 @@ def plain_answers(task: str, row: dict[str, Any]) -> str | tuple[str, ...]:
 def test_an_answer_scores_as_its_plain_form_in_the_stock_code(data: Path, task: str) -> None:
     import importlib
 
-    from video_opd.evaluation.general import hooks
+    from video_opd.suites import hooks
 
     def scores(scored: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -438,9 +438,9 @@ def test_an_answer_scores_as_its_plain_form_in_the_stock_code(data: Path, task: 
 def test_the_tasks_are_all_of_lmms_evals(tmp_path: Path) -> None:
     import yaml
 
-    from video_opd.evaluation.general.benchmarks import BENCHMARKS, LMMS_EVAL, PREFIX
-    from video_opd.evaluation.general.rows import stock_config, stock_file, stock_folder
-    from video_opd.evaluation.general.taskfiles import prompt_settings
+    from video_opd.suites.benchmarks import BENCHMARKS, LMMS_EVAL, PREFIX
+    from video_opd.suites.rows import stock_config, stock_file, stock_folder
+    from video_opd.suites.task_files import prompt_settings
 
     folder = stock_folder()
     assert folder is not None

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from places import ROOT
+
 from video_opd.errors import UserError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 
 # --- bytes -------------------------------------------------------------------------------------------
 

@@ -141,3 +141,6 @@ def mixed_prompts() -> tuple[EncodedPrompt, ...]:
     )
     assert len({p.length for p in prompts}) == 3
     return prompts
+
+
+SEEDS = [[10 * i + j for j in range(3)] for i in range(3)]

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SRC
 from video_cases import write_video
 
 import video_opd
 from video_opd import evaluate, ground, load
 from video_opd.errors import UserError
-from video_opd.evaluation.opened import OpenModel
+from video_opd.models.inference import InferenceModel
 from video_opd.types import Prediction, Sample
 from video_opd.world.tiny import build_model, build_processor
-
-SRC = Path(__file__).parents[2] / "src"
 
 
 def run_python(code: str) -> str:
@@ -102,21 +101,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> OpenModel:
+def model(folder: Path) -> InferenceModel:
     return load(folder / "model", device="cpu")
 
 
-def test_settings_are_those_of_a_recipe(folder: Path, model: OpenModel) -> None:
+def test_settings_are_those_of_a_recipe(folder: Path, model: InferenceModel) -> None:
     assert (model.budget.max_video_tokens, model.budget.fps) == (64, 2.0)
     changed = load(str(folder / "model"), device="cpu", settings={"video.fps": 1, "prompt.style": "timelens"})
-    assert (changed.budget.fps, changed.access.prompt.style) == (1.0, "timelens")
+    assert (changed.budget.fps, changed.config.prompt.style) == (1.0, "timelens")
     with pytest.raises(UserError, match=r"video\.fps"):
         load(folder / "model", settings={"video.fsp": 1})
     with pytest.raises(UserError):
         load(folder / "nothing")
 
 
-def test_a_query_has_an_answer_and_a_list_a_list(folder: Path, model: OpenModel) -> None:
+def test_a_query_has_an_answer_and_a_list_a_list(folder: Path, model: InferenceModel) -> None:
     one = ground(model, folder / "v.mp4", "the red circle", max_new_tokens=4)
     (first, second) = ground(model, str(folder / "v.mp4"), ["the red circle", "a cat"], max_new_tokens=4)
     assert (one.query, first.query, second.query) == ("the red circle", "the red circle", "a cat")
@@ -133,7 +132,7 @@ def test_a_query_has_an_answer_and_a_list_a_list(folder: Path, model: OpenModel)
 
 
 def test_evaluating_a_model_is_evaluating_its_predictions(
-    folder: Path, model: OpenModel, capsys: Any
+    folder: Path, model: InferenceModel, capsys: Any
 ) -> None:
     from video_opd.cli import main
 
@@ -145,7 +144,7 @@ def test_evaluating_a_model_is_evaluating_its_predictions(
         assert json.loads(json.dumps(result.to_json())) == {
             k: v for k, v in record.items() if k not in ("data", "answers")
         }
-    assert model.access.prompt.style == "paper"  # the caller's model is as it was
+    assert model.config.prompt.style == "paper"  # the caller's model is as it was
 
 
 def test_answers_at_hand_are_spans_texts_and_nothing(folder: Path) -> None:
@@ -161,7 +160,7 @@ def test_answers_at_hand_are_spans_texts_and_nothing(folder: Path) -> None:
         evaluate(folder / "d.jsonl", {"a": (1.0, 2.0, 3.0)})
 
 
-def test_evaluate_wants_one_kind_of_answers(folder: Path, model: OpenModel) -> None:
+def test_evaluate_wants_one_kind_of_answers(folder: Path, model: InferenceModel) -> None:
     both: dict[str, Any] = {"predictions": {}, "model": model}
     for options in ({}, both):
         with pytest.raises(UserError, match="either predictions or a model"):

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from places import ROOT
 
 from video_opd.cli import commands
 from video_opd.cli.parser import parse
 from video_opd.config import recipe_from_dict
 from video_opd.data.annotations import read_samples
-
-ROOT = Path(__file__).parents[2]
 
 
 def blocks(language: str) -> list[str]:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +19,13 @@ from model_cases import encode, model, processor
 from video_opd.algorithms.registry import make_method
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
+from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
-from video_opd.models.protocols import Teacher
 from video_opd.models.teachers import LocalTeacher, WithoutAdapters
-from video_opd.training.build import Parts, adapt, freeze, prepare, usable_samples
+from video_opd.training.components import Parts, adapt, freeze, prepare, usable_samples
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
@@ -212,3 +213,37 @@ def free_port() -> int:
     with contextlib.closing(socket.socket()) as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def kill_later(process: Any, folder: RunFolder, after_s: float) -> None:
+    """Kills a start ``after_s`` seconds after everything is loaded, whatever it is doing then."""
+    before = started_ns(folder)
+    deadline = time.monotonic() + 120
+    while process.exitcode is None and started_ns(folder) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(after_s)
+    process.kill()
+    process.join()
+
+
+def started_ns(folder: RunFolder) -> int:
+    """Every start writes the environment just before its first step."""
+    return folder.environment.stat().st_mtime_ns if folder.environment.exists() else 0
+
+
+class Watched(Build):
+    """Keeps the parts, and a copy of every answer that was sampled."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.parts = super().__call__(*arguments)
+        sample = self.parts.policy.sample
+        self.sampled: list[Any] = []
+
+        def watched(prefix: Any, **kwargs: Any) -> Any:
+            groups = sample(prefix, **kwargs)
+            self.sampled.append((prefix.prompts, [[r.token_ids for r in group] for group in groups]))
+            return groups
+
+        self.parts.policy.sample = watched  # type: ignore[method-assign,assignment]
+        return self.parts

@@ -20,7 +20,7 @@ from video_opd.algorithms.rewards import Reward, checked
 from video_opd.algorithms.signals import group_advantages
 from video_opd.algorithms.trajectories import sampled
 from video_opd.config import LossConfig, SamplingConfig
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 

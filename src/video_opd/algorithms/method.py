@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 

@@ -16,7 +16,7 @@ from video_opd.algorithms.losses import forward_kl_loss
 from video_opd.algorithms.method import Needs, Signal, Trajectories
 from video_opd.algorithms.signals import sampled_reverse_kl
 from video_opd.algorithms.trajectories import Annotated
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 

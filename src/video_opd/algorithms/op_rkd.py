@@ -19,7 +19,7 @@ from video_opd.algorithms.method import Needs, Signal, Trajectories
 from video_opd.algorithms.signals import scaled_reverse_kl
 from video_opd.algorithms.trajectories import Annotated
 from video_opd.config import LossConfig
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 

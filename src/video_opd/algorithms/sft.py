@@ -15,7 +15,7 @@ import torch
 from video_opd.algorithms.losses import negative_log_likelihood
 from video_opd.algorithms.method import Needs, Signal, Trajectories
 from video_opd.algorithms.trajectories import Annotated
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from video_opd.config import SamplingConfig
 from video_opd.data.prompts import STYLES
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample
 
 

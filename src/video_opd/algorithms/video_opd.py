@@ -26,7 +26,7 @@ from video_opd.algorithms.method import Needs, Signal, Trajectories
 from video_opd.algorithms.signals import kl_baseline, scaled_reverse_kl
 from video_opd.algorithms.trajectories import sampled
 from video_opd.config import LossConfig, SamplingConfig
-from video_opd.models.protocols import Policy
+from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 

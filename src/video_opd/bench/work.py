@@ -22,10 +22,10 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
-from video_opd.training.build import Parts, make_optimizer
+from video_opd.training.components import Parts, make_optimizer
 from video_opd.training.loop import make_accelerator
-from video_opd.training.metrics import Stopwatch
 from video_opd.training.step import Stepper, StepResult
+from video_opd.training.step_metrics import Stopwatch
 from video_opd.types import Clip, EncodedPrompt, Rollout, Sample
 
 Engine = Literal["plain", "prefix"]

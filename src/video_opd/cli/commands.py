@@ -16,16 +16,16 @@ from video_opd.files import write_text
 from video_opd.progress import is_first_process, log, track
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.opened import Access, OpenModel
     from video_opd.evaluation.predict import AnswerSettings, PredictResult
-    from video_opd.evaluation.processes import Processes
+    from video_opd.models.inference import InferenceConfig, InferenceModel
+    from video_opd.processes import Processes
     from video_opd.types import Sample
 
 
 def demo(arguments: argparse.Namespace) -> None:
     from video_opd.reports.html import write_report
     from video_opd.reports.runs import read_run
-    from video_opd.reports.text import before_after
+    from video_opd.reports.terminal import before_after
     from video_opd.world.demo import run_demo
 
     folder = run_demo(Path(arguments.out), seed=arguments.seed, steps=arguments.steps)
@@ -56,7 +56,7 @@ def rounds(arguments: argparse.Namespace) -> None:
     recipe.check_rounds()  # before torch is imported
     from video_opd.reports.html import write_report
     from video_opd.reports.runs import read_run
-    from video_opd.reports.text import before_after
+    from video_opd.reports.terminal import before_after
     from video_opd.training.rounds import run_rounds
 
     def report(folder: Path) -> Path:
@@ -82,14 +82,16 @@ def rounds(arguments: argparse.Namespace) -> None:
 
 def predict(arguments: argparse.Namespace) -> None:
     from video_opd.data.annotations import read_samples
-    from video_opd.evaluation.opened import open_model, read_access
-    from video_opd.evaluation.processes import Processes
+    from video_opd.evaluation.protocols import get_protocol
+    from video_opd.models.inference import load_inference_model, read_inference_config
+    from video_opd.processes import Processes
 
     samples = read_samples(arguments.data, arguments.video_root)
-    access = read_access(arguments.model, arguments.overrides, arguments.protocol, arguments.device)
-    settings = answer_settings(arguments, access)
+    protocol = None if arguments.protocol is None else get_protocol(arguments.protocol)
+    config = read_inference_config(arguments.model, arguments.overrides, protocol, arguments.device)
+    settings = answer_settings(arguments, config)
     processes = Processes.of_environment()
-    model = open_model(access, arguments.device)
+    model = load_inference_model(config, arguments.device)
     result = run_predict(arguments, model, samples, arguments.out, settings, processes)
     if not is_first_process():
         return
@@ -99,30 +101,30 @@ def predict(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
 
 
-def answer_settings(arguments: argparse.Namespace, access: Access) -> AnswerSettings:
+def answer_settings(arguments: argparse.Namespace, config: InferenceConfig) -> AnswerSettings:
     """How long and how answers may be: as the options say, else as the protocol of the prompt does."""
     from video_opd.evaluation.predict import AnswerSettings
     from video_opd.evaluation.protocols import PROTOCOLS, protocol_of
 
     length = arguments.max_new_tokens
-    if length is None and access.prompt.thinking:
+    if length is None and config.prompt.thinking:
         raise UserError(
             "the model thinks before it answers, and reasoning has no natural end: give --max-new-tokens"
         )
     if length is None:
-        length = (protocol_of(access.prompt.style) or PROTOCOLS["paper"]).max_new_tokens
+        length = (protocol_of(config.prompt.style) or PROTOCOLS["paper"]).max_new_tokens
     return AnswerSettings(
         n=getattr(arguments, "n", 1),
         temperature=getattr(arguments, "temperature", 0.0),
         max_new_tokens=length,
         seed=arguments.seed,
-        thinking=access.prompt.thinking,
+        thinking=config.prompt.thinking,
     )
 
 
 def run_predict(
     arguments: argparse.Namespace,
-    model: OpenModel,
+    model: InferenceModel,
     samples: list[Sample],
     out: str,
     settings: AnswerSettings,
@@ -144,11 +146,11 @@ def run_predict(
 
 
 def score(arguments: argparse.Namespace) -> None:
-    access, teacher_access, data, video_root = _scored(arguments)
+    config, teacher_config, data, video_root = _scored(arguments)
     from video_opd.curriculum.pool import score_pool
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.data.annotations import read_samples
-    from video_opd.evaluation.processes import Processes
+    from video_opd.processes import Processes
 
     samples = read_samples(data, arguments.video_root or video_root)
     settings = ScoreSettings(
@@ -157,12 +159,12 @@ def score(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
-        thinking=access.prompt.thinking,
+        thinking=config.prompt.thinking,
         reverse_kl=arguments.reverse_kl,
     )
     result = score_pool(
-        access,
-        teacher_access,
+        config,
+        teacher_config,
         samples,
         arguments.out,
         settings=settings,
@@ -180,7 +182,7 @@ def score(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored")
 
 
-def _scored(arguments: argparse.Namespace) -> tuple[Access, Access | None, str, str | None]:
+def _scored(arguments: argparse.Namespace) -> tuple[InferenceConfig, InferenceConfig | None, str, str | None]:
     """Student, teacher (shown the same input; none where none is named), data file and video root: of a
     recipe or of the options."""
     if arguments.recipe and any((arguments.student, arguments.teacher, arguments.data)):
@@ -190,16 +192,16 @@ def _scored(arguments: argparse.Namespace) -> tuple[Access, Access | None, str, 
     from video_opd.config import load_recipe
 
     if arguments.recipe:
-        from video_opd.curriculum.pool import accesses
+        from video_opd.curriculum.pool import inference_configs
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        return *accesses(recipe), recipe.data.train, recipe.data.video_root
-    from video_opd.evaluation.opened import read_pair
+        return *inference_configs(recipe), recipe.data.train, recipe.data.video_root
+    from video_opd.models.inference import read_inference_pair
 
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
     if "--teacher.path" in of_teacher or (of_teacher and not arguments.teacher):
         raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
-    pair = read_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
+    pair = read_inference_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
     return *pair, arguments.data, None
 
 
@@ -210,7 +212,7 @@ def select(arguments: argparse.Namespace) -> None:
     if arguments.strategy is None:
         raise UserError("select --out needs a --strategy; see video-opd select --help")
     from video_opd.curriculum.samplers import SamplerSettings
-    from video_opd.curriculum.tables import print_summary
+    from video_opd.curriculum.terminal import print_summary
     from video_opd.curriculum.tvdf import select_file
 
     settings = SamplerSettings(
@@ -239,7 +241,7 @@ def select(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from video_opd.curriculum.tables import print_explanation
+    from video_opd.curriculum.terminal import print_explanation
     from video_opd.curriculum.tvdf import explain_file
 
     table = explain_file(arguments.data, arguments.scores, arguments.k)
@@ -319,7 +321,7 @@ def bench_data(arguments: argparse.Namespace) -> None:
     from video_opd.bench.data import bench_data as run
     from video_opd.bench.data import make_videos, table
     from video_opd.bench.timing import machine
-    from video_opd.data.describe import read_budget
+    from video_opd.convert.describe import read_budget
     from video_opd.models.loading import load_processor
     from video_opd.world.demo import shipped
 
@@ -336,11 +338,11 @@ def bench_data(arguments: argparse.Namespace) -> None:
 
 
 def data_convert(arguments: argparse.Namespace) -> None:
-    from video_opd.data.tables import conversion_lines, format_lines
+    from video_opd.convert.terminal import conversion_lines, format_lines
 
     if arguments.list_formats:
         if arguments.json:
-            from video_opd.data.formats import FORMATS
+            from video_opd.convert.formats import FORMATS
 
             print_json({name: format.looks_like for name, format in FORMATS.items()})
             return
@@ -350,8 +352,8 @@ def data_convert(arguments: argparse.Namespace) -> None:
         raise UserError("convert needs INPUT, or FORMAT and INPUT; see video-opd data convert --help")
     if arguments.out is None:
         raise UserError("convert needs --out, the data file to write; see video-opd data convert --help")
-    from video_opd.data.convert import ConvertSettings, convert
-    from video_opd.data.formats.durations import read_durations
+    from video_opd.convert.conversion import ConvertSettings, convert
+    from video_opd.convert.formats.durations import read_durations
 
     *format, source = arguments.words
     settings = ConvertSettings(
@@ -372,9 +374,9 @@ def data_convert(arguments: argparse.Namespace) -> None:
 
 def data_check(arguments: argparse.Namespace) -> int:
     """Exit code 1 when a row cannot be used."""
+    from video_opd.convert.check import CheckSettings, check, default_out
+    from video_opd.convert.terminal import check_lines
     from video_opd.data.budget import VideoBudget
-    from video_opd.data.check import CheckSettings, check, default_out
-    from video_opd.data.tables import check_lines
 
     record = check(
         arguments.data,
@@ -395,10 +397,10 @@ def data_check(arguments: argparse.Namespace) -> int:
 
 
 def data_stats(arguments: argparse.Namespace) -> None:
-    from video_opd.data import check
+    from video_opd.convert import check
+    from video_opd.convert.describe import describe, read_budget
+    from video_opd.convert.terminal import stats_lines
     from video_opd.data.annotations import read_annotations
-    from video_opd.data.describe import describe, read_budget
-    from video_opd.data.tables import stats_lines
 
     budget = read_budget(arguments.overrides)
     annotations = read_annotations(arguments.data, arguments.video_root)
@@ -437,16 +439,10 @@ def world_make(arguments: argparse.Namespace) -> None:
 
 
 def world_train(arguments: argparse.Namespace) -> None:
-    if arguments.recipe and not Path(arguments.recipe).is_file():
-        raise UserError(f"{arguments.recipe}: no such file; name a YAML file, or leave --recipe out")
-    from video_opd.world.pretraining.stages import run_recipe
-
-    folders = run_recipe(arguments.recipe, arguments.out, arguments.workers)
-    if arguments.json:
-        print_json([str(folder) for folder in folders])
-        return
-    for folder in folders:
-        print(folder)
+    raise UserError(
+        "the tiny models are made by tools/tiny_models in the repository, which the package does not hold: "
+        "in a clone, run PYTHONPATH=tools python -m tiny_models --out runs/world-models"
+    )
 
 
 def print_json(record: Any) -> None:

@@ -14,8 +14,8 @@ from video_opd.files import write_text
 from video_opd.progress import log
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.answers import Answers
     from video_opd.evaluation.comparison import Comparison
+    from video_opd.evaluation.prediction_files import Answers
     from video_opd.evaluation.protocols import Protocol
     from video_opd.types import Sample
 
@@ -135,7 +135,7 @@ def _baseline(arguments: argparse.Namespace, protocol: Protocol) -> Answers | No
 
 
 def _read(paths: Sequence[str], name: str, arguments: argparse.Namespace, protocol: Protocol) -> Answers:
-    from video_opd.evaluation.answers import read_answers
+    from video_opd.evaluation.prediction_files import read_answers
 
     return read_answers(
         paths,
@@ -163,8 +163,8 @@ def _answer(
     arguments: argparse.Namespace, protocol: Protocol, data_sets: Mapping[str, list[Sample]]
 ) -> Answers:
     from video_opd.cli.commands import answer_settings, run_predict
-    from video_opd.evaluation.kept import kept_path
-    from video_opd.evaluation.opened import open_model, read_access
+    from video_opd.evaluation.prediction_cache import kept_path
+    from video_opd.models.inference import load_inference_model, read_inference_config
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would answer everything
         raise UserError(
@@ -172,9 +172,9 @@ def _answer(
         )
     if arguments.answers and len(data_sets) > 1:
         raise UserError("--answers is one file: evaluate one data set at a time, or leave it out")
-    access = read_access(arguments.model, arguments.overrides, protocol.name, arguments.device)
-    settings = answer_settings(arguments, access)
-    model = open_model(access, arguments.device)
+    config = read_inference_config(arguments.model, arguments.overrides, protocol, arguments.device)
+    settings = answer_settings(arguments, config)
+    model = load_inference_model(config, arguments.device)
     files = []
     for name, samples in data_sets.items():
         made_by = {**model.made_by(), "answers": asdict(settings)}
@@ -222,7 +222,7 @@ def _is_single(compared: Comparison) -> bool:
 
 
 def _print_single(compared: Comparison) -> None:
-    from video_opd.evaluation.tables import print_metrics
+    from video_opd.evaluation.terminal import print_metrics
 
     ((data, constant),) = compared.constants.items()
     results = {model: found[data] for model, found in compared.results.items()}
@@ -237,7 +237,7 @@ def _print_single(compared: Comparison) -> None:
 def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, Any]:
     """For one model on one data set the metrics themselves, else a tree of them."""
     from video_opd.evaluation import comparison_formats
-    from video_opd.evaluation.tables import evaluation_record
+    from video_opd.evaluation.terminal import evaluation_record
 
     if not _is_single(compared):
         return comparison_formats.as_json(compared, published=arguments.published)

@@ -13,30 +13,30 @@ from video_opd.errors import UserError
 from video_opd.progress import log
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.ground import GroundedAnswer
+    from video_opd.grounding.ground import GroundedAnswer
 
 
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.data.video import probe
-    from video_opd.evaluation.formats import FORMATS
-    from video_opd.evaluation.ground import ground
-    from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.grounding.ground import ground
+    from video_opd.grounding.output_formats import FORMATS
+    from video_opd.models.inference import load_inference_model, read_inference_config
 
     video = Path(arguments.video)
     info = probe(video)
     queries = _queries(arguments, video)
     window_s, overlap_s = _windows(arguments)
     _check_targets(arguments, video)
-    access = read_access(arguments.model, arguments.overrides)
+    config = read_inference_config(arguments.model, arguments.overrides)
     settings = AnswerSettings.choose(
         arguments.samples,
         arguments.temperature,
         max_new_tokens=arguments.max_new_tokens,
         seed=arguments.seed,
-        thinking=access.prompt.thinking,
+        thinking=config.prompt.thinking,
     )
-    model = open_model(access, arguments.device)
+    model = load_inference_model(config, arguments.device)
     answers = ground(
         model.policy,
         model.encoder,
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         window_s=window_s,
         overlap_s=overlap_s,
         batch_size=arguments.batch_size,
-        backend=access.video.backend,
+        backend=config.video.backend,
     )
     chosen = arguments.format or ("text" if sys.stdout.isatty() else "json")
     if text := FORMATS[chosen](video, answers):
@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _queries(arguments: argparse.Namespace, video: Path) -> list[str]:
-    from video_opd.data.queries import read_queries
-    from video_opd.evaluation.ground import check_queries
+    from video_opd.grounding.ground import check_queries
+    from video_opd.grounding.query_files import read_queries
 
     queries = list(arguments.query)
     if arguments.queries:
@@ -97,18 +97,18 @@ def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]
 
 def _check_targets(arguments: argparse.Namespace, video: Path) -> None:
     if arguments.view:
-        from video_opd.reports.view import check_page
+        from video_opd.grounding.page import check_page
 
         check_page(Path(arguments.view))
     if arguments.cut:
-        from video_opd.data.cut import check_target
+        from video_opd.grounding.cut import check_target
 
         check_target(video, Path(arguments.cut))
 
 
 def _write_clips(out: Path, video: Path, answers: Sequence[GroundedAnswer]) -> None:
     """``OUT.mp4`` for one query, ``OUT-1.mp4`` and so on for several, numbered as the queries are."""
-    from video_opd.data.cut import cut_clip
+    from video_opd.grounding.cut import cut_clip
 
     for number, answer in enumerate(answers, start=1):
         target = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{number}")

@@ -609,15 +609,11 @@ def _world(commands: Any) -> None:
         actions,
         "train",
         "world_train",
-        "train the tiny models again, from nothing: about an hour on two cores; repeated, it continues",
-        "video-opd world train --out runs/world-models",
+        "how the tiny models were made: says where the tool is",
+        "PYTHONPATH=tools python -m tiny_models --out runs/world-models",
     )
-    train.add_argument("--recipe", metavar="FILE", help="a YAML file of stages; default: the shipped models'")
-    train.add_argument("--out", default="runs/world-models", metavar="DIR", help="default: %(default)s")
-    train.add_argument(
-        "--workers", type=_positive, metavar="N", help="rendering processes; default: all cores"
-    )
-    _json_flag(train)
+    for flag in ("--recipe", "--out", "--workers"):  # the tool's own
+        train.add_argument(flag, help=argparse.SUPPRESS)
 
 
 def _model_options(parser: argparse.ArgumentParser, data: bool = True, length: int | None = 64) -> None:

@@ -21,8 +21,8 @@ def evaluate_suite(arguments: argparse.Namespace) -> int | None:
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} does not go with --suite: leave it out")
     from video_opd.cli.commands import as_json, print_json
-    from video_opd.evaluation.general import suite
-    from video_opd.evaluation.general.tables import print_suite, print_survey
+    from video_opd.suites import suite
+    from video_opd.suites.terminal import print_suite, print_survey
 
     settings = suite.SuiteSettings(
         out=Path(arguments.out) if arguments.out else suite.default_out(arguments.suite_model or "."),

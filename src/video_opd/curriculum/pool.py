@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from video_opd.config import Recipe
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.evaluation.batching import whole_windows
-from video_opd.evaluation.opened import Access, OpenModel, open_model
-from video_opd.evaluation.resume import model_fingerprint
+from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.inference import InferenceConfig, InferenceModel, load_inference_model
 from video_opd.models.loading import check_same_tokens
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.processes import Processes
-    from video_opd.models.protocols import Policy
+    from video_opd.models.interfaces import Policy
+    from video_opd.processes import Processes
 
 
-def accesses(recipe: Recipe) -> tuple[Access, Access | None]:
+def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, InferenceConfig | None]:
     """A recipe's student and teacher; both are shown the same. No teacher where the recipe names none."""
-    student = Access(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
+    student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
     if not recipe.teacher.path:
         return student, None
     return student, replace(
@@ -32,8 +32,8 @@ def accesses(recipe: Recipe) -> tuple[Access, Access | None]:
 
 
 def score_pool(
-    student: Access,
-    teacher: Access | None,
+    student: InferenceConfig,
+    teacher: InferenceConfig | None,
     samples: Sequence[Sample],
     out: str | Path,
     *,
@@ -57,7 +57,7 @@ def score_pool(
         from video_opd.models.loading import read_config
 
         read_config(teacher.model.path)  # before minutes are spent on reading the student
-    opened = open_model(student, device, cache_dir)
+    opened = load_inference_model(student, device, cache_dir)
     other = None if teacher is None else Opening(lambda: _open_teacher(teacher, opened, device))
     if other is not None and teacher_from is None:
         other.load()
@@ -85,8 +85,8 @@ def score_pool(
         )
 
 
-def _open_teacher(teacher: Access, student: OpenModel, device: str | None) -> Policy:
-    opened = open_model(teacher, device)
+def _open_teacher(teacher: InferenceConfig, student: InferenceModel, device: str | None) -> Policy:
+    opened = load_inference_model(teacher, device)
     check_same_tokens(
         (student.policy.model, student.policy.processor), (opened.policy.model, opened.policy.processor)
     )

@@ -19,15 +19,15 @@ from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader, length_batches
 from video_opd.evaluation.output import Output
 from video_opd.evaluation.predict import AnswerSettings, answer, unanswered
-from video_opd.evaluation.processes import Processes
 from video_opd.evaluation.resume import read_note
 from video_opd.jsonl import read_jsonl
+from video_opd.processes import Processes
 from video_opd.progress import log, task
 from video_opd.temporal import best_iou, parse_answer
 from video_opd.types import Rollout, Sample
 
 if TYPE_CHECKING:
-    from video_opd.models.protocols import Policy
+    from video_opd.models.interfaces import Policy
 
 K = 4  # predictions a model and sample; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")

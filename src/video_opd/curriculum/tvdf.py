@@ -16,7 +16,7 @@ from typing import Any
 
 from video_opd.curriculum.gate import MIN_TEACHER_IOU, passes
 from video_opd.curriculum.samplers import SamplerSettings, Selection, rank_value, select
-from video_opd.curriculum.scorefile import read_scores
+from video_opd.curriculum.score_files import read_scores
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.types import UNGATED, Score, Strategy

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from video_opd.data.budget import VideoBudget
-from video_opd.data.cache import ClipCache
+from video_opd.data.clip_cache import ClipCache
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.video import VideoError, load_clip
 from video_opd.errors import UserError

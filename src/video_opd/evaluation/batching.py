@@ -21,14 +21,6 @@ WINDOW_BATCHES = 4  # batches that are looked at together
 WINDOW_TOKENS = 65_536
 
 
-def by_video(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """The rows of each video, videos in the order of their first rows."""
-    rows_of: dict[str, list[Sample]] = {}
-    for sample in samples:
-        rows_of.setdefault(str(sample.video), []).append(sample)
-    return list(rows_of.values())
-
-
 def length_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
     """Batches of at most ``batch_size`` rows, in windows of the given order sorted by the videos' length.
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.evaluation.answers import Answers, made_otherwise, read_answers
 from video_opd.evaluation.metrics import (
     ConstantAnswer,
     Difference,
@@ -19,8 +18,9 @@ from video_opd.evaluation.metrics import (
     paired_difference,
     query_swap,
 )
+from video_opd.evaluation.prediction_files import Answers, made_otherwise, read_answers
 from video_opd.evaluation.protocols import Protocol, get_protocol
-from video_opd.evaluation.tables import evaluation_record
+from video_opd.evaluation.terminal import evaluation_record
 from video_opd.types import Sample
 
 

@@ -15,7 +15,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation.comparison import Comparison, Result
 from video_opd.evaluation.metrics import METRICS, Difference, Metrics
 from video_opd.evaluation.published import ROWS, SOURCE, published_columns
-from video_opd.evaluation.tables import notes_of, protocol_lines
+from video_opd.evaluation.terminal import notes_of, protocol_lines
 
 if TYPE_CHECKING:
     from rich.console import Console

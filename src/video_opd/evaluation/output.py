@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.evaluation.processes import Processes
 from video_opd.evaluation.resume import merge_parts, open_output, part_path, read_rows
 from video_opd.jsonl import append_jsonl
+from video_opd.processes import Processes
 from video_opd.types import Sample
 
 

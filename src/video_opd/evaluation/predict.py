@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import MakeLoader, length_batches
 from video_opd.evaluation.output import Output
-from video_opd.evaluation.processes import Processes
+from video_opd.processes import Processes
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
 from video_opd.temporal import parse_answer
 from video_opd.types import EncodedPrompt, Rollout, Sample
 
 if TYPE_CHECKING:
-    from video_opd.models.protocols import Policy
+    from video_opd.models.interfaces import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

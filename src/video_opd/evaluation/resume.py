@@ -6,7 +6,6 @@ processes each appends to a part (``OUT.part-0``, …) until they are merged. No
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,59 +14,6 @@ from typing import Any
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.strict import flatten
-
-# Beside the weights, these decide what a model reads and writes.
-_CONFIG_FILES = (
-    "adapter_config.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
-)
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-# Reading every byte takes about a second a gigabyte. Past this size a weight file is known by its size, its
-# time of change, its header and its last megabyte: training again in the same folder changes the time.
-_FULL_READ_BYTES = 1 << 30
-_END_BYTES = 1 << 20
-
-
-def model_fingerprint(path: str | Path) -> str:
-    """32 hex digits that change with a model folder's weights, tokenizer or preprocessing.
-
-    A name that is no folder (of a hub) stands for itself.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"name:{path}"
-    digest = hashlib.blake2b(digest_size=16)
-    weights = sorted({file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern)})
-    whole = sum(file.stat().st_size for file in weights) <= _FULL_READ_BYTES
-    for file in [*weights, *(folder / name for name in _CONFIG_FILES if (folder / name).is_file())]:
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-        _add_content(digest, file, whole or file not in weights)
-    return digest.hexdigest()
-
-
-def _add_content(digest: hashlib.blake2b, file: Path, whole: bool) -> None:
-    with file.open("rb") as handle:
-        if whole:
-            while block := handle.read(_END_BYTES):
-                digest.update(block)
-            return
-        status = file.stat()
-        digest.update(f"{status.st_mtime_ns}:".encode())
-        digest.update(handle.read(_END_BYTES))
-        handle.seek(max(status.st_size - _END_BYTES, 0))
-        digest.update(handle.read(_END_BYTES))
 
 
 def meta_path(out: str | Path) -> Path:

@@ -25,18 +25,18 @@ import torch
 from torch import nn
 
 from video_opd.errors import UserError
-from video_opd.models.answers import Beside, answer_mask, for_attention
-from video_opd.models.batching import (
+from video_opd.models.head import ResponseHead
+from video_opd.models.interfaces import Responses
+from video_opd.models.modes import call_through, computing_in, evaluating
+from video_opd.models.prefix import Prefix, copied, select_rows
+from video_opd.models.prompt_batch import (
     PromptBatch,
     batch_prompts,
     encode_videos,
     pad_responses,
     repeated_pixels,
 )
-from video_opd.models.head import ResponseHead
-from video_opd.models.modes import call_through, computing_in, evaluating
-from video_opd.models.prefix import Prefix, copied, select_rows
-from video_opd.models.protocols import Responses
+from video_opd.models.response_layout import Beside, answer_mask, for_attention
 from video_opd.models.sampling import SamplingSettings, draw, rollout_uniforms, sampled_logprobs
 from video_opd.models.sharing import find_trunks
 from video_opd.models.vocabulary import Vocabulary
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class HFPolicy:
-    """:class:`~video_opd.models.protocols.Policy` around a ``Qwen3VLForConditionalGeneration``.
+    """:class:`~video_opd.models.interfaces.Policy` around a ``Qwen3VLForConditionalGeneration``.
 
     ``model`` is the bare module. ``forward_module`` is what the training loop wrapped around it (DDP, FSDP),
     if anything: forwards with gradients are called through it. ``compute_dtype`` autocasts the transformer,
@@ -267,7 +267,7 @@ class HFPolicy:
         self, prefix: Prefix, repeats: Sequence[int], ids_NR: torch.Tensor, mask_NR: torch.Tensor
     ) -> torch.Tensor:
         """[N, R, D] that predict each response token, each prompt read once; leaves ``prefix`` as it is."""
-        from video_opd.models.caches import read_only
+        from video_opd.models.kv_cache import read_only
 
         if max(repeats) > 1 and self._answers_beside:
             return self._beside(
@@ -421,7 +421,7 @@ class _PrefixDecoder(_Decoder):
     """One token of every answer at a time on top of the cache, which is the decoder's own."""
 
     def __init__(self, policy: HFPolicy, prefix: Prefix, n: int) -> None:
-        from video_opd.models.caches import grow_in_place
+        from video_opd.models.kv_cache import grow_in_place
 
         self.policy = policy
         self.beside = n if policy._answers_beside else 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from video_opd.models.batching import row_index
+from video_opd.models.prompt_batch import row_index
 from video_opd.types import EncodedPrompt
 
 if TYPE_CHECKING:

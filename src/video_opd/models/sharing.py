@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from video_opd.models.batching import PromptBatch
+from video_opd.models.prompt_batch import PromptBatch
 from video_opd.types import EncodedPrompt
 
 

@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 
 from video_opd.errors import UserError
+from video_opd.models.interfaces import Responses, Teacher
 from video_opd.models.lora import adapters_off, trained_in_full
 from video_opd.models.policy import HFPolicy
 from video_opd.models.prefix import Prefix
-from video_opd.models.protocols import Responses, Teacher
 from video_opd.types import EncodedPrompt, TokenLogprobs
 
 Nonfinite = Literal["raise", "mask"]
 
 
 class LocalTeacher:
-    """:class:`~video_opd.models.protocols.Teacher` in this process.
+    """:class:`~video_opd.models.interfaces.Teacher` in this process.
 
     It is given the very :class:`EncodedPrompt` objects that the student was given. Its weights are frozen
     when it is made. With the ``prefix`` engine each prompt is read once, however many answers are scored.
@@ -56,7 +56,7 @@ class LocalTeacher:
 class WithoutAdapters:
     """The student as it was before its first step: its adapters are switched off while it scores.
 
-    A :class:`~video_opd.models.protocols.Teacher` that needs no memory of its own. Only for a student of
+    A :class:`~video_opd.models.interfaces.Teacher` that needs no memory of its own. Only for a student of
     which nothing but adapters is trained.
     """
 

@@ -23,7 +23,7 @@ import torch
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
-from video_opd.evaluation.opened import MODEL_FACTS
+from video_opd.models.inference import MODEL_FACTS
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of

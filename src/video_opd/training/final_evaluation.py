@@ -14,13 +14,13 @@ from video_opd.errors import UserError
 from video_opd.evaluation.batching import whole_windows
 from video_opd.evaluation.comparison import evaluate_file
 from video_opd.evaluation.predict import AnswerSettings, predict
-from video_opd.evaluation.resume import model_fingerprint
 from video_opd.files import write_text
+from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.interfaces import Policy
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.policy import HFPolicy
-from video_opd.models.protocols import Policy
 from video_opd.progress import log
-from video_opd.training.build import Loader, Parts, prompt_loader
+from video_opd.training.components import Loader, Parts, prompt_loader
 from video_opd.training.run_folder import RunFolder
 
 

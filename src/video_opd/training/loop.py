@@ -21,24 +21,24 @@ import torch
 
 from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
-from video_opd.evaluation.processes import LONGEST_WAIT
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
+from video_opd.processes import LONGEST_WAIT
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
 from video_opd.strict import flatten, to_dict
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
-from video_opd.training.build import Parts, build_parts
-from video_opd.training.checks import check_first_prompts
+from video_opd.training.components import Parts, build_parts
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
-from video_opd.training.metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
 from video_opd.training.run_folder import RunFolder
+from video_opd.training.self_check import check_first_prompts
 from video_opd.training.sharding import Shards, load_optimizer_state, optimizer_state, sharding_asked
 from video_opd.training.step import Prepared, Stepper, StepResult
-from video_opd.training.weights import WeightProbe
+from video_opd.training.step_metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
+from video_opd.training.weight_probe import WeightProbe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -23,11 +23,11 @@ import torch
 
 from video_opd.algorithms.registry import make_reward
 from video_opd.config import Recipe, dump_recipe
-from video_opd.curriculum.pool import accesses, score_pool
+from video_opd.curriculum.pool import inference_configs, score_pool
 from video_opd.curriculum.samplers import SamplerSettings
-from video_opd.curriculum.scorefile import read_scores
+from video_opd.curriculum.score_files import read_scores
 from video_opd.curriculum.scores import ScoreSettings
-from video_opd.curriculum.tables import summary_lines
+from video_opd.curriculum.terminal import summary_lines
 from video_opd.curriculum.tvdf import select_file
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
@@ -35,7 +35,7 @@ from video_opd.evaluation.metrics import METRICS
 from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
 from video_opd.progress import is_first_process, log
-from video_opd.training.build import build_parts
+from video_opd.training.components import build_parts
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
     evaluate_base,
@@ -156,7 +156,7 @@ class Rounds:
         used = set() if recipe.rounds.reuse else self._used(number)
         wanted = [s for s in self.samples if s.id not in used and (s.spans or not tvdf.gated)]
         log(f"round {number} of {recipe.rounds.count}: scoring {len(wanted)} candidates")
-        student, teacher = accesses(self.round_recipe(number))
+        student, teacher = inference_configs(self.round_recipe(number))
         score_pool(
             student,
             teacher if tvdf.asks_teacher else None,

@@ -21,15 +21,15 @@ from video_opd.algorithms.losses import divisor
 from video_opd.algorithms.method import Signal, Trajectories
 from video_opd.config import Recipe
 from video_opd.errors import UserError
+from video_opd.models.interfaces import Teacher
 from video_opd.models.modes import call_through
-from video_opd.models.protocols import Teacher
 from video_opd.models.teachers import stack
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row, micro_batches
-from video_opd.training.build import Parts
-from video_opd.training.metrics import RolloutRecord, Stopwatch
+from video_opd.training.components import Parts
+from video_opd.training.loss_batch import check_ratio, make_records, make_trajectories, without_nonfinite
 from video_opd.training.sharding import Shards, whole
-from video_opd.training.trajectories import check_ratio, make_records, make_trajectories, without_nonfinite
+from video_opd.training.step_metrics import RolloutRecord, Stopwatch
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     recipe = demo_recipe(out, seed, steps)
     _claim(out, recipe)
 
-    from video_opd.curriculum.pool import accesses, score_pool
+    from video_opd.curriculum.pool import inference_configs, score_pool
     from video_opd.curriculum.samplers import SamplerSettings
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.curriculum.tvdf import select_file
@@ -61,7 +61,7 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     tests = make_test_sets(out / "world" / "test")
 
     score_pool(
-        *accesses(recipe),
+        *inference_configs(recipe),
         read_samples(pool["train"]),
         out / "scores.jsonl",
         settings=ScoreSettings(
@@ -151,8 +151,8 @@ def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:
 
 def _timeline(sample: Sample, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     from video_opd.data.budget import VideoBudget
-    from video_opd.data.stills import jpeg_uri
     from video_opd.data.video import load_clip
+    from video_opd.grounding.stills import jpeg_uri
 
     clip = load_clip(sample.video, VideoBudget(min_frame_tokens=9, max_frame_tokens=16))
     pictures, times = [], []

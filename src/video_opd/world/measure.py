@@ -25,12 +25,12 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
     """Greedy answers and metrics of one model on one test set: ``video-opd evaluate``."""
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.comparison import evaluate_file
-    from video_opd.evaluation.opened import open_model, read_access
     from video_opd.evaluation.predict import AnswerSettings, predict
+    from video_opd.models.inference import load_inference_model, read_inference_config
 
     out.mkdir(parents=True, exist_ok=True)
     samples, answers = read_samples(data), out / f"predictions-{name}-{split}.jsonl"
-    opened = open_model(read_access(str(model), []), cache_dir=out.parent / "clips")
+    opened = load_inference_model(read_inference_config(str(model), []), cache_dir=out.parent / "clips")
     predict(
         opened.policy,
         samples,

@@ -1,0 +1,1 @@
+"""Public annotation formats, and data files looked at: converted, checked, described."""

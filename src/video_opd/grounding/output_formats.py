@@ -1,0 +1,98 @@
+"""Answers about one video as text for people, JSON, SubRip and CSV. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from video_opd.grounding.ground import GroundedAnswer
+from video_opd.temporal import Interval
+
+COLUMNS = (
+    "query",
+    "start",
+    "end",
+    "text",
+    "rule",
+    "clamped",
+    "truncated",
+    "logprob",
+    "agreement",
+    "window_start",
+    "window_end",
+    "frames",
+    "thinned",
+)
+
+
+def as_text(video: Path, answers: Sequence[GroundedAnswer]) -> str:
+    """A line an answer, with the query before it where there are several; below it the samples, if any."""
+    lines = []
+    for answer in answers:
+        lines.append(answer.line() if len(answers) == 1 else f"{answer.query}: {answer.line()}")
+        shown = "the window" if len(answer.windows) > 1 else "the video"
+        counts = Counter(reply.line(shown) for reply in answer.samples)
+        lines += [f"  {count} × {line}" for line, count in counts.most_common()]
+    return "\n".join(lines)
+
+
+def as_json(video: Path, answers: Sequence[GroundedAnswer]) -> str:
+    record = {"video": str(video), "answers": [answer.to_json() for answer in answers]}
+    return json.dumps(record, indent=2, ensure_ascii=False)
+
+
+def as_srt(video: Path, answers: Sequence[GroundedAnswer]) -> str:
+    """A cue an answer, in the order of time, its text the query. A query without an answer has none."""
+    spans = sorted((answer.span, answer.query) for answer in answers if answer.span is not None)
+    return "\n".join(_cue(number, span, query) for number, (span, query) in enumerate(spans, start=1))
+
+
+def _cue(number: int, span: Interval, query: str) -> str:
+    start_ms, end_ms = (round(time_s * 1000) for time_s in span)
+    end_ms = max(end_ms, start_ms + 1)  # a cue of no length is shown by no player
+    text = " ".join(query.split()).replace("-->", "→")  # an arrow would begin another cue
+    return f"{number}\n{time_code(start_ms)} --> {time_code(end_ms)}\n{text}\n"
+
+
+def time_code(time_ms: int) -> str:
+    """``00:00:12,540``, as SubRip has it."""
+    seconds, milliseconds = divmod(time_ms, 1000)
+    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d},{milliseconds:03d}"
+
+
+def as_csv(video: Path, answers: Sequence[GroundedAnswer]) -> str:
+    """A header and a row an answer; what is not there is an empty field."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for answer in answers:
+        start_s, end_s = ("", "") if answer.span is None else (f"{x:.3f}" for x in answer.span)
+        writer.writerow(
+            [
+                answer.query,
+                start_s,
+                end_s,
+                answer.text,
+                answer.rule,
+                json.dumps(answer.clamped),
+                json.dumps(answer.truncated),
+                f"{answer.logprob:.4f}",
+                "" if answer.agreement is None else f"{answer.agreement:.4f}",
+                *(f"{x:.3f}" for x in answer.best.window),
+                answer.frames,
+                json.dumps(answer.thinned),
+            ]
+        )
+    return file.getvalue().rstrip("\n")
+
+
+FORMATS: Mapping[str, Callable[[Path, Sequence[GroundedAnswer]], str]] = {
+    "text": as_text,
+    "json": as_json,
+    "srt": as_srt,
+    "csv": as_csv,
+}

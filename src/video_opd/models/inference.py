@@ -1,0 +1,242 @@
+"""A checkpoint together with how videos are shown to it.
+
+A model that ``video-opd train`` wrote says so itself (``video_opd.json``); any other gets the defaults.
+``--model.*``, ``--video.*`` and ``--prompt.*`` on the command line come last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from video_opd.config import ModelConfig, PromptConfig, VideoConfig
+from video_opd.errors import UserError
+from video_opd.progress import log
+from video_opd.strict import TreeReader, apply_overrides
+
+if TYPE_CHECKING:
+    from video_opd.data.budget import VideoBudget
+    from video_opd.data.encode import PromptEncoder
+    from video_opd.models.policy import HFPolicy
+    from video_opd.types import EncodedPrompt, Sample
+
+
+MODEL_FACTS = "video_opd.json"  # inside a model folder: how it was shown its videos
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """How a model is run and what it sees: three sections of a recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+
+
+class PromptAndBudget(Protocol):
+    """What an evaluation protocol decides about a model's inputs (see ``evaluation/protocols.py``)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def prompt_style(self) -> str: ...
+
+    @property
+    def video(self) -> VideoConfig: ...
+
+
+A = TypeVar("A", bound=InferenceConfig)
+
+
+def read_inference_config(
+    path: str,
+    overrides: Sequence[str],
+    protocol: PromptAndBudget | None = None,
+    device: str | None = None,
+) -> InferenceConfig:
+    """What the model folder says, changed by ``overrides``; a ``protocol`` decides the prompt.
+
+    The protocol's video budget is for models that do not say which they were trained with. One that does not
+    say which precision it was trained in is run in bfloat16 on a GPU (``device``, as
+    :func:`load_inference_model` takes it) and in float32 on a CPU. Raises UserError for an unknown key, and
+    for a prompt that is not the protocol's.
+    """
+    return _read(InferenceConfig, path, overrides, protocol, device)
+
+
+def _read(
+    kind: type[A],
+    path: str,
+    overrides: Sequence[str],
+    protocol: PromptAndBudget | None,
+    device: str | None,
+) -> A:
+    facts = read_model_facts(path) or {}
+    tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
+    model = {"path": path} | ({"dtype": facts["dtype"]} if "dtype" in facts else {})
+    if protocol is not None:
+        tree.setdefault("video", asdict(protocol.video))
+        if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
+            tree["prompt"] = {**prompt, "style": protocol.prompt_style}
+    tree = apply_overrides({**tree, "model": model}, overrides)
+    config: A = TreeReader(kind, {}).read(tree)
+    if "dtype" not in tree["model"] and _chosen_device(device).startswith("cuda"):
+        config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    if protocol is not None and config.prompt.style != protocol.prompt_style:
+        raise UserError(
+            f"--prompt.style {config.prompt.style} is not how protocol {protocol.name} asks: leave out either"
+        )
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TeacherModel:
+    """What the teacher of a score may have of its own."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None  # none: as the student's
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairConfig(InferenceConfig):
+    teacher: _TeacherModel = field(default_factory=_TeacherModel)
+
+
+def read_inference_pair(
+    student: str, teacher: str | None, overrides: Sequence[str], device: str | None = None
+) -> tuple[InferenceConfig, InferenceConfig | None]:
+    """The configuration of a student, and of a teacher that is shown the same, if one is named.
+
+    ``overrides`` may have ``--teacher.dtype``; left out, it is ``model.dtype``.
+    """
+    pair = _read(_PairConfig, student, overrides, None, device)
+    own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
+    if teacher is None:
+        return own, None
+    dtype = pair.teacher.dtype or own.model.dtype
+    return own, replace(own, model=replace(own.model, path=teacher, dtype=dtype))
+
+
+def read_model_facts(path: str | Path) -> dict[str, Any] | None:
+    """What ``video_opd.json`` of a model folder says, or None where there is none (a stock checkpoint)."""
+    file = Path(path) / MODEL_FACTS
+    if not file.exists():
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{file}: not an object of settings; delete it to use the defaults")
+    return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceModel:
+    """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``.
+
+    ``workers`` threads decode videos while the model answers. ``cache_dir`` keeps decoded clips, for whoever
+    shows the same videos to several models.
+    """
+
+    config: InferenceConfig
+    policy: HFPolicy
+    encoder: PromptEncoder
+    budget: VideoBudget
+    cache_dir: Path | None = None
+    workers: int = 2
+
+    def made_by(self) -> dict[str, Any]:
+        """Everything about the model that its answers depend on."""
+        from video_opd.models.fingerprint import model_fingerprint
+
+        return {
+            "model": model_fingerprint(self.config.model.path),
+            "dtype": self.config.model.dtype,
+            "input": {"video": asdict(self.config.video), "prompt": asdict(self.config.prompt)},
+        }
+
+    def asking(self, style: str) -> InferenceModel:
+        """The same model, asked in another prompt style. Raises UserError for an unknown one."""
+        from video_opd.data.encode import PromptEncoder
+
+        if style == self.config.prompt.style:
+            return self
+        prompt = replace(self.config.prompt, style=style)  # type: ignore[arg-type]  # the encoder checks it
+        encoder = PromptEncoder(self.policy.processor, prompt)
+        return replace(self, config=replace(self.config, prompt=prompt), encoder=encoder)
+
+    def loader(self, samples: Sequence[Sample]) -> Loading:
+        return Loading(self, samples)
+
+
+class Loading(contextlib.AbstractContextManager["Loading"]):
+    """``(sample, prompt)`` pairs, decoded in the background; a row that fails is told and left out."""
+
+    def __init__(self, model: InferenceModel, samples: Sequence[Sample]) -> None:
+        from video_opd.data.loader import PromptLoader
+
+        self.loader = PromptLoader(
+            samples,
+            model.encoder,
+            model.budget,
+            workers=model.workers,
+            max_failed_share=1.0,  # whoever evaluates is told what is missing, and gets the rest
+            backend=model.config.video.backend,
+            cache_dir=model.cache_dir,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
+        yield from self.loader
+        for sample, reason in self.loader.skipped:
+            log(f"left out {sample.id}: {reason}")
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def load_inference_model(
+    config: InferenceConfig, device: str | None = None, cache_dir: str | Path | None = None
+) -> InferenceModel:
+    """Loads the checkpoint ``config.model.path``: on ``device``, else on this process's GPU, else on the CPU.
+
+    Raises UserError when it is not one.
+    """
+    from video_opd.data.encode import PromptEncoder
+    from video_opd.models.loading import load_model
+    from video_opd.models.policy import HFPolicy
+
+    model, processor = load_model(
+        config.model.path,
+        dtype=config.model.dtype,
+        device=_chosen_device(device),
+        attn=config.model.attn,
+    )
+    return InferenceModel(
+        config=config,
+        policy=HFPolicy(model, processor, config.model.engine),
+        encoder=PromptEncoder(processor, config.prompt),
+        budget=budget_of(config.video),
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+    )
+
+
+def _chosen_device(device: str | None) -> str:
+    import torch
+
+    if device is not None:
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def budget_of(video: VideoConfig) -> VideoBudget:
+    from video_opd.data.budget import VideoBudget
+
+    names = {spec.name for spec in fields(VideoBudget)}
+    settings: Mapping[str, Any] = {name: value for name, value in asdict(video).items() if name in names}
+    return VideoBudget(**settings)

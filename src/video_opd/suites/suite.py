@@ -1,0 +1,309 @@
+"""The general suite from a model to a record: what is there is checked, lmms-eval asks and scores, we sum up.
+
+lmms-eval runs inside this process, so what fails there fails here (its own command says 0 even then). Answers
+are on disk as soon as they are made: a run that was killed continues with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import video_opd
+from video_opd.errors import UserError
+from video_opd.files import write_text
+from video_opd.progress import log
+from video_opd.suites import requirements
+from video_opd.suites.accuracy import (
+    MISSING,
+    PERCENT,
+    BenchmarkScore,
+    ScoredRow,
+    benchmark_scores,
+)
+from video_opd.suites.benchmarks import BENCHMARKS, Task, choose_tasks
+from video_opd.suites.rows import Row, hub_home, stock_file
+
+if TYPE_CHECKING:
+    from video_opd.suites.answering import Answerer
+
+MAX_NEW_TOKENS = 64
+TASK_FILES = "lmms-eval"  # the folder of task files in ``out``
+AGREE = 1e-6  # percent: our sums and lmms-eval's
+PACKAGES = ("lmms-eval", "torch", "torchvision", "transformers", "av")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings:
+    """What is asked, of what data. ``out`` is the folder of answers, task files and ``results.json``."""
+
+    out: Path
+    data_root: Path | None = None
+    only: Sequence[str] | None = None
+    skip: Sequence[str] = ()
+    limit: int | None = None  # rows a task, from the first
+    judge: bool = False
+    allow_missing: bool = False
+
+    @property
+    def tasks(self) -> list[Task]:
+        return choose_tasks(self.only, self.skip, judge=self.judge)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    model: str
+    scores: Sequence[BenchmarkScore]
+    protocol: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+
+    @property
+    def mean(self) -> float:
+        """Over the benchmarks that were run, each counting the same."""
+        return sum(score.overall.accuracy for score in self.scores) / len(self.scores)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "suite": "general",
+            "model": self.model,
+            "benchmarks": {score.benchmark.name: score.to_json() for score in self.scores},
+            "mean": self.mean,
+            "protocol": dict(self.protocol),
+            "versions": dict(self.versions),
+        }
+
+
+def default_out(model: str) -> Path:
+    """``runs/a/model`` → ``runs/general/a-model``."""
+    return Path("runs/general") / "-".join(Path(model).absolute().parts[-2:])
+
+
+def run(
+    model: str,
+    settings: SuiteSettings,
+    *,
+    overrides: Sequence[str] = (),
+    batch_size: int = 8,
+    device: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> SuiteResult:
+    """Runs the suite and writes ``results.json``.
+
+    Raises :class:`UserError` before anything is loaded where something is missing, and RuntimeError where
+    lmms-eval failed, no video of a benchmark could be read, or its sums are not ours.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "the general suite runs in one process: share out --tasks instead, each with its own --out"
+        )
+    found = survey(settings)
+    requirements.require(found, allow_missing=settings.allow_missing)
+
+    from video_opd.models.fingerprint import model_fingerprint
+    from video_opd.suites.answering import Answerer
+    from video_opd.suites.task_files import write_task_files
+
+    answerer = Answerer(
+        model=model,
+        out=settings.out / "answers.jsonl",
+        overrides=overrides,
+        batch_size=batch_size,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    config, answers = answerer.config, answerer.settings  # a wrong setting is an error now
+    digests = write_task_files(
+        settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
+    )
+    rehearse(found.rows)
+    scored = _ask(answerer, settings.out / TASK_FILES, found.rows)
+    result = SuiteResult(
+        model=model,
+        scores=benchmark_scores(scored),
+        protocol={
+            "questions": "lmms-eval's, those for Qwen3-VL where a task has its own",
+            "system": None,
+            "letters": "read by video-opd, then scored by lmms-eval; unread and missing answers are wrong",
+            "judge": "lmms-eval's" if settings.judge else None,
+            "answers": asdict(answers),
+            "video": asdict(config.video),
+            "model": asdict(config.model),
+            "fingerprint": model_fingerprint(model),
+            "limit": settings.limit,
+            "rows": {task.name: digest for task, digest in digests.items()},
+            "ci95": "bootstrap over videos, 2000 draws, seed 0",
+        },
+        versions=versions(),
+    )
+    write_text(settings.out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
+    log(f"wrote {settings.out / 'results.json'}")
+    return result
+
+
+def survey(settings: SuiteSettings) -> requirements.Survey:
+    """What the suite needs here, and what of it is missing."""
+    _quiet_libraries()
+    return requirements.survey(settings.tasks, settings.data_root, judge=settings.judge, limit=settings.limit)
+
+
+def rehearse(rows: Mapping[Task, Sequence[Row]]) -> None:
+    """Scores every row once with some answer: what lmms-eval cannot score is known before a model is loaded.
+
+    No judge is asked. Raises :class:`UserError` that names the row.
+    """
+    from video_opd.suites import hooks
+
+    for task, found in rows.items():
+        for number, row in enumerate(found):
+            try:
+                if not task.judged:
+                    getattr(hooks, task.hook)(row.doc, ["A"])
+                if task.benchmark == "videomme":
+                    _check_categories(row.doc)
+            except Exception as error:  # whatever the stock code stumbles over
+                raise UserError(
+                    f"{task.name}, row {number}: lmms-eval cannot score it ({_reason(error)}); mend the row"
+                ) from error
+
+
+def _check_categories(doc: Mapping[str, Any]) -> None:
+    """Video-MME is summed up in known categories only: any other would fail, after all answers."""
+    from lmms_eval.tasks.videomme import utils
+
+    known = {
+        "duration": utils.VIDEO_TYPE,
+        "domain": utils.CATEGORIES,
+        "sub_category": utils.SUB_CATEGORIES,
+        "task_type": utils.TASK_CATEGORIES,
+    }
+    for key, values in known.items():
+        if doc[key] not in values:
+            raise ValueError(f'"{key}" is {doc[key]!r}, none of {", ".join(values)}')
+
+
+def _ask(answerer: Answerer, folder: Path, rows: Mapping[Task, Sequence[Row]]) -> dict[Task, list[ScoredRow]]:
+    """What lmms-eval made of every row."""
+    from lmms_eval import evaluator
+    from lmms_eval.tasks import TaskManager
+    from tenacity import RetryError
+
+    from video_opd.suites.lmms_model import VideoOPD
+    from video_opd.suites.task_files import QWEN
+
+    _quiet_logs()
+    bars = evaluator.tqdm
+    evaluator.tqdm = lambda *items, **options: bars(*items, **{**options, "disable": True})
+    manager = TaskManager(include_path=str(folder), include_defaults=False, model_name=QWEN)
+    try:
+        results = evaluator.simple_evaluate(
+            model=VideoOPD(answerer=answerer),
+            tasks=[task.prefixed for task in rows],
+            task_manager=manager,
+            bootstrap_iters=0,  # intervals are ours: over videos
+        )
+    except RetryError as error:  # its retries hide what went wrong
+        cause = error.last_attempt.exception()
+        raise (cause if cause is not None else error) from error
+    finally:
+        evaluator.tqdm = bars
+    if results is None:
+        raise RuntimeError("lmms-eval gave no results")
+    return {task: _scored(task, rows[task], results) for task in rows}
+
+
+def _scored(task: Task, rows: Sequence[Row], results: Mapping[str, Any]) -> list[ScoredRow]:
+    """The rows of a task in their order, after they agree with lmms-eval's own sum of them."""
+    from video_opd.suites.hooks import ROW_KEY
+
+    benchmark = BENCHMARKS[task.benchmark]
+    logged = sorted(results["samples"].get(task.prefixed, ()), key=lambda sample: sample["doc_id"])
+    if [sample["doc_id"] for sample in logged] != list(range(len(rows))):
+        raise RuntimeError(f"{task.name}: lmms-eval scored {len(logged)} of {len(rows)} rows")
+    scored = [
+        ScoredRow(
+            task=task.name,
+            video=str(row.video),
+            score=sample[ROW_KEY]["score"],
+            rule=sample[ROW_KEY]["rule"],
+            group=row.doc[benchmark.group_by] if benchmark.group_by else None,
+        )
+        for row, sample in zip(rows, logged, strict=True)
+    ]
+    ours = PERCENT * sum(row.score for row in scored) / len(scored)
+    theirs = results["results"][task.prefixed][f"{benchmark.metric},none"]
+    if abs(ours - theirs) > AGREE:
+        raise RuntimeError(f"{task.name}: its rows make {ours:.4f}%, lmms-eval says {theirs:.4f}%")
+    if all(row.rule == MISSING for row in scored):
+        raise RuntimeError(
+            f"{task.name}: not one of its {len(scored)} rows was answered; see the lines above"
+        )
+    return scored
+
+
+def download(settings: SuiteSettings) -> None:
+    """Lets lmms-eval get rows and videos, as its stock tasks do: hundreds of gigabytes for all of them.
+
+    It skips a folder of videos that is there. Raises :class:`UserError` without lmms-eval, and RuntimeError
+    where it fails.
+    """
+    if settings.data_root is not None:
+        raise UserError("--download gets what lmms-eval takes from the hub: leave out --data-root")
+    requirements.require_package()
+    os.environ.setdefault("HF_HOME", str(hub_home()))
+    from lmms_eval.tasks import TaskManager
+    from tenacity import RetryError
+
+    for task in settings.tasks:
+        log(f"{task.name}: getting rows and videos, into {os.environ['HF_HOME']}")
+        folder = stock_file(task).parent
+        manager = TaskManager(include_path=str(folder), include_defaults=False, model_name="qwen3_vl")
+        try:
+            manager.load_task_or_group([task.name], task_type="chat")
+        except RetryError as error:
+            raise RuntimeError(f"{task.name}: {_reason(error.last_attempt.exception() or error)}") from error
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that a score depends on besides the model."""
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "video-opd": video_opd.__version__,
+        "python": platform.python_version(),
+        **{package: of(package) for package in PACKAGES},
+    }
+
+
+def _quiet_libraries() -> None:
+    """Before they are imported: bars of theirs would stand between ours."""
+    os.environ.setdefault("HF_HOME", str(hub_home()))  # lmms-eval's tasks ask for it
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _quiet_logs() -> None:
+    """lmms-eval's log, warnings and worse, in our lines."""
+    from loguru import logger
+
+    logger.remove()
+    logger.add(lambda message: log(str(message).rstrip()), level="WARNING", format="lmms-eval: {message}")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

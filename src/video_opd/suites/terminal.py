@@ -1,0 +1,71 @@
+"""The suite's results and what it still needs, for people. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from video_opd.evaluation.terminal import print_rows, say, stdout
+from video_opd.suites.accuracy import Accuracy
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from video_opd.suites.requirements import Survey
+    from video_opd.suites.suite import SuiteResult
+
+MOST_NAMES = 2  # of subtasks left out, before they are counted
+HEADER = ("", "accuracy", "rows", "videos", "notes")
+
+
+def print_suite(result: SuiteResult, console: Console | None = None) -> None:
+    """A row for each benchmark, its subtasks and groups below it, to stdout by default."""
+    console = console or stdout()
+    rows: list[tuple[str, ...]] = []
+    for score in result.scores:
+        mean = "mean of subtasks" if score.benchmark.mean == "subtasks" and len(score.tasks) > 1 else ""
+        rows.append(_row(score.benchmark.title, score.overall, mean, _without(score.left_out)))
+        if len(score.tasks) > 1:
+            rows += [_row(f"  {name}", part) for name, part in score.tasks.items()]
+        rows += [_row(f"  {score.benchmark.group_by}: {name}", part) for name, part in score.groups.items()]
+    if len(result.scores) > 1:
+        rows.append(("mean of benchmarks", f"{result.mean:.1f}", "", "", ""))
+    print_rows(console, HEADER, rows)
+    protocol = result.protocol
+    answers, video = protocol["answers"], protocol["video"]
+    say(
+        console,
+        f"protocol: lmms-eval {result.versions['lmms-eval']}, greedy, {answers['max_new_tokens']} tokens, "
+        f"{video['fps']:g} fps, at most {video['max_frames']} frames and {video['max_video_tokens']} video "
+        f"tokens, judge {protocol['judge'] or 'none'}, 95% by {protocol['ci95']}"
+        + (f", the first {protocol['limit']} rows of each task" if protocol["limit"] else ""),
+    )
+
+
+def print_survey(found: Survey, console: Console | None = None) -> None:
+    """A line for each thing that the suite needs, and below what is missing the way to get it."""
+    console = console or stdout()
+    for need, after in itertools.zip_longest(found.needs, found.needs[1:]):
+        say(console, f"{need.what}: {', '.join(filter(None, (need.found, need.missing or 'ok')))}")
+        if need.missing is not None and (after is None or after.get != need.get):  # once for several
+            say(console, f"    {need.get}")
+
+
+def _row(name: str, part: Accuracy, *notes: str) -> tuple[str, ...]:
+    low, high = part.ci95
+    counts = (("unparsed", part.unparsed), ("missing", part.missing))
+    told = [*(note for note in notes if note), *(f"{count} {what}" for what, count in counts if count)]
+    return (
+        name,
+        f"{part.accuracy:.1f} [{low:.1f}, {high:.1f}]",
+        str(part.n),
+        str(part.videos),
+        ", ".join(told),
+    )
+
+
+def _without(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"without {', '.join(names)}" if len(names) <= MOST_NAMES else f"without {len(names)} subtasks"

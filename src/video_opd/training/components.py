@@ -1,0 +1,265 @@
+"""From a recipe to the parts of a run: student, teacher, optimiser, data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_opd.algorithms.method import Method
+from video_opd.algorithms.registry import make_method, make_reward
+from video_opd.config import ModelConfig, OptimConfig, Recipe
+from video_opd.data.annotations import read_samples
+from video_opd.data.budget import VideoBudget
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.loader import PromptLoader
+from video_opd.errors import UserError
+from video_opd.models.interfaces import Policy, Teacher
+from video_opd.models.loading import DTYPES, check_same_tokens, load_model, read_config
+from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
+from video_opd.models.parts import cast_weights, part_modules
+from video_opd.models.policy import HFPolicy
+from video_opd.models.teachers import LocalTeacher, RoutedTeacher, WithoutAdapters
+from video_opd.progress import log
+from video_opd.training.memory import recomputes
+from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import is_sharded, shard, sharding_asked
+from video_opd.types import EncodedPrompt, Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# From samples to ``(sample, prompt)`` in the same order, without those whose video cannot be decoded.
+Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run trains, with what, on what. ``policy`` and ``teacher`` may be anything of that protocol."""
+
+    model: torch.nn.Module  # the student's bare module; what is trained of it is float32
+    forward_module: torch.nn.Module  # what Accelerate wrapped around it
+    policy: Policy
+    plain: Policy  # the same weights through the plain engine, for checks
+    teacher: Teacher | None
+    reference: Teacher | None  # the initial student, frozen
+    method: Method
+    optimizer: torch.optim.Optimizer
+    processor: Any
+    samples: Sequence[Sample]
+    loader: Loader
+    evaluation_loader: Loader
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, weights: str | Path) -> Parts:
+    """Loads everything that a run needs; ``weights`` is the student's folder (a checkpoint's, on a resume;
+    the run's own ``model/``, when only its evaluation is left).
+
+    Raises :class:`UserError` for models that cannot be loaded or do not share their tokens, and for data
+    files that cannot be read.
+    """
+    if recipe.method == "grpo":
+        make_reward(recipe)  # a function that cannot be imported is found before any model is loaded
+    samples = read_samples(recipe.data.train, recipe.data.video_root)
+    if recipe.teacher.path:  # before minutes are spent on reading the student
+        for path in (recipe.teacher.path, *recipe.teacher.by_source.values()):
+            read_config(path)
+    device = accelerator.device
+    model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
+    method = make_method(recipe, processor.tokenizer)
+    samples = usable_samples(recipe, method, samples)
+    teacher = None
+    if method.needs.teacher:
+        teacher = load_teachers(recipe, samples, (model, processor), device)
+    recompute = recomputes(recipe, model, samples, device)
+    if recompute:
+        # The prefix engine needs the cache of its decoder layers, and checkpoints them itself.
+        checkpointed = model.model.visual if recipe.model.engine == "prefix" else model
+        old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
+        getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only
+    forward_module, optimizer = prepare(recipe, accelerator, model)
+    compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
+    policy = HFPolicy(
+        model,
+        processor,
+        recipe.model.engine,
+        compute_dtype=compute_dtype,
+        forward_module=forward_module,
+        recompute=recompute and recipe.model.engine == "prefix",
+    )
+    return Parts(
+        model=model,
+        forward_module=forward_module,
+        policy=policy,
+        plain=HFPolicy(model, processor, "plain", compute_dtype=compute_dtype),
+        teacher=teacher,
+        reference=load_reference(recipe, policy, device) if method.needs.reference else None,
+        method=method,
+        optimizer=optimizer,
+        processor=processor,
+        samples=samples,
+        loader=prompt_loader(
+            recipe, processor, skipped_path=folder.skipped, max_failed_share=recipe.data.max_failed_share
+        ),
+        # An evaluation counts what is missing; it does not stop for it.
+        evaluation_loader=prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0),
+    )
+
+
+def prepare(
+    recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """(what forwards with gradients go through, optimiser), for one process or several."""
+    if sharding_asked(recipe):
+        shard(model, DTYPES[recipe.model.dtype], accelerator.device)
+    elif recipe.model.sharding is not None:
+        log(f"model.sharding is {recipe.model.sharding}, but there is one process: nothing is sharded")
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+    if is_sharded(model):
+        return model, accelerator.prepare(optimizer)
+    return accelerator.prepare(model, optimizer)
+
+
+def load_student(
+    recipe: Recipe, weights: str | Path, device: torch.device, *, merged: bool = False
+) -> tuple[Any, Any]:
+    """(model, processor), in which exactly what is to be trained requires gradients, and is float32.
+
+    With LoRA ``weights`` is the base, or a checkpoint's ``adapter/``; ``merged`` says that it is a finished
+    model, which needs no adapters.
+    """
+    if not recipe.lora.parts or merged:
+        model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
+        freeze(model, recipe.model)
+        return model, processor
+    # On the CPU in float32, until it is known which weights are trained; the device never holds that.
+    model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn)
+    adapt(model, recipe, weights)
+    return model.to(device), processor
+
+
+def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path) -> None:
+    """Puts adapters on the base: a checkpoint's where ``weights`` is its ``adapter/``, else new ones.
+
+    Weights that are then not trained are held in ``model.dtype``; no update has to be seen in them.
+    """
+    if is_adapter(weights):
+        load_adapter(model, weights)
+    else:
+        add_adapters(model, recipe.lora, recipe.run.seed, recipe.model.path)
+    freeze(model, recipe.model)
+    cast_weights(model, DTYPES[recipe.model.dtype], frozen_only=True)
+
+
+def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> list[Sample]:
+    """Without the rows that the method cannot learn from; they are counted."""
+    if not method.needs.annotation:
+        return samples
+    kept = [sample for sample in samples if sample.spans]
+    if samples and not kept:
+        raise UserError(
+            f"{recipe.data.train}: no row has spans, and method {recipe.method} learns from the annotation; "
+            "add spans, or use video-opd"
+        )
+    if len(kept) < len(samples):
+        log(f"{recipe.data.train}: {len(samples) - len(kept)} of {len(samples)} rows have no spans, left out")
+    return kept
+
+
+def load_teachers(
+    recipe: Recipe, samples: Sequence[Sample], student: tuple[Any, Any], device: torch.device
+) -> Teacher:
+    """The teacher, or one for each source that ``teacher.by_source`` names. A folder is loaded once.
+
+    Raises :class:`UserError` for one that does not share the student's tokens, and for a source that no row
+    has.
+    """
+    settings = recipe.teacher
+    sources = {sample.id: sample.source for sample in samples}
+    for source in settings.by_source:
+        if source not in sources.values():
+            known = ", ".join(sorted({str(name) for name in sources.values()}))
+            raise UserError(
+                f"teacher.by_source names {source!r}, which no row of {recipe.data.train} has as its source "
+                f"(there: {known})"
+            )
+
+    def load(path: str) -> LocalTeacher:
+        loaded = load_model(path, dtype=settings.dtype, device=device, attn=recipe.model.attn)
+        check_same_tokens(student, loaded)
+        return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
+
+    teachers = {path: load(path) for path in dict.fromkeys([settings.path, *settings.by_source.values()])}
+    if not settings.by_source:
+        return teachers[settings.path]
+
+    def route(prompt: EncodedPrompt) -> str:
+        return settings.by_source.get(sources[prompt.sample_id] or "", settings.path)
+
+    return RoutedTeacher(teachers, route)
+
+
+def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Teacher:
+    """The student before its first step, in the precision that it is trained in, whatever was resumed.
+
+    Where only adapters are trained, that is the student itself without them; otherwise a copy.
+    """
+    if has_adapters(policy.model) and not trained_in_full(policy.model):
+        return WithoutAdapters(policy, nonfinite=recipe.loss.nonfinite)
+    loaded = load_model(recipe.model.path, dtype=recipe.model.dtype, device=device, attn=recipe.model.attn)
+    return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
+
+
+def prompt_loader(
+    recipe: Recipe, processor: Any, *, skipped_path: Path | None, max_failed_share: float
+) -> Loader:
+    """Decodes and encodes in the background, as the recipe says."""
+    data, encoder = recipe.data, PromptEncoder(processor, recipe.prompt)
+    a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
+
+    def load(samples: Sequence[Sample]) -> PromptLoader:
+        return PromptLoader(
+            samples,
+            encoder,
+            VideoBudget.of(recipe.video),
+            workers=data.workers,
+            prefetch=data.prefetch or a_batch,
+            skipped_path=skipped_path,
+            max_failed_share=max_failed_share,
+            backend=recipe.video.backend,
+            cache_dir=data.cache_dir,
+        )
+
+    return load
+
+
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW. Vectors (biases, norms) are not decayed, as is usual."""
+    assert all(p.dtype == torch.float32 for p in parameters), "a bfloat16 weight loses updates of lr 1e-6"
+    decayed = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps
+    )
+
+
+def freeze(model: torch.nn.Module, settings: ModelConfig) -> None:
+    """Takes the parts that ``model.freeze`` names out of training."""
+    parts = part_modules(model)
+    for part in settings.freeze:
+        for _, module in parts[part]:
+            module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"model.freeze {list(settings.freeze)} leaves nothing to train: take one of them out")

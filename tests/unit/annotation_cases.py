@@ -1,0 +1,81 @@
+"""Rows of public formats, and their conversion."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+from video_opd.convert.conversion import Conversion, ConvertSettings, convert
+from video_opd.data.annotations import read_samples
+
+
+def write(path: Path, content: Any) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    elif path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def converted(
+    path: Path, format: str | None = None, **settings: Any
+) -> tuple[list[dict[str, Any]], Conversion]:
+    """The rows of ``path`` as a data file, which must read as one."""
+    out = path.parent / "out.jsonl"
+    result = convert(path, out, format, ConvertSettings(**settings))
+    assert result.read == result.written + result.dropped
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [sample.id for sample in read_samples(out)] == [row["id"] for row in rows]
+    assert len(rows) == result.written
+    return rows, result
+
+
+def time_r1_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "video": "./dataset/v/abc.mp4",
+        "duration": 50.0,
+        "timestamp": [1.0, 4.0],
+        "sentence": " A Hanger. ",
+        "qid": "my|cosmo|abc| A Hanger. ",
+        "video_start": None,
+        "video_end": None,
+        "difficulty": 50.0,
+        "pred": [0.0, 3.0],
+    }
+    return row | changes
+
+
+HIREST = {
+    "Make a Cake": {
+        "abc.mp4": {
+            "relevant": True,
+            "clip": True,
+            "v_duration": 207.1,
+            "bounds": [50, 121],
+            "steps": [
+                {"index": 0, "heading": "take flour ", "absolute_bounds": [50, 58]},
+                {"index": 1, "heading": "", "absolute_bounds": [58, 60]},
+            ],
+        },
+        "def.mp4": {"relevant": True, "clip": False, "v_duration": 9.0, "bounds": [0, 0], "steps": []},
+    },
+    "Fly": {"abc.mp4": {"relevant": False, "clip": False, "v_duration": 9.0, "bounds": [0, 0], "steps": []}},
+}
+
+
+def vtimellm_row(*turns: str, **changes: Any) -> dict[str, Any]:
+    speakers = ("human", "gpt")
+    return {
+        "source": "internvid",
+        "id": "abc",
+        "conversations": [{"from": speakers[i % 2], "value": text} for i, text in enumerate(turns)],
+        "meta": {
+            "split": [129.8, 184.0],
+            "duration": 54.2,
+            "token": {"<s0>": 0, "<e0>": 9.4, "<s1>": 49.4, "<e1>": 60},
+        },
+    } | changes

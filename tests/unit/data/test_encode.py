@@ -1,0 +1,240 @@
+"""What the model is given: the processor's own tensors, with our frames and our times."""
+
+import dataclasses
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from places import REAL
+
+from video_opd.config import PromptConfig
+from video_opd.data.budget import VideoBudget
+from video_opd.data.encode import PromptEncoder, collate
+from video_opd.data.prompts import CONTROL_TOKEN, build_messages
+from video_opd.data.video import clip_digest, load_clip
+from video_opd.errors import UserError
+from video_opd.types import Clip
+from video_opd.world.tiny import build_processor
+
+QUERY = "the red circle appears"
+
+
+@lru_cache(maxsize=1)
+def encoder() -> PromptEncoder:
+    return PromptEncoder(build_processor())
+
+
+def make_clip(times_s: list[float], height_px: int = 64, width_px: int = 96, seed: int = 0) -> Clip:
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 256, (len(times_s), height_px, width_px, 3), dtype=np.uint8)
+    times = np.array(times_s, dtype=np.float64)
+    return Clip(
+        path=Path("v.mp4"),
+        frames=frames,
+        times_s=times,
+        frame_indices=np.arange(len(times_s)),
+        source_fps=10.0,
+        duration_s=times_s[-1] + 0.1,
+        source_size_px=(height_px, width_px),
+        digest=clip_digest(frames, times),
+    )
+
+
+def by_hand(clip: Clip, query: str) -> dict[str, torch.Tensor]:
+    """The processor asked plainly, with nominal metadata: frame numbers at a constant rate."""
+    processor = build_processor()
+    text = processor.apply_chat_template(build_messages(query), tokenize=False, add_generation_prompt=True)
+    rate = 1 / (clip.times_s[1] - clip.times_s[0])
+    return processor(
+        text=[text],
+        videos=[torch.from_numpy(clip.frames).permute(0, 3, 1, 2)],
+        video_metadata=[
+            {
+                "fps": rate,
+                "frames_indices": list(range(len(clip.frames))),
+                "total_num_frames": len(clip.frames),
+            }
+        ],
+        do_resize=False,
+        do_sample_frames=False,
+        cap_pixels_per_frame=False,
+        return_tensors="pt",
+    )
+
+
+def test_at_a_constant_rate_it_is_what_the_processor_makes():
+    clip = make_clip([0.0, 0.5, 1.0, 1.5])
+    prompt, plain = encoder().encode(clip, QUERY, "a"), by_hand(clip, QUERY)
+    assert torch.equal(prompt.input_ids, plain["input_ids"])
+    for key in ("pixel_values_videos", "video_grid_thw", "mm_token_type_ids"):
+        assert torch.equal(prompt.tensors[key], torch.as_tensor(plain[key])), key
+    assert prompt.tensors["pixel_values_videos"].dtype == torch.float32
+    assert prompt.pair_times_s == (0.25, 1.25)
+    assert (prompt.sample_id, prompt.clip_digest, prompt.duration_s) == ("a", clip.digest, clip.duration_s)
+
+
+def test_pixels_are_normalised_patches_in_the_models_order():
+    clip = make_clip([0.0, 0.5])
+    pixels = encoder().encode(clip, QUERY, "a").tensors["pixel_values_videos"]
+    first = pixels[0].reshape(3, 2, 16, 16)  # channel, frame of the pair, y, x
+    expected = clip.frames[:, :16, :16].transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1
+    assert torch.allclose(first, torch.from_numpy(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("times_s", [[0.0, 0.31, 0.47, 2.9], [0.0, 0.31, 4.44, 4.45, 9.99], [0.0]])
+def test_true_times_are_written_before_their_pairs(times_s):
+    clip = make_clip(times_s)
+    prompt = encoder().encode(clip, QUERY, "a")
+    whole = times_s + times_s[-1:] * (len(times_s) % 2)
+    pairs = [(a + b) / 2 for a, b in zip(whole[::2], whole[1::2], strict=True)]
+    assert prompt.pair_times_s == pytest.approx(pairs)
+    decoded = encoder().processor.tokenizer.decode(prompt.input_ids[0])
+    blocks = re.findall(
+        r"<(\d+\.\d) seconds><\|vision_start\|>((?:<\|video_pad\|>)+)<\|vision_end\|>", decoded
+    )
+    assert [time for time, _ in blocks] == [f"{t:.1f}" for t in pairs]
+    assert [pads.count("<|video_pad|>") for _, pads in blocks] == [2 * 3] * len(pairs)
+    assert clip.times_s.tolist() == times_s  # the processor changes the list it is given
+
+
+def test_counts_agree_for_any_size():
+    for height_px, width_px, frames in [(32, 320, 6), (320, 32, 3), (64, 64, 12), (96, 160, 1)]:
+        clip = make_clip([0.5 * i for i in range(frames)], height_px, width_px)
+        prompt = encoder().encode(clip, QUERY, "a")
+        pairs = (frames + 1) // 2
+        assert prompt.video_tokens == pairs * (height_px // 32) * (width_px // 32)
+        assert prompt.tensors["video_grid_thw"].tolist() == [[pairs, height_px // 16, width_px // 16]]
+        assert (prompt.tensors["mm_token_type_ids"] == 2).sum() == prompt.video_tokens
+
+
+def test_several_queries_are_what_each_would_be_alone_and_share_their_pixels():
+    clip = make_clip([0.0, 0.5, 1.0])
+    queries = [QUERY, "a blue square {moves} “left” <think> 12.5", "3 ein Würfel — 立方体"]
+    together = encoder().encode_many(clip, queries, ["a", "b", "c"])
+    for query, prompt in zip(queries, together, strict=True):
+        alone = encoder().encode(clip, query, prompt.sample_id)
+        assert torch.equal(prompt.input_ids, alone.input_ids)
+        assert torch.equal(prompt.tensors["mm_token_type_ids"], alone.tensors["mm_token_type_ids"])
+        assert prompt.tensors["pixel_values_videos"] is together[0].tensors["pixel_values_videos"]
+        assert query in encoder().processor.tokenizer.decode(prompt.input_ids[0])
+        assert query in prompt.text
+    assert encoder().encode_many(clip, [], []) == []
+
+
+def test_threads_get_what_one_thread_gets():
+    clips = [make_clip([0.0, 0.5], seed=seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda c: encoder().encode(c, QUERY, c.digest), clips))
+    for clip, prompt in zip(clips, made, strict=True):
+        alone = encoder().encode(clip, QUERY, clip.digest)
+        assert torch.equal(prompt.input_ids, alone.input_ids) and prompt.clip_digest == clip.digest
+        assert torch.equal(prompt.tensors["pixel_values_videos"], alone.tensors["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("token", ["<|video_pad|>", "<|im_end|>", "<|vision_end|>", "<|image_pad|>"])
+def test_a_query_cannot_hold_a_control_token(token):
+    with pytest.raises(UserError, match=re.escape(token)):
+        encoder().encode(make_clip([0.0, 0.5]), f"a cat {token} jumps", "row 7")
+
+
+def test_every_control_token_is_known_to_a_check_without_the_model():
+    added = build_processor().tokenizer.get_added_vocab()
+    refused = [token for token in added if encoder().refusal(f"x {token}") is not None]
+    assert {"<|im_start|>", "<|im_end|>", "<|video_pad|>", "<|vision_start|>"} <= set(refused)
+    assert all(CONTROL_TOKEN.fullmatch(token) for token in refused)
+    assert all(token in refused for token in added if token.startswith("<|"))
+
+
+def test_thinking_changes_the_prompt():
+    thinking = PromptEncoder(build_processor(), PromptConfig(thinking=True))
+    clip = make_clip([0.0, 0.5])
+    assert thinking.encode(clip, QUERY, "a").length > encoder().encode(clip, QUERY, "a").length
+
+
+class Spoilt:
+    """A processor whose answer is changed on the way."""
+
+    def __init__(self, spoil: Any) -> None:
+        self._real, self._spoil = build_processor(), spoil
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self._spoil(self._real, kwargs)
+
+
+def one_pad_less(real, kwargs):
+    out = real(**kwargs)
+    at = int((out["input_ids"][0] == real.video_token_id).nonzero()[0])
+    for key in ("input_ids", "mm_token_type_ids"):
+        out[key] = torch.cat([out[key][:, :at], out[key][:, at + 1 :]], dim=1)
+    return out
+
+
+def nominal_times(real, kwargs):
+    kwargs["video_metadata"] = [m | {"fps": 24.0} for m in kwargs["video_metadata"]]
+    return real(**kwargs)
+
+
+def no_types(real, kwargs):
+    out = real(**kwargs)
+    out["mm_token_type_ids"] = torch.zeros_like(out["input_ids"])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"), [(one_pad_less, "tokens"), (nominal_times, "times"), (no_types, "video")]
+)
+def test_a_processor_that_disagrees_is_found_out(spoil, word):
+    with pytest.raises(AssertionError, match=word):
+        PromptEncoder(Spoilt(spoil)).encode(make_clip([0.0, 0.5, 1.0, 1.5]), QUERY, "a")
+
+
+def test_another_family_of_processors_is_refused():
+    real = build_processor()
+    other = SimpleNamespace(
+        video_processor=SimpleNamespace(patch_size=14, merge_size=2, temporal_patch_size=2),
+        tokenizer=real.tokenizer,
+    )
+    with pytest.raises(UserError, match="28 px"):
+        PromptEncoder(other)
+    with pytest.raises(UserError, match="style"):
+        PromptEncoder(real, dataclasses.replace(PromptConfig(), style="none"))  # type: ignore[arg-type]
+
+
+def test_a_batch_is_padded_on_the_left_and_keeps_its_videos_in_order():
+    clips = [make_clip([0.0, 0.5]), make_clip([0.0, 0.5, 1.0, 1.5], 32, 64, seed=1)]
+    prompts = [
+        encoder().encode(clips[0], QUERY, "a"),
+        encoder().encode(clips[1], QUERY + " and then it moves away to the left", "b"),
+    ]
+    batch = collate(prompts, pad_token_id=0)
+    longest = max(p.length for p in prompts)
+    for row, prompt in enumerate(prompts):
+        left = longest - prompt.length
+        assert batch["input_ids"][row].tolist() == [0] * left + prompt.input_ids[0].tolist()
+        assert batch["attention_mask"][row].tolist() == [0] * left + [1] * prompt.length
+        types = prompt.tensors["mm_token_type_ids"][0].tolist()
+        assert batch["mm_token_type_ids"][row].tolist() == [0] * left + types
+    split = len(prompts[0].tensors["pixel_values_videos"])
+    assert torch.equal(batch["pixel_values_videos"][:split], prompts[0].tensors["pixel_values_videos"])
+    assert torch.equal(batch["pixel_values_videos"][split:], prompts[1].tensors["pixel_values_videos"])
+    assert batch["video_grid_thw"].tolist() == [[1, 4, 6], [2, 2, 4]]
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real videos are not here")
+def test_a_real_video_has_seventy_frames_in_thirty_five_pairs():
+    clip = load_clip(REAL / "OHOFG.mp4", VideoBudget())
+    prompt = encoder().encode(clip, "a person sits on a chair by a table.", "OHOFG")
+    assert len(clip.frames) == 70 and len(prompt.pair_times_s) == 35
+    assert prompt.tensors["video_grid_thw"][0, 0] == 35 and prompt.video_tokens <= 8192
+    numbers = np.linspace(0, 334, 70).round()
+    expected = (numbers[::2] + numbers[1::2]) / 2 * 0.1049
+    assert np.array(prompt.pair_times_s) == pytest.approx(expected, abs=1e-3)

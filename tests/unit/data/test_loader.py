@@ -1,0 +1,233 @@
+"""Prompts in order, whatever fails on the way."""
+
+import os
+import threading
+import time
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from video_cases import write_video
+
+from video_opd.data import clip_cache, loader
+from video_opd.data.budget import VideoBudget
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.loader import PromptLoader
+from video_opd.data.video import load_clip
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl
+from video_opd.types import Sample
+from video_opd.world.tiny import build_processor
+
+SMALL = VideoBudget(max_frames=8, min_frame_tokens=1, max_frame_tokens=3)
+
+
+@lru_cache(maxsize=1)
+def encoder() -> PromptEncoder:
+    return PromptEncoder(build_processor())
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("videos")
+    options = {"preset": "ultrafast"}
+    return [write_video(folder / f"{i}.mp4", 10 + 3 * i, codec_options=options) for i in range(5)]
+
+
+def rows(videos: list[Path], queries: int = 2) -> list[Sample]:
+    return [
+        Sample(id=f"{video.stem}-{q}", video=video, query=f"event {q} of {video.stem}")
+        for video in videos
+        for q in range(queries)
+    ]
+
+
+def ids(made: list) -> list[str]:
+    assert all(sample.id == prompt.sample_id for sample, prompt in made)
+    return [sample.id for sample, _ in made]
+
+
+def count_decodes(monkeypatch) -> list[Path]:
+    """The videos that the loader decodes from here on, in the order it begins them."""
+    begun: list[Path] = []
+
+    def counted(path, *arguments):
+        begun.append(path)
+        return load_clip(path, *arguments)
+
+    monkeypatch.setattr(loader, "load_clip", counted)
+    return begun
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (1, 1), (3, 1), (3, 8)])
+def test_order_and_content_do_not_depend_on_the_workers(videos, workers, prefetch):
+    samples = rows(videos)
+    made = list(PromptLoader(samples, encoder(), SMALL, workers=workers, prefetch=prefetch))
+    assert ids(made) == [s.id for s in samples]
+    for sample, prompt in made:
+        plain = encoder().encode(load_clip(sample.video, SMALL), sample.query, sample.id)
+        assert torch.equal(prompt.input_ids, plain.input_ids)
+        assert torch.equal(prompt.tensors["pixel_values_videos"], plain.tensors["pixel_values_videos"])
+
+
+def test_rows_on_one_video_decode_it_once(videos, monkeypatch):
+    decoded = count_decodes(monkeypatch)
+    made = list(PromptLoader(rows(videos[:2], queries=4), encoder(), SMALL))
+    assert len(made) == 8 and sorted(decoded) == videos[:2]
+    assert made[0][1].tensors["pixel_values_videos"] is made[3][1].tensors["pixel_values_videos"]
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_what_is_made_ahead_is_bounded_and_goes_on_while_the_caller_works(videos, monkeypatch, queries):
+    """Videos are counted, not their queries: with five each, several are still decoded at a time."""
+    started = count_decodes(monkeypatch)
+    iterator = iter(PromptLoader(rows(videos, queries) * 4, encoder(), SMALL, workers=2, prefetch=3))
+    next(iterator)
+    deadline = time.monotonic() + 20
+    while len(started) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert len(started) == 4  # the one in hand, and three ahead
+    iterator.close()  # type: ignore[attr-defined]
+
+
+def test_failed_videos_are_put_aside_once_and_the_rest_goes_on(videos, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"junk" * 100)
+    samples = rows([videos[0], bad, tmp_path / "gone.mp4", videos[1]])
+    skipped = tmp_path / "run" / "skipped.jsonl"
+    for _ in range(2):  # a second run, or a run that is continued, reports nothing twice
+        made = PromptLoader(samples, encoder(), SMALL, skipped_path=skipped, max_failed_share=0.5)
+        assert ids(list(made)) == ["0-0", "0-1", "1-0", "1-1"]
+        assert [sample.id for sample, _ in made.skipped] == ["bad-0", "bad-1", "gone-0", "gone-1"]
+    written = [row for _, row in read_jsonl(skipped)]
+    assert [row["id"] for row in written] == ["bad-0", "bad-1", "gone-0", "gone-1"]
+    assert written[0]["video"] == str(bad) and "cannot be opened" in written[0]["reason"]
+    assert written[2]["reason"] == "no such file"
+
+
+def test_too_many_failures_stop_the_run_at_its_end(videos, tmp_path):
+    samples = rows([*videos, tmp_path / "gone.mp4"], queries=1)
+    made: list = []
+    with pytest.raises(UserError, match=r"1 of 6 rows .* more than 10%.*gone\.mp4: no such file"):
+        made.extend(PromptLoader(samples, encoder(), SMALL, max_failed_share=0.1))
+    assert len(list(PromptLoader(samples, encoder(), SMALL, max_failed_share=0.2))) == 5
+
+
+def test_too_many_failures_stop_a_long_run_early(tmp_path):
+    samples = rows([tmp_path / f"{i}.mp4" for i in range(5000)], queries=1)
+    skipped = tmp_path / "skipped.jsonl"
+    with pytest.raises(UserError, match="50 of 50 rows"):
+        list(PromptLoader(samples, encoder(), SMALL, skipped_path=skipped))
+    assert len(list(read_jsonl(skipped))) == 50
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_query_that_cannot_be_encoded_is_put_aside_alone(videos, tmp_path, monkeypatch, workers):
+    """Other queries on its video are encoded; a video about which nothing else is asked is not decoded."""
+    decoded = count_decodes(monkeypatch)
+    samples = rows(videos[:3])
+    bad = [1, 2, 3]  # one on the first video, both on the second
+    for i in bad:
+        samples[i] = replace(samples[i], query="a <|im_end|> b")
+    skipped = tmp_path / "skipped.jsonl"
+    made = PromptLoader(
+        samples, encoder(), SMALL, workers=workers, skipped_path=skipped, max_failed_share=0.5
+    )
+    assert ids(list(made)) == ["0-0", "2-0", "2-1"] and sorted(decoded) == [videos[0], videos[2]]
+    reason = "its query holds the control token <|im_end|>; remove it"
+    told = [{"id": samples[i].id, "video": str(samples[i].video), "reason": reason} for i in bad]
+    assert [row for _, row in read_jsonl(skipped)] == told
+    assert [(sample.id, why) for sample, why in made.skipped] == [(row["id"], reason) for row in told]
+    with pytest.raises(UserError, match=r"3 of 6 rows cannot be used.*0-1, .*<\|im_end\|>"):
+        list(PromptLoader(samples, encoder(), SMALL, workers=workers, max_failed_share=0.4))
+
+
+def test_a_bad_query_on_a_bad_video_has_its_own_reason(tmp_path):
+    samples = rows([tmp_path / "gone.mp4"], queries=3)
+    samples[1] = replace(samples[1], query="<|video_pad|>")
+    made = PromptLoader(samples, encoder(), SMALL, max_failed_share=1.0)
+    assert list(made) == []
+    reasons = {sample.id: reason for sample, reason in made.skipped}
+    assert reasons["gone-0"] == reasons["gone-2"] == "no such file" and "<|video_pad|>" in reasons["gone-1"]
+
+
+def test_waiting_is_measured_and_a_left_loader_stops_its_threads(videos, monkeypatch):
+    def slow(path, *arguments):
+        time.sleep(0.1)
+        return load_clip(path, *arguments)
+
+    monkeypatch.setattr(loader, "load_clip", slow)
+    made = PromptLoader(rows(videos, queries=1), encoder(), SMALL, workers=1)
+    for _ in made:
+        break
+    assert made.wait_s >= 0.1
+    deadline = time.monotonic() + 20
+    while any(t.name.startswith("decode") for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(t.name.startswith("decode") for t in threading.enumerate())
+
+
+def test_the_cache_gives_the_same_clips_without_decoding(videos, tmp_path, monkeypatch):
+    samples = rows(videos, queries=1)
+    first = list(PromptLoader(samples, encoder(), SMALL, cache_dir=tmp_path / "cache"))
+    monkeypatch.setattr(clip_cache, "load_clip", lambda *a: pytest.fail("decoded again"))
+    again = list(PromptLoader(samples, encoder(), SMALL, cache_dir=tmp_path / "cache"))
+    for (_, a), (_, b) in zip(first, again, strict=True):
+        assert a.clip_digest == b.clip_digest and a.pair_times_s == b.pair_times_s
+        assert torch.equal(a.tensors["pixel_values_videos"], b.tensors["pixel_values_videos"])
+
+
+def test_the_cache_knows_another_budget_and_a_changed_file(videos, tmp_path):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(videos[0].read_bytes())
+    kept = clip_cache.ClipCache(tmp_path / "cache", 1 << 30)
+    first = kept.load(path, SMALL, "pyav")
+    assert len(kept.load(path, VideoBudget(max_frames=2), "pyav").frames) == 2
+    path.write_bytes(videos[3].read_bytes())
+    assert kept.load(path, SMALL, "pyav").digest != first.digest
+
+
+def test_a_damaged_entry_is_made_anew(videos, tmp_path):
+    kept = clip_cache.ClipCache(tmp_path, 1 << 30)
+    clip = kept.load(videos[0], SMALL, "pyav")
+    (entry,) = tmp_path.glob("*.npz")
+    whole = entry.read_bytes()
+    at = whole.index(clip.frames.tobytes()[:64])
+    for damaged in (whole[:100], b"", whole[:at] + bytes(64) + whole[at + 64 :]):
+        entry.write_bytes(damaged)
+        again = kept.load(videos[0], SMALL, "pyav")
+        assert again.digest == clip.digest and np.array_equal(again.frames, clip.frames)
+
+
+def test_the_cache_is_bounded_and_drops_the_least_recently_used(videos, tmp_path):
+    sizes = []
+    for video in videos[:3]:
+        clip_cache.ClipCache(tmp_path / "one", 1 << 30).load(video, SMALL, "pyav")
+        sizes = [p.stat().st_size for p in (tmp_path / "one").glob("*.npz")]
+    bound = sum(sizes) + 1000
+    kept = clip_cache.ClipCache(tmp_path / "cache", bound)
+    for age, video in enumerate(videos[:3]):
+        kept.load(video, SMALL, "pyav")
+        newest = max((tmp_path / "cache").glob("*.npz"), key=lambda p: p.stat().st_mtime_ns)
+        os.utime(newest, (1000 + age, 1000 + age))
+    kept.load(videos[0], SMALL, "pyav")  # used again: now the youngest
+    before = {p.name for p in (tmp_path / "cache").glob("*.npz")}
+    kept.load(videos[4], SMALL, "pyav")
+    after = {p.name: p for p in (tmp_path / "cache").glob("*.npz")}
+    assert len(before) == 3 and sum(p.stat().st_size for p in after.values()) <= bound
+    assert len(before & set(after)) == 2 or len(after) < 4  # the oldest went, not the one used again
+    fresh = clip_cache.ClipCache(tmp_path / "cache", bound)
+    entry = fresh._entry(videos[0], SMALL, "pyav")
+    assert entry is not None and entry.name in after
+
+
+def test_a_cache_that_cannot_be_written_is_reported_once(videos, tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    made = list(PromptLoader(rows(videos, queries=1), encoder(), SMALL, cache_dir=blocked / "cache"))
+    assert len(made) == 5
+    assert sum("no more clips are cached" in record.message for record in caplog.records) == 1

@@ -1,0 +1,289 @@
+"""Protocols: what each fixes, how TimeLens reads an answer, what is said of answers made otherwise."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from video_opd.config import VideoConfig
+from video_opd.data.prompts import STYLES, build_messages
+from video_opd.errors import UserError
+from video_opd.evaluation.comparison import evaluate_file
+from video_opd.evaluation.prediction_files import made_otherwise, read_answers
+from video_opd.evaluation.protocols import PARSERS, PROTOCOLS, deviations, get_protocol, protocol_of
+from video_opd.evaluation.terminal import protocol_lines
+from video_opd.evaluation.timelens import parse_timelens
+from video_opd.models.inference import read_inference_config
+from video_opd.temporal import is_proper
+from video_opd.types import Sample
+
+PAPER, TIMELENS = PROTOCOLS["paper"], PROTOCOLS["timelens"]
+
+
+def note(style: str = "paper", thinking: bool = False, **answers: Any) -> dict[str, Any]:
+    """``P.jsonl.meta.json`` as ``predict`` writes it, by the protocol's own settings."""
+    protocol = protocol_of(style) or PAPER
+    video = {**protocol.to_json()["video"], "backend": "pyav"}
+    settings = {"n": 1, "temperature": 0.0, "max_new_tokens": protocol.max_new_tokens, "seed": 0}
+    return {
+        "model": "abc",
+        "dtype": "float32",
+        "input": {"video": video, "prompt": {"style": style, "thinking": thinking}},
+        "answers": settings | answers,
+    }
+
+
+def write_answers(path: Path, made_by: dict[str, Any] | None, **texts: str) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "response": text}) + "\n" for i, text in texts.items()))
+    if made_by is not None:
+        Path(f"{path}.meta.json").write_text(json.dumps(made_by) + "\n")
+    return path
+
+
+SAMPLES = [
+    Sample(id=i, video=Path(f"{i}.mp4"), query=i, duration_s=30.0, spans=((5.0, 10.0),)) for i in "abc"
+]
+
+
+# --- what they fix
+
+
+def test_the_papers_protocol_is_its_section_4_1_and_figure_7() -> None:
+    record = PAPER.to_json()
+    assert (record["prompt"], record["parser"], record["rounding"]) == ("paper", "paper", "none")
+    assert {k: record["video"][k] for k in ("fps", "max_frames", "max_frame_tokens", "max_video_tokens")} == {
+        "fps": 2.0,
+        "max_frames": 768,
+        "max_frame_tokens": 768,
+        "max_video_tokens": 8192,
+    }
+
+
+def test_timelens_protocol_is_its_scripts() -> None:
+    """Defaults of scripts/eval_timelens_bench.sh, in our tokens of 32 × 32 px: its own are 28 × 28."""
+    video = TIMELENS.video
+    assert video.min_frame_tokens * 32**2 == 64 * 28**2
+    assert video.max_video_tokens * 32**2 == 14_336 * 28**2
+    assert (video.fps, video.min_frames, video.max_frames, video.max_frame_tokens) == (2.0, 4, 768, 768)
+    assert (TIMELENS.max_new_tokens, TIMELENS.parser) == (512, "timelens")
+    (message,) = build_messages("  a  door opens. ", TIMELENS.prompt_style)  # no system message
+    assert message["content"][1]["text"] == (
+        "Please find the visual event described by the sentence 'a door opens', determining its starting and "
+        "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
+    )
+
+
+def test_timelens_rounds_as_python_does() -> None:
+    assert TIMELENS.prepare((0.5, 1.5)) == (0.0, 2.0)  # halves to even
+    assert TIMELENS.prepare((2.49, 3.51)) == (2.0, 4.0)
+    assert PAPER.prepare((0.5, 1.5)) == (0.5, 1.5)
+
+
+def test_every_protocol_is_whole() -> None:
+    for name, protocol in PROTOCOLS.items():
+        assert protocol.name == name and get_protocol(name) is protocol
+        assert protocol.prompt_style in STYLES and protocol.parser in PARSERS
+        assert protocol_of(protocol.prompt_style) is protocol
+        answer = protocol.parse(STYLES[protocol.prompt_style].answer((12.54, 17.83)))
+        assert answer.span == (12.54, 17.83)
+    assert protocol_of("another") is None
+
+
+# --- how TimeLens reads
+
+A = (12.54, 17.83)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "span"),
+    [
+        ("The event happens in 12.54 - 17.83 seconds.", "dash", A),
+        ("12.54-17.83", "dash", A),
+        ("12.54 to 17.83", "to", A),
+        ("12.54 TO 17.83", "to", A),
+        # clock times come first, the first two of them
+        ("00:12 - 00:17", "clock", (12.0, 17.0)),
+        ("1.0 - 2.0, that is 00:12 and 00:17", "clock", (12.0, 17.0)),
+        ("1:02:03.5 - 1:02:10", "clock", (3723.5, 3730.0)),
+        ("at 00:12, 00:17 and 00:20", "clock", (12.0, 17.0)),
+        # the first pair, not the last; a dash before a "to"
+        ("1.0 - 2.0, then 12.54 - 17.83", "dash", (1.0, 2.0)),
+        ("1 to 2, or 12.54 - 17.83", "dash", A),
+        ("1 to 2 and 12.54 to 17.83", "to", (1.0, 2.0)),
+        # any two numbers
+        ("Starting time: 0.8 seconds. Ending time: 1.1 seconds", "numbers", (0.8, 1.1)),
+        ("12.54s to 17.83s", "numbers", (12.0, 17.0)),  # glued to a letter, a fraction is lost
+        ("[12.54, 17.83]", "numbers", A),
+        ("12.54–17.83", "numbers", A),  # an en dash is no dash of its
+        ("the 3 men, 12.54 and 17.83", "numbers", (3.0, 12.54)),
+        ("at 00:12 only", "numbers", (0.0, 12.0)),
+        # nothing, or no span
+        ("", "none", None),
+        ("12.54", "none", None),
+        ("17.83 - 12.54", "dash", None),
+        ("9" * 400 + " - " + "9" * 401, "dash", None),
+    ],
+)
+def test_timelens_reading(text: str, rule: str, span: tuple[float, float] | None) -> None:
+    parsed = parse_timelens(text)
+    assert (parsed.rule, parsed.span) == (rule, span)
+
+
+def test_timelens_reads_behind_a_thought() -> None:
+    assert parse_timelens("<think>1 - 2</think>12.54 - 17.83", thinking=True).span == A
+    assert parse_timelens("<think>12.54 - 17.83", thinking=True).rule == "none"
+
+
+PIECES = "1 12.54 00:12 1:02:03 - to – , s 17.83 :5 . and </think> ½"
+WORDS = st.sampled_from([*PIECES.split(), " ", "\n"])
+
+
+@given(st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=12).map("".join)), st.booleans())
+def test_timelens_reading_never_raises(text: str, thinking: bool) -> None:
+    parsed = parse_timelens(text, thinking=thinking)
+    assert parsed.span is None or is_proper(parsed.span)
+    assert parsed.rule in {"clock", "dash", "to", "numbers", "none"}
+
+
+@pytest.mark.parametrize("piece", ["1", "1 ", "1.", "1:", "1.1 ", "00:1", "1" + " " * 50, "1 to ", "-"])
+def test_timelens_reading_takes_linear_time(piece: str) -> None:
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    parse_timelens(text)
+    assert time.process_time() - start < 1.0
+
+
+# --- answers made otherwise
+
+
+def test_deviations_name_what_differs() -> None:
+    assert deviations(PAPER, note()) == {}
+    assert deviations(TIMELENS, note("timelens")) == {}
+    assert deviations(PAPER, None) is None
+    made = note(max_new_tokens=16, temperature=1.0, thinking=True)
+    made["input"]["video"]["max_video_tokens"] = 64
+    assert deviations(PAPER, made) == {
+        "prompt.thinking": True,
+        "video.max_video_tokens": 64,
+        "max_new_tokens": 16,
+        "temperature": 1.0,
+    }
+    assert deviations(TIMELENS, note())["prompt.style"] == "paper"  # type: ignore[index]
+    # a note of something else, or of a half of it
+    for odd in ({}, {"input": 5}, {"input": {"video": None, "prompt": []}, "answers": "x"}):
+        assert deviations(PAPER, odd) == {}
+
+
+def test_deviations_stand_in_the_result(tmp_path: Path) -> None:
+    made = note(max_new_tokens=16)
+    record = evaluate_file(SAMPLES, write_answers(tmp_path / "p.jsonl", made, a="5.00 to 10.00"))
+    assert record["protocol"]["deviations"] == {"max_new_tokens": 16}
+    assert "max_new_tokens 16 (protocol: 64)" in protocol_lines(record["protocol"])[1]
+    record = evaluate_file(SAMPLES, write_answers(tmp_path / "q.jsonl", None, a="5.00 to 10.00"))
+    assert record["protocol"]["deviations"] is None
+    assert "not known" in protocol_lines(record["protocol"])[1]
+    record = evaluate_file(SAMPLES, write_answers(tmp_path / "r.jsonl", note(), a="5.00 to 10.00"))
+    (line,) = protocol_lines(record["protocol"])
+    for said in ("protocol paper", "8192 video tokens", "64 new tokens", "parser paper", "rounding none"):
+        assert said in line
+
+
+def test_answers_of_another_protocol_are_refused_without_the_flag(tmp_path: Path) -> None:
+    path = write_answers(tmp_path / "p.jsonl", note("timelens"), a="The event happens in 5 - 10 seconds.")
+    with pytest.raises(
+        UserError, match=r"p\.jsonl.*under protocol timelens.*--protocol timelens.*--any-protocol"
+    ):
+        read_answers([path], PAPER, name="m")
+    answers = read_answers([path], PAPER, name="m", any_protocol=True)
+    assert made_otherwise(answers.files, PAPER) == {
+        "prompt.style": "timelens",
+        "video.min_frame_tokens": 49,
+        "video.max_video_tokens": 10_976,
+        "max_new_tokens": 512,
+    }
+    assert read_answers([path], TIMELENS, name="m").files[0].predictions["a"].spans == ((5.0, 10.0),)
+    # nobody knows: not refused, but told
+    assert read_answers([write_answers(tmp_path / "q.jsonl", None, a="1 to 2")], TIMELENS, name="m")
+
+
+def test_a_protocol_reads_the_text_with_its_own_parser(tmp_path: Path) -> None:
+    """The spans in a file were read by the paper's rules; under TimeLens' the text counts."""
+    row = {"id": "a", "responses": ["1 - 2, or 5.4 - 9.6"], "spans": [[5.4, 9.6]], "rules": ["dash"]}
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({"id": "b", "span": [5.4, 9.6]}) + "\n")
+    spans = {
+        p.name: read_answers([path], p, name="m").files[0].predictions["a"].spans for p in (PAPER, TIMELENS)
+    }
+    assert spans == {"paper": ((5.4, 9.6),), "timelens": ((1.0, 2.0),)}
+    record = evaluate_file(SAMPLES, path, "timelens")
+    assert record["rules"] == {"dash": 1, "given": 1}
+    assert record["mIoU"] == pytest.approx(100 * (0 + 1.0 + 0) / 3)  # b is rounded to 5–10, c missing
+
+
+def test_a_note_says_that_the_model_thought(tmp_path: Path) -> None:
+    text = "<think>1.00 to 2.00</think>5.00 to 10.00 and 3 to 4"
+    path = write_answers(tmp_path / "p.jsonl", note(thinking=True), a=text, b="5.00 to 10.00")
+    found = read_answers([path], PAPER, name="m").files[0].predictions
+    assert found["a"].spans == ((3.0, 4.0),) and found["b"].spans == (None,)
+    foreign = write_answers(tmp_path / "q.jsonl", None, b="<think>5.00 to 10.00")
+    assert read_answers([foreign], PAPER, name="m").files[0].predictions["b"].spans == ((5.0, 10.0),)
+    thought = read_answers([foreign], PAPER, name="m", thinking=True)
+    assert thought.files[0].predictions["b"].rules == ("none",)
+
+
+def test_rules_are_counted(tmp_path: Path) -> None:
+    texts = {"a": "5.00 to 10.00", "b": "10.00 to 5.00"}
+    record = evaluate_file(SAMPLES, write_answers(tmp_path / "p.jsonl", note(), **texts))
+    assert record["rules"] == {"exact": 2}
+    assert (record["unparsed"], record["missing"]) == (1, 1)  # a reversed span keeps its rule
+    sources = [Sample(**{**vars(sample), "source": sample.id}) for sample in SAMPLES]
+    parts = evaluate_file(sources, tmp_path / "p.jsonl")["by_source"]
+    assert [parts[i]["rules"] for i in "abc"] == [{"exact": 1}, {"exact": 1}, {}]
+
+
+# --- the protocol of a model that answers
+
+
+def test_a_protocol_decides_the_prompt_and_fills_in_the_budget(tmp_path: Path) -> None:
+    stock = read_inference_config(str(tmp_path), [], TIMELENS)
+    assert stock.prompt.style == "timelens" and stock.video == TIMELENS.video
+    assert read_inference_config(str(tmp_path), [], PAPER).video == VideoConfig()
+    assert read_inference_config(str(tmp_path), []).prompt.style == "paper"
+    assert read_inference_config(str(tmp_path), ["--video.fps", "1"], TIMELENS).video.fps == 1.0
+    (tmp_path / "video_opd.json").write_text(
+        json.dumps({"video": {"max_video_tokens": 64, "min_frame_tokens": 4}, "prompt": {"thinking": True}})
+    )
+    trained = read_inference_config(str(tmp_path), [], TIMELENS)
+    assert (trained.prompt.style, trained.prompt.thinking) == ("timelens", True)
+    assert trained.video.max_video_tokens == 64  # what it was trained with
+    with pytest.raises(UserError, match=r"prompt\.style paper.*timelens"):
+        read_inference_config(str(tmp_path), ["--prompt.style", "paper"], TIMELENS)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"prompt": 5}', '{"video": []}', "[" * 100_000])
+def test_a_broken_note_of_a_model_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "video_opd.json").write_text(text)
+    with pytest.raises(UserError) as told:
+        read_inference_config(str(tmp_path), [], TIMELENS)
+    assert re.search(r"video_opd\.json|prompt|video", str(told.value))
+
+
+def test_the_precision_is_the_training_s_or_the_device_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype(*overrides: str, device: str | None = None) -> str:
+        return read_inference_config(str(tmp_path), overrides, device=device).model.dtype
+
+    assert (dtype(), dtype(device="cpu"), dtype(device="cuda:1")) == ("float32", "float32", "bfloat16")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert (dtype(), dtype(device="cpu")) == ("bfloat16", "float32")
+    assert dtype("--model.dtype", "float32") == "float32"
+    (tmp_path / "video_opd.json").write_text('{"dtype": "float32"}')  # as it was trained
+    assert (dtype(), dtype("--model.dtype", "bfloat16")) == ("float32", "bfloat16")

@@ -1,0 +1,264 @@
+"""The general suite without lmms-eval: letters, names, rows, sums, and what is said where it is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from places import ROOT
+
+from video_opd.cli import main
+from video_opd.errors import UserError
+from video_opd.evaluation.bootstrap import interval95
+from video_opd.suites import requirements
+from video_opd.suites.accuracy import MISSING, ScoredRow, accuracy, benchmark_scores
+from video_opd.suites.benchmarks import BENCHMARKS, LMMS_EVAL, check_row, choose_tasks
+from video_opd.suites.letters import UNREAD, read_choice, read_yes_no
+from video_opd.suites.suite import default_out
+
+OPTIONS = {"A": "left", "B": "to the right", "C": "a man walks", "D": "up"}
+
+# --- letters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "choice", "rule"),
+    [
+        ("B", "B", "alone"),
+        (" b.\n", "B", "alone"),
+        ("(B)", "B", "alone"),
+        ("**B**", "B", "alone"),
+        ("$\\boxed{\\text{B}}$", "B", "alone"),
+        ("B. to the right", "B", "leading"),
+        ("(B) to the right", "B", "leading"),
+        ("B: it goes there", "B", "leading"),
+        ("B - to the right", "B", "leading"),
+        ("B\nbecause it does", "B", "leading"),
+        ("Option B", "B", "leading"),
+        ("The best option is (B).", "B", "leading"),
+        ("Answer: **D**", "D", "leading"),
+        ("To the right.", "B", "wording"),
+        ("a man walks", "C", "wording"),
+        ("The answer, as one sees, is clear: the correct option is (C)", "C", "stated"),
+        ("First option A, no: the answer is D because it rises", "D", "stated"),
+        ("I think it is B because it goes there", "B", "single"),
+        ("It's D.", "D", "single"),
+        ("<think>A. or B.</think>\n\nD", "D", "alone"),
+        # Not letters.
+        ("A man walks in", None, UNREAD),
+        ("it is a man", None, UNREAD),
+        ("The answer is A man", None, UNREAD),
+        ("Apple", None, UNREAD),
+        ("A.M.", None, UNREAD),
+        ("E", None, UNREAD),
+        ("", None, UNREAD),
+        # Not one letter.
+        ("Both A and B", None, UNREAD),
+        ("A, B", None, UNREAD),
+        ("<think>It is surely B", None, UNREAD),
+    ],
+)
+def test_letters(text: str, choice: str | None, rule: str) -> None:
+    reading = read_choice(text, OPTIONS)
+    assert (reading.choice, reading.rule) == (choice, rule)
+
+
+def test_digits_are_labels_of_options_not_numbers() -> None:
+    options = {"1": "a cup falls", "2": "a cup stands"}
+    for text in ("2", "Option 2", "Option 2: a cup stands", "(2)", "the answer is 2", "a cup stands"):
+        assert read_choice(text, options).choice == "2", text
+    assert read_choice("2 cups fall", options).choice is None
+    assert read_choice("2", {}).choice is None
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("Yes", "yes"), ("no.", "no"), ("**Yes**, it does", "yes"), ("Answer: no", "no"),
+        ("The answer is yes", "yes"), ("<think>no</think>yes", "yes"),
+        ("not sure", None), ("nothing", None), ("yesterday", None), ("maybe", None), ("", None),
+    ],
+)  # fmt: skip
+def test_yes_or_no(text: str, word: str | None) -> None:
+    assert read_yes_no(text).choice == word
+
+
+@given(st.text(alphabet="ABCDEab12 .():*\n-<>/think", max_size=30), st.booleans())
+def test_reading_never_raises_and_makes_nothing_up(text: str, digits: bool) -> None:
+    options = {"1": "x", "2": "y"} if digits else OPTIONS
+    reading = read_choice(text, options)
+    assert reading.choice is None or reading.choice in options
+    assert (reading.choice is None) == (reading.rule == UNREAD)
+    if reading.choice is not None and reading.rule != "wording":
+        assert reading.choice in text.upper()
+    read_yes_no(text)
+
+
+# --- names and rows ----------------------------------------------------------------------------------
+
+
+def test_tasks_are_chosen_by_benchmark_or_name() -> None:
+    names = [task.name for task in choose_tasks()]
+    assert len(names) == 3 + 20 + 1 and "tempcompass_captioning" not in names
+    assert len(choose_tasks(judge=True)) == 25
+    chosen = choose_tasks(["videomme", "tempcompass"], ["tempcompass_yes_no"])
+    assert [task.name for task in chosen] == [
+        "tempcompass_multi_choice",
+        "tempcompass_caption_matching",
+        "videomme",
+    ]
+    assert {task.benchmark for task in choose_tasks(skip=["mvbench"])} == {"tempcompass", "videomme"}
+    for only, skip, says in (
+        (["mvbench_action_cuont"], [], "mvbench_action_count"),
+        (None, ["videome"], "videomme"),
+        (["videomme"], ["videomme"], "no task is left"),
+        (["tempcompass_captioning"], [], "--judge"),
+    ):
+        with pytest.raises(UserError, match=says):
+            choose_tasks(only, skip)
+
+
+def test_rows_are_held_to_their_schema() -> None:
+    keys = BENCHMARKS["mvbench"].keys
+    row = {"video": "v.mp4", "question": "q", "candidates": ["x", "y"], "answer": "x", "start": 3}
+    check_row(row, keys, "f:1")
+    for change, says in (
+        ({"candidates": "x"}, "f:1: \"candidates\" is 'x'; it must be a list of strings"),
+        ({"candidates": ["x", 1]}, '"candidates"'),
+        ({"answer": 1}, '"answer" is 1; it must be a string'),
+    ):
+        with pytest.raises(UserError, match=says.replace("(", "\\(")):
+            check_row({**row, **change}, keys, "f:1")
+    del row["video"]
+    with pytest.raises(UserError, match='"video" is missing'):
+        check_row(row, keys, "f:1")
+
+
+# --- sums --------------------------------------------------------------------------------------------
+
+
+def row(task: str, video: str, score: float, rule: str = "alone", group: str | None = None) -> ScoredRow:
+    return ScoredRow(task=task, video=video, score=score, rule=rule, group=group)
+
+
+def test_the_two_means() -> None:
+    rows = [row("a", "v", 1), row("a", "w", 1), row("a", "w", 0, UNREAD), row("b", "v", 0, MISSING)]
+    questions, subtasks = accuracy(rows), accuracy(rows, "subtasks")
+    assert questions.accuracy == pytest.approx(50) and subtasks.accuracy == pytest.approx(100 / 3)
+    assert (subtasks.n, subtasks.videos, subtasks.unparsed, subtasks.missing) == (4, 2, 1, 1)
+
+
+ROWS = st.lists(
+    st.tuples(st.sampled_from("ab"), st.sampled_from("uvwxyz"), st.sampled_from([0.0, 1.0])),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(ROWS)
+def test_intervals_are_over_videos(values: list[tuple[str, str, float]]) -> None:
+    rows = [row(*value) for value in values]
+    plain = accuracy(rows)
+    scores_N1 = np.array([[100 * r.score] for r in rows])
+    assert plain.ci95 == pytest.approx(tuple(interval95(scores_N1, [r.video for r in rows])[0]))
+    one = accuracy([row("a", video, score) for _, video, score in values], "subtasks")
+    assert (one.accuracy, *one.ci95) == pytest.approx((plain.accuracy, *plain.ci95))
+    # Every row once in each of two subtasks: both means are the same, in every draw.
+    twice = [row(task, video, score) for _, video, score in values for task in "ab"]
+    assert accuracy(twice, "subtasks").ci95 == pytest.approx(accuracy(twice).ci95)
+    both = accuracy(rows, "subtasks")
+    assert -1e-9 <= both.ci95[0] <= both.ci95[1] <= 100 + 1e-9
+
+
+def test_benchmarks_are_summed_up_apart() -> None:
+    tasks = {task.name: task for task in choose_tasks()}
+    rows = {
+        tasks["videomme"]: [
+            row("videomme", "v", 1, group="short"),
+            row("videomme", "v", 0, group="long"),
+            row("videomme", "w", 1, group="short"),
+        ],
+        tasks["tempcompass_yes_no"]: [row("tempcompass_yes_no", "v", 1)],
+        tasks["tempcompass_multi_choice"]: [row("tempcompass_multi_choice", "v", s) for s in (0, 0, 1)],
+    }
+    tempcompass, videomme = benchmark_scores(rows)
+    assert tempcompass.overall.accuracy == pytest.approx((100 + 100 / 3) / 2)
+    assert tempcompass.left_out == ("tempcompass_caption_matching", "tempcompass_captioning")
+    assert videomme.overall.accuracy == pytest.approx(200 / 3) and videomme.left_out == ()
+    assert {name: part.accuracy for name, part in videomme.groups.items()} == {"short": 100.0, "long": 0.0}
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "installed_version", lambda: None)
+
+
+@pytest.mark.usefixtures("without_package")
+def test_without_lmms_eval_the_way_to_get_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--suite", "general", "--check"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == [f"lmms-eval {LMMS_EVAL}: not installed", f"    {requirements.INSTALL}"]
+    assert err == ""
+    for words in (["no/such/model"], ["--download"]):
+        assert main(["evaluate", "--suite", "general", *words]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "not installed" in err and "make bench" in err
+
+
+def test_another_release_is_not_taken_for_the_pinned_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "installed_version", lambda: "0.9.9")
+    monkeypatch.setattr(requirements, "stock_folder", lambda: Path("."))
+    with pytest.raises(UserError, match=r"0\.9\.9 is installed"):
+        requirements.require_package()
+    monkeypatch.setattr(requirements, "installed_version", lambda: LMMS_EVAL)
+    requirements.require_package()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--suite", "general"], "needs a MODEL"),
+        (["--suite", "general", "m", "--data", "d.jsonl"], "--data does not go with --suite"),
+        (["--suite", "general", "m", "--video-root", "v"], "--video-root"),
+        (["--suite", "general", "m", "--tasks", "mvbenhc"], "'mvbench'"),
+        (["--suite", "other", "m"], "other"),
+        (["--data", "d.jsonl", "--predictions", "p.jsonl", "--check"], "--check belongs to --suite"),
+        (["m", "--data", "d.jsonl"], "--model"),
+        (["--data", "d.jsonl"], "--predictions"),
+        (["--predictions", "p.jsonl"], "--data"),
+    ],
+)
+def test_wrong_arguments(
+    words: list[str],
+    names: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and names in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", "--suite", "general", "m"]) == 2
+    assert "one process" in capsys.readouterr().err
+
+
+def test_results_of_a_run_have_a_place_of_their_own() -> None:
+    assert default_out("runs/a/model") == Path("runs/general/a-model")
+    assert default_out("runs/b/model") != default_out("runs/a/model")
+
+
+def test_the_entry_point_is_declared() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '[project.entry-points."lmms_eval.models"]\nvideo_opd = "video_opd.suites.entry:manifest"' in text

@@ -1,0 +1,354 @@
+"""The run as a whole: the same weights for any split, lower KL, kills that leave no trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import processor
+from places import ROOT
+from training_cases import (
+    Build,
+    Watched,
+    assert_equal_to_rounding,
+    assert_same_run,
+    free_port,
+    kill_later,
+    make_recipe,
+    rows_of,
+    start,
+)
+
+from video_opd.config import OptimConfig
+from video_opd.data.annotations import write_rows
+from video_opd.data.loader import PromptLoader
+from video_opd.errors import UserError
+from video_opd.models.loading import load_model
+from video_opd.training.components import prompt_loader
+from video_opd.training.loop import RunResult, learning_rate, train
+from video_opd.training.loss_batch import RatioError
+from video_opd.training.run_folder import RunFolder
+from video_opd.training.self_check import CheckError
+from video_opd.world.demo import shipped
+
+KILLS = int(os.environ.get("VIDEO_OPD_KILLS", "3"))
+
+
+def run(path: Path, build: Build | None = None, **sections: Any) -> RunResult:
+    return train(make_recipe(path, **sections), build or Build())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Eight rows, four a step, two epochs: four steps. Others are compared with it."""
+    return run(tmp_path_factory.mktemp("undisturbed") / "run", optim={"epochs": 2})
+
+
+def test_a_run_leaves_its_folder(undisturbed: RunResult):
+    folder = undisturbed.path
+    names = {path.name for path in folder.iterdir()}
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints"} <= names
+    metrics = rows_of(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-4"}
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["seed"] == 0 and "torch" in environment["packages"]
+    facts = json.loads((folder / "model" / "video_opd.json").read_text())
+    assert facts["video"]["max_video_tokens"] == 8192 and facts["prompt"]["style"] == "paper"
+
+
+def test_every_metric_is_defined_in_the_docs(undisturbed: RunResult):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    missing = [key for key in undisturbed.metrics if f"`{key}`" not in text]
+    assert not missing
+
+
+def test_the_metrics_say_what_the_rollouts_say(undisturbed: RunResult):
+    """Row by row from the logged tokens (all four of a step are logged), not from the code's sums."""
+    rollouts = rows_of(undisturbed.path / "rollouts.jsonl")
+    for row in rows_of(undisturbed.path / "metrics.jsonl"):
+        mine = [rollout for rollout in rollouts if rollout["step"] == row["step"]]
+        r = [
+            teacher - student
+            for rollout in mine
+            for teacher, student in zip(rollout["teacher_logprobs"], rollout["student_logprobs"], strict=True)
+        ]
+        assert len(mine) == row["rollouts"] == 4 and len(r) == row["tokens/response"]
+        assert math.isclose(row["reverse_kl/sampled"], -sum(r) / len(r), rel_tol=1e-5)
+        assert math.isclose(row["reward/min"], min(r), rel_tol=1e-5)
+        # eq 6 with ratio 1: minus the sum over tokens, the mean over trajectories
+        assert math.isclose(row["loss"], -sum(r) / 4, rel_tol=1e-4)
+        assert row["response/length_max"] == max(len(rollout["tokens"]) for rollout in mine)
+        assert row["policy/ratio_off_max"] < 1e-4
+        assert row["reverse_kl/analytic"] > 0
+        assert 0 < row["weights/changed_bf16"] <= row["weights/changed"] <= 1
+
+
+def test_a_finished_run_returns_at_once(undisturbed: RunResult):
+    def build(*parts: Any) -> Any:
+        raise AssertionError("a finished run loads nothing")
+
+    recipe = make_recipe(undisturbed.path, optim={"epochs": 2})
+    assert train(recipe, build) == undisturbed
+
+
+def test_another_recipe_in_the_same_folder_is_refused(undisturbed: RunResult):
+    with pytest.raises(UserError, match=r"optim\.lr = 0\.001, now it is 0\.002"):
+        run(undisturbed.path, optim={"epochs": 2, "lr": 2e-3})
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_micro_batches_change_nothing(undisturbed: RunResult, tmp_path: Path, micro: int):
+    other = run(tmp_path / "run", optim={"epochs": 2, "micro_batch_size": micro})
+    assert_equal_to_rounding(undisturbed.path, other.path)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_reading_once_for_sampling_and_update_changes_nothing(tmp_path: Path, reduction: str):
+    """``sampling.micro_batch_size`` samples the whole batch before the update, which reads it again."""
+    sections: dict[str, Any] = {"optim": {"epochs": 2}, "loss": {"reduction": reduction}}
+    broken = ("s3",)  # a batch that is smaller than planned
+    once = run(tmp_path / "once", Build(broken=broken), **sections)
+    sampling = {"max_new_tokens": 4, "micro_batch_size": 4}
+    again = run(tmp_path / "again", Build(broken=broken), sampling=sampling, **sections)
+    assert_equal_to_rounding(once.path, again.path)
+    rows = [rows_of(r.path / "metrics.jsonl") for r in (once, again)]
+    read = [[row["tokens/update"] - row["tokens/response"] for row in each] for each in rows]
+    assert not any(read[0]) and all(read[1])
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_processes_equal_one(tmp_path: Path, recompute: bool):
+    """Seven rows in batches of four: the last batch gives one rank two rows and the other one."""
+    sections: dict[str, Any] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
+    alone = run(tmp_path / "one", Build(rows=7, broken=("s3",)), **sections)
+    port = free_port()
+    sections["model"] = {"gradient_checkpointing": recompute}
+    recipe = make_recipe(tmp_path / "two", **sections)
+    processes = [start(rank, 2, port, recipe, Build(rows=7, broken=("s3",))) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_equal_to_rounding(alone.path, tmp_path / "two")
+
+
+# ------------------------------------------------------------------------------------------------- kills
+
+
+def test_kills_at_random_moments_leave_no_trace(undisturbed: RunResult, tmp_path: Path):
+    """Each start is killed within about two steps, so that most of them do not reach a checkpoint."""
+    recipe = make_recipe(tmp_path / "run", optim={"epochs": 2})
+    folder = RunFolder(tmp_path / "run")
+    run_s = sum(row["time/step_s"] for row in rows_of(undisturbed.path / "metrics.jsonl"))
+    draws = random.Random(0)
+    struck = 0
+    for _ in range(KILLS):
+        process = start(0, 1, free_port(), recipe, Build())
+        kill_later(process, folder, draws.uniform(0.0, 0.5 * run_s))
+        struck += process.exitcode == -signal.SIGKILL
+        steps = [int(path.name.split("-")[1]) for path in folder.checkpoints.glob("step-*")]
+        if steps:  # what a checkpoint stands on was reported, whole
+            assert len(folder.metrics.read_bytes().splitlines()) >= max(steps)
+    assert struck > KILLS // 2  # the others came after the end
+    process = start(0, 1, free_port(), recipe, Build())
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(undisturbed.path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["late rows", "half a row", "half a checkpoint", "no model"])
+def test_a_run_cut_off_at_the_worst_places_continues(undisturbed: RunResult, tmp_path: Path, damage: str):
+    path = tmp_path / "run"
+    shutil.copytree(undisturbed.path, path)
+    (path / "done.json").unlink()
+    shutil.rmtree(path / "model")
+    if damage != "no model":
+        shutil.rmtree(path / "checkpoints" / "step-4")
+    if damage == "half a row":
+        text = (path / "metrics.jsonl").read_bytes()
+        (path / "metrics.jsonl").write_bytes(text[:-200])
+    if damage == "half a checkpoint":
+        shutil.copytree(path / "checkpoints" / "step-2", path / "checkpoints" / "step-4")
+        weights = path / "checkpoints" / "step-4" / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        (path / "checkpoints" / ".part-step-4").mkdir()
+    run(path, optim={"epochs": 2})
+    assert_same_run(undisturbed.path, path)
+    assert not list((path / "checkpoints").glob(".part*"))
+
+
+# ----------------------------------------------------------------------------------------- what it learns
+
+
+def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
+    """Over the whole vocabulary, at the very states that the step's rollouts visited."""
+    build = Watched(rows=4)
+    result = run(
+        tmp_path / "run",
+        build,
+        optim={"max_steps": 1, "lr": 1e-3, "micro_batch_size": 4},
+        sampling={"rollouts": 128, "max_new_tokens": 3},  # enough for the sample's noise to be small
+    )
+    ((prompts, responses),) = build.sampled
+    student = build.parts.policy.logprobs(prompts, responses, full=True)
+    assert build.parts.teacher is not None
+    teacher = build.parts.teacher.logprobs(prompts, responses, full=True)
+    assert student.full_BTV is not None and teacher.full_BTV is not None
+    p, q = (full[student.mask_BT].double() for full in (student.full_BTV, teacher.full_BTV))
+    after = (p.exp() * (p - q)).sum(-1).mean().item()
+    before = result.metrics["reverse_kl/analytic"]
+    assert after < before - 3e-3  # of 0.80 nats: one step, by 0.019
+
+
+def test_a_student_that_is_its_own_teacher_stays_where_it_is(tmp_path: Path):
+    result = run(tmp_path / "run", Build(rows=4, teacher_seed=0), optim={"max_steps": 1})
+    row = result.metrics
+    assert abs(row["reward/min"]) < 1e-4 and abs(row["reward/max"]) < 1e-4
+    assert row["update/grad_norm"] < 1e-3
+    assert abs(row["reverse_kl/analytic"]) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["sum", "token_mean"])
+def test_the_checks_pass_and_the_reduction_scales_the_loss(tmp_path: Path, reduction: str):
+    result = run(
+        tmp_path / "run",
+        optim={"max_steps": 1},
+        loss={"reduction": reduction},
+        run={"dir": str(tmp_path / "run"), "check": True},
+    )
+    row = result.metrics
+    total = row["reverse_kl/sampled"] * row["tokens/response"]
+    count = row["rollouts"] if reduction == "sum" else row["tokens/response"]
+    assert math.isclose(row["loss"], total / count, rel_tol=1e-4)
+
+
+def test_what_is_evaluated_is_what_was_saved(tmp_path: Path):
+    """In bfloat16 the weights are rounded, the rotary frequencies not: nobody saves or loads those."""
+    build = Watched(rows=4)
+    run(tmp_path / "run", build, optim={"max_steps": 1}, run={"save_dtype": "bfloat16"})
+    held = build.parts.model
+    loaded, _ = load_model(tmp_path / "run" / "model", dtype="bfloat16")
+    assert all(torch.equal(weight, held.get_parameter(name)) for name, weight in loaded.named_parameters())
+    assert all(torch.equal(buffer, held.get_buffer(name)) for name, buffer in loaded.named_buffers())
+    assert {weight.dtype for weight in held.parameters()} == {torch.bfloat16}
+
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_video_that_cannot_be_read_leaves_its_place_empty(tmp_path: Path):
+    whole = run(tmp_path / "whole", optim={"max_steps": 2})
+    less = run(tmp_path / "less", Build(broken=("s3", "s5")), optim={"max_steps": 2})
+    seen = [{row["id"] for row in rows_of(r.path / "rollouts.jsonl")} for r in (whole, less)]
+    assert seen[0] - seen[1] == {"s3", "s5"}
+    counts = [row["rollouts"] for row in rows_of(less.path / "metrics.jsonl")]
+    assert sum(counts) == 6
+
+
+def test_a_batch_without_a_single_video_is_left_out(tmp_path: Path):
+    result = run(tmp_path / "run", Build(rows=2, broken=("s0", "s1")), optim={"max_steps": 1})
+    assert result.metrics["rollouts"] == 0 and result.metrics["update/done"] == 0
+    assert result.metrics["weights/changed"] == 0.0
+    assert result.metrics["reverse_kl/sampled"] is None  # not 0: nothing was measured
+
+
+class Spoilt(Build):
+    """The policy of a run whose update is not the model that sampled: its weights move in between."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def __call__(self, *arguments: Any) -> Any:
+        parts = super().__call__(*arguments)
+        sample, logprobs = parts.policy.sample, parts.policy.logprobs
+
+        def moving(*args: Any, **kwargs: Any) -> Any:
+            rollouts = sample(*args, **kwargs)
+            with torch.no_grad():
+                parts.model.get_parameter("lm_head.weight").mul_(1.05)
+            return rollouts
+
+        def nan(*args: Any, **kwargs: Any) -> Any:
+            scores = logprobs(*args, **kwargs)
+            with torch.no_grad():
+                scores.logprobs_BT[0, 1] = math.nan
+            return scores
+
+        if self.what == "moves":
+            parts.policy.sample = moving  # type: ignore[method-assign]
+        else:
+            parts.policy.logprobs = nan  # type: ignore[method-assign]
+        return parts
+
+
+def test_a_ratio_that_is_not_one_stops_the_run(tmp_path: Path):
+    with pytest.raises(RatioError, match="right after sampling"):
+        run(tmp_path / "run", Spoilt("moves"))
+    with pytest.raises(CheckError, match="check before the first step"):
+        run(tmp_path / "checked", Spoilt("moves"), run={"dir": str(tmp_path / "checked"), "check": True})
+
+
+def test_a_log_prob_that_is_not_finite_names_its_sample_or_is_masked(tmp_path: Path):
+    with pytest.raises(UserError, match=r"sample 's\d': the student's log-prob of response token 1 is nan"):
+        run(tmp_path / "raise", Spoilt("nan"), optim={"max_steps": 1})
+    result = run(tmp_path / "mask", Spoilt("nan"), optim={"max_steps": 1}, loss={"nonfinite": "mask"})
+    assert result.metrics["loss/masked_tokens"] == 2  # one in each of two micro-batches
+    assert math.isfinite(result.metrics["loss"]) and result.metrics["update/done"] == 1
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="wandb"):
+        run(tmp_path / "run", run={"dir": str(tmp_path / "run"), "trackers": ["wandb"]})
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    warm = OptimConfig(lr=1.0, warmup_steps=3, schedule="constant")
+    assert [learning_rate(step, 8, warm) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    linear = OptimConfig(lr=1.0, schedule="linear")
+    assert [learning_rate(step, 4, linear) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    cosine = OptimConfig(lr=2.0, schedule="cosine")
+    assert learning_rate(0, 10, cosine) == 2.0 and math.isclose(learning_rate(5, 10, cosine), 1.0)
+    assert learning_rate(9, 10, cosine) > 0
+
+
+def test_a_whole_batch_is_decoded_ahead(tmp_path: Path):
+    """With fewer videos ahead than a step takes at once, the model waits for the rest."""
+    for prefetch, ahead in ((None, 24), (3, 3)):
+        recipe = make_recipe(tmp_path, optim={"batch_size": 24}, data={"prefetch": prefetch})
+        load = prompt_loader(recipe, processor(), skipped_path=None, max_failed_share=1.0)
+        loader = load([])
+        assert isinstance(loader, PromptLoader) and loader.prefetch == ahead
+
+
+def test_a_teacher_that_is_not_there_is_found_before_the_student_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": "a", "video": "a.mp4", "query": "the red circle", "spans": [[1, 3]]}]
+    data = tmp_path / "data.jsonl"
+    write_rows(data, rows)
+    recipe = make_recipe(
+        tmp_path / "run",
+        data={"train": str(data)},
+        model={"path": str(shipped("tiny-base"))},
+        teacher={"path": str(tmp_path / "teacher")},
+    )
+    monkeypatch.setattr("video_opd.training.components.load_model", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match="teacher: no such model folder"):
+        train(recipe)
+
+
+def test_one_process_says_that_it_shards_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make_recipe(tmp_path / "run", optim={"max_steps": 1}, model={"sharding": "fsdp2"}), Build())
+    assert "there is one process: nothing is sharded" in capsys.readouterr().err

@@ -1,0 +1,529 @@
+"""Rounds: what each chooses, what the next starts from, and kills in every stage that leave no trace.
+
+On the shipped tiny models and three generated videos: the teacher is right about most rows, so the gate is
+real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from training_cases import fork, repeatable, rows_of
+
+from video_opd.cli import main
+from video_opd.config import Recipe, dump_recipe, recipe_from_dict
+from video_opd.curriculum import pool
+from video_opd.curriculum.samplers import SamplerSettings
+from video_opd.curriculum.scores import ScoreSettings
+from video_opd.curriculum.tvdf import select_file
+from video_opd.errors import UserError
+from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.policy import HFPolicy
+from video_opd.reports.html import write_report
+from video_opd.reports.runs import read_run
+from video_opd.training import rounds as rounds_module
+from video_opd.training.loop import train
+from video_opd.training.rounds import run_rounds
+from video_opd.world.demo import shipped
+from video_opd.world.make import make_world
+
+UNANNOTATED, WRONG = 2, 2
+K = 3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of some fifteen rows, two of them without spans and two with wrong ones; one test video."""
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, videos={"train": 3, "short": 1}, workers=1)
+    rows = rows_of(folder / "train.jsonl")
+    for row in rows[:UNANNOTATED]:
+        row["spans"] = []
+    for row in rows[UNANNOTATED : UNANNOTATED + WRONG]:
+        row["spans"] = [[0.0, 0.01]]
+    (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_recipe(world: Path, run_dir: Path, **sections: Any) -> Recipe:
+    tree: dict[str, Any] = {
+        "model": {"path": str(shipped("tiny-base"))},
+        "teacher": {"path": str(shipped("tiny-teacher"))},
+        "data": {"train": str(world / "pool.jsonl"), "workers": 0, "cache_dir": str(world / "clips")},
+        "video": {"min_frame_tokens": 4, "max_frame_tokens": 8},
+        "sampling": {"max_new_tokens": 14},
+        "optim": {"lr": 1e-3, "batch_size": 2},
+        "run": {"dir": str(run_dir), "trackers": [], "save_every": 1, "check": False},
+        "evaluate": {"data": [str(world / "short.jsonl")], "batch_size": 2},
+        "tvdf": {"k": K, "teacher_k": 2, "student_k": 1, "min_teacher_iou": 0.3, "batch_size": 2},
+        "rounds": {"count": 3},
+    }
+    for name, keys in sections.items():
+        tree[name] = {**tree.get(name, {}), **keys}
+    return recipe_from_dict(tree)
+
+
+class Asked:
+    """How many prompts each model answered while it was on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[tuple[str, int]] = []  # (who, n)
+        answer = pool.score.__globals__["answer"]
+
+        def counted(policy: Any, prompts: Any, settings: Any, purpose: str, *prefix: Any) -> Any:
+            self.rows += [(purpose.removeprefix("score "), settings.n)] * len(prompts)
+            return answer(policy, prompts, settings, purpose, *prefix)
+
+        monkeypatch.setitem(pool.score.__globals__, "answer", counted)
+
+    def count(self, who: str) -> int:
+        return sum(name == who for name, _ in self.rows)
+
+
+@pytest.fixture(scope="module")
+def three(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Recipe, Asked]]:
+    """Three rounds, undisturbed. Ranked by the reverse KL, whose digits would tell other batches."""
+    monkeypatch = pytest.MonkeyPatch()
+    asked = Asked(monkeypatch)
+    folder = tmp_path_factory.mktemp("three") / "run"
+    recipe = make_recipe(world, folder, tvdf={"rank_by": "reverse_kl"})
+    run_rounds(recipe)
+    monkeypatch.undo()
+    yield folder, recipe, asked
+
+
+def ids(path: Path) -> list[str]:
+    return [row["id"] for row in rows_of(path)]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+# --------------------------------------------------------------------------------------- what a round does
+
+
+def test_each_round_trains_the_last_student_on_rows_of_its_own(three: tuple[Path, Recipe, Asked]) -> None:
+    folder, recipe, _ = three
+    chosen = [ids(folder / f"round-{n}" / "selected.jsonl") for n in (1, 2, 3)]
+    assert [len(rows) for rows in chosen] == [K, K, K]
+    assert len({i for rows in chosen for i in rows}) == 3 * K
+    start = recipe.model.path
+    for n in (1, 2, 3):
+        path = folder / f"round-{n}"
+        settings = yaml.safe_load((path / "recipe.yaml").read_text())
+        assert settings["model"]["path"] == start
+        assert settings["run"]["seed"] == n - 1
+        note = read(path / "scores.jsonl.meta.json")
+        assert note["student"] == model_fingerprint(start)
+        assert rows_of(path / "metrics.jsonl")[-1]["step"] == 2  # three rows in batches of two
+        assert {row["id"] for row in rows_of(path / "rollouts.jsonl")} <= set(chosen[n - 1])
+        start = str(path / "model")
+    students = [model_fingerprint(folder / f"round-{n}" / "model") for n in (1, 2, 3)]
+    assert len(set(students)) == 3
+
+
+def test_a_selection_is_that_of_the_command(
+    three: tuple[Path, Recipe, Asked], world: Path, tmp_path: Path
+) -> None:
+    folder, _, _ = three
+    used: list[str] = []
+    for n in (1, 2, 3):
+        path = folder / f"round-{n}"
+        shutil.copytree(path, tmp_path / f"round-{n}", ignore=lambda *_: ["model", "checkpoints"])
+        out = folder / f"round-{n}" / "again.jsonl"  # in the same place: paths of videos are relative to it
+        _, summary = select_file(
+            world / "pool.jsonl",
+            path / "scores.jsonl",
+            "topk",
+            K,
+            settings=SamplerSettings(rank_by="reverse_kl", seed=n - 1),
+            min_teacher_iou=0.3,
+            exclude=used,
+            out=out,
+        )
+        assert out.read_bytes() == (path / "selected.jsonl").read_bytes()
+        out.unlink()
+        assert read(path / "select.json") == json.loads(json.dumps(summary.to_json()))
+        used += ids(path / "selected.jsonl")
+
+
+def test_the_teacher_answers_once_and_the_student_each_round(
+    three: tuple[Path, Recipe, Asked], world: Path
+) -> None:
+    folder, _, asked = three
+    annotated = len(ids(world / "pool.jsonl")) - UNANNOTATED
+    assert asked.count("teacher") == annotated
+    assert asked.count("student") == annotated + (annotated - K) + (annotated - 2 * K)
+    assert set(asked.rows) == {("teacher", 2), ("student", 1)}
+    first, last = (
+        {row["id"]: row for row in rows_of(folder / f"round-{n}" / "scores.jsonl")} for n in (1, 3)
+    )
+    assert set(last) < set(first)
+    assert all(last[i]["teacher_responses"] == first[i]["teacher_responses"] for i in last)
+    assert any(last[i]["reverse_kl"] != first[i]["reverse_kl"] for i in last)
+
+
+def test_the_summary_counts_every_row(three: tuple[Path, Recipe, Asked], world: Path) -> None:
+    folder, _, _ = three
+    summary = read(folder / "rounds.json")
+    assert summary["finished"] and summary["ended"] is None
+    assert [record["used_before"] for record in summary["rounds"]] == [0, K, 2 * K]
+    assert [record["used"] for record in summary["rounds"]] == [K, 2 * K, 3 * K]
+    for record in summary["rounds"]:
+        reasons = ("used_before", "unannotated", "unscored", "unmeasured", "failed_gate", "candidates")
+        assert sum(record[key] for key in reasons) == record["rows"] == len(ids(world / "pool.jsonl"))
+        assert record["unannotated"] == UNANNOTATED
+        assert record["unscored"] == record["unmeasured"] == record["shortfall"] == 0
+        assert record["failed_gate"] >= WRONG
+        path = folder / f"round-{record['round']}"
+        scores = [row["teacher_iou"] - row["student_iou"] for row in rows_of(path / "scores.jsonl")]
+        assert record["delta"]["scored"]["n"] == len(scores)
+        assert record["delta"]["scored"]["mean"] == pytest.approx(sum(scores) / len(scores))
+        chosen = [row["tvdf"]["delta"] for row in rows_of(path / "selected.jsonl")]
+        assert record["delta"]["selected"]["max"] == pytest.approx(max(chosen))
+        measured = read(path / "eval" / "student-short.json")
+        assert record["evaluation"]["short"]["mIoU"] == measured["mIoU"]
+        assert record["evaluation"]["short"]["ci95"] == measured["ci95"]
+    for name in ("base", "teacher"):
+        assert summary[name]["short"]["mIoU"] == read(folder / "eval" / f"{name}-short.json")["mIoU"]
+
+
+def test_what_is_evaluated_as_the_base_is_what_predict_answers(
+    three: tuple[Path, Recipe, Asked], world: Path, tmp_path: Path
+) -> None:
+    folder, _, _ = three
+    for name in ("base", "teacher"):
+        out = tmp_path / f"{name}.jsonl"
+        words = ["predict", str(shipped(f"tiny-{name}")), str(world / "short.jsonl"), "--out", str(out)]
+        assert main([*words, "--max-new-tokens", "14", "--batch-size", "2"]) == 0
+        answers = {row["id"]: row["responses"] for row in rows_of(out)}
+        assert {
+            row["id"]: row["responses"] for row in rows_of(folder / f"eval/{name}-short.jsonl")
+        } == answers
+
+
+def test_a_finished_folder_returns_at_once_and_refuses_another_recipe(
+    three: tuple[Path, Recipe, Asked], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe, _ = three
+
+    def nothing(*arguments: Any, **settings: Any) -> Any:
+        raise AssertionError("finished rounds do nothing")
+
+    for name in ("score_pool", "select_file", "train", "evaluate_base", "read_samples"):
+        monkeypatch.setattr(rounds_module, name, nothing)
+    result = run_rounds(recipe, nothing, nothing)
+    assert result.model == folder / "round-3" / "model"
+    assert result.summary == read(folder / "rounds.json")
+    other = make_recipe(world, folder, tvdf={"rank_by": "reverse_kl", "k": 4})
+    with pytest.raises(UserError, match=r"tvdf\.k = 3, now it is 4"):
+        run_rounds(other)
+    with pytest.raises(UserError, match="holds the rounds"):
+        train(recipe, nothing)
+    with pytest.raises(UserError, match="holds a run of video-opd train"):
+        run_rounds(make_recipe(world, folder / "round-1"))
+
+
+def test_the_report_shows_all_rounds(three: tuple[Path, Recipe, Asked], tmp_path: Path) -> None:
+    folder, _, _ = three
+    run = read_run(folder)
+    assert run.models == ["base", "round 1", "round 2", "round 3", "teacher"]
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4, 5, 6]
+    page = write_report([folder], tmp_path / "report.html").read_text()
+    assert "6 steps of Video-OPD in 3 rounds" in page and "Round by round" in page
+    for n, record in enumerate(read(folder / "rounds.json")["rounds"], start=1):
+        figure = f"{record['evaluation']['short']['mIoU']:.1f}"
+        row = page[page.index(f"</i>round {n}</td>") :].split("</tr>")[0]
+        assert f"<td>{figure}</td>" in row
+        assert f"round {n}: δ before and after" in page
+        cells = page[page.index(f"<tr><td>{n}</td>") :].split("</tr>")[0]
+        assert f"<td>{record['failed_gate']}</td><td>{record['candidates']}</td>" in cells
+        assert f"<td>{record['delta']['selected']['mean']:+.2f}</td>" in cells
+    chart = page[page.index("<h3>mIoU on short</h3>") :].split("</svg>")[0]
+    assert chart.count("95%: ") == 4  # the base and three rounds
+    assert chart.count("<path") == 2  # the student, the teacher
+    # A run that has no rounds looks as it did.
+    assert "Round by round" not in write_report([folder / "round-1"], tmp_path / "one.html").read_text()
+
+
+# -------------------------------------------------------------------------------------------------- kills
+
+
+def started(folder: Path, stage: str) -> bool:
+    """Whether a stage of round 2 is under way."""
+    second = folder / "round-2"
+    return {
+        "opening": second / "scores.jsonl.meta.json",
+        "scoring": second / "scores.jsonl",  # with its first batch
+        "training": second / "environment.json",
+        "evaluating": second / "model",
+    }[stage].exists()
+
+
+def kill_in(stage: str, folder: Path, recipe: Recipe, after_s: float) -> None:
+    process = fork(run_rounds, recipe)
+    deadline = time.monotonic() + 60
+    while process.exitcode is None and not started(folder, stage):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(after_s)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"the rounds ended before they were killed in {stage}"
+
+
+def die_between(recipe: Recipe, name: str) -> None:
+    """Kills itself in the selection of round 2: before it, or when ``selected.jsonl`` is there."""
+    real: Callable[..., Any] = rounds_module.select_file
+
+    def deadly(data: Any, scores: Any, *arguments: Any, **settings: Any) -> Any:
+        mine = "round-2" in str(scores)
+        if mine and name == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(data, scores, *arguments, **settings)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    rounds_module.select_file = deadly  # in a fork
+    run_rounds(recipe)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files by their relative paths; without times, machine, and what torch.save packs."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or path.name in ("environment.json", "training.pt", "state.json"):
+            continue
+        rows = path.name in ("metrics.jsonl", "rollouts.jsonl")
+        found[name] = repeatable(rows_of(path)) if rows else path.read_bytes()
+    return found
+
+
+def test_kills_in_every_stage_leave_no_trace(
+    three: tuple[Path, Recipe, Asked], world: Path, tmp_path: Path
+) -> None:
+    """The first round is taken from the undisturbed run, the second killed again and again."""
+    whole, recipe, _ = three
+    folder = whole.parent / "moved"
+    shutil.copytree(whole, folder)
+    # The same paths as the undisturbed run has: it is the one that is moved away.
+    aside = whole.parent / "undisturbed"
+    whole.rename(aside)
+    folder.rename(whole)
+    try:
+        for name in ("round-2", "round-3"):
+            shutil.rmtree(whole / name)
+        (whole / "rounds.json").unlink()
+        draws = random.Random(0)
+        kill_in("opening", whole, recipe, draws.uniform(0.0, 0.1))
+        kill_in("scoring", whole, recipe, 0.0)
+        assert (whole / "round-2" / "scores.jsonl.window").exists()
+        assert (
+            2 <= len(ids(whole / "round-2" / "scores.jsonl")) < len(ids(aside / "round-2" / "scores.jsonl"))
+        )
+        for name in ("before", "after"):
+            process = fork(die_between, recipe, name)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert (whole / "round-2" / "selected.jsonl").exists() == (name == "after")
+            assert not (whole / "round-2" / "select.json").exists()
+        for _ in range(2):
+            kill_in("training", whole, recipe, draws.uniform(0.0, 0.3))
+        kill_in("evaluating", whole, recipe, draws.uniform(0.0, 0.1))
+        run_rounds(recipe)
+        mine, theirs = contents(whole), contents(aside)
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if mine[name] != theirs[name]] == []
+    finally:
+        shutil.rmtree(whole)
+        aside.rename(whole)
+
+
+# ---------------------------------------------------------------------------------- other settings, refusals
+
+
+def test_rows_may_be_used_again_and_a_teacher_that_is_known_is_not_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = pool.load_inference_model
+
+    def watched(config: Any, *arguments: Any) -> Any:
+        opened.append(Path(config.model.path).name)
+        return real(config, *arguments)
+
+    monkeypatch.setattr(pool, "load_inference_model", watched)
+    recipe = make_recipe(
+        world,
+        tmp_path / "run",
+        rounds={"count": 2, "reuse": True},
+        tvdf={"k": 50, "strategy": "random", "min_teacher_iou": 0.0, "teacher_k": 1},
+        optim={"max_steps": 1},
+        evaluate={"data": []},
+    )
+    seen: list[Path] = []
+    run_rounds(recipe, after_round=seen.append)
+    assert seen == [tmp_path / "run"] * 2
+    assert opened == ["tiny-base", "tiny-teacher", "model"]
+    summary = read(tmp_path / "run" / "rounds.json")
+    first, second = (set(ids(tmp_path / "run" / f"round-{n}" / "selected.jsonl")) for n in (1, 2))
+    # All that have a score; those without spans have none. A shortfall is told, not an error.
+    annotated = len(ids(world / "pool.jsonl")) - UNANNOTATED
+    assert first == second and len(first) == annotated
+    assert [record["shortfall"] for record in summary["rounds"]] == [50 - annotated] * 2
+    assert [record["unscored"] for record in summary["rounds"]] == [UNANNOTATED] * 2
+    assert [record["used"] for record in summary["rounds"]] == [annotated] * 2
+    assert summary["base"] == summary["teacher"] == {}
+    assert not (tmp_path / "run" / "eval").exists()
+
+
+def test_a_pool_that_is_used_up_ends_the_rounds(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    recipe = make_recipe(
+        world,
+        tmp_path / "run",
+        tvdf={"k": 50, "min_teacher_iou": 0.3},
+        optim={"max_steps": 1},
+        evaluate={"data": []},
+    )
+    path.write_text(dump_recipe(recipe))
+    assert main(["rounds", str(path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert len(record["rounds"]) == 1 and record["finished"]
+    assert "round 2 has nothing to train on" in record["ended"] and "were used before" in record["ended"]
+    assert "failed the gate" in record["ended"] and f"{UNANNOTATED} have no spans" in record["ended"]
+    assert record["ended"] in err and "fewer than the 50 asked for" in err
+    assert Path(record["report"]).exists() and Path(record["model"]).is_dir()
+    assert main(["rounds", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "finished: nothing to do" in err and "round 2 has nothing" in out and "report: " in out
+    assert main(["rounds", str(path), "--rounds.count", "4"]) == 2
+
+
+def test_a_first_round_without_a_single_row_is_an_error(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bare.jsonl").write_text(
+        "".join(json.dumps({**row, "spans": []}) + "\n" for row in rows_of(world / "pool.jsonl")[:3])
+    )
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(make_recipe(world, tmp_path / "run", evaluate={"data": []})))
+    assert main(["rounds", str(path), "--data.train", str(tmp_path / "bare.jsonl")]) == 2
+    assert "of 3 candidates, 3 have no spans" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "round-1" / "recipe.yaml").exists()
+
+
+def test_gaussian_needs_no_teacher(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GRPO's choice by difficulty, round by round."""
+    tree = yaml.safe_load(dump_recipe(make_recipe(world, tmp_path / "run", evaluate={"data": []})))
+    tree |= {"method": "grpo", "teacher": {}, "rounds": {"count": 1}}
+    tree["tvdf"] = {"strategy": "gaussian", "k": 2, "teacher_k": 1, "batch_size": 4}
+    tree["sampling"]["rollouts"] = 2
+    tree["optim"]["max_steps"] = 1
+    asked = Asked(monkeypatch)
+    run_rounds(recipe_from_dict(tree))
+    assert asked.count("teacher") == 0 and asked.count("student") > 0
+    chosen = rows_of(tmp_path / "run" / "round-1" / "selected.jsonl")
+    assert len(chosen) == 2 and all(row["tvdf"]["teacher_iou"] is None for row in chosen)
+
+
+SECTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"rounds": {"count": 0}}, r"rounds\.count must be at least 1"),
+    ({"tvdf": {"k": 0}}, r"tvdf\.k must be at least 1"),
+    ({"tvdf": {"strategy": "gaussian", "student_k": 0}}, "gaussian reads the student's answers"),
+    ({"tvdf": {"strategy": "gaussian", "rank_by": "reverse_kl"}}, r"tvdf\.rank_by means nothing to strategy"),
+    ({"tvdf": {"buckets": 3}}, r"tvdf\.buckets means nothing to strategy topk \(only to bbds\)"),
+    ({"tvdf": {"center": 0.5}}, r"tvdf\.center means nothing"),
+    ({"tvdf": {"strategy": "gwds", "sigma": 0.0}}, r"tvdf\.sigma must be above 0"),
+    ({"tvdf": {"temperature": 0.0}}, "makes all answers the same"),
+    ({"tvdf": {"min_teacher_iou": 50}}, "at most 1"),
+    ({"tvdf": {"strategy": "top"}}, "did you mean topk"),
+    ({"tvdf": {"kk": 3}}, r"did you mean tvdf\.k\b"),
+]
+
+
+@pytest.mark.parametrize(("sections", "expected"), SECTIONS)
+def test_impossible_settings_are_refused_with_the_recipe(sections: dict[str, Any], expected: str) -> None:
+    tree = {"teacher": {"path": "t"}, "data": {"train": "d"}, **sections}
+    with pytest.raises(UserError, match=expected):
+        recipe_from_dict(tree)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"method": "grpo"}, "tvdf.strategy topk asks a teacher"),
+        ({"method": "grpo", "tvdf": {"strategy": "gaussian", "min_teacher_iou": 0.5}}, "asks a teacher"),
+        ({"teacher": {"path": "t", "by_source": {"web": "w"}}}, "one teacher about all candidates"),
+    ],
+)
+def test_what_only_rounds_need_is_not_asked_of_train(sections: dict[str, Any], expected: str) -> None:
+    recipe = recipe_from_dict({"data": {"train": "d"}, **sections})
+    with pytest.raises(UserError, match=expected):
+        recipe.check_rounds()
+
+
+def test_the_defaults_are_the_papers() -> None:
+    recipe = recipe_from_dict({"teacher": {"path": "t"}, "data": {"train": "d"}})
+    assert (recipe.tvdf.k, recipe.rounds.count, recipe.rounds.reuse) == (2500, 3, False)
+    assert (recipe.tvdf.strategy, recipe.tvdf.rank_by, recipe.tvdf.min_teacher_iou) == (
+        "topk",
+        "iou_gap",
+        0.5,
+    )
+    assert recipe.tvdf.teacher_k == recipe.tvdf.answers_of_student == ScoreSettings().k
+    assert recipe.tvdf.buckets == SamplerSettings().buckets
+    ungated = recipe_from_dict(
+        {"teacher": {"path": "t"}, "data": {"train": "d"}, "tvdf": {"strategy": "random"}}
+    )
+    assert ungated.tvdf.min_teacher_iou == 0.0
+
+
+def test_train_ignores_the_two_sections(world: Path, tmp_path: Path) -> None:
+    """Also those of a folder that was made before there were any."""
+    sections: dict[str, Any] = {"optim": {"max_steps": 1}, "evaluate": {"data": []}}
+    train(make_recipe(world, tmp_path / "run", **sections))
+    path = tmp_path / "run" / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text())
+    del tree["tvdf"], tree["rounds"]
+    path.write_text(yaml.safe_dump(tree))
+    (tmp_path / "run" / "done.json").unlink()
+    train(make_recipe(world, tmp_path / "run", tvdf={"k": 9}, **sections))
+    assert (tmp_path / "run" / "done.json").exists()
+
+
+def test_a_policy_answers_as_the_one_that_is_opened_later() -> None:
+    class Policy:
+        def prefill(self, prompts: Any) -> Any:
+            return ("prefix", prompts)
+
+        sample = logprobs = prefill
+
+    loads: list[int] = []
+
+    def load() -> Any:
+        loads.append(1)
+        return Policy()
+
+    later = pool.Opening(load)
+    assert not loads
+    assert [later.prefill("p"), later.sample("q"), later.logprobs("r")] == [("prefix", p) for p in "pqr"]
+    assert loads == [1]
+    for name in ("prefill", "sample", "logprobs"):
+        assert hasattr(HFPolicy, name)

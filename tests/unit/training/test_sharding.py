@@ -1,0 +1,207 @@
+"""Two processes (gloo), with DDP and with FSDP2, train as one does with the plain engine: every estimator,
+both modes of the prefix, adapters, a frozen part; and one goes on with what the others saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import mixture, model
+from safetensors.torch import load_file
+from training_cases import Build, assert_equal_to_rounding, free_port, make_recipe, rows_of, start
+
+from video_opd.config import Recipe
+from video_opd.errors import UserError
+from video_opd.training.components import Parts
+from video_opd.training.loop import train
+from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import is_sharded, sharding_asked, whole
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "video-opd": {},
+    "video-opd recompute": {"model": {"gradient_checkpointing": True}},
+    "video-opd full": {"loss": {"estimator": "full", "reduction": "token_mean"}},
+    "video-opd top-k": {"loss": {"estimator": "topk"}},
+    "video-opd baseline": {"loss": {"baseline": "kl"}},
+    "video-opd frozen vision": {"model": {"freeze": ["vision"]}},
+    "video-opd adapters": {"lora": {"parts": ["language"], "rank": 4}},
+    "grpo": {
+        "sampling": {"rollouts": 3},
+        "reward": {"function": "training_cases:a_reward"},
+        "loss": {"kl_beta": 0.1},
+    },
+    "grpo recompute": {
+        "sampling": {"rollouts": 3},
+        "reward": {"function": "training_cases:a_reward"},
+        "model": {"gradient_checkpointing": True},
+    },
+    "sft": {},
+    "video-opd experts": {},
+    "grpo experts recompute": {
+        "sampling": {"rollouts": 3},
+        "reward": {"function": "training_cases:a_reward"},
+        "model": {"gradient_checkpointing": True},
+    },
+}
+# bfloat16 rounds to 3 digits, and DDP's autocast keeps more in float32: alike, not equal.
+BFLOAT16: dict[str, dict[str, Any]] = {
+    "sft bfloat16": {"model": {"dtype": "bfloat16"}},
+    "sft bfloat16 adapters": {"model": {"dtype": "bfloat16"}, "lora": {"parts": ["language"], "rank": 4}},
+}
+
+
+def recipe_of(name: str, path: Path, *, sharded: bool, engine: str = "prefix", **run: Any) -> Recipe:
+    """Four optimiser steps of 6 prompts, two on each batch; two processes have 2 and 1 micro-batches."""
+    sections = {key: dict(value) for key, value in (SETTINGS | BFLOAT16)[name].items()}
+    sections["model"] = {
+        **sections.get("model", {}),
+        "engine": engine,
+        "sharding": "fsdp2" if sharded else None,
+    }
+    optim = {"lr": 1e-3, "max_grad_norm": 1e9, "updates_per_batch": 2, "max_steps": 4}
+    optim |= {"batch_size": 6, "micro_batch_size": 2}
+    return make_recipe(path, name.split()[0], **{**sections, "optim": optim, "run": run})
+
+
+class Recording(Build):
+    """Keeps the gradients of the first optimiser step, whole, in ``gradients.pt`` beside the run."""
+
+    def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
+        parts = super().__call__(recipe, accelerator, folder, weights)
+        step, kept = parts.optimizer.step, folder.path / "gradients.pt"
+        if accelerator.num_processes > 1:  # while one evaluates for hours, the others wait
+            group = torch.distributed.group.WORLD
+            assert group is not None
+            assert group._get_backend(accelerator.device).options._timeout >= timedelta(days=1)
+        assert is_sharded(parts.model) == (accelerator.num_processes > 1 and recipe.model.sharding == "fsdp2")
+
+        def keep_and_step() -> None:
+            named = parts.model.named_parameters()
+            held = {name: whole(weight.grad).clone() for name, weight in named if weight.grad is not None}
+            if accelerator.is_main_process and not kept.exists():
+                torch.save(held, kept)
+            step()
+
+        parts.optimizer.step = keep_and_step  # type: ignore[method-assign, assignment]
+        return parts
+
+
+def build_of(name: str, engine: str = "prefix") -> Recording:
+    return Recording(rows=12, engine=engine, student=mixture if "experts" in name else model)
+
+
+def train_on_two(recipe: Recipe, build: Build) -> Path:
+    port = free_port()
+    processes = [start(rank, 2, port, recipe, build) for rank in range(2)]
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return Path(recipe.run.dir)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: Path):
+    plain = recipe_of(name, tmp_path / "plain", sharded=False, engine="plain")
+    one = train(plain, build_of(name, "plain")).path
+    rows = rows_of(one / "metrics.jsonl")
+    assert [row["update/grad_norm"] > 0 for row in rows] == [True] * 4
+    expected = torch.load(one / "gradients.pt")
+    for sharded in (False, True):
+        recipe = recipe_of(name, tmp_path / f"sharded {sharded}", sharded=sharded)
+        two = train_on_two(recipe, build_of(name))
+        assert_equal_to_rounding(one, two)
+        got = torch.load(two / "gradients.pt")
+        assert got.keys() == expected.keys()
+        off = math.sqrt(sum((got[key] - expected[key]).square().sum().item() for key in expected))
+        assert off < 1e-5 * math.sqrt(sum(grad.square().sum().item() for grad in expected.values()))
+
+
+@pytest.mark.parametrize("name", ["video-opd", "video-opd adapters"])
+def test_a_run_is_continued_on_another_number_of_processes(name: str, tmp_path: Path):
+    build = Build(rows=12)
+    one = train(recipe_of(name, tmp_path / "one", sharded=False, save_every=2), build).path
+    two = train_on_two(recipe_of(name, tmp_path / "two", sharded=True, save_every=2), build)
+    for source, path in ((one, tmp_path / "two-continue"), (two, tmp_path / "one-continues")):
+        shutil.copytree(source, path)
+        (path / "done.json").unlink()
+        shutil.rmtree(path / "model")
+        shutil.rmtree(path / "checkpoints" / "step-4")
+    continued = train_on_two(recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2), build)
+    assert_equal_to_rounding(one, continued)
+    train(recipe_of(name, tmp_path / "one-continues", sharded=False, save_every=2), build)
+    assert_equal_to_rounding(one, tmp_path / "one-continues")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_shards_are_float32_where_the_computation_is_not(name: str, tmp_path: Path):
+    found = []
+    for sharded in (False, True):
+        recipe = recipe_of(name, tmp_path / f"sharded {sharded}", sharded=sharded)
+        run = train_on_two(recipe, Recording(rows=12))
+        gradients = torch.load(run / "gradients.pt")
+        assert {grad.dtype for grad in gradients.values()} == {torch.float32}
+        part = "adapter" if recipe.lora.parts else "model"
+        kept, saved = (tensors_of(path / part) for path in (run, run / "checkpoints" / "step-4"))
+        assert kept.keys() == saved.keys() and all(torch.equal(kept[key], saved[key]) for key in kept)
+        assert {weight.dtype for weight in kept.values()} == {torch.float32}
+        # Masters, not what was computed with: bfloat16 does not hold them.
+        flat = torch.cat([weight.flatten() for weight in kept.values()])
+        assert (flat != flat.bfloat16().float()).double().mean() > 0.85
+        # All but the embeddings of tokens that nobody wrote: a step of 1e-3 is lost on no float32 weight.
+        assert min(row["weights/changed"] for row in rows_of(run / "metrics.jsonl")) > 0.85
+        found.append(torch.cat([grad.flatten() for grad in gradients.values()]))
+    assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.995
+    assert math.isclose(found[0].norm(), found[1].norm(), rel_tol=0.05)
+
+
+def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = recipe_of("video-opd", tmp_path, sharded=True)
+    assert not sharding_asked(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sharding_asked(recipe)
+    assert not sharding_asked(recipe_of("video-opd", tmp_path, sharded=False))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="set model"):
+        sharding_asked(recipe)
+
+
+def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
+    """Also where there is no accelerator: Accelerate's own answer there is several runs in one folder."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from test_sharding import Recording, recipe_of\n"
+        "from video_opd.training.loop import train\n"
+        "train(recipe_of('sft', Path(sys.argv[1]), sharded=True), Recording(rows=12))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "two")],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "two" / "environment.json").read_text())
+    assert facts["processes"] == 2
+    one = train(recipe_of("sft", tmp_path / "one", sharded=False), Recording(rows=12)).path
+    assert_equal_to_rounding(one, tmp_path / "two")

@@ -1,0 +1,246 @@
+"""Batches: all questions of a video in one sequence, token for token what the processor would write.
+
+Shapes: B videos, L positions, N frame pairs in the whole batch, M supervised answer positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiny_models.examples import (
+    Example,
+    blur,
+    label_cells,
+    label_events,
+    patches,
+    reword,
+)
+from video_opd.temporal import format_span
+from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
+from video_opd.world.scene import Question
+from video_opd.world.tokenizer import PHRASES
+
+ANSWER_TOKENS = 12  # of the longest answer, without its end-of-sequence token
+COLOUR_NAMES = tuple(COLOURS)
+START_HEAD, END_HEAD = 0, 1  # which attention head looks for the start, which for the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Where a question of the batch is answered, and what is right."""
+
+    row: int
+    position: int  # of the answer's first token
+    digits: int  # tokens of the written start; " to" and the space follow
+    question: Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Videos of one frame size with their questions, and everything that supervises them."""
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    input_ids: torch.Tensor  # [B, L]
+    position_ids: torch.Tensor  # [3, B, L]
+    mask: torch.Tensor  # bool [B, 1, L, L], True where attention is allowed
+    targets: torch.Tensor  # [B, L], -100 where no loss
+    ends: torch.Tensor  # [N, 2] (row, position) of the vision_end of every pair
+    pair_times: torch.Tensor  # [N] seconds
+    events: torch.Tensor  # uint8 [N, 4, looks, families]: first frame, second frame, begins, ends
+    objects: torch.Tensor  # uint8 [visual tokens, OBJECTS + STATES]
+    pointers: torch.Tensor  # [M, 4] (row, query position, head, key position)
+    about: torch.Tensor  # [M, 3] colour, shape and family that the query asks for
+    answers: tuple[Asked, ...]
+
+
+@dataclass(kw_only=True)
+class _Row:
+    """One video's sequence while it is written. ``block`` 0 is the video, k the k-th question."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)  # [3, n] pieces
+    targets: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    cursor: int = 0  # the next position
+
+    def text(self, ids: Sequence[int], *, block: int = 0, targets: Sequence[int] | None = None) -> None:
+        self.ids += ids
+        self.positions.append(self.cursor + np.arange(len(ids))[None].repeat(3, 0))
+        self.targets += targets if targets is not None else [-100] * len(ids)
+        self.blocks += [block] * len(ids)
+        self.cursor += len(ids)
+
+    def picture(self, pad: int, rows: int, columns: int) -> None:
+        """The visual tokens of a frame pair: one temporal position, rows and columns their own (M-RoPE)."""
+        y, x = np.divmod(np.arange(rows * columns), columns)
+        self.ids += [pad] * (rows * columns)
+        self.positions.append(self.cursor + np.stack([np.zeros_like(y), y, x]))
+        self.targets += [-100] * (rows * columns)
+        self.blocks += [0] * (rows * columns)
+        self.cursor += max(rows, columns)
+
+
+class Packer:
+    """Turns examples into batches."""
+
+    def __init__(self, processor: Any) -> None:
+        self.tokenizer = tok = processor.tokenizer
+        ids = tok.convert_tokens_to_ids
+        self.pad, self.vstart, self.vend = (
+            ids(f"<|{t}|>") for t in ("video_pad", "vision_start", "vision_end")
+        )
+        system = f"<|im_start|>system\n{PHRASES[0]}<|im_end|>\n"
+        self.head = tok.encode(f"{system}<|im_start|>user\n<|vision_start|>")
+        self.before = tok.encode("<|vision_end|>" + PHRASES[1])
+        self.after = tok.encode(PHRASES[2] + "<|im_end|>\n<|im_start|>assistant\n")
+        self.eos = tok.encode("<|im_end|>")
+
+    def batch(
+        self, examples: Sequence[Example], rng: np.random.Generator, per_video: int = 0, jitter: float = 0.0
+    ) -> Batch:
+        """``per_video`` questions of each video, reworded, with boundaries blurred by ``jitter``; 0: all of
+        them as they are, with room to write any answer (for :func:`check.greedy`)."""
+        height, width = examples[0].frames.shape[1:3]
+        rows, columns = height // 32, width // 32
+        sequences: list[_Row] = []
+        ends: list[tuple[int, int]] = []
+        pointers: list[tuple[int, int, int, int]] = []
+        about: list[tuple[int, int, int]] = []
+        answers: list[Asked] = []
+        for b, example in enumerate(examples):
+            row = _Row()
+            closing = self._video(row, example, rows, columns)
+            ends += [(b, position) for position in closing]
+            after_video = row.cursor
+            for number, index in enumerate(_chosen(example, rng, per_video), start=1):
+                row.cursor = after_video  # every question stands right after the video
+                asked = self._question(row, b, number, example, index, rng, per_video, jitter)
+                answers.append(asked)
+                if per_video:
+                    found = _pointers(asked, len(row.ids), example, closing)
+                    pointers += found
+                    about += [_about(example, asked.question)] * len(found)
+            sequences.append(row)
+        pairs = [example.times_s.reshape(-1, 2) for example in examples]
+        return Batch(
+            pixel_values=torch.cat([patches(example.frames) for example in examples]),
+            grid_thw=torch.tensor([[len(times), 2 * rows, 2 * columns] for times in pairs]),
+            **_padded(sequences, self.tokenizer.pad_token_id),
+            ends=torch.tensor(ends),
+            pair_times=torch.from_numpy(np.concatenate(pairs).mean(1)),
+            events=_labels(label_events(e.scene, times) for e, times in zip(examples, pairs, strict=True)),
+            objects=_labels(
+                label_cells(e.scene, times, rows, columns, e.shift)
+                for e, times in zip(examples, pairs, strict=True)
+            ),
+            pointers=torch.tensor(pointers),
+            about=torch.tensor(about),
+            answers=tuple(answers),
+        )
+
+    def _video(self, row: _Row, example: Example, rows: int, columns: int) -> list[int]:
+        """Writes the system message and the video; returns where each pair's vision_end stands."""
+        row.text(self.head)
+        closing = []
+        for first, second in example.times_s.reshape(-1, 2):
+            stamp = self.tokenizer.encode(f"<{(first + second) / 2:.1f} seconds>")
+            row.text([*stamp, self.vstart])
+            row.picture(self.pad, rows, columns)
+            row.text([self.vend])
+            closing.append(len(row.ids) - 1)
+        return closing
+
+    def _question(
+        self,
+        row: _Row,
+        b: int,
+        number: int,
+        example: Example,
+        index: int,
+        rng: np.random.Generator,
+        per_video: int,
+        jitter: float,
+    ) -> Asked:
+        question = example.scene.questions[index]
+        query, span = question.query, question.span
+        if per_video:
+            query = reword(example.scene, index, rng)
+            span = blur(span, example.scene.duration_s, jitter, rng) if jitter else span
+        prompt = [*self.before, *self.tokenizer.encode(query), *self.after]
+        answer = [*self.tokenizer.encode(format_span(span)), *self.eos]
+        if not per_video:  # room for the longest answer
+            answer += self.eos * (ANSWER_TOKENS + 1 - len(answer))
+        position = len(row.ids) + len(prompt)
+        row.text(
+            [*prompt, *answer[:-1]], block=number, targets=[-100] * (len(prompt) - 1) + answer
+        )  # a position's target is the token that follows
+        return Asked(row=b, position=position, digits=len(f"{span[0]:.2f}"), question=question)
+
+
+def _chosen(example: Example, rng: np.random.Generator, per_video: int) -> list[int]:
+    order = [int(i) for i in rng.permutation(len(example.scene.questions))]
+    if not per_video or not order:
+        return list(range(len(order)))
+    return [order[i % len(order)] for i in range(per_video)]
+
+
+def _pointers(
+    asked: Asked, stop: int, example: Example, closing: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Where to look while the answer's digits are written: (row, position, head, vision_end)."""
+    times = example.times_s
+
+    def pair(when: float) -> int:
+        return min(int(np.searchsorted(times, when - 1e-6)), len(times) - 1) // 2
+
+    start, end = asked.question.span
+    found = []
+    for k in range(stop - asked.position):
+        at = asked.position - 1 + k
+        if k < asked.digits:
+            found.append((asked.row, at, START_HEAD, closing[pair(start)]))
+        elif k >= asked.digits + 2:
+            found.append((asked.row, at, END_HEAD, closing[pair(end)]))
+    return found
+
+
+def _about(example: Example, question: Question) -> tuple[int, int, int]:
+    actor = example.scene.actors[question.actor]
+    return (
+        COLOUR_NAMES.index(actor.colour),
+        SHAPES.index(actor.shape),
+        FAMILIES.index(question.family),
+    )
+
+
+def _labels(parts: Any) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(list(parts)))
+
+
+def _padded(sequences: Sequence[_Row], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded tensors; a question sees the video and itself."""
+    count, length = len(sequences), max(len(row.ids) for row in sequences)
+    input_ids = torch.full((count, length), pad_token_id)
+    position_ids = torch.zeros(3, count, length, dtype=torch.long)
+    targets = torch.full((count, length), -100)
+    blocks = torch.full((count, length), -1)
+    for b, row in enumerate(sequences):
+        n = len(row.ids)
+        input_ids[b, :n] = torch.tensor(row.ids)
+        position_ids[:, b, :n] = torch.from_numpy(np.concatenate(row.positions, axis=1))
+        targets[b, :n] = torch.tensor(row.targets)
+        blocks[b, :n] = torch.tensor(row.blocks)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = (blocks[:, :, None] == blocks[:, None, :]) | (blocks[:, None, :] == 0)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "targets": targets,
+        "mask": (causal & visible)[:, None],
+    }

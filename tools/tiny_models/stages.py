@@ -1,0 +1,301 @@
+"""From random weights to a base and a teacher: stages of training, as a recipe file lists them.
+
+Stages run in order, each from the weights of the one before; a stage may write the model folder that is
+shipped. Killed and repeated, it continues at the stage where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from tiny_models.auxiliary import Pretrainer
+from tiny_models.examples import (
+    Example,
+    augment,
+    batches,
+    label_cells,
+    render_pool,
+    window,
+)
+from tiny_models.export import export
+from tiny_models.growth import check_growth
+from tiny_models.grpo_teachers import post_train
+from tiny_models.muon import Muon
+from tiny_models.packing import Packer
+from tiny_models.watch import check
+from video_opd.errors import UserError
+from video_opd.files import write_text
+from video_opd.models.loading import load_model
+from video_opd.progress import log, task
+from video_opd.strict import TreeReader, need
+from video_opd.world.measure import evaluate_model, make_test_sets
+from video_opd.world.tiny import SIZES, build_model, build_processor
+
+MADE = "made.json"  # in a shipped folder: the recipe that made it, and its scores
+LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
+VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
+TRAIN_SEED, CHECK_SEED = 1000, 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training.
+
+    ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
+    tower alone, on what is where. ``blur`` loosens the annotated boundaries: the mean distance
+    by which they are too far out, in event lengths, as in weakly aligned data. ``grow`` makes the model
+    deeper before the first step, without changing what it computes. ``long_share`` is about the share of the
+    videos that are long and crowded (none: as in the pool, a quarter).
+    """
+
+    name: str
+    steps: int
+    batch_size: int = 10
+    kind: str = "answers"
+    pairs: int | None = None
+    lr: float = 1.5e-3
+    muon_lr: float = 0.02
+    vision_lr: float = 0.3  # of the vision tower, as a factor, while the answers are trained
+    warmup: int = 30
+    decay: float = 0.0  # share of the steps at the end over which the rate falls to a hundredth
+    blur: float = 0.0
+    auxiliary: float = 1.0  # weight of the auxiliary losses
+    start_from: str | None = None  # an earlier stage's weights instead of the one just before
+    grow: str | None = None  # a size of world/tiny.py
+    long_share: float | None = None
+    save_as: str | None = None  # write the model folder of this name at the end
+    grpo: str | None = None  # a recipe beside this one: post-train by it before the folder is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A recipe: the pool, the model's size, the stages."""
+
+    size: str = "tiny"
+    seed: int = 0
+    videos: int = 7500
+    check_videos: int = 40
+    questions: int = 4  # a video
+    weight_decay: float = 0.1
+    stages: tuple[Stage, ...] = ()
+
+
+def read_pretraining(path: str | Path) -> Pretraining:
+    """Raises :class:`UserError` for a file that is not a pretraining recipe."""
+    tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a pretraining recipe; see world/recipes/pretraining.yaml")
+    stages = tuple(TreeReader(Stage, {}).read(stage) for stage in tree.pop("stages", []))
+    recipe = Pretraining(**{**asdict(TreeReader(Pretraining, {}).read(tree)), "stages": stages})
+    sizes(recipe)
+    for stage in stages:
+        share = stage.long_share
+        need(share is None or 0 <= share <= 1, f"{stage.name}: long_share is {share}; it lies in 0 to 1")
+    return recipe
+
+
+def sizes(recipe: Pretraining) -> dict[str, str]:
+    """The model's size at the end of every stage; raises :class:`UserError` where it cannot be had."""
+    known = ", ".join(SIZES)
+    need(recipe.size in SIZES, f"size is {recipe.size!r}; choose one of: {known}")
+    found: dict[str, str] = {}
+    for index, stage in enumerate(recipe.stages):
+        source = source_of(recipe, index)
+        need(
+            source is None or source in found,
+            f"{stage.name}: start_from is {source!r}; choose an earlier stage: {', '.join(found) or 'none'}",
+        )
+        size = found[source] if source else recipe.size
+        if stage.grow is not None:
+            need(stage.grow in SIZES, f"{stage.name}: grow is {stage.grow!r}; choose one of: {known}")
+            try:
+                check_growth(SIZES[size], SIZES[stage.grow])
+            except UserError as error:
+                raise UserError(f"{stage.name}: grow from {size} to {stage.grow}: {error}") from error
+            size = stage.grow
+        found[stage.name] = size
+    return found
+
+
+def source_of(recipe: Pretraining, index: int) -> str | None:
+    """The stage whose weights the stage number ``index`` starts from; None: random weights."""
+    before = recipe.stages[index - 1].name if index else None
+    return recipe.stages[index].start_from or before
+
+
+def run_recipe(path: str | Path | None, out: str | Path, workers: int | None = None) -> list[Path]:
+    """Trains what the recipe lists (the shipped one when None); returns the model folders it wrote."""
+    path = path or Path(__file__).with_name("pretraining.yaml")
+    recipe, out = read_pretraining(path), Path(out)
+    Trainer(recipe, out, workers).run()
+    return [out / stage.save_as for stage in recipe.stages if stage.save_as]
+
+
+class Trainer:
+    """Runs the stages; everything random follows from the recipe's seed and the stage's name."""
+
+    def __init__(self, recipe: Pretraining, out: Path, workers: int | None = None) -> None:
+        self.recipe, self.out = recipe, out
+        self.processor = build_processor()
+        self.packer = Packer(self.processor)
+        torch.manual_seed(recipe.seed)  # of the auxiliary heads
+        self.size, self.sizes = recipe.size, sizes(recipe)
+        self.module = Pretrainer(build_model(recipe.size, recipe.seed))
+        out.mkdir(parents=True, exist_ok=True)
+        log(f"rendering {recipe.videos} videos")
+        pool = render_pool("train", TRAIN_SEED, range(recipe.videos), workers)
+        self.pool = [example for example in pool if example.scene.questions]
+        self.checks = {
+            split: render_pool(split, CHECK_SEED, range(recipe.check_videos), workers)
+            for split in ("short", "long", "subtle")
+        }
+
+    def run(self) -> None:
+        for index, stage in enumerate(self.recipe.stages):
+            weights = self.out / f"{stage.name}.pt"
+            if not weights.exists():
+                source = source_of(self.recipe, index)
+                if source:
+                    self.load(source)
+                if stage.grow:
+                    self.module, self.size = self.module.grown(stage.grow), stage.grow
+                self.stage(stage, index)
+                torch.save(self.module.state_dict(), weights)
+                if stage.kind != "vision":
+                    self.check(stage.name)
+            if stage.save_as and not (self.out / stage.save_as / MADE).exists():
+                self.load(stage.name)
+                self.export(stage, stage.save_as)
+
+    def load(self, stage: str) -> None:
+        """The weights that a stage left, in a module of the size it had."""
+        size = self.sizes[stage]
+        if size != self.size:
+            self.module, self.size = Pretrainer(build_model(size)), size
+        self.module.load_state_dict(torch.load(self.out / f"{stage}.pt", weights_only=True))
+
+    def export(self, stage: Stage, name: str) -> None:
+        """Writes the stage's model folder, post-trained if it says so, and measures it as a user would."""
+        folder = self.out / name
+        facts: dict[str, Any] = {"stage": stage.name, "recipe": asdict(self.recipe)}
+        if stage.grpo is None:
+            export(self.module.model, self.processor, folder)
+        else:
+            pretrained = self.out / "pretrained" / name
+            export(self.module.model, self.processor, pretrained)
+            facts["scores_before_grpo"] = self.measure(f"{name}-before-grpo", pretrained)
+            trained = post_train(pretrained, stage.grpo, self.out / "grpo" / name)
+            export(load_model(trained, dtype="float32")[0], self.processor, folder)
+            facts["grpo"] = yaml.safe_load((trained.parent / "recipe.yaml").read_text(encoding="utf-8"))
+        facts["scores"] = self.measure(name, folder)
+        write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
+
+    def measure(self, name: str, folder: Path) -> dict[str, Any]:
+        """Scores of a model folder on the world's files, by test set."""
+        tests = make_test_sets(self.out / "world")
+        return {
+            split: evaluate_model(name, folder, split, data, self.out / "eval")
+            for split, data in tests.items()
+        }
+
+    def stage(self, stage: Stage, index: int) -> None:
+        rng = np.random.default_rng([self.recipe.seed, index])
+        optimizers = self.optimizers(stage)
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        stream = batches(self.pool, stage.batch_size, rng, stage.long_share)
+        sums: dict[str, float] = {}
+        began = time.perf_counter()
+        with task(stage.name, stage.steps) as bar:
+            for step in range(1, stage.steps + 1):
+                factor = schedule(step, stage)
+                for optimizer, own in zip(optimizers, rates, strict=True):
+                    for group, rate in zip(optimizer.param_groups, own, strict=True):
+                        group["lr"] = rate * factor
+                losses = self.losses(stage, next(stream), rng)
+                weight = {**dict.fromkeys(LOSS_WEIGHTS, stage.auxiliary), "answer": 1.0}
+                total = torch.stack([LOSS_WEIGHTS[k] * weight[k] * v for k, v in losses.items()]).sum()
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                total.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                for key, value in losses.items():
+                    sums[key] = sums.get(key, 0.0) + float(value.detach())
+                if step % 50 == 0:
+                    note = " ".join(f"{k} {v / 50:.3f}" for k, v in sums.items())
+                    log(f"{stage.name} {step} {(time.perf_counter() - began) / step:.2f}s {note}")
+                    sums = {}
+                bar.advance()
+
+    def losses(
+        self, stage: Stage, examples: Sequence[Example], rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        if stage.kind == "vision":
+            frames, labels = [], []
+            for example in examples:
+                example = augment(window(example, VISION_PAIRS, rng), rng)
+                h, w = example.frames.shape[1:3]
+                frames.append(example.frames)
+                times = example.times_s.reshape(-1, 2)
+                labels.append(label_cells(example.scene, times, h // 32, w // 32, example.shift))
+            return {"objects": self.module.vision_loss(frames, np.concatenate(labels))}
+        pairs = stage.pairs
+        if pairs is not None:  # stretches of about this length, the same in a batch
+            shortest = min(len(example.times_s) // 2 for example in examples)
+            pairs = min(shortest, int(rng.integers(pairs - 1, pairs + 2)))
+            examples = [window(example, pairs, rng) for example in examples]
+        examples = [augment(example, rng) for example in examples]
+        return self.module.losses(self.packer.batch(examples, rng, self.recipe.questions, stage.blur))
+
+    def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside blocks, AdamW for embeddings, heads, biases and norms."""
+        vision_only = stage.kind == "vision"
+        factor = 1.0 if vision_only else stage.vision_lr
+        muon, adam = [], []
+        for name, p in self.module.named_parameters():
+            seeing = ".visual." in name or name.startswith("objects")
+            if vision_only and not seeing:
+                continue
+            inside = p.ndim == 2 and any(part in name for part in (".layers.", ".blocks.", "merger"))
+            scale = factor if seeing else 1.0
+            if inside:
+                muon.append({"params": [p], "lr": stage.muon_lr * scale})
+            else:
+                adam.append({"params": [p], "lr": stage.lr * scale})
+        decay = self.recipe.weight_decay
+        return [
+            Muon(_merge(muon), lr=stage.muon_lr, weight_decay=decay),
+            torch.optim.AdamW(_merge(adam), betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def check(self, name: str) -> dict[str, dict[str, float]]:
+        scores = {split: check(self.module, self.packer, examples) for split, examples in self.checks.items()}
+        for split, values in scores.items():
+            log(f"{name} {split} " + " ".join(f"{k} {v:.1f}" for k, v in values.items()))
+        (self.out / f"{name}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        return scores
+
+
+def _merge(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One group a learning rate."""
+    merged: dict[float, dict[str, Any]] = {}
+    for group in groups:
+        merged.setdefault(group["lr"], {"params": [], "lr": group["lr"]})["params"].extend(group["params"])
+    return list(merged.values())
+
+
+def schedule(step: int, stage: Stage) -> float:
+    rise = min(1.0, step / stage.warmup) if stage.warmup else 1.0
+    left = (stage.steps - step) / (stage.decay * stage.steps) if stage.decay else 1.0
+    return rise * min(1.0, max(0.01, left))
