@@ -16,7 +16,7 @@ from measure import Measure, read_settings, write_record
 import video_opd
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
-from video_opd.training.components import Parts, build_parts
+from video_opd.training.components import Components, build_components
 from video_opd.training.loop import train
 from video_opd.types import EncodedPrompt, Sample
 
@@ -49,17 +49,17 @@ def recipe_of(asked: dict[str, Any]) -> Recipe:
     return recipe_from_dict(tree)
 
 
-def measured(measure: Measure, parts: Parts) -> Parts:
-    """The same parts; what the loader gives is noted."""
+def measured(measure: Measure, components: Components) -> Components:
+    """The same components; what the loader gives is noted."""
 
     def loader(samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
-        given: Iterable[tuple[Sample, EncodedPrompt]] = parts.loader(samples)
+        given: Iterable[tuple[Sample, EncodedPrompt]] = components.loader(samples)
         for sample, prompt in given:
             measure.prompt(prompt.length, prompt.video_tokens)
             yield sample, prompt
 
-    measure.loaded(parts.model, *([parts.teacher.policy.model] if parts.teacher else []))
-    return replace(parts, loader=loader)
+    measure.loaded(components.model, *([components.teacher.policy.model] if components.teacher else []))
+    return replace(components, loader=loader)
 
 
 def main(settings_path: str, record_path: str) -> None:
@@ -68,7 +68,7 @@ def main(settings_path: str, record_path: str) -> None:
     folder = Path(asked["folder"])
     shutil.rmtree(folder, ignore_errors=True)  # a finished run would not be run again
     measure = Measure(asked["warmup"])
-    train(recipe_of(asked), lambda *given: measured(measure, build_parts(*given)))
+    train(recipe_of(asked), lambda *given: measured(measure, build_components(*given)))
     measure.answer_lengths = [row["response/length_mean"] for _, row in read_jsonl(folder / "metrics.jsonl")]
     record = measure.record(
         framework=f"video-opd {video_opd.__version__}", transformers=transformers.__version__

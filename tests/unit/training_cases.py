@@ -25,7 +25,7 @@ from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher, WithoutAdapters
-from video_opd.training.components import Parts, adapt, freeze, prepare, usable_samples
+from video_opd.training.components import Components, adapt, freeze, prepare, usable_samples
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
@@ -66,7 +66,7 @@ def prompt(i: int) -> EncodedPrompt:
 
 
 class Build:
-    """Stands in for ``build_parts``: the same models, without folders and files to load them from."""
+    """Stands in for ``build_components``: the same models, without folders and files to load them from."""
 
     def __init__(
         self,
@@ -80,7 +80,9 @@ class Build:
         self.rows, self.broken, self.teacher_seed, self.engine = rows, broken, teacher_seed, engine
         self.student = student
 
-    def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
+    def __call__(
+        self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path
+    ) -> Components:
         student = self.base()
         if Path(weights).is_dir() and not is_adapter(weights):
             student, _ = load_model(weights, dtype="float32")
@@ -100,7 +102,7 @@ class Build:
             recompute=recompute,
         )
         teacher = HFPolicy(model(self.teacher_seed, sharpness=8.0), processor(), self.engine)
-        return Parts(
+        return Components(
             model=student,
             forward_module=forward_module,
             policy=policy,
@@ -233,11 +235,11 @@ def started_ns(folder: RunFolder) -> int:
 
 
 class Watched(Build):
-    """Keeps the parts, and a copy of every answer that was sampled."""
+    """Keeps the components, and a copy of every answer that was sampled."""
 
     def __call__(self, *arguments: Any) -> Any:
-        self.parts = super().__call__(*arguments)
-        sample = self.parts.policy.sample
+        self.components = super().__call__(*arguments)
+        sample = self.components.policy.sample
         self.sampled: list[Any] = []
 
         def watched(prefix: Any, **kwargs: Any) -> Any:
@@ -245,5 +247,5 @@ class Watched(Build):
             self.sampled.append((prefix.prompts, [[r.token_ids for r in group] for group in groups]))
             return groups
 
-        self.parts.policy.sample = watched  # type: ignore[method-assign,assignment]
-        return self.parts
+        self.components.policy.sample = watched  # type: ignore[method-assign,assignment]
+        return self.components

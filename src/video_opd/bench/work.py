@@ -22,7 +22,7 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
-from video_opd.training.components import Parts, make_optimizer
+from video_opd.training.components import Components, make_optimizer
 from video_opd.training.loop import make_accelerator
 from video_opd.training.step import Stepper, StepResult
 from video_opd.training.step_metrics import Stopwatch
@@ -158,7 +158,7 @@ class Steps:
             if one
             else make_method(recipe, processor.tokenizer)
         )
-        parts = Parts(
+        components = Components(
             model=model,
             forward_module=model,
             policy=policy,
@@ -172,7 +172,7 @@ class Steps:
             loader=lambda _: (),
             evaluation_loader=lambda _: (),
         )
-        self.stepper = Stepper(recipe, make_accelerator(recipe), parts, Stopwatch())
+        self.stepper = Stepper(recipe, make_accelerator(recipe), components, Stopwatch())
         self.rows = [Row(position=i, sample=_sample(p), prompt=p) for i, p in enumerate(prompts)]
 
     def __call__(self) -> StepResult:

@@ -109,7 +109,7 @@ def find_checkpoints(root: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 
-def discard_parts(root: Path) -> None:
+def discard_unfinished(root: Path) -> None:
     """Removes what a kill left half written."""
     for path in root.glob(f"{_PART}*") if root.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: student, teacher, optimiser, data."""
+"""From a recipe to the components of a run: student, teacher, optimiser, data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Components:
     """What a run trains, with what, on what. ``policy`` and ``teacher`` may be anything of that protocol."""
 
     model: torch.nn.Module  # the student's bare module; what is trained of it is float32
@@ -58,7 +58,9 @@ class Parts:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, weights: str | Path) -> Parts:
+def build_components(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, weights: str | Path
+) -> Components:
     """Loads everything that a run needs; ``weights`` is the student's folder (a checkpoint's, on a resume;
     the run's own ``model/``, when only its evaluation is left).
 
@@ -95,7 +97,7 @@ def build_parts(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, wei
         forward_module=forward_module,
         recompute=recompute and recipe.model.engine == "prefix",
     )
-    return Parts(
+    return Components(
         model=model,
         forward_module=forward_module,
         policy=policy,

@@ -20,7 +20,7 @@ from video_opd.models.interfaces import Policy
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.policy import HFPolicy
 from video_opd.progress import log
-from video_opd.training.components import Loader, Parts, prompt_loader
+from video_opd.training.components import Components, Loader, prompt_loader
 from video_opd.training.run_folder import RunFolder
 
 
@@ -39,9 +39,11 @@ def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
     return all((out / f"{name}-{Path(path).stem}.json").exists() for path in recipe.evaluate.data)
 
 
-def evaluate_model(recipe: Recipe, parts: Parts, folder: RunFolder) -> None:
+def evaluate_model(recipe: Recipe, components: Components, folder: RunFolder) -> None:
     """Writes ``eval/student-<data>.json`` and the answers beside it; goes on where a kill left off."""
-    _evaluate("student", recipe, parts.policy, parts.evaluation_loader, folder.model, folder.evaluations)
+    _evaluate(
+        "student", recipe, components.policy, components.evaluation_loader, folder.model, folder.evaluations
+    )
 
 
 def evaluate_base(recipe: Recipe, out: Path) -> None:

@@ -31,7 +31,7 @@ from video_opd.seeds import derive_seed
 from video_opd.strict import flatten, to_dict
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
-from video_opd.training.components import Parts, build_parts
+from video_opd.training.components import Components, build_components
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 STAGES = ("decode_wait", "prefill", "sample", "teacher", "reference", "update", "checkpoint")
 PROGRESS = {"reverse_kl/sampled": "reverse KL", "reward/mean": "reward", "response/nll": "nats a token"}
-Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Parts]
+Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Components]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class RunResult:
     metrics: dict[str, Any]
 
 
-def train(recipe: Recipe, build: Build = build_parts) -> RunResult:
+def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     """Trains, or continues what was killed, or returns at once when it is finished.
 
-    ``build`` makes the parts; tests and other engines give their own. Raises :class:`UserError` for what a
-    user can get wrong, at the earliest moment.
+    ``build`` makes the components; tests and other engines give their own. Raises :class:`UserError` for
+    what a user can get wrong, at the earliest moment.
     """
     folder = RunFolder(recipe.run.dir)
     accelerator = make_accelerator(recipe)
@@ -76,34 +76,36 @@ def train(recipe: Recipe, build: Build = build_parts) -> RunResult:
     if folder.model.is_dir():  # trained, but not yet evaluated
         return _finish(recipe, accelerator, folder, build(recipe, accelerator, folder, folder.model))
     saved = next(iter(checkpoints.find_checkpoints(folder.checkpoints)), None)
-    parts = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
-    start = _resume(saved, parts, accelerator)
+    components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
+    start = _resume(saved, components, accelerator)
     if accelerator.is_main_process:
-        checkpoints.discard_parts(folder.checkpoints)
-        checkpoints.discard_parts(folder.path)
+        checkpoints.discard_unfinished(folder.checkpoints)
+        checkpoints.discard_unfinished(folder.path)
         folder.rewind(start)
         folder.write_environment(_machine(accelerator, recipe))
     accelerator.wait_for_everyone()
     with _trackers(recipe, accelerator, start):
-        Run(recipe, accelerator, folder, parts).steps(start)
-    return _finish(recipe, accelerator, folder, parts)
+        Run(recipe, accelerator, folder, components).steps(start)
+    return _finish(recipe, accelerator, folder, components)
 
 
 class Run:
     """The steps of a run; holds what they share."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> None:
-        self.recipe, self.accelerator, self.folder, self.parts = recipe, accelerator, folder, parts
-        self.plan = BatchPlan.of(recipe, parts.samples)
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, components: Components
+    ) -> None:
+        self.recipe, self.accelerator, self.folder, self.components = recipe, accelerator, folder, components
+        self.plan = BatchPlan.of(recipe, components.samples)
         self.watch = Stopwatch(settle=_settle(accelerator.device))
-        self.stepper = Stepper(recipe, accelerator, parts, self.watch)
+        self.stepper = Stepper(recipe, accelerator, components, self.watch)
         self.probe = WeightProbe(self.stepper.shards.parameters, derive_seed(recipe.run.seed, "weights"))
 
     def steps(self, start: int) -> None:
         """Steps ``start`` … to the last, each with its metrics row and, where one is due, a checkpoint."""
         accelerator, plan, every = self.accelerator, self.plan, self.recipe.run.save_every
         stream = BatchStream(plan, start, accelerator.process_index, accelerator.num_processes)
-        batches = stream.batches(self.parts.loader(stream.wanted()))
+        batches = stream.batches(self.components.loader(stream.wanted()))
         with closing(batches), task("training", plan.total_steps) as bar:
             if start:
                 bar.advance(start, note="continued")
@@ -112,7 +114,7 @@ class Run:
                 with self.watch.stage("decode_wait"):
                     planned, rows = next(batches)
                 if first == 0 and self.recipe.run.check:
-                    check_first_prompts(self.recipe, self.parts, rows)
+                    check_first_prompts(self.recipe, self.components, rows)
                 prepared = self.stepper.prepare(first, planned, rows)
                 done = first + plan.updates_per_batch
                 for step in range(first, done):
@@ -124,7 +126,7 @@ class Run:
 
     def _step(self, step: int, prepared: Prepared, began_s: float) -> dict[str, Any]:
         lr = learning_rate(step, self.plan.total_steps, self.recipe.optim)
-        for group in self.parts.optimizer.param_groups:
+        for group in self.components.optimizer.param_groups:
             group["lr"] = lr
         before = self.probe.read()
         result = self.stepper.update(step, prepared)
@@ -152,7 +154,7 @@ class Run:
             **token_counts(
                 records,
                 self.recipe.model.engine == "prefix",
-                self.parts.method.needs,
+                self.components.method.needs,
                 continues_prefill=self.stepper.samples_while_updating
                 and step % self.plan.updates_per_batch == 0,
             ),
@@ -160,7 +162,7 @@ class Run:
             "time/step_s": seconds,
         }
         if self.accelerator.is_main_process:
-            tokenizer = self.parts.processor.tokenizer
+            tokenizer = self.components.processor.tokenizer
             shown = records[: self.recipe.run.log_rollouts]
             texts = [[tokenizer.decode([token]) for token in record.token_ids] for record in shown]
             append_jsonl(
@@ -178,15 +180,15 @@ class Run:
         with self.watch.stage("checkpoint"):
             weights = self.stepper.shards.state()
             training = {
-                "optimizer": optimizer_state(self.parts.optimizer),
+                "optimizer": optimizer_state(self.components.optimizer),
                 "random": gather_object([checkpoints.random_state()]),
             }
             if self.accelerator.is_main_process:
                 checkpoints.save_checkpoint(
                     self.folder.checkpoints,
                     step,
-                    model=self.parts.model,
-                    processor=self.parts.processor,
+                    model=self.components.model,
+                    processor=self.components.processor,
                     training=training,
                     recipe=self.recipe,
                     weights=weights,
@@ -274,29 +276,29 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
             tracker.finish()
 
 
-def _resume(saved: checkpoints.Checkpoint | None, parts: Parts, accelerator: Accelerator) -> int:
+def _resume(saved: checkpoints.Checkpoint | None, components: Components, accelerator: Accelerator) -> int:
     """Optimiser and random states from a checkpoint (the weights are already loaded): the steps done."""
     if saved is None:
         return 0
     state = checkpoints.load_training_state(saved)
-    load_optimizer_state(parts.optimizer, state["optimizer"])
+    load_optimizer_state(components.optimizer, state["optimizer"])
     states = state["random"]
     checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
     log(f"continuing after step {saved.step} ({saved.path})")
     return saved.step
 
 
-def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, parts: Parts) -> RunResult:
-    Shards(parts.model).dissolve()
+def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, components: Components) -> RunResult:
+    Shards(components.model).dissolve()
     if accelerator.is_main_process:
-        if has_adapters(parts.model):  # before model/, which says that all is there
-            checkpoints.save_adapter_folder(parts.model, folder.adapter)
+        if has_adapters(components.model):  # before model/, which says that all is there
+            checkpoints.save_adapter_folder(components.model, folder.adapter)
         save_dtype = getattr(torch, recipe.run.save_dtype)
-        merge_adapters(parts.model, save_dtype)
-        cast_weights(parts.model, save_dtype)
+        merge_adapters(components.model, save_dtype)
+        cast_weights(components.model, save_dtype)
         if not folder.model.is_dir():
-            checkpoints.save_model_folder(parts.model, parts.processor, folder.model, recipe)
-        evaluate_model(recipe, parts, folder)
+            checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe)
+        evaluate_model(recipe, components, folder)
         write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
         log(f"wrote {folder.model}")
     accelerator.wait_for_everyone()

@@ -35,7 +35,7 @@ from video_opd.evaluation.metrics import METRICS
 from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
 from video_opd.progress import is_first_process, log
-from video_opd.training.components import build_parts
+from video_opd.training.components import build_components
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
     evaluate_base,
@@ -58,7 +58,7 @@ class RoundsResult:
 
 
 def run_rounds(
-    recipe: Recipe, build: Build = build_parts, after_round: Callable[[Path], object] | None = None
+    recipe: Recipe, build: Build = build_components, after_round: Callable[[Path], object] | None = None
 ) -> RoundsResult:
     """Runs all rounds, or continues what was killed, or returns at once when they are finished.
 

@@ -10,7 +10,7 @@ from video_opd.config import Recipe
 from video_opd.progress import log
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
-from video_opd.training.components import Parts
+from video_opd.training.components import Components
 from video_opd.types import Rollout
 
 PROMPTS = 2
@@ -20,7 +20,7 @@ class CheckError(AssertionError):
     """A check before the first step failed: training would compare two different things."""
 
 
-def check_first_prompts(recipe: Recipe, parts: Parts, rows: Sequence[Row]) -> dict[str, float]:
+def check_first_prompts(recipe: Recipe, components: Components, rows: Sequence[Row]) -> dict[str, float]:
     """Samples an answer to each of the first prompts and scores it again, in two ways.
 
     Self-distillation gate: a student that is its own teacher must get |r_t| ≈ 0 for every token. Parity: so
@@ -32,13 +32,13 @@ def check_first_prompts(recipe: Recipe, parts: Parts, rows: Sequence[Row]) -> di
     if not prompts:
         return {}
     seeds = [[derive_seed(recipe.run.seed, "check", row.sample.id)] for row in rows[:PROMPTS]]
-    groups = parts.policy.sample(
+    groups = components.policy.sample(
         prompts, n=1, max_new_tokens=recipe.sampling.max_new_tokens, temperature=1.0, seeds=seeds
     )
     responses = [[rollout.token_ids for rollout in group] for group in groups]
     rollouts = [rollout for group in groups for rollout in group]
-    own = parts.policy.logprobs(prompts, responses)
-    plain = parts.plain.logprobs(prompts, responses)
+    own = components.policy.logprobs(prompts, responses)
+    plain = components.plain.logprobs(prompts, responses)
     measured = {
         "self-distillation |r_t|": _largest_gap(own.logprobs_BT, rollouts),
         "parity with the plain engine": _largest_gap(plain.logprobs_BT, rollouts),

@@ -26,7 +26,7 @@ from video_opd.models.modes import call_through
 from video_opd.models.teachers import stack
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row, micro_batches
-from video_opd.training.components import Parts
+from video_opd.training.components import Components
 from video_opd.training.loss_batch import check_ratio, make_records, make_trajectories, without_nonfinite
 from video_opd.training.sharding import Shards, whole
 from video_opd.training.step_metrics import RolloutRecord, Stopwatch
@@ -68,15 +68,17 @@ class Prepared:
 class Stepper:
     """Makes batches ready, and updates on them. ``watch`` adds up the seconds of each stage."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, parts: Parts, watch: Stopwatch) -> None:
-        self.recipe, self.accelerator, self.parts, self.watch = recipe, accelerator, parts, watch
-        self.needs = parts.method.needs
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, components: Components, watch: Stopwatch
+    ) -> None:
+        self.recipe, self.accelerator, self.components, self.watch = recipe, accelerator, components, watch
+        self.needs = components.method.needs
         self.full = self.needs.distributions or (
             recipe.run.analytic_kl and (recipe.teacher.distributions or not self.needs.teacher)
         )
         # Scored as it was sampled; the teacher's own distribution is never sharpened.
         self.temperature = recipe.sampling.temperature if self.needs.sampling else 1.0
-        self.shards = Shards(parts.model)
+        self.shards = Shards(components.model)
         self.reads_once = self.needs.sampling and recipe.model.engine == "prefix"
 
     @property
@@ -113,7 +115,7 @@ class Stepper:
             last = i + 1 == len(prepared.pieces)
             # Gradients are added up locally and exchanged once, by the backward of the last piece.
             alone = self.shards.units or not last  # shards are reduced when all is added up
-            with self.accelerator.no_sync(self.parts.forward_module) if alone else nullcontext():
+            with self.accelerator.no_sync(self.components.forward_module) if alone else nullcontext():
                 if piece.rows:
                     part, new = self._update(piece, assumed, step if samples else None)
                     records += new
@@ -123,7 +125,7 @@ class Stepper:
         if samples:
             prepared.divisor = self._divisor(prepared.pieces)
         if not prepared.divisor:  # no video of the whole batch could be decoded
-            self.parts.optimizer.zero_grad(set_to_none=True)
+            self.components.optimizer.zero_grad(set_to_none=True)
             return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
         grad_norm, updated = self._apply(step, assumed / prepared.divisor)
         return StepResult(
@@ -138,7 +140,7 @@ class Stepper:
             piece = rows[i : i + size]
             prompts = [row.prompt for row in piece]
             with self.watch.stage("prefill"):
-                prefix = self.parts.policy.prefill(prompts) if self.reads_once else prompts
+                prefix = self.components.policy.prefill(prompts) if self.reads_once else prompts
             for row, group in zip(piece, self._trajectories(step, piece, prefix), strict=True):
                 rollouts[row.position] = group
         return rollouts
@@ -149,7 +151,7 @@ class Stepper:
         seeds = [[derive_seed(seed, "rollout", step, row.sample.id, g) for g in range(count)] for row in rows]
         samples = [row.sample for row in rows]
         with self.watch.stage("sample"):
-            return self.parts.method.trajectories(self.parts.policy, prefix, samples, seeds)
+            return self.components.method.trajectories(self.components.policy, prefix, samples, seeds)
 
     def _divisor(self, pieces: Sequence[_Piece]) -> float:
         """Of the loss, from the lengths of all answers of all processes; 0 if there are none."""
@@ -163,22 +165,24 @@ class Stepper:
     ) -> tuple[float, list[RolloutRecord]]:
         """Student, loss and backward of one micro-batch, and before the first of its updates everything that
         stays: (its part of the loss, its records). It is sampled first with ``sample_at``, this step."""
-        parts, recipe = self.parts, self.recipe
+        components, recipe = self.components, self.recipe
         prompts = [row.prompt for row in piece.rows]
         prefix: Any = prompts
         if sample_at is not None:
             with self.watch.stage("prefill"):
-                prefix = parts.policy.prefill(prompts, grad=True)
+                prefix = components.policy.prefill(prompts, grad=True)
             piece.groups = self._trajectories(sample_at, piece.rows, prefix)
         responses = [[rollout.token_ids for rollout in group] for group in piece.groups]
         teacher = reference = None
         if piece.batch is None:
             with self.watch.stage("teacher"):
-                teacher = self._score(parts.teacher, prompts, responses) if self.needs.teacher else None
+                teacher = self._score(components.teacher, prompts, responses) if self.needs.teacher else None
             with self.watch.stage("reference"):
-                reference = self._score(parts.reference, prompts, responses) if self.needs.reference else None
+                reference = (
+                    self._score(components.reference, prompts, responses) if self.needs.reference else None
+                )
         with self.watch.stage("update"):
-            student = parts.policy.logprobs(
+            student = components.policy.logprobs(
                 prefix, responses, grad=True, full=self.full, temperature=self.temperature
             )
             del prefix  # the graph keeps what it needs of keys and values
@@ -186,12 +190,12 @@ class Stepper:
                 limit = recipe.loss.max_importance_weight
                 batch = make_trajectories(piece.rows, piece.groups, student, teacher, reference, limit)
                 piece.batch = without_nonfinite(batch, student, recipe.loss.nonfinite)
-                piece.signal = parts.method.signal(piece.batch)
+                piece.signal = components.method.signal(piece.batch)
                 check_ratio(piece.batch, student, recipe.ratio_tolerance)
             assert piece.signal is not None
             # An update may have broken what was finite before it.
             batch = without_nonfinite(piece.batch, student, recipe.loss.nonfinite)
-            loss = parts.method.loss(student, batch, piece.signal, divisor)
+            loss = components.method.loss(student, batch, piece.signal, divisor)
             # Data-parallel wrappers average over ranks; ``divisor`` is already global, so undo that.
             self.accelerator.backward(loss * self.accelerator.num_processes)
             records = make_records(
@@ -201,38 +205,40 @@ class Stepper:
 
     def _score(
         self,
-        judge: Teacher | None,
+        scorer: Teacher | None,
         prompts: Sequence[EncodedPrompt],
         responses: Sequence[Sequence[Sequence[int]]],
     ) -> TokenLogprobs:
         """What the teacher, or the initial student, says of the trajectories."""
-        assert judge is not None, "the method needs a model that was not built"
-        teacher = judge is self.parts.teacher
+        assert scorer is not None, "the method needs a model that was not built"
+        teacher = scorer is self.components.teacher
         full = self.full and teacher
         temperature = 1.0 if teacher else self.temperature
         size = self.recipe.teacher.micro_batch_size or len(prompts)
         pieces = [
-            judge.logprobs(prompts[i : i + size], responses[i : i + size], full=full, temperature=temperature)
+            scorer.logprobs(
+                prompts[i : i + size], responses[i : i + size], full=full, temperature=temperature
+            )
             for i in range(0, len(prompts), size)
         ]
         return pieces[0] if len(pieces) == 1 else stack(pieces)
 
     def _update_nothing(self) -> None:
         """A backward with zero gradients, where other ranks have rows and this one has none left."""
-        parts = self.parts
+        components = self.components
 
         def zero() -> torch.Tensor:
-            return torch.stack([parameter.sum() for parameter in parts.parameters]).sum() * 0.0
+            return torch.stack([parameter.sum() for parameter in components.parameters]).sum() * 0.0
 
         with self.watch.stage("update"):
-            if parts.forward_module is parts.model:
+            if components.forward_module is components.model:
                 return  # one process, or shards: nobody waits for it
-            self.accelerator.backward(call_through(parts.forward_module, parts.model, zero))
+            self.accelerator.backward(call_through(components.forward_module, components.model, zero))
 
     def _apply(self, step: int, factor: float) -> tuple[float, bool]:
         """Clips and steps, with ``factor`` times the gradients that were added up: (global gradient norm
         before clipping, whether the weights were touched)."""
-        parts, optim = self.parts, self.recipe.optim
+        components, optim = self.components, self.recipe.optim
         with self.watch.stage("update"):
             self.shards.reduce()
             parameters = self.shards.parameters
@@ -247,7 +253,7 @@ class Stepper:
                     "to mask, which leaves such a step out"
                 )
             if finite:
-                parts.optimizer.step()
-            parts.optimizer.zero_grad(set_to_none=True)
+                components.optimizer.step()
+            components.optimizer.zero_grad(set_to_none=True)
             self.shards.gather()
         return norm, finite

@@ -11,7 +11,7 @@ from training_cases import Build, make_recipe, rows_of
 
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
-from video_opd.training.components import Parts
+from video_opd.training.components import Components
 from video_opd.training.loop import train
 
 
@@ -53,20 +53,24 @@ def test_sampling_scoring_and_gradients_stay_on_the_device(engine: str, recomput
             rollouts = student.sample(shown, n=count, max_new_tokens=5, seeds=seeds, top_p=0.9, top_k=50)
             answers = [[rollout.token_ids for rollout in group] for group in rollouts]
             scored = student.logprobs(shown, answers, grad=True, full=True)
-            judged = teacher.logprobs(mixed_prompts(), answers, full=True)
-            assert scored.logprobs_BT.device == judged.logprobs_BT.device == GPU
-            ((scored.logprobs_BT - judged.logprobs_BT) * scored.mask_BT).sum().backward()
+            taught = teacher.logprobs(mixed_prompts(), answers, full=True)
+            assert scored.logprobs_BT.device == taught.logprobs_BT.device == GPU
+            ((scored.logprobs_BT - taught.logprobs_BT) * scored.mask_BT).sum().backward()
         for part in student.prefill_parts(mixed_prompts(), 2) if engine == "prefix" else ():
             student.sample(part, n=2, max_new_tokens=3, temperature=0)
 
 
 class BuildThere(Build):
-    def __call__(self, *given: Any) -> Parts:
-        parts = super().__call__(*given)
-        judges = [judge for judge in (parts.teacher, parts.reference) if isinstance(judge, LocalTeacher)]
-        for held in (parts.model, *(judge.policy.model for judge in judges)):
+    def __call__(self, *given: Any) -> Components:
+        components = super().__call__(*given)
+        scorers = [
+            scorer
+            for scorer in (components.teacher, components.reference)
+            if isinstance(scorer, LocalTeacher)
+        ]
+        for held in (components.model, *(scorer.policy.model for scorer in scorers)):
             put_there(held)
-        return parts
+        return components
 
 
 @pytest.mark.parametrize(

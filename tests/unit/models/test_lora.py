@@ -489,7 +489,9 @@ def test_a_run_that_was_cut_off_continues(undisturbed: RunResult, tmp_path: Path
     for name in ("adapter_config.json", "adapter_model.safetensors", "trained_in_full.safetensors"):
         mine, theirs = (folder / "adapter" / name for folder in (undisturbed.path, path))
         assert mine.read_bytes() == theirs.read_bytes()
-    assert not any(".lora_" in name for name, _ in build.parts.model.named_parameters())  # plain, at the end
+    assert not any(
+        ".lora_" in name for name, _ in build.components.model.named_parameters()
+    )  # plain, at the end
     assert len(build.sampled) == {"step 2": 4, "all steps": 0, "the model": 0}[left]
 
 
@@ -545,5 +547,5 @@ def test_the_model_is_saved_in_the_precision_that_was_asked_for(tmp_path: Path) 
     assert {value.dtype for value in weights_of(tmp_path / "run").values()} == {torch.bfloat16}
     # What was saved is what is evaluated: rotary frequencies are not weights, and stay as they were.
     loaded, _ = load_model(tmp_path / "run" / "model", dtype="bfloat16")
-    assert all(torch.equal(b, build.parts.model.get_buffer(name)) for name, b in loaded.named_buffers())
-    assert torch.equal(scores(loaded), scores(build.parts.model))
+    assert all(torch.equal(b, build.components.model.get_buffer(name)) for name, b in loaded.named_buffers())
+    assert torch.equal(scores(loaded), scores(build.components.model))

@@ -24,7 +24,7 @@ from video_opd.models.inference import read_model_facts
 from video_opd.models.loading import load_model
 from video_opd.training.checkpoint import (
     Checkpoint,
-    discard_parts,
+    discard_unfinished,
     find_checkpoints,
     load_training_state,
     random_state,
@@ -79,7 +79,7 @@ def test_a_half_written_checkpoint_is_not_one(tmp_path: Path, recipe: Recipe, da
 def test_remains_are_removed(tmp_path: Path, recipe: Recipe):
     save(tmp_path, 2, recipe)
     shutil.copytree(tmp_path / "step-2", tmp_path / ".part-step-4")
-    discard_parts(tmp_path)
+    discard_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
 

@@ -93,7 +93,7 @@ def test_the_metrics_say_what_the_rollouts_say(undisturbed: RunResult):
 
 
 def test_a_finished_run_returns_at_once(undisturbed: RunResult):
-    def build(*parts: Any) -> Any:
+    def build(*given: Any) -> Any:
         raise AssertionError("a finished run loads nothing")
 
     recipe = make_recipe(undisturbed.path, optim={"epochs": 2})
@@ -201,9 +201,9 @@ def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
         sampling={"rollouts": 128, "max_new_tokens": 3},  # enough for the sample's noise to be small
     )
     ((prompts, responses),) = build.sampled
-    student = build.parts.policy.logprobs(prompts, responses, full=True)
-    assert build.parts.teacher is not None
-    teacher = build.parts.teacher.logprobs(prompts, responses, full=True)
+    student = build.components.policy.logprobs(prompts, responses, full=True)
+    assert build.components.teacher is not None
+    teacher = build.components.teacher.logprobs(prompts, responses, full=True)
     assert student.full_BTV is not None and teacher.full_BTV is not None
     p, q = (full[student.mask_BT].double() for full in (student.full_BTV, teacher.full_BTV))
     after = (p.exp() * (p - q)).sum(-1).mean().item()
@@ -237,7 +237,7 @@ def test_what_is_evaluated_is_what_was_saved(tmp_path: Path):
     """In bfloat16 the weights are rounded, the rotary frequencies not: nobody saves or loads those."""
     build = Watched(rows=4)
     run(tmp_path / "run", build, optim={"max_steps": 1}, run={"save_dtype": "bfloat16"})
-    held = build.parts.model
+    held = build.components.model
     loaded, _ = load_model(tmp_path / "run" / "model", dtype="bfloat16")
     assert all(torch.equal(weight, held.get_parameter(name)) for name, weight in loaded.named_parameters())
     assert all(torch.equal(buffer, held.get_buffer(name)) for name, buffer in loaded.named_buffers())
@@ -271,13 +271,13 @@ class Spoilt(Build):
         self.what = what
 
     def __call__(self, *arguments: Any) -> Any:
-        parts = super().__call__(*arguments)
-        sample, logprobs = parts.policy.sample, parts.policy.logprobs
+        components = super().__call__(*arguments)
+        sample, logprobs = components.policy.sample, components.policy.logprobs
 
         def moving(*args: Any, **kwargs: Any) -> Any:
             rollouts = sample(*args, **kwargs)
             with torch.no_grad():
-                parts.model.get_parameter("lm_head.weight").mul_(1.05)
+                components.model.get_parameter("lm_head.weight").mul_(1.05)
             return rollouts
 
         def nan(*args: Any, **kwargs: Any) -> Any:
@@ -287,10 +287,10 @@ class Spoilt(Build):
             return scores
 
         if self.what == "moves":
-            parts.policy.sample = moving  # type: ignore[method-assign]
+            components.policy.sample = moving  # type: ignore[method-assign]
         else:
-            parts.policy.logprobs = nan  # type: ignore[method-assign]
-        return parts
+            components.policy.logprobs = nan  # type: ignore[method-assign]
+        return components
 
 
 def test_a_ratio_that_is_not_one_stops_the_run(tmp_path: Path):

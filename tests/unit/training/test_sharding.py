@@ -21,7 +21,7 @@ from training_cases import Build, assert_equal_to_rounding, free_port, make_reci
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
-from video_opd.training.components import Parts
+from video_opd.training.components import Components
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.sharding import is_sharded, sharding_asked, whole
@@ -75,24 +75,28 @@ def recipe_of(name: str, path: Path, *, sharded: bool, engine: str = "prefix", *
 class Recording(Build):
     """Keeps the gradients of the first optimiser step, whole, in ``gradients.pt`` beside the run."""
 
-    def __call__(self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path) -> Parts:
-        parts = super().__call__(recipe, accelerator, folder, weights)
-        step, kept = parts.optimizer.step, folder.path / "gradients.pt"
+    def __call__(
+        self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path
+    ) -> Components:
+        components = super().__call__(recipe, accelerator, folder, weights)
+        step, kept = components.optimizer.step, folder.path / "gradients.pt"
         if accelerator.num_processes > 1:  # while one evaluates for hours, the others wait
             group = torch.distributed.group.WORLD
             assert group is not None
             assert group._get_backend(accelerator.device).options._timeout >= timedelta(days=1)
-        assert is_sharded(parts.model) == (accelerator.num_processes > 1 and recipe.model.sharding == "fsdp2")
+        assert is_sharded(components.model) == (
+            accelerator.num_processes > 1 and recipe.model.sharding == "fsdp2"
+        )
 
         def keep_and_step() -> None:
-            named = parts.model.named_parameters()
+            named = components.model.named_parameters()
             held = {name: whole(weight.grad).clone() for name, weight in named if weight.grad is not None}
             if accelerator.is_main_process and not kept.exists():
                 torch.save(held, kept)
             step()
 
-        parts.optimizer.step = keep_and_step  # type: ignore[method-assign, assignment]
-        return parts
+        components.optimizer.step = keep_and_step  # type: ignore[method-assign, assignment]
+        return components
 
 
 def build_of(name: str, engine: str = "prefix") -> Recording:
