@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from video_opd.algorithms.signals import forward_kl, reverse_kl
+from video_opd.algorithms.signals import forward_kl, k3, reverse_kl
 
 Reduction = Literal["sum", "token_mean"]
 
@@ -47,10 +47,11 @@ def importance_surrogate(
         terms_BT = advantage_BT * log_ratio_BT.exp()
     else:
         low, high = clip
-        clipped_BT = _clipped(log_ratio_BT, advantage_BT, clip)
+        constant_ratio_BT = log_ratio_BT.detach().exp()
+        clipped_BT = is_clipped(constant_ratio_BT, advantage_BT, clip)
         # Not torch.minimum: its backward multiplies 0 by a ratio that may have overflowed.
         ratio_BT = torch.where(clipped_BT, 0.0, log_ratio_BT).exp()
-        bound_BT = log_ratio_BT.detach().exp().clamp(1.0 - low, 1.0 + high)
+        bound_BT = constant_ratio_BT.clamp(1.0 - low, 1.0 + high)
         terms_BT = advantage_BT * torch.where(clipped_BT, bound_BT, ratio_BT)
     if weight_BT is not None:
         assert weight_BT.shape == mask_BT.shape, "one weight for each token"
@@ -58,13 +59,14 @@ def importance_surrogate(
     return -terms_BT.sum() / divisor
 
 
-def _clipped(
-    log_ratio_BT: torch.Tensor, advantage_BT: torch.Tensor, clip: tuple[float, float]
-) -> torch.Tensor:
-    """Bool [B, T]: where clamp(ratio)·A is below ratio·A."""
+def is_clipped(ratio_BT: torch.Tensor, advantage_BT: torch.Tensor, clip: tuple[float, float]) -> torch.Tensor:
+    """Bool [B, T]: the clip rule of PPO, True where clamp(ratio, 1 − low, 1 + high)·A is below ratio·A.
+
+    ``ratio_BT`` is π_θ(a_t) / π_old(a_t), ``advantage_BT`` is A, ``clip`` is ``(low, high)``. A clipped token
+    has no gradient. Comparisons with NaN are False.
+    """
     low, high = clip
     assert low >= 0 and high >= 0, "clip is how far the ratio may leave 1, downwards and upwards"
-    ratio_BT = log_ratio_BT.detach().exp()
     return ((advantage_BT > 0) & (ratio_BT > 1.0 + high)) | ((advantage_BT < 0) & (ratio_BT < 1.0 - low))
 
 
@@ -86,16 +88,16 @@ def truncated_weights(
 def k3_penalty(
     logp_BT: torch.Tensor, reference_BT: torch.Tensor, mask_BT: torch.Tensor, divisor: float
 ) -> torch.Tensor:
-    """Σ_t (exp(d_t) − d_t − 1) / divisor with d_t = log π_ref(a_t) − log π_θ(a_t), a scalar ≥ 0.
+    """Σ_t k3(log π_ref(a_t) − log π_θ(a_t)) / divisor, a scalar ≥ 0: GRPO's penalty (Shao et al. 2024).
 
-    The k3 estimator (Schulman 2020, "Approximating KL divergence"; GRPO's penalty, Shao et al. 2024). Over
-    tokens of π_θ its *value* estimates KL(π_θ ‖ π_ref) without bias. Its *gradient*, through ``logp_BT``
-    alone, is in expectation that of KL(π_ref ‖ π_θ): the two agree to first order around π_ref.
+    The *value* estimates KL(π_θ ‖ π_ref) (:func:`~video_opd.algorithms.signals.k3`). The *gradient*, which
+    goes through ``logp_BT`` alone, is in expectation that of KL(π_ref ‖ π_θ): the two agree to first order
+    around π_ref.
     """
     assert logp_BT.shape == reference_BT.shape == mask_BT.shape, "one value for each token"
     assert divisor > 0, "an empty global batch has no loss"
     log_ratio_BT = torch.where(mask_BT, reference_BT.detach() - logp_BT, 0.0)
-    return (log_ratio_BT.expm1() - log_ratio_BT).sum() / divisor
+    return k3(log_ratio_BT).sum() / divisor
 
 
 def negative_log_likelihood(logp_BT: torch.Tensor, mask_BT: torch.Tensor, divisor: float) -> torch.Tensor:
@@ -167,10 +169,10 @@ def _unmasked(
     return torch.where(mask_BT1, student_BTV, 0.0), torch.where(mask_BT1, teacher_BTV.detach(), 0.0)
 
 
-def divisor(response_lengths: Sequence[int], reduction: Reduction) -> float:
-    """What a loss is divided by, from the lengths of *all* trajectories of the global batch.
+def loss_divisor(response_lengths: Sequence[int], reduction: Reduction) -> float:
+    """The number that a loss is divided by, from the lengths of *all* trajectories of the global batch.
 
-    ``sum``: the number of trajectories, so each counts the sum over its tokens (eq 6). ``token_mean``: the
-    number of tokens, so a long answer weighs no more a token than a short one.
+    ``sum`` divides by the number of trajectories, so that each contributes the sum over its tokens (eq 6).
+    ``token_mean`` divides by the number of tokens, so that every token weighs the same.
     """
     return float(len(response_lengths) if reduction == "sum" else sum(response_lengths))

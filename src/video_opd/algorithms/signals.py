@@ -103,6 +103,15 @@ def forward_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.Te
     return reverse_kl(teacher_BTV, student_BTV)
 
 
+def k3(log_ratio_BT: torch.Tensor) -> torch.Tensor:
+    """exp(x) − x − 1 for every x = log q(a_t) − log p(a_t), [B, T], never negative.
+
+    Over tokens that p sampled, its mean estimates KL(p ‖ q) without bias (the k3 estimator: Schulman 2020,
+    "Approximating KL divergence").
+    """
+    return log_ratio_BT.expm1() - log_ratio_BT
+
+
 def entropy(student_BTV: torch.Tensor) -> torch.Tensor:
     """−Σ_v p(v) log p(v) at every position, [B, T]."""
     possible = student_BTV > -torch.inf

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from video_opd.algorithms.losses import divisor
+from video_opd.algorithms.losses import loss_divisor
 from video_opd.algorithms.method import Signal, Trajectories
 from video_opd.config import Recipe
 from video_opd.errors import UserError
@@ -158,7 +158,7 @@ class Stepper:
         from accelerate.utils import gather_object
 
         lengths = gather_object([len(r.token_ids) for p in pieces for group in p.groups for r in group])
-        return divisor(lengths, self.recipe.loss.reduction)
+        return loss_divisor(lengths, self.recipe.loss.reduction)
 
     def _update(
         self, piece: _Piece, divisor: float, sample_at: int | None

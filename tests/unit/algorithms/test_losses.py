@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from video_opd.algorithms.losses import (
-    divisor,
     forward_kl_loss,
     importance_surrogate,
+    is_clipped,
     k3_penalty,
+    loss_divisor,
     negative_log_likelihood,
     reverse_kl_loss,
     topk_reverse_kl_loss,
@@ -77,7 +78,7 @@ def test_padding_may_hold_anything(garbage: float):
 def test_micro_batches_add_up_to_the_whole():
     logp, old, advantage, mask = case(3)
     for reduction in ("sum", "token_mean"):
-        count = divisor([4, 1, 3], reduction)
+        count = loss_divisor([4, 1, 3], reduction)
         whole = importance_surrogate(logp, old, advantage, mask, count)
         parts = sum(
             importance_surrogate(logp[b, None], old[b, None], advantage[b, None], mask[b, None], count)
@@ -87,8 +88,8 @@ def test_micro_batches_add_up_to_the_whole():
 
 
 def test_the_divisors():
-    assert divisor([4, 1, 3], "sum") == 3.0  # eq 6: mean over trajectories
-    assert divisor([4, 1, 3], "token_mean") == 8.0
+    assert loss_divisor([4, 1, 3], "sum") == 3.0  # eq 6: mean over trajectories
+    assert loss_divisor([4, 1, 3], "token_mean") == 8.0
 
 
 def softmax_policy(seed: int, vocabulary: int = 4) -> torch.Tensor:
@@ -214,6 +215,7 @@ def test_the_clip_case_by_case(advantage: float, ratio: float, loss: float, slop
     assert math.isclose(measured.item(), loss, rel_tol=1e-12, abs_tol=1e-15)
     assert math.isclose(logp.grad.item(), slope, rel_tol=1e-12, abs_tol=1e-15)
     assert advantage == 0 or (logp.grad.item() == 0) == bool(share)
+    assert is_clipped(torch.tensor([[ratio]]), a, (LOW, HIGH)).tolist() == [[bool(share)]]
 
 
 def test_the_clipped_weighted_surrogate_is_ppos_formula_token_by_token():
