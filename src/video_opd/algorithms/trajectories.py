@@ -40,7 +40,7 @@ class Annotated:
 
     def _rollout(self, sample: Sample, seed: int) -> Rollout:
         assert sample.spans, f"{sample.id}: rows without an annotation are left out before"
-        text = self.style.answer(sample.spans[seed % len(sample.spans)])
+        text = self.style.write_answer(sample.spans[seed % len(sample.spans)])
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return Rollout(
             token_ids=(*ids, self.tokenizer.eos_token_id), logprobs=None, text=text, truncated=False

@@ -1,7 +1,7 @@
-"""Data files: one question about one video a line, checked before anything runs.
+"""Reads and writes data files. Each line asks one question about one video; all lines are checked first.
 
 ``{"id": str, "video": path, "query": str, "duration": seconds, "spans": [[start_s, end_s], …],
-"source": str?}``. Unknown keys are kept in :attr:`Sample.row`.
+"source": str?}``. :attr:`Sample.row` keeps the keys that are not known.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ logger = logging.getLogger(__name__)
 
 REQUIRED_KEYS = ("id", "video", "query")
 KNOWN_KEYS = (*REQUIRED_KEYS, "duration", "spans", "source")
-_LIKENESS, _MOST_LETTERS = 0.8, 2  # of a misspelt key: alike by difflib, longer or shorter by so many letters
+# A key counts as a misspelling of a known one if difflib finds them this alike (0 to 1) and their lengths
+# differ by at most this many letters.
+_LIKENESS, _MOST_LETTERS = 0.8, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A line that is no row."""
+    """A line that cannot be used as a row."""
 
     line: int
-    id: str | None  # as far as it has one
-    message: str  # with file and line
+    id: str | None  # None where the line has none
+    message: str  # names file and line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """A data file as it was read, and what was noticed on the way."""
+    """The samples of a data file, and what reading it found."""
 
     samples: tuple[Sample, ...]
     clamped: tuple[tuple[int, str], ...]  # (line, id) of rows with a span cut to the video's duration
     unannotated: int  # rows without spans
-    faults: tuple[Fault, ...] = ()  # lines that are wrong; only where they were asked for
+    faults: tuple[Fault, ...] = ()  # lines that are wrong; filled only with ``keep_faults``
 
 
 def read_samples(path: str | Path, video_root: str | Path | None = None) -> list[Sample]:
-    """The samples of a data file; a warning says how many spans were cut to the duration.
+    """Returns the samples of a data file. A warning says how many spans were cut to the duration.
 
     Raises UserError as :func:`read_annotations` does.
     """
@@ -67,11 +69,11 @@ def read_annotations(
 ) -> Annotations:
     """Reads and checks a data file.
 
-    Videos are relative to ``video_root``, or to the data file's folder; whether they are there is for the
-    loader to find out. Spans that end past ``duration`` are cut to it and counted. Raises UserError with the
-    line for anything else: a broken line, a missing key, an id that was used before, a span that is
-    reversed, empty, negative, not a number, or entirely past the end. With ``keep_faults`` a line that is
-    wrong is left out and listed; only a file that cannot be opened is an error then.
+    Video paths are relative to ``video_root``, or to the data file's folder. They are not opened here. A span
+    that ends past ``duration`` is cut to it and counted. Anything else that is wrong raises UserError, which
+    names the line: a broken line, a missing key, an id that was used before, a span that is reversed, empty,
+    negative, not a number, or entirely past the end. With ``keep_faults`` such a line is left out and listed
+    instead, and only a file that cannot be opened raises.
     """
     path = Path(path)
     root = Path(video_root) if video_root is not None else path.parent
@@ -110,7 +112,10 @@ def read_annotations(
 
 
 def misspelt_keys(row: Mapping[str, Any]) -> dict[str, str]:
-    """``{"span": "spans"}``: keys that nearly are a known one which the row lacks; others are free."""
+    """Keys of the row that look like a misspelling of a known key which the row lacks: ``{"span": "spans"}``.
+
+    Other unknown keys are allowed.
+    """
     unknown = {key.lower(): key for key in row if key not in KNOWN_KEYS}
     found = {}
     for name in KNOWN_KEYS:
@@ -123,8 +128,8 @@ def misspelt_keys(row: Mapping[str, Any]) -> dict[str, str]:
 def write_rows(path: str | Path, rows: Iterable[Sample | Mapping[str, Any]]) -> None:
     """Writes a data file atomically.
 
-    A Sample is written with its unknown keys and with its video relative to the new file's folder, so the
-    file reads without a video root wherever it lies; a mapping is written as it is.
+    A Sample is written with its unknown keys. Its video path is made relative to the folder of the new file,
+    so that the file can be read without a video root. A mapping is written unchanged.
     """
     folder = Path(path).parent
     write_jsonl(path, (_row(row, folder) if isinstance(row, Sample) else row for row in rows))
@@ -196,8 +201,8 @@ def _spans(value: Any, duration_s: float | None, where: str) -> tuple[tuple[tupl
 
 
 def _number(value: Any, what: str) -> float:
-    # JSON's true is an int to Python; NaN and Infinity are read by its json, and are no times. An integer of
-    # hundreds of digits has no float.
+    # Python counts JSON's true as an int, its json module reads NaN and Infinity, and an integer of hundreds
+    # of digits does not fit into a float. None of these is a time.
     if isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             if math.isfinite(number := float(value)):

@@ -1,13 +1,13 @@
-"""How many frames of a video a model sees, and how large.
+"""Plans how many frames of a video a model sees, and how large they are.
 
-A video token is 32×32 px of a frame *pair* (patch 16 × merge 2; temporal patch 2). Below the total bound
-the choices are those of qwen-vl-utils 0.0.14 (``smart_nframes``, ``smart_resize``). Its per-frame floor
-silently breaks the total on long or elongated videos; here the total is hard:
+A video token is 32×32 px of a *pair* of frames (patch 16 × merge 2; temporal patch 2). Frames and sizes are
+those of qwen-vl-utils 0.0.14 (``smart_nframes``, ``smart_resize``) wherever these keep the bound of tokens a
+video. On long or elongated videos, the library's floor of tokens a pair breaks that bound. Here the bound is
+hard, and the first of these that keeps it is taken:
 
-1. the library's size, wherever that fits;
-2. else the same size without the per-frame floor, at least one cell (32×32 px) a side;
-3. else, when even the smallest size of that shape (short side one cell) is too much, fewer frames, evenly
-   spread. Their true times follow by themselves.
+1. the library's size;
+2. the same shape without the floor, at least one cell (32×32 px) a side;
+3. the smallest size of that shape (short side one cell) and fewer frames, evenly spread.
 
 Defaults are the paper's (sec. 4.1).
 """
@@ -82,7 +82,7 @@ def count_tokens(n_frames: int, height_px: int, width_px: int) -> int:
 
 
 def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, budget: VideoBudget) -> ClipPlan:
-    """Frames and size for a video of ``frame_count`` frames at a mean of ``source_fps``.
+    """Plans frames and size for a video of ``frame_count`` frames at a mean rate of ``source_fps``.
 
     ``video_tokens`` of the plan is at most ``budget.max_video_tokens``, for any input.
     """
@@ -95,9 +95,9 @@ def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, bud
 
 
 def plan_frames(frame_count: int, source_fps: float, budget: VideoBudget) -> int:
-    """How many frames to take, before the total bound has its say: an even number.
+    """Returns how many frames to take before the bound of tokens a video is applied: an even number.
 
-    qwen-vl-utils' ``smart_nframes``, which refuses a video of one frame; here that is a pair of the same.
+    This is qwen-vl-utils' ``smart_nframes``. It refuses a video of one frame; here that frame is taken twice.
     """
     assert frame_count >= 1 and source_fps > 0
     if frame_count < PAIR:
@@ -109,9 +109,10 @@ def plan_frames(frame_count: int, source_fps: float, budget: VideoBudget) -> int
 
 
 def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoBudget) -> tuple[int, int]:
-    """(height, width) in px, multiples of 32, of each of ``n_frames`` frames.
+    """Returns (height, width) in px, multiples of 32, of each of ``n_frames`` frames.
 
-    Within the total bound for as many frames as :func:`plan` allows; the shape gives way last.
+    The size keeps the bound of tokens a video for as many frames as :func:`plan` allows. The aspect ratio is
+    given up only where nothing else is left.
     """
     assert n_frames >= 1 and height_px >= 1 and width_px >= 1
     height, width = _library_cells(n_frames, height_px, width_px, budget)
@@ -123,23 +124,23 @@ def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoBudget)
 
 
 def uniform_indices(frame_count: int, n_frames: int) -> np.ndarray:
-    """int64 [n_frames]: evenly spread frame numbers, first and last included.
+    """Returns evenly spread frame numbers, first and last included: int64 [n_frames].
 
-    ``torch.linspace(0, frame_count − 1, n_frames).round()`` as qwen-vl-utils computes it, float32 and its
-    rounding included. Of one frame: that frame, repeated.
+    This is ``torch.linspace(0, frame_count − 1, n_frames).round()`` in float32, exactly as qwen-vl-utils
+    computes it. A video of one frame gives that frame ``n_frames`` times.
     """
     if frame_count == 1:
         return np.zeros(n_frames, dtype=np.int64)
-    import torch  # planning alone needs no torch; choosing must round as the library does
+    import torch  # imported here because planning alone needs no torch
 
     return torch.linspace(0, frame_count - 1, n_frames).round().long().numpy()
 
 
 def nearest_indices(times_s: np.ndarray, n_frames: int) -> np.ndarray:
-    """int64 [≤ n_frames]: the frames nearest to evenly spread times; none twice. For variable frame rates.
+    """Returns the frames nearest to evenly spread times, none twice: int64 [≤ n_frames].
 
-    ``times_s`` [frame_count] is increasing. Where the source stands still, fewer frames are taken rather
-    than the same one again under another time.
+    This is the choice for variable frame rates. ``times_s`` [frame_count] is increasing. Where the source
+    stands still, fewer frames are taken; the same frame is not taken again under another time.
     """
     targets_s = np.linspace(times_s[0], times_s[-1], n_frames)
     right = np.clip(np.searchsorted(times_s, targets_s), 1, max(1, len(times_s) - 1))
@@ -150,7 +151,7 @@ def nearest_indices(times_s: np.ndarray, n_frames: int) -> np.ndarray:
 
 
 def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoBudget) -> tuple[int, int]:
-    """Size in cells as qwen-vl-utils' ``fetch_video`` and ``smart_resize`` have it; a side may be 0."""
+    """The size in cells that qwen-vl-utils' ``fetch_video`` and ``smart_resize`` compute; a side may be 0."""
     area_px = CELL_PX * CELL_PX
     min_px = budget.min_frame_tokens * area_px
     share_px = budget.max_video_tokens * area_px / n_frames * PAIR
@@ -172,7 +173,7 @@ def _fits(n_frames: int, cells: tuple[int, int], budget: VideoBudget) -> bool:
 
 
 def _fit_cells(height_px: int, width_px: int, cap: int) -> tuple[int, int]:
-    """The largest size in cells of about this shape with at most ``cap`` cells, and one a side at least."""
+    """The largest size of about this shape that has at most ``cap`` cells, and at least one cell a side."""
     height, width = max(1, round(height_px / CELL_PX)), max(1, round(width_px / CELL_PX))
     if height * width > cap:
         shrink = math.sqrt(height_px * width_px / (cap * CELL_PX * CELL_PX))

@@ -1,4 +1,4 @@
-"""Decoded clips on disk, bounded: the least recently used are removed first."""
+"""Keeps decoded clips on disk, up to a bound. The least recently used clips are removed first."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from video_opd.types import Clip
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-_RESCAN_EVERY = 64  # other processes write to the same folder
+_RESCAN_EVERY = 64  # writes between two looks at the folder, which other processes write to as well
 
 
 class ClipCache:
-    """Keeps clips under ``folder``, at most ``max_bytes``; for threads and processes alike.
+    """Keeps clips under ``folder``, at most ``max_bytes`` of them. Threads and processes may share a folder.
 
-    A clip is known by its file's path, size and change time, the budget and the backend. An entry that does
-    not match its digest is decoded anew. A disk that cannot be written is reported once and then left alone.
+    The key of a clip is its file's path, size and change time, the budget and the backend. An entry that does
+    not match its digest is decoded again. If the disk cannot be written to, one warning says so, and nothing
+    more is written.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
@@ -41,7 +42,7 @@ class ClipCache:
         self._bytes = 0
 
     def load(self, path: Path, budget: VideoBudget, backend: str) -> Clip:
-        """The clip, from disk if it is there. Raises VideoError as :func:`load_clip` does."""
+        """Returns the clip, from disk if it is there. Raises VideoError as :func:`load_clip` does."""
         entry = self._entry(path, budget, backend)
         clip = None if entry is None else self._read(entry, path)
         if clip is None:
@@ -54,7 +55,7 @@ class ClipCache:
         try:
             stat = path.stat()
         except OSError:
-            return None  # decoding will say what is wrong with it
+            return None  # load_clip raises the error that names the problem
         file = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
         known = [FORMAT, *file, backend, dataclasses.asdict(budget)]
         key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
@@ -69,7 +70,7 @@ class ClipCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # half a file, or of another format: made anew, and replaced
+            return None  # an incomplete file or another format: the clip is decoded again and replaces it
         if clip_digest(frames, times_s) != meta["digest"]:
             return None
         size_px = (int(meta["source_size_px"][0]), int(meta["source_size_px"][1]))
@@ -105,7 +106,11 @@ class ClipCache:
             with self._lock:
                 first, self._writable = self._writable, False
             if first:
-                logger.warning("%s: no more clips are cached here (%s)", self.folder, error.strerror)
+                logger.warning(
+                    "%s: cannot be written, so no more clips are cached here (%s)",
+                    self.folder,
+                    error.strerror,
+                )
 
     def _trim(self, added_bytes: int) -> None:
         with self._lock:
@@ -115,7 +120,7 @@ class ClipCache:
                 return
             entries = []
             for entry in self.folder.glob("*.npz"):
-                with contextlib.suppress(OSError):  # another process removed it
+                with contextlib.suppress(OSError):  # another process may have removed it
                     stat = entry.stat()
                     entries.append((stat.st_mtime_ns, stat.st_size, entry))
             self._bytes = sum(size for _, size, _ in entries)

@@ -1,8 +1,8 @@
-"""A clip and a query become the model's inputs, through the model's own processor.
+"""Turns a clip and a query into the model's inputs, through the model's own processor.
 
-The processor is given our frames, our sizes and our times, and what it made of them is checked: as many
-placeholders as the vision tower will fill, the right time before each frame pair. A mismatch here is the
-commonest silent defect of video training, so it is an error.
+The processor is given our frames, sizes and times. Its output is then checked: it must hold as many
+placeholders as the vision tower will fill, and the right time before each frame pair. A mismatch here is the
+most common silent defect of video training, so it is an error.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
 
 
 class PromptEncoder:
-    """Makes :class:`EncodedPrompt`; safe to share between threads.
+    """Makes :class:`EncodedPrompt` objects. Threads may share one encoder.
 
-    Raises UserError for a processor whose frame pairs or 32×32 px tokens are not Qwen3-VL's.
+    Raises UserError for a processor whose video tokens are not Qwen3-VL's: 32×32 px of a pair of frames.
     """
 
     def __init__(self, processor: Qwen3VLProcessor, prompt: PromptConfig | None = None) -> None:
@@ -42,11 +42,11 @@ class PromptEncoder:
                 f"the processor's video tokens are {vision.patch_size * vision.merge_size} px of "
                 f"{vision.temporal_patch_size} frames, not {CELL_PX} px of {PAIR}; take a Qwen3-VL model"
             )
-        build_messages("", self.prompt.style, self.prompt.thinking)  # an unknown style is an error now
+        build_messages("", self.prompt.style, self.prompt.thinking)  # raises for an unknown style
         added = processor.tokenizer.get_added_vocab()
         self._control = tuple(token for token in added if CONTROL_TOKEN.fullmatch(token))
         self._vision_end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-        # Fast tokenizers refuse to be used by two threads at the moment one of them changes a setting.
+        # A fast tokenizer raises if one thread uses it while another changes one of its settings.
         self._lock = threading.Lock()
 
     def encode(self, clip: Clip, query: str, sample_id: str) -> EncodedPrompt:
@@ -56,7 +56,7 @@ class PromptEncoder:
     def encode_many(
         self, clip: Clip, queries: Sequence[str], sample_ids: Sequence[str]
     ) -> list[EncodedPrompt]:
-        """Encodes several questions about one clip: its pixels are processed once, their tensors shared."""
+        """Encodes several questions about one clip. All prompts share its pixels, processed once."""
         assert len(queries) == len(sample_ids)
         if not queries:
             return []
@@ -87,7 +87,7 @@ class PromptEncoder:
         ]
 
     def refusal(self, query: str) -> str | None:
-        """Why this query cannot be encoded, if so: it holds one of the model's control tokens."""
+        """The reason why this query cannot be encoded, or None. A query may not hold a control token."""
         token = next((token for token in self._control if token in query), None)
         return None if token is None else f"its query holds the control token {token}; remove it"
 
@@ -103,8 +103,8 @@ class PromptEncoder:
 
     def _process(self, text: str, frames: np.ndarray, times_s: np.ndarray) -> dict[str, torch.Tensor]:
         video = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
-        # The processor writes frames_indices / fps as times: at 1 fps the indices are the times themselves.
-        # It changes the list that it is given.
+        # The processor computes times as frames_indices / fps, so at 1 fps the indices are the times. It
+        # changes the list that it is given.
         metadata = {"total_num_frames": len(frames), "fps": 1.0, "frames_indices": times_s.tolist()}
         inputs = self.processor(
             text=[text],
@@ -113,7 +113,7 @@ class PromptEncoder:
             input_data_format="channels_first",
             do_resize=False,
             do_sample_frames=False,
-            cap_pixels_per_frame=False,  # unused without resizing; unset, it is warned about
+            cap_pixels_per_frame=False,  # no effect without resizing, but unset it causes a warning
             return_tensors="pt",
         )
         return dict(inputs)
@@ -132,7 +132,7 @@ class PromptEncoder:
         frames: np.ndarray,
         pair_times_s: tuple[float, ...],
     ) -> int:
-        """The number of video tokens, after all that is known about them agrees."""
+        """Returns the number of video tokens, after checking that processor, grid and frames agree on it."""
         pads = int((shared == self.processor.video_token_id).sum())
         grid = int(inputs["video_grid_thw"].prod(-1).sum()) // self.processor.video_processor.merge_size**2
         ours = count_tokens(*frames.shape[:3])
@@ -144,7 +144,7 @@ class PromptEncoder:
         written = _TIMESTAMP.findall(self.processor.tokenizer.decode(kept, skip_special_tokens=False))
         expected = [f"{time_s:.1f}" for time_s in pair_times_s]
         if written != expected:
-            raise AssertionError(f"times in the prompt are {written}, of the frames {expected}")
+            raise AssertionError(f"the times in the prompt are {written}, those of the frames are {expected}")
         types = inputs["mm_token_type_ids"][0, : len(shared)]
         assert torch.equal(types, self._types(shared)), "the processor marks other tokens as video"
         assert inputs["pixel_values_videos"].dtype == torch.float32
@@ -152,7 +152,7 @@ class PromptEncoder:
 
 
 def collate(prompts: Sequence[EncodedPrompt], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """One batch for the model's ``forward``: ids, mask and types left-padded [B, P], videos concatenated."""
+    """Makes a batch for ``forward``: ids, mask and types left-padded [B, P], videos concatenated."""
     assert prompts, "an empty batch"
     longest = max(prompt.length for prompt in prompts)
 
@@ -170,7 +170,7 @@ def collate(prompts: Sequence[EncodedPrompt], pad_token_id: int) -> dict[str, to
 
 
 def _whole_pairs(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and times with the last one repeated if their number is odd."""
+    """Returns frames and times; the last frame is repeated if their number is odd."""
     frames, times_s = clip.frames, clip.times_s
     assert len(frames) == len(times_s) > 0
     assert frames.dtype == np.uint8 and not any(side % CELL_PX for side in frames.shape[1:3])

@@ -1,7 +1,7 @@
-"""Prompts in order, decoded in the background, so that the model does not wait for videos.
+"""Loads prompts in order and decodes videos in the background, so that the model need not wait for them.
 
-Threads, not processes: decoding, resizing and normalising release the interpreter's lock, and a clip of
-tens of megabytes then costs no copy. Rows that follow one another on the same video share its clip.
+It uses threads, not processes: decoding, resizing and normalising release the interpreter's lock, and threads
+pass on a clip of tens of megabytes without a copy. Neighbouring rows on the same video share its clip.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from video_opd.errors import UserError
 from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
 from video_opd.types import EncodedPrompt, Sample
 
-# A share is not judged on fewer rows than this, unless there are no more.
-MIN_JUDGED = 50
+# The share of failed rows is not checked on fewer rows than this, unless the data has fewer.
+MIN_CHECKED_ROWS = 50
 
 _Group = list[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Made:
-    """What became of the rows of a video: each has a prompt, or a reason why there is none."""
+class _EncodedRows:
+    """The rows of one video: each has a prompt, or the reason why it has none."""
 
     prompts: list[tuple[Sample, EncodedPrompt]]
     failed: list[tuple[Sample, str]]
 
 
 class PromptLoader:
-    """Iterates ``(sample, prompt)`` in the order of ``samples``; the same for any number of workers.
+    """Yields ``(sample, prompt)`` in the order of ``samples``, which does not depend on ``workers``.
 
-    ``workers`` threads decode (0: the caller does), at most ``prefetch`` videos ahead: memory is theirs,
-    because the prompts of a video share its pixels.
+    ``workers`` threads decode (0: the calling thread does), at most ``prefetch`` videos ahead. Memory grows
+    with ``prefetch``, not with the number of rows, because the prompts of a video share its pixels.
 
-    A row whose video cannot be decoded, or whose query the encoder refuses, is put aside with its reason in
-    ``skipped_path`` (a row of ``id``, ``video``, ``reason``; each once) and in ``skipped``. UserError is
-    raised when more than ``max_failed_share`` of the rows failed: of the first 50 or more, of all at the end.
+    A row is skipped if its video cannot be decoded or the encoder refuses its query. It is listed with the
+    reason in ``skipped``, and once in the file ``skipped_path`` (keys ``id``, ``video``, ``reason``).
+    Iterating raises UserError when more than ``max_failed_share`` of the rows so far failed; the share is
+    checked from the 50th row on, or at the last row if there are fewer.
 
-    ``wait_s`` is how long the caller was kept waiting so far.
+    ``wait_s`` is the time that the caller has waited for prompts so far, in seconds.
     """
 
     def __init__(
@@ -82,68 +83,68 @@ class PromptLoader:
 
     def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
         self.skipped = []
-        groups = [list(rows) for _, rows in itertools.groupby(self.samples, key=lambda s: s.video)]
+        groups = [list(group) for _, group in itertools.groupby(self.samples, key=lambda s: s.video)]
         done = failed = 0
-        for group, made in self._in_order(groups):
+        for group, rows in self._in_order(groups):
             done += len(group)
-            failed += len(made.failed)
-            self._put_aside(made.failed)
-            if done >= min(MIN_JUDGED, len(self.samples)):
-                self._judge(failed, done)
-            yield from made.prompts
+            failed += len(rows.failed)
+            self._record_skipped(rows.failed)
+            if done >= min(MIN_CHECKED_ROWS, len(self.samples)):
+                self._check_failed_share(failed, done)
+            yield from rows.prompts
 
-    def _in_order(self, groups: list[_Group]) -> Iterator[tuple[_Group, _Made]]:
+    def _in_order(self, groups: list[_Group]) -> Iterator[tuple[_Group, _EncodedRows]]:
         if self.workers == 0:
             for group in groups:
                 started = time.perf_counter()
-                made = self._make(group)
+                rows = self._encode(group)
                 self.wait_s += time.perf_counter() - started
-                yield group, made
+                yield group, rows
             return
         executor = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        ahead: deque[tuple[_Group, Future[_Made]]] = deque()
+        ahead: deque[tuple[_Group, Future[_EncodedRows]]] = deque()
         waiting = deque(groups)
 
         def fill() -> None:
             while waiting and len(ahead) < self.prefetch:
                 group = waiting.popleft()
-                ahead.append((group, executor.submit(self._make, group)))
+                ahead.append((group, executor.submit(self._encode, group)))
 
         try:
             fill()
             while ahead:
                 group, future = ahead.popleft()
-                fill()  # before waiting: the workers go on while the caller is busy with this group
+                fill()  # before waiting, so that the workers go on while the caller uses this group
                 started = time.perf_counter()
-                made = future.result()
+                rows = future.result()
                 self.wait_s += time.perf_counter() - started
-                yield group, made
+                yield group, rows
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, group: _Group) -> _Made:
+    def _encode(self, group: _Group) -> _EncodedRows:
         video = group[0].video
-        asked: list[Sample] = []
+        encodable: list[Sample] = []
         failed: list[tuple[Sample, str]] = []
         for sample in group:
             reason = self.encoder.refusal(sample.query)
             if reason is None:
-                asked.append(sample)
+                encodable.append(sample)
             else:
                 failed.append((sample, reason))
-        if not asked:
-            return _Made(prompts=[], failed=failed)
+        if not encodable:
+            return _EncodedRows(prompts=[], failed=failed)
         try:
             if self._cache is not None:
                 clip = self._cache.load(video, self.budget, self.backend)
             else:
                 clip = load_clip(video, self.budget, self.backend)
         except VideoError as error:
-            return _Made(prompts=[], failed=failed + [(sample, error.reason) for sample in asked])
-        prompts = self.encoder.encode_many(clip, [s.query for s in asked], [s.id for s in asked])
-        return _Made(prompts=list(zip(asked, prompts, strict=True)), failed=failed)
+            return _EncodedRows(prompts=[], failed=failed + [(sample, error.reason) for sample in encodable])
+        prompts = self.encoder.encode_many(clip, [s.query for s in encodable], [s.id for s in encodable])
+        return _EncodedRows(prompts=list(zip(encodable, prompts, strict=True)), failed=failed)
 
-    def _put_aside(self, failed: Sequence[tuple[Sample, str]]) -> None:
+    def _record_skipped(self, failed: Sequence[tuple[Sample, str]]) -> None:
         self.skipped += failed
         new = [(sample, reason) for sample, reason in failed if sample.id not in self._reported]
         self._reported.update(sample.id for sample, _ in new)
@@ -159,7 +160,7 @@ class PromptLoader:
         repair_jsonl(self.skipped_path)
         return {str(row.get("id")) for _, row in read_jsonl(self.skipped_path)}
 
-    def _judge(self, failed: int, done: int) -> None:
+    def _check_failed_share(self, failed: int, done: int) -> None:
         if failed > self.max_failed_share * done:
             sample, reason = self.skipped[0]
             where = "" if self.skipped_path is None else f"; all are in {self.skipped_path}"

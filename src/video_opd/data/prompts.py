@@ -1,9 +1,9 @@
-"""The words around a query.
+"""Prompt styles: the text around a query.
 
-A style is a system instruction and a user text with ``{query}`` in it. ``paper`` is figure 7 (sec. D.7),
-word for word, with the quotation marks as printed. ``timelens`` is what TimeLens' evaluation asks models that
-see the times of their frames, as Qwen3-VL does. ``question`` adds nothing: the benchmarks of general video
-understanding word their questions themselves.
+A style is a system instruction and a user text that contains ``{query}``. ``paper`` is figure 7 (sec. D.7),
+word for word, with the quotation marks as printed. ``timelens`` is the prompt of TimeLens' evaluation for
+models that see the times of their frames, as Qwen3-VL does. ``question`` adds nothing, because the benchmarks
+of general video understanding bring the whole text of their questions.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from video_opd.temporal import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class PromptStyle:
-    """``system`` may be empty (no system message); ``user`` holds ``{query}`` once.
+    """``user`` contains ``{query}`` once. An empty ``system`` means that there is no system message.
 
-    ``bare_query``: a query is a phrase inside a sentence, so its white space is collapsed and the full stops
-    around it are taken off, as TimeLens does. ``reply`` is the answer that the instruction asks for.
+    ``bare_query`` says that the query stands inside a sentence: white space is collapsed and full stops at
+    its ends are removed, as TimeLens does. ``answer_format`` is the format that the instruction asks for.
     """
 
     system: str
     user: str
     bare_query: bool = False
-    reply: str = "{start:.2f} to {end:.2f}"
+    answer_format: str = "{start:.2f} to {end:.2f}"
 
     def __post_init__(self) -> None:
         assert self.user.count("{query}") == 1, "a style asks one question"
@@ -38,15 +38,16 @@ class PromptStyle:
             query = re.sub(r"\s+", " ", query).strip().strip(".").strip()
         return self.user.replace("{query}", query)
 
-    def answer(self, span: Interval) -> str:
-        """What a model that knows ``span`` would write: what annotations are turned into."""
-        return self.reply.format(start=span[0], end=span[1])
+    def write_answer(self, span: Interval) -> str:
+        """Writes ``span`` in the answer format: the text that SFT trains on for an annotation."""
+        return self.answer_format.format(start=span[0], end=span[1])
 
 
-# What is no text to a model: <|im_end|>, <|video_pad|>. In a query it would end the turn, or be a frame.
+# A token that a model does not take as text: <|im_end|>, <|video_pad|>. In a query it would end the turn or
+# stand for a frame.
 CONTROL_TOKEN = re.compile(r"<\|[^|\s]+\|>")
 
-# Table 8's variant: the paper does not print its instruction, so it is the shortest that says the format.
+# Table 8's thinking variant. The paper does not print its instruction, so this is a short one of our own.
 THINKING_INSTRUCTION = " Think first between <think> and </think>, then give the answer."
 
 STYLES: dict[str, PromptStyle] = {
@@ -65,20 +66,20 @@ STYLES: dict[str, PromptStyle] = {
             "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
         ),
         bare_query=True,
-        reply="The event happens in {start:.2f} - {end:.2f} seconds",
+        answer_format="The event happens in {start:.2f} - {end:.2f} seconds",
     ),
     "question": PromptStyle(system="", user="{query}"),
 }
 
 
 def register_style(name: str, style: PromptStyle) -> None:
-    """Adds a style; a name keeps its first meaning, so that results stay comparable."""
-    assert STYLES.get(name, style) == style, f"the prompt style {name!r} is already something else"
+    """Adds a style. A name cannot be given to a second style, so that results stay comparable."""
+    assert STYLES.get(name, style) == style, f"the name {name!r} already belongs to another prompt style"
     STYLES[name] = style
 
 
 def build_messages(query: str, style: str = "paper", thinking: bool = False) -> list[dict[str, Any]]:
-    """Chat messages for one query: the system instruction, then the video, then the text.
+    """Returns the chat messages for one query: the system instruction, then the video, then the text.
 
     Raises UserError for an unknown style.
     """

@@ -72,9 +72,9 @@ def probe(path: str | Path) -> VideoInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A stretch of a video as a clip of its own: the clip's times count from ``start_s``.
+    """A window of a video, as a clip of its own whose times count from ``start_s``.
 
-    It begins with its first frame, so its clip looks like a video that was cut there. Example:
+    A window begins with its first frame, so its clip equals that of a video that was cut there. Example:
     ``Window(number=1, count=9, start_s=30.0, end_s=90.0, clip=…)``, whose clip lasts 60 s.
     """
 

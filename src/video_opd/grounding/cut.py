@@ -1,7 +1,8 @@
-"""A stretch of a video as a file of its own, exact to a frame.
+"""Cuts a clip out of a video into a file of its own, exact to a frame.
 
-Cutting without encoding can begin at keyframes only, seconds away from what was asked for. So the frames are
-decoded and encoded again (H.264, and AAC for the sound), at their own times: a variable rate stays one.
+A cut without encoding can begin at keyframes only, which may be seconds away from the frame that was asked
+for. So the frames are decoded and encoded again (H.264, and AAC for the sound). Each keeps its own time: a
+variable rate stays variable.
 """
 
 from __future__ import annotations
@@ -22,28 +23,19 @@ from video_opd.errors import UserError
 from video_opd.progress import log
 from video_opd.temporal import Interval
 
-CRF = "18"  # of x264: hardly to be told from the source
-CLOCK_HZ = 90_000  # of the written times: fine enough for any rate
-AAC_HZ = (
-    48_000,
-    44_100,
-    32_000,
-    24_000,
-    22_050,
-    16_000,
-    12_000,
-    11_025,
-    8_000,
-)  # any other becomes the first
-PREROLL_S = 1.0  # a sound decoder needs a little before what it is asked for
-JITTER_S = 0.005  # clocks of containers are coarser than a sample
+CRF = "18"  # x264's quality: hardly a visible difference from the source
+CLOCK_HZ = 90_000  # time base of the written file: fine enough for any rate
+AAC_HZ = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000)  # others become the first
+PREROLL_S = 1.0  # a sound decoder needs packets from a little before the first sample that is wanted
+JITTER_S = 0.005  # a smaller gap is rounding: the clock of a container is coarser than a sample
 
 
 def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
     """Writes what ``video`` shows in ``span`` (seconds from its first frame) to the MP4 file ``out``.
 
-    Each end goes to the nearest border between two frames, and one frame is kept at least; the sound is cut
-    to the sample there. Returns the span that was written. ``out`` is replaced whole or not at all.
+    Each end of the span moves to the nearest border between two frames, and at least one frame is kept. The
+    sound is cut at the same borders, exact to a sample. Returns the span that was written. ``out`` is
+    replaced as a whole or not at all.
 
     Raises VideoError for a video that cannot be used, UserError for an ``out`` that cannot be written.
     """
@@ -53,35 +45,37 @@ def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
     first, stop = nearest_frames(index, span)
     borders_s = _borders_s(index)
     written = (float(borders_s[first]), float(borders_s[stop]))
-    part = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(video, index, first, stop, part)
-        part.replace(out)
+        _write(video, index, first, stop, temporary)
+        temporary.replace(out)
     except VideoError:
         raise
-    except OSError as error:  # av's errors of the disk are OSErrors as well
+    except OSError as error:  # av raises OSErrors for errors of the disk
         raise UserError(f"{out}: cannot be written ({describe(error)}); choose another place") from error
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return written
 
 
 def check_target(video: Path, out: Path) -> None:
-    """Raises UserError for a name that no clip can be written to, and for a PyAV that cannot write one."""
+    """Raises UserError if no clip can be written to ``out``, or if this PyAV is too old to write one."""
     if not hasattr(av.VideoStream, "set_display_rotation"):
-        raise UserError(f"cutting a clip needs PyAV 17.1 or newer, here is {av.__version__}: update av")
+        raise UserError(
+            f"cutting a clip needs PyAV 17.1 or newer, and {av.__version__} is installed: update av"
+        )
     if out.suffix.lower() != ".mp4":
-        raise UserError(f"{out}: a clip is an MP4 file; name one that ends in .mp4")
+        raise UserError(f"{out}: a clip is written as MP4; name a file that ends in .mp4")
     if out.is_dir():
-        raise UserError(f"{out}: a folder; name a file that ends in .mp4")
+        raise UserError(f"{out}: this is a folder; name a file that ends in .mp4")
     if out.exists() and video.exists() and out.samefile(video):
-        raise UserError(f"{out}: the video itself; name another file for the clip")
+        raise UserError(f"{out}: this is the video itself; name another file for the clip")
 
 
 def nearest_frames(index: PacketIndex, span: Interval) -> tuple[int, int]:
-    """(first frame, first frame after): each end of ``span`` at the nearest border; one frame at least."""
+    """Returns (first frame, first frame after) for the borders nearest to ``span``; at least one frame."""
     borders_s = _borders_s(index)
     first = min(int(np.abs(borders_s - span[0]).argmin()), len(borders_s) - 2)
     stop = max(int(np.abs(borders_s - span[1]).argmin()), first + 1)
@@ -108,7 +102,7 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
         for following, after in itertools.chain(decoded, [(stop, None)]):
             shown = frame.reformat(picture.width, picture.height, "yuv420p")
             shown.pts, shown.time_base = int(ticks[number - first]), Fraction(1, CLOCK_HZ)
-            shown.pict_type = av.video.frame.PictureType.NONE  # which of them are keyframes is x264's choice
+            shown.pict_type = av.video.frame.PictureType.NONE  # x264 chooses the keyframes
             container.mux(_lasting(picture.encode(shown), int(ticks[-1])))
             sound.write_until(float(borders_s[number]))
             if after is not None:
@@ -118,7 +112,7 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
 
 
 def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
-    """The muxer reads durations off the next packet; of the last one it has to be told."""
+    """Lets each packet last until ``end``. The muxer ends all but the last where the next one begins."""
     for packet in packets:
         assert packet.pts is not None
         packet.duration = end - packet.pts
@@ -126,8 +120,8 @@ def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
 
 
 def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame) -> av.VideoStream:
-    """Rotation and colours of the source, and its size but for an odd row: 4:2:0 has even sides."""
-    # Without B-frames packets are in the order of time, and a file ends exactly where it should.
+    """Adds a stream with rotation, colours and size of ``like``; an odd side loses a row: 4:2:0 is even."""
+    # Without B-frames, packets are in the order of time, and the file ends exactly where it should.
     stream = container.add_stream("libx264", options={"crf": CRF, "bf": "0"})
     assert isinstance(stream, av.VideoStream)
     stream.width, stream.height = max(2, like.width // 2 * 2), max(2, like.height // 2 * 2)
@@ -143,7 +137,7 @@ def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame
 
 
 def _origin_s(video: Path, index: PacketIndex) -> float:
-    """When the first frame is shown on the clock that sound and picture of the file share."""
+    """The time of the first frame on the clock that sound and picture of the file share."""
     if not index.timed:
         return 0.0
     with open_container(video) as container:
@@ -153,7 +147,7 @@ def _origin_s(video: Path, index: PacketIndex) -> float:
 
 
 class _Sound:
-    """The sound of a stretch, written a little at a time, so that it lies beside its pictures in the file."""
+    """Writes the sound of a span a little at a time, so that it lies beside its pictures in the file."""
 
     def __init__(
         self, container: av.container.OutputContainer, video: Path, *, origin_s: float, span: Interval
@@ -164,13 +158,13 @@ class _Sound:
         self.written = 0  # samples
         self.rate = 1
         self.stream: av.AudioStream | None = None
-        if self.next is not None:  # a track without a sample would confuse players
+        if self.next is not None:  # players handle a track without samples badly
             samples_CN, self.rate = self.next
             layout = "mono" if len(samples_CN) == 1 else "stereo"
             self.stream = container.add_stream("aac", rate=self.rate, layout=layout)
 
     def write_until(self, time_s: float) -> None:
-        """All that is heard before ``time_s`` of the video; at the end of the stretch, the rest."""
+        """Writes the sound before ``time_s`` of the video, and at the end of the span all that is left."""
         if self.stream is None:
             return
         while self.next is not None and self.span[0] + self.written / self.rate <= time_s:
@@ -187,8 +181,10 @@ class _Sound:
 
 
 def _sound_chunks(video: Path, origin_s: float, span: Interval) -> Iterator[tuple[np.ndarray, int]]:
-    """(float32 [1 or 2 channels, N], rate in Hz) without a gap from the beginning of ``span``; silence where
-    the file has none. Nothing for a file without sound. More than two channels are mixed down to two.
+    """Yields (float32 [C, N], rate in Hz) from the beginning of ``span`` on, without a gap; C is 1 or 2.
+
+    Gaps of the file are filled with silence, and more than two channels are mixed down to two. A file without
+    a sound stream yields nothing.
     """
     with open_container(video) as container:
         if not container.streams.audio:
@@ -199,15 +195,15 @@ def _sound_chunks(video: Path, origin_s: float, span: Interval) -> Iterator[tupl
         total = round((span[1] - span[0]) * rate)
         position = 0
         assert stream.time_base is not None
-        with contextlib.suppress(av.FFmpegError):  # a container that cannot be sought is read from its start
+        with contextlib.suppress(av.FFmpegError):  # a container that cannot seek is read from its start
             earlier_s = max(0.0, origin_s + span[0] - PREROLL_S)
             container.seek(int(earlier_s / stream.time_base), stream=stream)
         for frame in _audio_frames(container, stream, video):
-            for part in resampler.resample(frame):
-                if part.pts is None or part.time_base is None:
+            for resampled in resampler.resample(frame):
+                if resampled.pts is None or resampled.time_base is None:
                     continue
-                samples_CN = part.to_ndarray()
-                at = round((float(part.pts * part.time_base) - origin_s - span[0]) * rate)
+                samples_CN = resampled.to_ndarray()
+                at = round((float(resampled.pts * resampled.time_base) - origin_s - span[0]) * rate)
                 if position and abs(at - position) <= JITTER_S * rate:
                     at = position
                 if at + samples_CN.shape[1] <= position:

@@ -1,4 +1,4 @@
-"""A few small pictures of a video, for pages: JPEG, as data URIs."""
+"""Makes a few small JPEG pictures of a video, as data URIs for HTML pages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 from video_opd.data.budget import VideoBudget
 from video_opd.data.video import load_clip
 
-QUALITY = 80
+QUALITY = 80  # of the JPEG encoder, 1 to 95
 
 
 def stills(video: str | Path, count: int, frame_tokens: int = 60) -> list[tuple[float, str]]:
-    """(time in seconds, ``data:image/jpeg;base64,…``) of at most ``count`` frames, evenly spread.
+    """Returns (time in seconds, ``data:image/jpeg;base64,…``) of at most ``count`` frames, evenly spread.
 
-    ``frame_tokens`` cells of 32×32 px each, at most: 60 are about 330×185 px. Raises VideoError.
+    A picture has at most ``frame_tokens`` cells of 32×32 px: 60 cells are about 330×185 px. Raises VideoError
+    for a video that cannot be decoded.
     """
     budget = VideoBudget(
         min_frames=count,
@@ -27,12 +28,14 @@ def stills(video: str | Path, count: int, frame_tokens: int = 60) -> list[tuple[
         max_video_tokens=count * frame_tokens,
     )
     clip = load_clip(video, budget)
-    _, first = np.unique(clip.frame_indices, return_index=True)  # the last one may be there twice
+    _, first = np.unique(
+        clip.frame_indices, return_index=True
+    )  # a clip of an odd number of frames repeats the last
     return [(float(clip.times_s[i]), jpeg_uri(clip.frames[i])) for i in first]
 
 
 def jpeg_uri(rgb: np.ndarray) -> str:
-    """A picture, uint8 [H, W, 3], as a data URI."""
+    """Encodes a picture, uint8 [H, W, 3], as a data URI."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -91,7 +91,7 @@ def test_every_protocol_is_whole() -> None:
         assert protocol.name == name and get_protocol(name) is protocol
         assert protocol.prompt_style in STYLES and protocol.parser in PARSERS
         assert protocol_of(protocol.prompt_style) is protocol
-        answer = protocol.parse(STYLES[protocol.prompt_style].answer((12.54, 17.83)))
+        answer = protocol.parse(STYLES[protocol.prompt_style].write_answer((12.54, 17.83)))
         assert answer.span == (12.54, 17.83)
     assert protocol_of("another") is None
 
