@@ -1,42 +1,139 @@
-"""Small files, written whole or not at all."""
+"""Files and folders that are replaced whole or not at all.
+
+The new content is written under a temporary name beside its target, flushed to the disk, and renamed. A kill
+or a full disk leaves what was there before. (A folder is replaced by two renames. A kill between them leaves
+the old folder as ``.old-NAME``, from where :func:`discard_unfinished` and the next writer bring it back.)
+
+Example::
+
+    with replacing_file("runs/a/model.bin") as temporary:
+        temporary.write_bytes(content)
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from video_opd.errors import UserError
 
+UNFINISHED = ".part-"  # the names of unfinished files and folders begin with it
+REPLACED = ".old-"  # the same for a folder that is about to be removed
 
-def replaceable(path: str | Path) -> Path:
-    """The file itself where ``path`` is a link to it.
 
-    Raises :class:`UserError` for what is no plain file: replacing a device or a pipe would take it away from
-    everybody.
+@contextlib.contextmanager
+def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
+    """Yields a temporary path; the file that the block writes there then takes the place of ``path``.
+
+    The folder is made if it is not there. If ``path`` is a link, the file that it points to is replaced.
+    ``flush=False`` does not wait for the disk: it is for files whose content is checked when they are read.
+
+    Raises :class:`UserError` that names ``path`` and the remedy if the block or the replacement raises
+    OSError, and if ``path`` is not a plain file: replacing a device or a pipe would take it away from
+    everybody. Other exceptions of the block pass unchanged. The temporary file is removed in every case.
     """
-    found = Path(os.path.realpath(path))
-    if found.exists() and not found.is_file():
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
         raise UserError(f"{path}: not a plain file; name a file to write")
-    return found
+    # The name ends in random letters: it matches no pattern such as *.json, and two writers do not collide.
+    temporary = target.with_name(f"{UNFINISHED}{target.name}.{os.urandom(4).hex()}")
+    try:
+        with disk_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if flush:
+                _flush(temporary)
+            os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a new empty folder; it takes the place of ``path`` when the block has ended.
+
+    The parent folder is made if it is not there. If ``path`` is a link, the folder that it points to is
+    replaced. One process at a time may replace a folder.
+
+    Raises :class:`UserError` that names ``path`` and the remedy if the block or the replacement raises
+    OSError, and if ``path`` is a file. Other exceptions of the block pass unchanged.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{path}: a file; name a folder to write")
+    temporary = target.with_name(f"{UNFINISHED}{target.name}")
+    old = target.with_name(f"{REPLACED}{target.name}")
+    try:
+        with disk_errors(path):
+            _tidy(temporary, old, target)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if target.exists():  # a folder that is not empty cannot be replaced in one step
+                os.replace(target, old)
+            os.replace(temporary, target)
+    finally:
+        _tidy(temporary, old, target)
+
+
+def discard_unfinished(folder: str | Path) -> None:
+    """Removes the unfinished files and folders that a kill left in ``folder``; nobody may be writing there.
+
+    A folder that was moved aside, and whose successor did not come, is brought back.
+    """
+    for old in Path(folder).glob(f"{REPLACED}*"):
+        name = old.name.removeprefix(REPLACED)
+        _tidy(old.with_name(f"{UNFINISHED}{name}"), old, old.with_name(name))
+    for path in Path(folder).glob(f"{UNFINISHED}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes ``text`` atomically and makes the folder when it is not there.
-
-    Through a link, the file that it points to. Raises :class:`UserError` that names the file when it cannot
-    be written, or is no plain file; what was there is untouched then.
-    """
-    target = replaceable(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another place"
-        ) from error
+    """Replaces ``path`` by ``text`` in UTF-8 and returns it. Raises as :func:`replacing_file` does."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turns an OSError of the block into a :class:`UserError` that names ``path`` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error.strerror or error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be written ({reason}; {_free(path)}): free some space or choose another place, "
+            "then repeat the command; what was written before is kept"
+        ) from error
+
+
+def _tidy(temporary: Path, old: Path, target: Path) -> None:
+    """Removes what a replacement leaves; brings the old folder back if the new one did not come."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Waits until the content is on the disk: a power cut must not keep the rename and lose the content."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _free(path: str | Path) -> str:
+    for folder in Path(os.path.abspath(path)).parents:
+        with contextlib.suppress(OSError):
+            return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
+    return "no free space is known"

@@ -7,17 +7,15 @@ are written as ``null``: ``NaN`` is not JSON.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.files import replaceable
+from video_opd.files import disk_errors, replacing_file
 
 _TAIL_BLOCK_BYTES = 1 << 16
 
@@ -73,7 +71,7 @@ def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     path = Path(path)
     blob = b"".join(encode_row(row) for row in rows)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         repair_jsonl(path)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -97,7 +95,7 @@ def repair_jsonl(path: str | Path) -> bool:
     path = Path(path)
     if not path.exists() or path.stat().st_size == 0:
         return False
-    with _disk_errors(path), path.open("r+b") as file:
+    with disk_errors(path), path.open("r+b") as file:
         start = _last_line_start(file)
         if start is None:
             return False
@@ -117,26 +115,11 @@ def repair_jsonl(path: str | Path) -> bool:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the file atomically: readers see the old content or all of the new, never a part.
 
-    Makes the folder when it is not there; through a link, the file that it points to is written. Raises
-    UserError that names the file when it cannot be written, or is no plain file; the old content is untouched
-    then.
+    Raises UserError as :func:`video_opd.files.replacing_file` does; the old content is untouched then.
     """
-    path = replaceable(path)
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                for row in rows:
-                    file.write(encode_row(row))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+    with replacing_file(path) as temporary, open(temporary, "wb") as file:
+        for row in rows:
+            file.write(encode_row(row))
 
 
 def encode_row(row: Mapping[str, Any]) -> bytes:
@@ -190,20 +173,3 @@ def _write_all(descriptor: int, blob: bytes) -> None:
     view = memoryview(blob)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another place, "
-            "then repeat the command: what was written before is kept"
-        ) from error

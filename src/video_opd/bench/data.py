@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from video_opd.data.loader import PromptLoader
 from video_opd.data.prompts import build_messages
 from video_opd.data.video import load_clip, probe
 from video_opd.errors import UserError
+from video_opd.files import replacing_file
 from video_opd.progress import log
 from video_opd.types import EncodedPrompt, Sample
 
@@ -39,8 +39,7 @@ def make_videos(folder: Path, seconds: Sequence[int], size_px: tuple[int, int], 
         paths.append(path)
         if path.exists():
             continue
-        part = path.with_suffix(".part.mp4")
-        with av.open(str(part), "w") as container:
+        with replacing_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=fps)
             assert isinstance(stream, av.VideoStream)
             stream.height, stream.width, stream.pix_fmt = texture.shape[0], texture.shape[1], "yuv420p"
@@ -48,7 +47,6 @@ def make_videos(folder: Path, seconds: Sequence[int], size_px: tuple[int, int], 
                 frame = av.VideoFrame.from_ndarray(np.roll(texture, (i, 3 * i), axis=(0, 1)), format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-        os.replace(part, path)
     return paths
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
 import zipfile
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 
 from video_opd.data.budget import VideoBudget
 from video_opd.data.video import clip_digest, load_clip
+from video_opd.errors import UserError
+from video_opd.files import replacing_file
 from video_opd.types import Clip
 
 logger = logging.getLogger(__name__)
@@ -90,27 +91,17 @@ class ClipCache:
             return
         names = ("source_fps", "duration_s", "source_size_px", "digest")
         meta = json.dumps({name: getattr(clip, name) for name in names})
-        temporary = None
+        arrays = {name: getattr(clip, name) for name in ("frames", "times_s", "frame_indices")}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-            with os.fdopen(descriptor, "wb") as file:
-                arrays = {name: getattr(clip, name) for name in ("frames", "times_s", "frame_indices")}
+            # Reading an entry checks its digest, so writing does not wait for the disk.
+            with replacing_file(entry, flush=False) as temporary, open(temporary, "wb") as file:
                 np.savez(file, meta=np.array(meta), **arrays)
-            os.replace(temporary, entry)
             self._trim(entry.stat().st_size)
-        except OSError as error:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+        except (OSError, UserError) as error:
             with self._lock:
                 first, self._writable = self._writable, False
             if first:
-                logger.warning(
-                    "%s: cannot be written, so no more clips are cached here (%s)",
-                    self.folder,
-                    error.strerror,
-                )
+                logger.warning("no more clips are cached: %s", error)
 
     def _trim(self, added_bytes: int) -> None:
         with self._lock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from video_opd.data.decode import decode_frames
 from video_opd.data.demux import PacketIndex, VideoError, describe, open_container, read_index, video_stream
 from video_opd.errors import UserError
+from video_opd.files import replacing_file
 from video_opd.progress import log
 from video_opd.temporal import Interval
 
@@ -45,18 +45,8 @@ def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
     first, stop = nearest_frames(index, span)
     borders_s = _borders_s(index)
     written = (float(borders_s[first]), float(borders_s[stop]))
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(out) as temporary:  # av raises OSErrors for errors of the disk, too
         _write(video, index, first, stop, temporary)
-        temporary.replace(out)
-    except VideoError:
-        raise
-    except OSError as error:  # av raises OSErrors for errors of the disk
-        raise UserError(f"{out}: cannot be written ({describe(error)}); choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return written
 
 
@@ -94,7 +84,7 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
     _, frame = next(decoded, (first, None))
     if frame is None:
         raise VideoError(video, "corrupt: none of the frames of the clip can be decoded")
-    with av.open(str(out), "w", options={"movflags": "+faststart"}) as container:
+    with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         picture = _picture_stream(container, frame)
         sound = _Sound(container, video, origin_s=_origin_s(video, index), span=(start_s, end_s))
         # A frame that cannot be decoded is left out: the one before is shown for longer.

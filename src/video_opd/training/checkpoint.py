@@ -2,18 +2,17 @@
 
 ``checkpoints/step-N/``: ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser and
 random states), ``state.json`` (step, sizes of all files). With LoRA, ``adapter/`` (what is trained, and
-nothing of the base) stands in place of ``model/``. It is written beside and renamed at the end, so a kill or
-a full disk leaves the checkpoints that were there.
+nothing of the base) stands in place of ``model/``. Folders are replaced whole or not at all
+(:mod:`video_opd.files`), so a kill or a full disk leaves the checkpoints that were there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from video_opd.config import Recipe
-from video_opd.errors import UserError
+from video_opd.files import replacing_folder
 from video_opd.models.inference import MODEL_FACTS
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
@@ -30,7 +29,6 @@ from video_opd.models.parts import state_of
 
 ADAPTER = "adapter"
 _PREFIX = "step-"
-_PART = ".part-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +56,13 @@ def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Reci
 
     Raises :class:`UserError` when the disk is full; what was at ``path`` is then still there.
     """
-    path = Path(path)
-    with _written_beside(path) as folder:
+    with _replacing(path) as folder:
         _fill_model_folder(model, processor, folder, recipe)
 
 
 def save_adapter_folder(model: Any, path: str | Path) -> None:
     """The adapter in peft's format. Replaces ``path`` atomically; raises as :func:`save_model_folder`."""
-    with _written_beside(Path(path)) as folder:
+    with _replacing(path) as folder:
         save_adapter(model, folder)
 
 
@@ -86,7 +83,7 @@ def save_checkpoint(
     Raises :class:`UserError` when the disk is full; older checkpoints are untouched then.
     """
     path = root / f"{_PREFIX}{step}"
-    with _written_beside(path) as folder:
+    with _replacing(path) as folder:
         if has_adapters(model):
             save_adapter(model, folder / ADAPTER, weights)
         else:
@@ -107,12 +104,6 @@ def find_checkpoints(root: Path) -> list[Checkpoint]:
         if step is not None:
             found.append(Checkpoint(path=path, step=step))
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
-
-
-def discard_unfinished(root: Path) -> None:
-    """Removes what a kill left half written."""
-    for path in root.glob(f"{_PART}*") if root.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -162,50 +153,24 @@ def _fill_model_folder(
 
 
 @contextlib.contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``path`` once the block has ended well."""
+def _replacing(path: str | Path) -> Iterator[Path]:
+    """:func:`replacing_folder` for writers that report a failed write in their own ways, not as OSError."""
     from safetensors import SafetensorError
 
-    part = path.parent / f"{_PART}{path.name}"
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        _flush(part)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        # torch.save and safetensors report a failed write in their own ways.
-        if isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error):
-            raise UserError(
-                f"{path}: cannot be written ({error}); {_free(path)}: free some space and repeat the "
-                "command, which continues from the newest checkpoint that is there"
-            ) from error
-        raise
-
-
-def _free(path: Path) -> str:
-    for parent in path.parents:
-        if parent.exists():
-            return f"{shutil.disk_usage(parent).free / 2**30:.1f} GiB are free there"
-    return "no space"
-
-
-def _flush(folder: Path) -> None:
-    """To the disk itself: a rename must not survive a power cut that the content does not."""
-    for file in _files(folder):
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-
-
-def _files(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    with replacing_folder(path) as folder:
+        try:
+            yield folder
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        except RuntimeError as error:
+            if "PytorchStreamWriter" in str(error):  # torch.save
+                raise OSError(str(error)) from error
+            raise
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _complete_step(path: Path) -> int | None:

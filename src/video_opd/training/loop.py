@@ -21,7 +21,7 @@ import torch
 
 from video_opd.config import OptimConfig, Recipe
 from video_opd.errors import UserError
-from video_opd.files import write_text
+from video_opd.files import discard_unfinished, write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
@@ -79,8 +79,8 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
     if accelerator.is_main_process:
-        checkpoints.discard_unfinished(folder.checkpoints)
-        checkpoints.discard_unfinished(folder.path)
+        discard_unfinished(folder.checkpoints)
+        discard_unfinished(folder.path)
         folder.rewind(start)
         folder.write_environment(_machine(accelerator, recipe))
     accelerator.wait_for_everyone()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from video_opd.errors import UserError
+from video_opd.files import replacing_file
 from video_opd.jsonl import write_jsonl
 from video_opd.world.scene import STYLES, Scene, compose, scene_rng
 
@@ -47,24 +48,19 @@ def write_video(scene: Scene, path: Path) -> None:
     from video_opd.world.render import Renderer
 
     renderer = Renderer(scene)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
-    try:
-        with av.open(str(temporary), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(scene.fps).limit_denominator(1000))
-            stream.height, stream.width = scene.size_px
-            stream.pix_fmt = "yuv420p"
-            stream.time_base = Fraction(1, CLOCK_HZ)
-            stream.codec_context.time_base = Fraction(1, CLOCK_HZ)
-            # one thread: the same bytes on every machine
-            stream.options = {"preset": "superfast", "crf": "24", "threads": "1", "g": "48"}
-            for t in frame_times(scene):
-                frame = av.VideoFrame.from_ndarray(renderer.frame(float(t)), format="rgb24")
-                frame.pts, frame.time_base = round(float(t) * CLOCK_HZ), Fraction(1, CLOCK_HZ)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(scene.fps).limit_denominator(1000))
+        stream.height, stream.width = scene.size_px
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = Fraction(1, CLOCK_HZ)
+        stream.codec_context.time_base = Fraction(1, CLOCK_HZ)
+        # one thread: the same bytes on every machine
+        stream.options = {"preset": "superfast", "crf": "24", "threads": "1", "g": "48"}
+        for t in frame_times(scene):
+            frame = av.VideoFrame.from_ndarray(renderer.frame(float(t)), format="rgb24")
+            frame.pts, frame.time_base = round(float(t) * CLOCK_HZ), Fraction(1, CLOCK_HZ)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def rows(scene: Scene, folder: str = "videos") -> list[dict]:

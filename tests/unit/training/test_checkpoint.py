@@ -20,11 +20,11 @@ from training_cases import make_recipe
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
+from video_opd.files import discard_unfinished
 from video_opd.models.inference import read_model_facts
 from video_opd.models.loading import load_model
 from video_opd.training.checkpoint import (
     Checkpoint,
-    discard_unfinished,
     find_checkpoints,
     load_training_state,
     random_state,
