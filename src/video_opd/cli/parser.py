@@ -610,7 +610,7 @@ def _world(commands: Any) -> None:
         "train",
         "world_train",
         "how the tiny models were made: says where the tool is",
-        "PYTHONPATH=tools python -m tiny_models --out runs/world-models",
+        "video-opd world train",
     )
     for flag in ("--recipe", "--out", "--workers"):  # the tool's own
         train.add_argument(flag, help=argparse.SUPPRESS)

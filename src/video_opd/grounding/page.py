@@ -89,11 +89,12 @@ def render(
     film: Film, answers: Sequence[Mapping[str, Any]], *, model: str, source: str, notice: str, link: str
 ) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("video_opd.grounding"),
+        # The style sheet is the reports'.
+        loader=ChoiceLoader([PackageLoader("video_opd.grounding"), PackageLoader("video_opd.reports")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

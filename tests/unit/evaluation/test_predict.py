@@ -246,10 +246,10 @@ def test_a_fingerprint_is_of_content(tmp_path: Path) -> None:
 
 
 def test_large_weights_are_known_by_time_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from video_opd.evaluation import resume
+    from video_opd.models import fingerprint
 
-    monkeypatch.setattr(resume, "_FULL_READ_BYTES", 10)
-    monkeypatch.setattr(resume, "_END_BYTES", 4)
+    monkeypatch.setattr(fingerprint, "_FULL_READ_BYTES", 10)
+    monkeypatch.setattr(fingerprint, "_END_BYTES", 4)
     folder = write_model(tmp_path / "m", b"aaaa" + b"middle" + b"zzzz")
     os.utime(folder / "model.safetensors", (5, 5))
     before = model_fingerprint(folder)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from importlib import resources
 
 import model_cases as cases
 import numpy as np
 import pytest
 import torch
+from places import TOOLS
 
 from tiny_models import stages
 from tiny_models.auxiliary import POINTER_LAYER, Pretrainer
@@ -92,7 +92,7 @@ def test_a_recipe_that_cannot_be_followed(tmp_path, lines, message):
 
 
 def test_the_shipped_teacher_is_deeper_than_the_base():
-    path = resources.files("video_opd.world") / "recipes" / "pretraining.yaml"
+    path = TOOLS / "tiny_models" / "pretraining.yaml"
     recipe = read_pretraining(str(path))
     saved = {stage.save_as: sizes(recipe)[stage.name] for stage in recipe.stages if stage.save_as}
     assert saved == {"tiny-teacher-small": "tiny", "tiny-teacher": "small", "tiny-base": "tiny"}

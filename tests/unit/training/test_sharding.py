@@ -189,7 +189,7 @@ def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
     script = tmp_path / "worker.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path[:0] = {[str(Path(__file__).parents[i]) for i in (0, 1)]!r}\n"
         "from pathlib import Path\n"
         "from test_sharding import Recording, recipe_of\n"
         "from video_opd.training.loop import train\n"
