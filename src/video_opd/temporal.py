@@ -1,7 +1,7 @@
-"""Intervals in time: overlap, and the text of an answer in both directions.
+"""Intervals in time: their overlap, and their form as text, which is written and parsed.
 
-An interval is ``(start_s, end_s)`` in seconds, ``start_s < end_s``. One that is empty, reversed or not
-finite overlaps with nothing. Nothing here imports more than the standard library.
+An interval is ``(start_s, end_s)`` in seconds, ``start_s < end_s``. A pair that is empty, reversed or not
+finite overlaps with nothing. This module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_proper(span: Interval | None) -> bool:
 
 
 def length_s(span: Interval) -> float:
-    """The duration of an interval in seconds; 0 where it is no interval."""
+    """The length of an interval in seconds; 0 for a pair that is no interval."""
     return span[1] - span[0] if is_proper(span) else 0.0
 
 
@@ -39,13 +39,13 @@ def centre_s(span: Interval) -> float:
 
 
 def clamp(span: Interval, duration_s: float) -> Interval | None:
-    """The part of ``span`` inside [0, duration_s]; None where nothing of it is inside."""
+    """``span`` cut to [0, duration_s]; None if it lies outside."""
     inside = (max(span[0], 0.0), min(span[1], duration_s))
     return inside if is_proper(inside) else None
 
 
 def iou(a: Interval | None, b: Interval | None) -> float:
-    """Intersection over union of two intervals, in [0, 1]; 0 where either is none."""
+    """Intersection over union of two intervals, in [0, 1]; 0 if either is no interval."""
     if a is None or b is None or not (is_proper(a) and is_proper(b)):
         return 0.0
     intersection_s = min(a[1], b[1]) - max(a[0], b[0])
@@ -55,14 +55,14 @@ def iou(a: Interval | None, b: Interval | None) -> float:
 
 
 def best_iou(span: Interval | None, spans: Iterable[Interval]) -> float:
-    """The largest IoU of ``span`` with any of ``spans``; 0 where there are none."""
+    """The largest IoU of ``span`` with any of ``spans``; 0 if there are none."""
     return max((iou(span, other) for other in spans), default=0.0)
 
 
 def timestamp_aware_iou(pred: Interval | None, true: Interval, duration_s: float) -> float:
     """IoU · (1 − |s − ŝ|/D) · (1 − |e − ê|/D), each factor clamped to [0, 1] (Time-R1's reward).
 
-    Raises :class:`UserError` where the duration is not a positive number.
+    Raises :class:`UserError` if the duration is not a positive number.
     """
     if not (math.isfinite(duration_s) and duration_s > 0):
         raise UserError(f"the duration of a video must be above 0 s, not {duration_s}: correct the data row")
@@ -80,12 +80,12 @@ def timestamp_aware_iou(pred: Interval | None, true: Interval, duration_s: float
 
 
 def format_span(span: Interval) -> str:
-    """The answer text of figure 7: ``(12.5, 17.83)`` → ``"12.50 to 17.83"``."""
+    """The text of a span in figure 7's form: ``(12.5, 17.83)`` → ``"12.50 to 17.83"``."""
     return f"{span[0]:.2f} to {span[1]:.2f}"
 
 
 def clock(time_s: float) -> str:
-    """For people: ``00:12.54``, from an hour on ``1:02:03.00``."""
+    """A time for people: ``00:12.54``, and ``1:02:03.00`` from an hour on."""
     hundredths = round(time_s * 100)
     minutes, rest = divmod(hundredths, 6000)
     seconds = f"{rest // 100:02d}.{rest % 100:02d}"
@@ -94,8 +94,9 @@ def clock(time_s: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedAnswer:
-    """What an answer says. ``rule`` is the rule that matched, ``"none"`` where none did; ``span`` is None
-    then, and also where the rule found an empty or reversed span.
+    """The span that an answer states, and the ``rule`` that matched (``"none"`` if none did).
+
+    ``span`` is None if no rule matched, and also if the rule found an empty or reversed span.
 
     Example: ``ParsedAnswer(span=(12.54, 17.83), rule="exact")``.
     """
@@ -106,13 +107,13 @@ class ParsedAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Number:
-    """One number of a text, its unit included in ``end``; ``value_s`` is None where it cannot be a time."""
+    """A number in a text, up to ``end`` with its unit; ``value_s`` is None if it cannot be a time."""
 
     start: int
     end: int
     value_s: float | None
     clock: bool
-    bare: bool  # digits without a unit: before a noun they count things
+    bare: bool  # digits without a unit: if a noun follows, they count things
 
 
 _NUMBER = re.compile(r"(?:[0-9]+|(?<![\w.])\.[0-9]+)(?:[.,:/][0-9]+)*")
@@ -130,19 +131,19 @@ _OTHER_UNIT = re.compile(
     re.I,
 )
 _LETTER = r"[^\W\d_]"
-# A part of a word, a rank, a share; but not "12to17", and not the underscores of "_12_".
+# Matches after a number that is part of a word, a rank or a share; not in "12to17" and "_12_".
 _GLUED_AFTER = re.compile(rf"(?!(?:to|and)(?!{_LETTER}|_))_*{_LETTER}|[/%]", re.I)
 _WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
 _SIGN = re.compile(r"(?:^|[\s(\[{=:,\"'])[-−]\Z")
-# "3 people" is a count, "12 and" or "12 the moment" is not.
+# "3 people" is a count; "12 and" and "12 the moment" are not.
 _COUNTED = re.compile(
     r"\s+(?!(?:a|after|all|and|approximately|as|at|before|by|end\w*|finish\w*|for|in|is|its?|of|on|or|respectively"
     r"|right|so|stops?|that|the|then|through|till|to|until|up|when|where|which|while|with)\b)[a-z]",
     re.I,
 )
 
-# Between two numbers of an answer. It is looked at without markdown, quotes, brackets and repeated white
-# space: what is left of it is short, and every pattern below takes linear time on it.
+# The text between two numbers is compared without markdown, quotes, brackets and repeated white space. It is
+# short then, and every pattern below takes linear time on it.
 _REACH = 160  # characters; two numbers that are farther apart do not belong together
 _MARKUP = str.maketrans({**dict.fromkeys("*_`\"'“”‘’()[]{}<>$", " "), "~": " ~ ", "≈": " ≈ "})
 _DASHES = "-‐‑‒–—―−﹣－~～〜"
@@ -170,10 +171,10 @@ def _value_s(text: str) -> tuple[float | None, bool]:
 
 
 def _values(text: str) -> list[tuple[str, float | None, bool]]:
-    """``(text, seconds, is a clock time)`` of what looked like one number; a list without spaces is several.
+    """``(text, seconds, is a clock time)`` of each number in digits without a space between them.
 
-    "12.54,17.83" and "00:12,00:17" are lists. "12,54" may be a list or a decimal comma, "1,234" a thousand:
-    no time.
+    "12.54,17.83" and "00:12,00:17" are lists of two. "12,54" may be a list or a decimal comma, and "1,234" a
+    thousand: they are no times.
     """
     parts = text.split(",")
     if len(parts) > 1 and not _GROUPED.fullmatch(text) and not all(part.isdigit() for part in parts):
@@ -184,7 +185,7 @@ def _values(text: str) -> list[tuple[str, float | None, bool]]:
 
 
 def _numbers(text: str) -> list[_Number]:
-    """Every number of the text in order, those that cannot be times included: they keep others apart."""
+    """Every number of the text, in order. Those that cannot be times count: they keep others apart."""
     found = []
     for match in _NUMBER.finditer(text):
         values = _values(match.group())
@@ -205,14 +206,14 @@ def _numbers(text: str) -> list[_Number]:
 
 
 def _is_glued(before: str) -> bool:
-    """Whether a number that follows is a part of a word or a rank; not in "12to17", nor in "_12_"."""
+    """Whether the number after ``before`` belongs to a word or is a rank; not in "12to17", nor in "_12_"."""
     if word := _WORD_BEFORE.search(before):
         return bool(word[2]) or word[1].lower() not in ("to", "and")
     return before.endswith(("/", "#", "%"))
 
 
 def _plain_words(text: str) -> str:
-    """The text without markup, words one space apart."""
+    """The text without markup, with one space between words."""
     return " ".join(text.translate(_MARKUP).split())
 
 
@@ -234,7 +235,7 @@ def _is_from_and(before: str, between: str) -> bool:
 
 
 def _shape(text: str, numbers: list[_Number], i: int) -> str | None:
-    """How the i-th number and the next are tied together: ``to``, ``dash``, ``list``, ``from_and`` or not."""
+    """The tie between the i-th number and the next: ``to``, ``dash``, ``list``, ``from_and``, or None."""
     a, b = numbers[i], numbers[i + 1]
     between = text[a.end : b.start]
     words = _plain_words(between)
@@ -276,7 +277,7 @@ def _match(text: str) -> tuple[Interval, str] | None:
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last ``</think>``; None without one: the length limit came before the answer."""
+    """The text after the last ``</think>``; None without one: the length limit came before the answer."""
     _, closed, answer = text.rpartition("</think>")
     return answer if closed else None
 

@@ -7,7 +7,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from video_opd.convert.conversion import Conversion, ConvertSettings, convert
+from video_opd.convert.conversion import ConvertSettings, convert
+from video_opd.convert.outcome import Conversion
 from video_opd.data.annotations import read_samples
 
 

@@ -344,7 +344,7 @@ def data_convert(arguments: argparse.Namespace) -> None:
         if arguments.json:
             from video_opd.convert.formats import FORMATS
 
-            print_json({name: format.looks_like for name, format in FORMATS.items()})
+            print_json({name: format.layout for name, format in FORMATS.items()})
             return
         print("\n".join(format_lines()))
         return
@@ -406,10 +406,10 @@ def data_stats(arguments: argparse.Namespace) -> None:
     annotations = read_annotations(arguments.data, arguments.video_root)
     out = arguments.out or check.default_out(arguments.data)
     if arguments.probe:
-        seen = check.look(annotations.samples, out, check.CheckSettings(workers=arguments.workers))
+        checked = check.check_videos(annotations.samples, out, check.CheckSettings(workers=arguments.workers))
     else:
-        seen = check.known(annotations.samples, out)
-    record = describe(annotations, budget, size_px=arguments.size, seen=seen)
+        checked = check.known_videos(annotations.samples, out)
+    record = describe(annotations, budget, size_px=arguments.size, checked=checked)
     record = {"data": arguments.data, **record}
     if arguments.json:
         print_json(record)

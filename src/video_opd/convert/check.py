@@ -1,7 +1,8 @@
-"""What the videos of a data file really hold, and which rows cannot be used because of it.
+"""Opens the videos of a data file, and finds the rows that cannot be used.
 
-Every video is opened once, in processes of its own, so that one that brings its decoder down is found and
-named. What was seen is appended to a file; a repeated check opens only what is new or has changed.
+Every video is opened once, in a separate process, so that a video that brings its decoder down is found and
+named. The facts of each video are appended to the check file; a repeated check opens only videos that are new
+or have changed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _CRASHED = "it brings the decoder down"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a video holds, or why nobody can say. A row of the check file.
+class CheckedVideo:
+    """The facts of one video, or the error that kept it from being read. A row of the check file.
 
     ``bytes`` and ``mtime_ns`` are those of the file that was opened; ``size_px`` is (height, width).
     """
@@ -41,7 +42,7 @@ class Seen:
     video: str
     bytes: int = 0
     mtime_ns: int = 0
-    decoded: bool = False  # whether its frames were decoded too
+    decoded: bool = False  # its frames were decoded, too
     error: str | None = None
     missing: bool = False
     duration_s: float | None = None
@@ -67,8 +68,8 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSettings:
-    tolerance_s: float = 1.0  # containers round, and count the last frame or do not
-    decode: VideoBudget | None = None  # decode the frames that this budget shows, too
+    tolerance_s: float = 1.0  # containers round durations; some leave the last frame out
+    decode: VideoBudget | None = None  # decode the frames that this budget chooses, too
     workers: int = 4
 
     def __post_init__(self) -> None:
@@ -86,13 +87,13 @@ def check(
 ) -> dict[str, Any]:
     """Opens the videos of ``data`` and returns the record that ``data check --json`` prints.
 
-    Appends a row a video to ``out`` (:class:`Seen`). ``good`` is written with the rows that have no problem.
-    Raises UserError where ``data`` is no data file, or ``out`` is another kind of file.
+    Appends a row for each video to ``out`` (:class:`CheckedVideo`). The rows without a problem are written to
+    ``good``. Raises UserError if ``data`` is no data file, or ``out`` is another kind of file.
     """
     settings = settings or CheckSettings()
     annotations = read_annotations(data, video_root, keep_faults=True)
-    seen = look(annotations.samples, out, settings)
-    problems = find_problems(annotations, seen, settings.tolerance_s)
+    checked = check_videos(annotations.samples, out, settings)
+    problems = find_problems(annotations, checked, settings.tolerance_s)
     if not annotations.samples and not annotations.faults:
         empty = f"{data}: no rows in it; check the path"
         problems = [{"id": None, "line": None, "video": None, "kinds": [EMPTY], "problem": empty}]
@@ -105,7 +106,7 @@ def check(
         written = len(rows)
     return {
         "rows": len(annotations.samples) + len(annotations.faults),
-        "videos": len(seen),
+        "videos": len(checked),
         "unannotated": annotations.unannotated,
         "clamped": sum(identity not in too_long for _, identity in annotations.clamped),
         "tolerance_s": settings.tolerance_s,
@@ -118,7 +119,7 @@ def check(
 
 
 def find_problems(
-    annotations: Annotations, seen: Mapping[Path, Seen], tolerance_s: float
+    annotations: Annotations, checked: Mapping[Path, CheckedVideo], tolerance_s: float
 ) -> list[dict[str, Any]]:
     """``{"id", "line", "video", "kinds", "problem"}`` for each row with a problem, wrong rows first."""
     rows: list[dict[str, Any]] = [
@@ -126,7 +127,7 @@ def find_problems(
         for fault in annotations.faults
     ]
     for sample in annotations.samples:
-        found = list(_problems(sample, seen[sample.video], tolerance_s))
+        found = list(_problems(sample, checked[sample.video], tolerance_s))
         if found:
             rows.append(
                 {
@@ -140,15 +141,15 @@ def find_problems(
     return rows
 
 
-def _problems(sample: Sample, seen: Seen, tolerance_s: float) -> Iterator[tuple[str, str]]:
-    end_s = seen.duration_s
+def _problems(sample: Sample, facts: CheckedVideo, tolerance_s: float) -> Iterator[tuple[str, str]]:
+    end_s = facts.duration_s
     if end_s is None:
-        yield (MISSING if seen.missing else UNDECODABLE), seen.error or "unknown"
+        yield (MISSING if facts.missing else UNDECODABLE), facts.error or "unknown"
     if text := _past_the_end(sample, end_s, tolerance_s):
         yield SPAN, text
     if end_s is not None and sample.duration_s is not None and abs(sample.duration_s - end_s) > tolerance_s:
-        part = " (the row is about a part of the video)" if sample.row.get("clip") else ""
-        yield DURATION, f"duration {sample.duration_s:g} s, but the video lasts {end_s:.2f} s{part}"
+        clip = " (the row is about a clip of the video)" if sample.row.get("clip") else ""
+        yield DURATION, f"duration {sample.duration_s:g} s, but the video lasts {end_s:.2f} s{clip}"
     if token := CONTROL_TOKEN.search(sample.query):
         yield QUERY, f"its query holds the control token {token.group()}; remove it"
     for key, name in misspelt_keys(sample.row).items():
@@ -156,7 +157,8 @@ def _problems(sample: Sample, seen: Seen, tolerance_s: float) -> Iterator[tuple[
 
 
 def _past_the_end(sample: Sample, end_s: float | None, tolerance_s: float) -> str | None:
-    """Of the spans as they are written: reading has cut them to the stated duration."""
+    """The problem of a span that ends too late, if there is one."""
+    # The spans as they stand in the file: reading has cut those of the sample to the stated duration.
     spans = sample.row.get("spans") or sample.spans
     last_s = max((end for _, end in spans), default=0.0)
     if end_s is not None and any(start_s >= end_s for start_s, _ in spans):
@@ -176,49 +178,53 @@ def default_out(data: str | Path) -> Path:
     return Path(data).with_suffix(".check.jsonl")
 
 
-def known(samples: Sequence[Sample], out: str | Path, *, decoded: bool = False) -> dict[Path, Seen]:
-    """What ``out`` says about those videos that have not changed since; nothing where it is not there."""
+def known_videos(
+    samples: Sequence[Sample], out: str | Path, *, decoded: bool = False
+) -> dict[Path, CheckedVideo]:
+    """The facts in the check file ``out`` about videos that have not changed since; none without a file."""
     before = _read(Path(out))
     found = {}
     for video in dict.fromkeys(sample.video for sample in samples):
-        seen = before.get(os.path.abspath(video))
-        if seen and _stat(video) == (seen.bytes, seen.mtime_ns) and (seen.decoded or not decoded):
-            found[video] = seen
+        facts = before.get(os.path.abspath(video))
+        if facts and _stat(video) == (facts.bytes, facts.mtime_ns) and (facts.decoded or not decoded):
+            found[video] = facts
     return found
 
 
-def look(samples: Sequence[Sample], out: str | Path, settings: CheckSettings) -> dict[Path, Seen]:
-    """What each video of ``samples`` holds. What ``out`` knows is not opened again, the rest is added."""
+def check_videos(
+    samples: Sequence[Sample], out: str | Path, settings: CheckSettings
+) -> dict[Path, CheckedVideo]:
+    """The facts of each video of ``samples``. Those in ``out`` are reused; the others are appended to it."""
     out = Path(out)
     repair_jsonl(out)
-    seen = known(samples, out, decoded=settings.decode is not None)
+    checked = known_videos(samples, out, decoded=settings.decode is not None)
     wanted = []
     for video in dict.fromkeys(sample.video for sample in samples):
-        if video in seen:
+        if video in checked:
             continue
         if (stat := _stat(video)) is None:
-            seen[video] = Seen(video=os.path.abspath(video), error="no such file", missing=True)
+            checked[video] = CheckedVideo(video=os.path.abspath(video), error="no such file", missing=True)
         else:
             wanted.append((video, stat))
     if not wanted:
-        return seen
+        return checked
     results = _opened([video for video, _ in wanted], settings)
     stats = dict(wanted)
     for video, facts in track(results, "checking videos", len(wanted)):
         count, mtime_ns = stats[video]
-        seen[video] = Seen(
+        checked[video] = CheckedVideo(
             video=os.path.abspath(video),
             bytes=count,
             mtime_ns=mtime_ns,
             decoded=settings.decode is not None,
             **facts,
         )
-        append_jsonl(out, [seen[video].to_json()])
-    return seen
+        append_jsonl(out, [checked[video].to_json()])
+    return checked
 
 
 def open_video(video: Path, decode: VideoBudget | None) -> dict[str, Any]:
-    """The facts of one video, or ``{"error": why there are none}``."""
+    """The facts of one video, or ``{"error": reason}`` if it cannot be read."""
     from video_opd.data.video import VideoError, load_clip, probe
 
     try:
@@ -239,7 +245,7 @@ def open_video(video: Path, decode: VideoBudget | None) -> dict[str, Any]:
 
 
 def _opened(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(video, facts) as they are ready. After a crash each video that was under way is tried alone."""
+    """(video, facts) in the order of completion. After a crash each video that was open is tried alone."""
     waiting = deque(videos)
     while waiting:
         suspects: list[Path] = []
@@ -275,12 +281,12 @@ def _one_by_one(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tup
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # spawn: a fork would copy the threads' locks of whoever calls this
+    # spawn: a fork would copy the locks of the caller's threads
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
 
 
 def _follow_parent() -> None:
-    """A worker leaves Ctrl-C to its parent and ends when that was killed: else it would wait forever."""
+    """A worker leaves Ctrl-C to its parent, and ends if its parent was killed: else it would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
@@ -300,14 +306,14 @@ def _stat(video: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _read(out: Path) -> dict[str, Seen]:
+def _read(out: Path) -> dict[str, CheckedVideo]:
     if not out.exists():
         return {}
     found = {}
     for line, row in read_jsonl(out):
         try:
             size = row["size"]
-            seen = Seen(
+            facts = CheckedVideo(
                 video=row["video"],
                 bytes=row["bytes"],
                 mtime_ns=row["mtime_ns"],
@@ -323,5 +329,5 @@ def _read(out: Path) -> dict[str, Seen]:
             raise UserError(
                 f"{out}:{line}: not a row of a check; choose another --out, or delete the file"
             ) from None
-        found[seen.video] = seen
+        found[facts.video] = facts
     return found

@@ -1,4 +1,4 @@
-"""A data file in numbers: durations, spans, where they lie, queries, sources, tokens. No torch."""
+"""Statistics of a data file: durations, spans and their positions, queries, sources, tokens. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from video_opd.config import VideoConfig
-from video_opd.convert.check import Seen
+from video_opd.convert.check import CheckedVideo
 from video_opd.data.annotations import Annotations
 from video_opd.data.budget import VideoBudget, plan
 from video_opd.strict import TreeReader, apply_overrides
@@ -20,13 +20,13 @@ from video_opd.types import Sample
 
 BINS = 12
 _TAIL = 99.0  # percentile from which a histogram's last bin is open
-_ASSUMED_FPS = 30.0  # of videos that were not opened: above the budget's rate it changes nothing
+_ASSUMED_FPS = 30.0  # for videos that were not opened; any rate above the budget's gives the same tokens
 _STEPS = (1, 2, 2.5, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """``counts`` [n] between ``edges`` [n + 1]; with ``open_end`` the last bin holds all that is longer."""
+    """``counts`` [n] between ``edges`` [n + 1]; with ``open_end`` the last bin holds all longer values."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -35,7 +35,7 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How some numbers are spread. ``p5`` and ``p95`` are percentiles."""
+    """The distribution of some numbers. ``p5`` and ``p95`` are percentiles."""
 
     n: int
     min: float
@@ -63,19 +63,19 @@ def describe(
     budget: VideoBudget,
     *,
     size_px: tuple[int, int] | None = None,
-    seen: Mapping[Path, Seen] | None = None,
+    checked: Mapping[Path, CheckedVideo] | None = None,
 ) -> dict[str, Any]:
     """The record that ``data stats --json`` prints.
 
-    Tokens are counted under ``budget``: for videos of ``size_px`` (width, height) and the stated duration,
-    or for what was ``seen`` of each; where there is neither, ``tokens`` is None. Spreads are of seconds, of
-    shares of the duration, or of counts; one over no numbers is None.
+    Tokens are counted under ``budget``. A video has ``size_px`` (width, height) and its stated duration, or
+    the size and duration that it has in ``checked``; ``tokens`` is None if both are missing. Spreads are over
+    seconds, shares of the duration, or counts; a spread over no numbers is None.
     """
     samples = annotations.samples
     by_video: dict[Path, list[Sample]] = {}
     for sample in samples:
         by_video.setdefault(sample.video, []).append(sample)
-    lengths = {video: s for video, rows in by_video.items() if (s := _duration(rows, seen, video))}
+    lengths = {video: s for video, rows in by_video.items() if (s := _duration(rows, checked, video))}
     spans = [(span, sample.duration_s) for sample in samples for span in sample.spans]
     relative = [(start / s, end / s) for (start, end), s in spans if s]
     asked = Counter((sample.video, sample.query) for sample in samples)
@@ -95,13 +95,15 @@ def describe(
         "spans_a_row": spread([len(sample.spans) for sample in samples if sample.spans], whole=True),
         "queries_a_video": spread([len(rows) for rows in by_video.values()], whole=True),
         "words_a_query": spread([len(sample.query.split()) for sample in samples], whole=True),
-        "tokens": _tokens(by_video, lengths, budget, size_px, seen),
+        "tokens": _tokens(by_video, lengths, budget, size_px, checked),
     }
 
 
-def _duration(rows: Sequence[Sample], seen: Mapping[Path, Seen] | None, video: Path) -> float | None:
-    """The video's own duration where it was opened, else the first one stated."""
-    facts = seen.get(video) if seen else None
+def _duration(
+    rows: Sequence[Sample], checked: Mapping[Path, CheckedVideo] | None, video: Path
+) -> float | None:
+    """The video's own duration if it was opened, else the first one that a row states."""
+    facts = checked.get(video) if checked else None
     if facts and facts.duration_s:
         return facts.duration_s
     return next((row.duration_s for row in rows if row.duration_s), None)
@@ -112,12 +114,12 @@ def _tokens(
     lengths: Mapping[Path, float],
     budget: VideoBudget,
     size_px: tuple[int, int] | None,
-    seen: Mapping[Path, Seen] | None,
+    checked: Mapping[Path, CheckedVideo] | None,
 ) -> dict[str, Any] | None:
-    """What the videos cost: each once, and for every row that asks about it."""
+    """The tokens of the videos: each video once, and each once for every row that asks about it."""
     tokens, frames, rows = [], [], []
     for video, asking in by_video.items():
-        facts = seen.get(video) if seen else None
+        facts = checked.get(video) if checked else None
         if size_px is not None and video in lengths:
             width, height = size_px
             count = max(1, round(lengths[video] * _ASSUMED_FPS))
@@ -134,7 +136,7 @@ def _tokens(
     return {
         "budget": asdict(budget),
         "size": None if size_px is None else list(size_px),
-        "videos": len(tokens),  # counted
+        "videos": len(tokens),  # those that were counted
         "a_video": spread(tokens, whole=True),
         "frames_a_video": spread(frames, whole=True),
         "at_the_bound": sum(t >= 0.95 * budget.max_video_tokens for t in tokens),
@@ -146,7 +148,7 @@ def _tokens(
 def spread(
     values: Sequence[float], *, top: float | None = None, whole: bool = False
 ) -> dict[str, Any] | None:
-    """A :class:`Spread` as a record; ``top`` fixes the histogram's end, ``whole`` keeps its edges whole."""
+    """A :class:`Spread` as a record; ``top`` fixes the histogram's end, ``whole`` gives it whole edges."""
     if not values:
         return None
     array = np.asarray(values, dtype=np.float64)
@@ -168,7 +170,7 @@ def spread(
 def histogram(values: np.ndarray, *, top: float | None = None, whole: bool = False) -> Histogram:
     """About twelve bins of a round width from 0 on. The last percent of a long tail shares the last bin.
 
-    A value on an edge belongs to the bin above it, but for the last edge.
+    A value on an edge belongs to the bin above it, except on the last edge.
     """
     high = float(values.max())
     end = float(np.percentile(values, _TAIL)) if top is None else top

@@ -1,4 +1,4 @@
-"""What was converted, checked and counted, as lines for people. No torch."""
+"""The records of data convert, data check and data stats, as lines for people. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from video_opd.convert.formats import FORMATS
 
 if TYPE_CHECKING:
-    from video_opd.convert.conversion import Conversion
+    from video_opd.convert.outcome import Conversion
 
-MOST_SHOWN = 10  # problems of one reason; --json has all
-MOST_NAMED = 3  # in a line
+MOST_SHOWN = 10  # most problems that are shown of one reason; --json has all
+MOST_NAMED = 3  # most names in a line
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -20,7 +20,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 def format_lines() -> Iterator[str]:
     width = max(map(len, FORMATS))
     for name, format in FORMATS.items():
-        yield f"{name:{width}}  {format.looks_like}"
+        yield f"{name:{width}}  {format.layout}"
 
 
 def conversion_lines(result: Conversion) -> Iterator[str]:
@@ -35,9 +35,9 @@ def conversion_lines(result: Conversion) -> Iterator[str]:
         (len(result.cut), "spans past the end of the video, cut to it"),
         (result.unannotated, "questions without spans, as in the source"),
         (result.without_duration, "rows without a duration: give --durations FILE, or --probe"),
-        (result.on_clips, "rows about a part of a video" + _CLIPS),
+        (result.on_clips, "rows about a clip of a video" + _CLIPS),
         (len(result.not_found), f"videos not found under the video root: {_first(sorted(result.not_found))}"),
-        (len(result.of_two_lengths), "videos with more than one duration: files of parts share a name"),
+        (len(result.of_two_lengths), "videos with more than one duration: files of clips share a name"),
     )
     for count, note in notes:
         if count:
@@ -48,11 +48,11 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + (", …; --json lists all" if len(names) > MOST_NAMED else "")
 
 
-_CLIPS = ": times count from its start, so the file must hold just that part; or convert with --clips whole"
+_CLIPS = ": times count from its start, so the file must hold only that clip; or convert with --clips whole"
 
 
 def counted(count: int, what: str) -> str:
-    """``3 rows without spans``; of one, the first word is in the singular."""
+    """``3 rows without spans``; the first word is in the singular if the count is 1."""
     noun, space, rest = what.partition(" ")
     if count == 1:
         noun = f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
@@ -60,7 +60,7 @@ def counted(count: int, what: str) -> str:
 
 
 def _problems(found: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """(reason, line) pairs, by reason; of each the first few."""
+    """Lines of (reason, line) pairs, grouped by reason; the first few of each reason."""
     by_reason = sorted(found, key=lambda pair: pair[0])  # stable: within a reason, the order of the file
     for _, group in groupby(by_reason, key=lambda pair: pair[0]):
         lines = [line for _, line in group]
@@ -70,7 +70,7 @@ def _problems(found: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def check_lines(record: dict[str, Any]) -> Iterator[str]:
-    """Of the record of ``data check``."""
+    """The record of ``data check``."""
     yield from _problems((problem["kinds"][0], _problem_line(problem)) for problem in record["problems"])
     kinds = ", ".join(f"{count} {kind}" for kind, count in record["by_kind"].items())
     if record["rows"]:
@@ -98,7 +98,7 @@ def bar(share: float, width: int = _BAR_WIDTH) -> str:
 
 
 def stats_lines(record: dict[str, Any]) -> Iterator[str]:
-    """Of the record of :func:`video_opd.convert.describe.describe`."""
+    """The record of :func:`video_opd.convert.describe.describe`."""
     if not record["rows"]:
         yield "no rows in it: there is nothing to describe; check the path"
         return
@@ -167,8 +167,8 @@ def _token_lines(tokens: dict[str, Any] | None) -> Iterator[str]:
     budget = tokens["budget"]
     size = "their own size" if tokens["size"] is None else f"{tokens['size'][0]}x{tokens['size'][1]}"
     yield (
-        f"tokens: {tokens['all_rows']:,} to read every row once, {tokens['all_videos']:,} where a video is "
-        f"read once for all its rows ({tokens['videos']:,} videos at {size})"
+        f"tokens: {tokens['all_rows']:,} to prefill every row once, {tokens['all_videos']:,} if a video is "
+        f"prefilled once for all its rows ({tokens['videos']:,} videos at {size})"
     )
     yield (
         f"  budget: {budget['fps']:g} fps, at most {budget['max_frames']} frames and "
@@ -178,7 +178,7 @@ def _token_lines(tokens: dict[str, Any] | None) -> Iterator[str]:
 
 
 def histogram_lines(title: str, histogram: dict[str, Any]) -> Iterator[str]:
-    """A line a bin: its edges, how many, and a bar."""
+    """A line for each bin: its edges, its count, and a bar."""
     edges: Sequence[float] = histogram["edges"]
     counts: Sequence[int] = histogram["counts"]
     yield title

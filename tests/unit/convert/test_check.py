@@ -19,7 +19,7 @@ from video_cases import write_video
 
 from video_opd.cli import main
 from video_opd.convert import check as module
-from video_opd.convert.check import CheckSettings, check, default_out, look
+from video_opd.convert.check import CheckSettings, check, check_videos, default_out
 from video_opd.data.annotations import read_annotations, read_samples
 from video_opd.data.budget import VideoBudget
 from video_opd.errors import UserError
@@ -94,7 +94,7 @@ def test_the_tolerance_is_the_users(videos):
 def test_a_row_about_a_part_of_a_whole_video_is_told(videos):
     data = write(videos / "d.jsonl", rows({"video": "v.mp4", "duration": 2.5, "clip": [1.0, 3.5]}))
     (problem,) = check(data, videos / "c.jsonl", settings=HERE)["problems"]
-    assert "about a part of the video" in problem["problem"]
+    assert "about a clip of the video" in problem["problem"]
 
 
 def opened(videos: Path, monkeypatch: pytest.MonkeyPatch, settings: CheckSettings = HERE) -> list[str]:
@@ -143,17 +143,17 @@ def test_another_kind_of_file_is_not_appended_to(videos):
     assert len(read_samples(data)) == 1
 
 
-def test_what_was_seen_of_a_video_is_right(videos):
+def test_the_facts_of_a_video_are_right(videos):
     data = write(videos / "d.jsonl", rows({}, {"video": "broken.mp4"}))
-    seen = look(read_samples(data), videos / "c.jsonl", HERE)
-    v = seen[videos / "v.mp4"]
+    checked = check_videos(read_samples(data), videos / "c.jsonl", HERE)
+    v = checked[videos / "v.mp4"]
     assert (v.duration_s, v.fps, v.frames, v.size_px, v.codec) == (4.0, 10.0, 40, (64, 192), "h264")
     lines = [json.loads(line) for line in (videos / "c.jsonl").read_text().splitlines()]
     by_name = {Path(line["video"]).name: line for line in lines}
     assert by_name["v.mp4"]["size"] == [64, 192] and by_name["v.mp4"]["error"] is None
     assert by_name["broken.mp4"]["duration"] is None and "cannot be opened" in by_name["broken.mp4"]["error"]
-    again = module.known(read_samples(data), videos / "c.jsonl")
-    assert again == seen
+    again = module.known_videos(read_samples(data), videos / "c.jsonl")
+    assert again == checked
 
 
 def test_decoding_finds_what_opening_does_not(tmp_path):

@@ -74,7 +74,7 @@ def test_tokens_of_the_videos_themselves(tmp_path, capsys, monkeypatch):
     words = ["data", "stats", "d.jsonl", "--json", "--workers", "1"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] is None
-    for more in (["--probe"], []):  # the second time what was seen is there
+    for more in (["--probe"], []):  # the second time the check file is there
         assert main([*words, *more]) == 0
         tokens = json.loads(capsys.readouterr().out)["tokens"]
         assert tokens["videos"] == 1 and tokens["frames_a_video"]["max"] == 20

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from annotation_cases import HIREST, converted, time_r1_row, vtimellm_row, write
 
-from video_opd.convert.conversion import Conversion
 from video_opd.convert.formats import FORMATS
 from video_opd.convert.formats.durations import Durations
+from video_opd.convert.outcome import Conversion
 from video_opd.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""Public formats of annotations, by name. See docs/data.md for what each looks like."""
+"""Public formats of annotations, by name. docs/data.md describes each."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import difflib
 
 from video_opd.convert.formats.captions import ACTIVITYNET, CHARADES
 from video_opd.convert.formats.didemo import DIDEMO
+from video_opd.convert.formats.format import Format
 from video_opd.convert.formats.hirest import MOMENTS, STEPS
 from video_opd.convert.formats.interlink import INTERLINK
 from video_opd.convert.formats.own import OWN
 from video_opd.convert.formats.queryd import QUERYD
 from video_opd.convert.formats.qvhighlights import QVHIGHLIGHTS
-from video_opd.convert.formats.records import Format
 from video_opd.convert.formats.sources import Source
 from video_opd.convert.formats.time_r1 import TRAINING, TVGBENCH
 from video_opd.convert.formats.timelens import BENCH, HUNDRED_K
@@ -53,7 +53,7 @@ def get_format(name: str) -> Format:
 
 
 def recognise(source: Source) -> Format:
-    """The one format that the first entries look like. Raises UserError for none and for several."""
+    """The one format that the first entries match. Raises UserError for none and for several."""
     head = source.head()
     if not head:
         raise UserError(f"{source.path}: is empty; there is nothing to convert")

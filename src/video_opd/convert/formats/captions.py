@@ -1,9 +1,9 @@
 """Charades-STA and ActivityNet Captions.
 
-Both come as ``{vid: {"duration", "timestamps": [[s, e], …], "sentences": […]}}``. Charades-STA's original is
-text, ``VID start end##sentence``, with the durations in the column ``length`` of Charades' own CSV. Shapes
-from Time-R1's loader (github.com/xiaomi-research/time-r1, ``src/vllm_inference/data/data_loader.py``);
-queries are cleaned as VideoMind and TimeLens do it on these sets.
+Both are published as ``{vid: {"duration", "timestamps": [[s, e], …], "sentences": […]}}``. Charades-STA's
+original is text, ``VID start end##sentence``, with the durations in the column ``length`` of Charades' own
+CSV. Shapes are those of Time-R1's loader (github.com/xiaomi-research/time-r1,
+``src/vllm_inference/data/data_loader.py``); queries are cleaned as VideoMind and TimeLens clean these sets.
 """
 
 from __future__ import annotations
@@ -11,38 +11,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    Unusable,
-    all_records,
-    given,
-    paired,
-    record,
-    timelens_query,
-)
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import timelens_query
+from video_opd.convert.formats.format import Entry, Format, Question, Unusable, all_records
 
 _LINE = re.compile(r"(\S+)\s+(\S+)\s+(\S+?)\s*##(.*)")
 _CHARADES_ID = re.compile(r"[A-Z0-9]{5}")
 _ACTIVITYNET_ID = re.compile(r"v_[\w-]{11}")
 
 
-def read_captions(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "timestamps", "sentences")
-    pairs = paired(value["timestamps"], value["sentences"], "timestamps and sentences")
-    for i, (span, query) in enumerate(pairs):
-        yield Raw(
-            where=f"{entry.where} no. {i}",
-            key=f"{entry.key}:{i}",
-            video_id=entry.key,
-            query=query,
-            spans=given(span),
-            duration_s=value.get("duration"),
-        )
+def read_captions(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, "timestamps", "sentences")
+    spans, queries, duration_s = value["timestamps"], value["sentences"], value.get("duration")
+    yield from fields.paired_questions(
+        entry, spans, queries, "timestamps and sentences", video_id=entry.key, duration_s=duration_s
+    )
 
 
-def read_charades(entry: Entry) -> Iterator[Raw]:
+def read_charades(entry: Entry) -> Iterator[Question]:
     if not isinstance(entry.value, str):
         yield from read_captions(entry)
         return
@@ -54,7 +40,7 @@ def read_charades(entry: Entry) -> Iterator[Raw]:
         span = [float(start), float(end)]
     except ValueError:
         raise Unusable("not numbers", f"{start} {end}") from None
-    yield Raw(where=entry.where, key=video_id, video_id=video_id, query=query, spans=span)
+    yield Question(where=entry.where, key=video_id, video_id=video_id, query=query, spans=span)
 
 
 def _is_charades(head: Sequence[Entry]) -> bool:
@@ -77,7 +63,7 @@ def _named(head: Sequence[Entry], pattern: re.Pattern[str]) -> bool:
 
 CHARADES = Format(
     name="charades-sta",
-    looks_like='lines "VID start end##sentence" (durations: Charades\' CSV), or JSON as activitynet-captions',
+    layout='lines "VID start end##sentence" (durations: Charades\' CSV), or JSON as activitynet-captions',
     kinds=("lines", "mapping"),
     matches=_is_charades,
     read=read_charades,
@@ -85,7 +71,7 @@ CHARADES = Format(
 )
 ACTIVITYNET = Format(
     name="activitynet-captions",
-    looks_like='JSON {vid: {"duration", "timestamps": [[s, e], …], "sentences": […]}}',
+    layout='JSON {vid: {"duration", "timestamps": [[s, e], …], "sentences": […]}}',
     kinds=("mapping",),
     matches=_is_activitynet,
     read=read_captions,

@@ -1,4 +1,4 @@
-"""How long videos last, from a file beside the annotations.
+"""Durations of videos, from a file beside the annotations.
 
 JSON ``{vid: seconds}`` or ``{vid: {"duration": seconds}}``, or a table with one of the columns ``id``,
 ``vid``, ``video``, ``video_id`` and one of ``length``, ``duration`` (Charades' own CSV has ``id`` and
@@ -20,7 +20,7 @@ _LENGTHS = ("length", "duration")
 
 
 class Durations:
-    """Seconds by the name of a video: by its path, its file name, or that without its ending."""
+    """Seconds by the name of a video: its path, its file name, or its file name without the ending."""
 
     def __init__(self, seconds: Mapping[str, float]) -> None:
         self._seconds = dict(seconds)
@@ -37,7 +37,7 @@ class Durations:
 
 
 def read_durations(paths: Iterable[str | Path]) -> Durations:
-    """Raises UserError for a file without durations, naming the line of what is none."""
+    """Raises UserError for a file without durations, and names the line of an entry that holds none."""
     seconds: dict[str, float] = {}
     for path in paths:
         before = len(seconds)

@@ -2,34 +2,24 @@
 
 ``{prompt: {"<vid>.mp4": {"relevant", "clip", "v_duration", "bounds": [s, e], "steps": [{"index", "heading",
 "absolute_bounds": [s, e]}]}}}`` (github.com/j-min/HiREST, ``data/splits``). A file holds two sets of
-questions, so they are two formats: ``hirest`` asks for the prompt, ``hirest-steps`` for each heading, as
-VideoMind's two loaders do. Videos that are not relevant, or with ``clip: false``, have no moment.
+questions, so it has two formats: ``hirest`` asks for the prompt, ``hirest-steps`` for each heading, as
+VideoMind's two loaders do. Videos that are not relevant, or that have ``clip: false``, have no moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    Unusable,
-    given,
-    is_record,
-    listed,
-    record,
-    stem_of,
-    timelens_query,
-)
-from video_opd.convert.formats.sources import Source
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import timelens_query
+from video_opd.convert.formats.format import Entry, Format, Question, Source, Unusable, is_record
 
-_NO_MOMENT = "no moment"  # by design of the data set, not a fault of it
+_NO_MOMENT = "no moment"  # the data set has such videos by design; it is not a fault
 
 
 def videos(source: Source) -> Iterator[Entry]:
-    """One entry a prompt and video."""
+    """One entry for each pair of a prompt and a video."""
     for entry in source.entries():
         if not isinstance(entry.value, Mapping):
             yield entry
@@ -38,41 +28,41 @@ def videos(source: Source) -> Iterator[Entry]:
             yield Entry(where=f"{entry.where}, {name!r}", key=entry.key, value={"name": name, "facts": value})
 
 
-def read_moments(entry: Entry) -> Iterator[Raw]:
+def read_moments(entry: Entry) -> Iterator[Question]:
     name, facts = _facts(entry)
     if not (facts["relevant"] and facts["clip"]):
         raise Unusable(_NO_MOMENT)
-    yield Raw(
+    yield Question(
         where=entry.where,
-        key=stem_of(name),
+        key=fields.stem_of(name),
         video=name,
         query=entry.key,
-        spans=given(facts["bounds"]),
+        spans=fields.given(facts["bounds"]),
         duration_s=facts.get("v_duration"),
     )
 
 
-def read_steps(entry: Entry) -> Iterator[Raw]:
+def read_steps(entry: Entry) -> Iterator[Question]:
     name, facts = _facts(entry)
-    steps = listed(facts["steps"], "steps") if facts["relevant"] and facts["clip"] else ()
+    steps = fields.listed(facts["steps"], "steps") if facts["relevant"] and facts["clip"] else ()
     if not steps:
         raise Unusable(_NO_MOMENT)
     for i, step in enumerate(steps):
-        fields = step if isinstance(step, dict) else {}
-        yield Raw(
+        stated = fields.mapping_or_empty(step)
+        yield Question(
             where=f"{entry.where} step {i}",
-            key=f"{stem_of(name)}:{i}",
+            key=f"{fields.stem_of(name)}:{i}",
             video=name,
-            query=fields.get("heading"),
-            spans=given(fields.get("absolute_bounds")),
+            query=stated.get("heading"),
+            spans=fields.given(stated.get("absolute_bounds")),
             duration_s=facts.get("v_duration"),
             extra={"prompt": entry.key},
         )
 
 
 def _facts(entry: Entry) -> tuple[str, Mapping[str, Any]]:
-    value = record(entry.value, "name", "facts")
-    return value["name"], record(value["facts"], "relevant", "clip", "bounds", "steps")
+    value = fields.record(entry.value, "name", "facts")
+    return value["name"], fields.record(value["facts"], "relevant", "clip", "bounds", "steps")
 
 
 def _matches(head: Sequence[Entry]) -> bool:
@@ -84,21 +74,21 @@ def _matches(head: Sequence[Entry]) -> bool:
     )
 
 
-MOMENTS = Format(
-    name="hirest",
-    looks_like='JSON {prompt: {"<vid>.mp4": {"relevant", "clip", "v_duration", "bounds", "steps"}}}: prompts',
-    kinds=("mapping",),
-    matches=_matches,
-    read=read_moments,
-    clean=timelens_query,
-    entries=videos,
+def _format(name: str, layout: str, read: Callable[[Entry], Iterator[Question]]) -> Format:
+    return Format(
+        name=name,
+        layout=layout,
+        kinds=("mapping",),
+        matches=_matches,
+        read=read,
+        clean=timelens_query,
+        entries=videos,
+    )
+
+
+MOMENTS = _format(
+    "hirest",
+    'JSON {prompt: {"<vid>.mp4": {"relevant", "clip", "v_duration", "bounds", "steps"}}}: prompts',
+    read_moments,
 )
-STEPS = Format(
-    name="hirest-steps",
-    looks_like="the same file: headings of the steps",
-    kinds=("mapping",),
-    matches=_matches,
-    read=read_steps,
-    clean=timelens_query,
-    entries=videos,
-)
+STEPS = _format("hirest-steps", "the same file: headings of the steps", read_steps)

@@ -1,36 +1,27 @@
 """HowTo-Interlink7M: a table with a row a video, whose column ``clips`` is JSON.
 
 ``[{"clip_id": "0", "clip": "0:00:05 - 0:00:11", "caption": "…"}, …]``, tab-separated, beside the video's path
-in ``video`` (or ``path``). Shapes from its authors' loader (github.com/showlab/cosmo,
-``src/data/interleave_video_text_dataset.py``). It is captions, nobody's evaluation of grounding: queries are
-cleaned as VideoMind does it for this family. Durations are in no column.
+in ``video`` (or ``path``). Shapes are those of its authors' loader (github.com/showlab/cosmo,
+``src/data/interleave_video_text_dataset.py``). The set holds captions and has no evaluation of grounding:
+queries are cleaned as in VideoMind. No column states a duration.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    Unusable,
-    all_records,
-    listed,
-    name_of,
-    record,
-    stem_of,
-    timelens_query,
-)
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import timelens_query
+from video_opd.convert.formats.format import Entry, Format, Question, Unusable, all_records
 
 _CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 
 
-def read(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "clips")
+def read(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, "clips")
     video = value.get("video", value.get("path"))
     clips = value["clips"]
     if isinstance(clips, str):
@@ -38,20 +29,20 @@ def read(entry: Entry) -> Iterator[Raw]:
             clips = json.loads(clips)
         except (ValueError, RecursionError) as error:
             raise Unusable("not JSON", f"column clips: {error}") from None
-    for i, clip in enumerate(listed(clips, "clips")):
-        fields = clip if isinstance(clip, dict) else {}
-        number = name_of(fields.get("clip_id", i), "clip_id")
-        yield Raw(
+    for i, clip in enumerate(fields.listed(clips, "clips")):
+        stated = fields.mapping_or_empty(clip)
+        number = fields.name_of(stated.get("clip_id", i), "clip_id")
+        yield Question(
             where=f"{entry.where} clip {number}",
-            key=f"{stem_of(video)}:{number}",
+            key=f"{fields.stem_of(video)}:{number}",
             video=video,
-            query=fields.get("caption"),
-            spans=_span(fields.get("clip")),
+            query=stated.get("caption"),
+            spans=_span(stated.get("clip")),
         )
 
 
 def _span(text: Any) -> Any:
-    """``"0:00:05 - 0:00:11"`` → ``[5.0, 11.0]``; anything else as it is."""
+    """``"0:00:05 - 0:00:11"`` → ``[5.0, 11.0]``; other text is left unchanged."""
     if not isinstance(text, str):
         return ()
     ends = [_CLOCK.fullmatch(part.strip()) for part in text.split(" - ")]
@@ -63,11 +54,15 @@ def _span(text: Any) -> Any:
     return seconds if len(seconds) == len(ends) == 2 else text
 
 
+def _matches(head: Sequence[Entry]) -> bool:
+    return all_records(head, "clips") and all({"video", "path"} & set(entry.value) for entry in head)
+
+
 INTERLINK = Format(
     name="howto-interlink7m",
-    looks_like='table (.tsv): video, clips as JSON [{"clip": "0:00:05 - 0:00:11", "caption"}, …]',
+    layout='table (.tsv): video, clips as JSON [{"clip": "0:00:05 - 0:00:11", "caption"}, …]',
     kinds=("records",),
-    matches=lambda head: all_records(head, "clips") and all({"video", "path"} & set(e.value) for e in head),
+    matches=_matches,
     read=read,
     clean=timelens_query,
 )

@@ -1,4 +1,4 @@
-"""Our own rows, from another container: a list in JSON, Parquet, a ``datasets`` folder, or a file to clean.
+"""Our own rows in another container: a list in JSON, Parquet, a ``datasets`` folder, or a file to clean.
 
 ``{"id", "video", "query", "duration", "spans", "source"}`` as ``data/annotations.py`` reads them. The id
 stays, other keys are kept.
@@ -8,30 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from video_opd.convert.formats.records import Entry, Format, Raw, all_records, name_of, plain_query, record
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import plain_query
+from video_opd.convert.formats.format import Entry, Question, row_format
+from video_opd.data.annotations import KNOWN_KEYS, REQUIRED_KEYS
 
-_OURS = ("id", "video", "query", "duration", "spans", "source")
 
-
-def read(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "id", "video", "query")
-    yield Raw(
-        where=entry.where,
-        key=name_of(value["id"], "id"),
-        video=value["video"],
-        query=value["query"],
-        spans=value.get("spans"),
-        duration_s=value.get("duration"),
-        source=value.get("source"),
-        extra={key: item for key, item in value.items() if key not in _OURS},
+def read(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, *REQUIRED_KEYS)
+    identity = fields.name_of(value["id"], "id")
+    stated = {"video": value["video"], "source": value.get("source")}
+    others = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
+    yield fields.row_question(
+        entry, value, key=identity, query="query", spans=value.get("spans"), **stated, extra=others
     )
 
 
-OWN = Format(
-    name="video-opd",
-    looks_like='rows {"id", "video", "query", "duration", "spans": [[s, e], …], "source"}',
-    kinds=("records",),
-    matches=lambda head: all_records(head, "id", "video", "query"),
-    read=read,
-    clean=plain_query,
+OWN = row_format(
+    "video-opd",
+    'rows {"id", "video", "query", "duration", "spans": [[s, e], …], "source"}',
+    REQUIRED_KEYS,
+    read,
+    plain_query,
 )

@@ -1,22 +1,25 @@
-"""QuerYD: two files side by side, what was said and when.
+"""QuerYD: two files side by side, the captions and their times.
 
-``raw_captions_combined_filtered*`` is ``{"video-<id>": [[word, …], …]}``, ``times_captions_…`` beside it
-``{"video-<id>": [[s, e], …]}`` in the same order, pickled (github.com/oncescuandreea/QuerYD_downloader,
-``README.md``) or as JSON; a split is a list of names, ``train_list.txt``. Joined and cleaned as VideoMind
-does it (``videomind/dataset/sub_classes/queryd.py``). Durations are in no file of the set.
+``raw_captions_combined_filtered*`` is ``{"video-<id>": [[word, …], …]}``. ``times_captions_…`` beside it is
+``{"video-<id>": [[s, e], …]}`` in the same order. Both are pickled (github.com/oncescuandreea/
+QuerYD_downloader, ``README.md``) or JSON; a split is a list of names, ``train_list.txt``. Words are joined
+and cleaned as in VideoMind (``videomind/dataset/sub_classes/queryd.py``). No file states a duration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from video_opd.convert.formats.records import Entry, Format, Raw, given, paired, record, timelens_query
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import timelens_query
+from video_opd.convert.formats.format import Entry, Format, Question
 from video_opd.convert.formats.sources import Source, open_source
 from video_opd.errors import UserError
 
 
 def joined(source: Source) -> Iterator[Entry]:
-    """The captions, each video with its times. Raises UserError where the other file is not there."""
+    """The captions of each video, with its times. Raises UserError if the file of times is not there."""
     path = source.path
     beside = path.with_name(path.name.replace("raw_captions", "times_captions", 1))
     if beside == path or not beside.exists():
@@ -33,22 +36,28 @@ def joined(source: Source) -> Iterator[Entry]:
             )
 
 
-def read(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "captions", "times")
-    video_id = str(entry.key).removeprefix("video-")
-    for i, (words, span) in enumerate(paired(value["captions"], value["times"], "captions and times")):
-        text = isinstance(words, Sequence) and all(isinstance(word, str) for word in words)
-        yield Raw(
-            where=f"{entry.where} no. {i}",
-            key=f"{video_id}:{i}",
-            video_id=video_id,
-            query=words if isinstance(words, str) else " ".join(words) if text else None,
-            spans=given(span),
-        )
+def read(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, "captions", "times")
+    captions = fields.listed(value["captions"], "captions and times")
+    yield from fields.paired_questions(
+        entry,
+        value["times"],
+        [_joined_words(words) for words in captions],
+        "times and captions",
+        video_id=str(entry.key).removeprefix("video-"),
+    )
+
+
+def _joined_words(words: Any) -> str | None:
+    """The words of a caption as one text; None if they are not words."""
+    if isinstance(words, str):
+        return words
+    text = isinstance(words, Sequence) and all(isinstance(word, str) for word in words)
+    return " ".join(words) if text else None
 
 
 def _split(source: Source) -> set[str] | None:
-    """The names of a split, where one is asked for."""
+    """The names of the split that was asked for; None if none was."""
     if source.split is None:
         return None
     names = (f"{source.split}_list.txt", f"exists_{source.split}_list.txt")
@@ -70,7 +79,7 @@ def _matches(head: Sequence[Entry]) -> bool:
 
 QUERYD = Format(
     name="queryd",
-    looks_like='raw_captions_….pkl or .json {"video-<id>": [[word, …], …]}, times_captions_… beside it',
+    layout='raw_captions_….pkl or .json {"video-<id>": [[word, …], …]}, times_captions_… beside it',
     kinds=("mapping",),
     matches=_matches,
     read=read,

@@ -9,36 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    all_records,
-    kept,
-    name_of,
-    plain_query,
-    record,
-)
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import plain_query
+from video_opd.convert.formats.format import Entry, Question, row_format
+
+_KEYS = ("qid", "query", "vid")
 
 
-def read(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "qid", "query", "vid")
-    yield Raw(
-        where=entry.where,
-        key=name_of(value["qid"], "qid"),
-        video_id=value["vid"],
-        query=value["query"],
+def read(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, *_KEYS)
+    yield fields.row_question(
+        entry,
+        value,
+        key=fields.name_of(value["qid"], "qid"),
+        query="query",
         spans=value.get("relevant_windows"),
-        duration_s=value.get("duration"),
-        extra=kept(value, "qid", "vid"),
+        video_id=value["vid"],
+        extra=fields.kept(value, "qid", "vid"),
     )
 
 
-QVHIGHLIGHTS = Format(
-    name="qvhighlights",
-    looks_like='rows {"qid", "query", "duration", "vid", "relevant_windows": [[s, e], …], …}',
-    kinds=("records",),
-    matches=lambda head: all_records(head, "qid", "query", "vid", without=("span",)),
-    read=read,
-    clean=plain_query,
+QVHIGHLIGHTS = row_format(
+    "qvhighlights",
+    'rows {"qid", "query", "duration", "vid", "relevant_windows": [[s, e], …], …}',
+    _KEYS,
+    read,
+    plain_query,
+    without=("span",),
 )

@@ -1,4 +1,4 @@
-"""Files that hold annotations, whatever is in them: JSON, JSON Lines, tables, text, Parquet, pickles.
+"""Containers of annotations: JSON, JSON Lines, tables, text, Parquet, ``datasets`` folders and pickles.
 
 A source is one of three kinds: ``records`` (a list of objects), ``mapping`` (objects by name) or ``lines``
 (of text). Rows of a table are objects whose values are text.
@@ -17,20 +17,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from video_opd.convert.formats.records import Entry
 from video_opd.errors import UserError
 
 Kind = Literal["records", "mapping", "lines"]
 
-HEAD = 20  # entries that a format is recognised by
-_MOST_FIELD = 1 << 26  # characters of a table's field: a column of JSON is long
+HEAD = 20  # a format is recognised by so many entries
+_MOST_FIELD = 1 << 26  # most characters of a table's field: a column of JSON is long
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _PICKLES = (".pkl", ".pickle")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry of a source: a row of a list, a key of a mapping, or a line of text.
+
+    Example: ``Entry(where="charades.json: 'OHOFG'", key="OHOFG", value={"duration": 35.0, …})``.
+    """
+
+    where: str  # for people: the file, and the line, index or key
+    value: Any
+    key: str | None = None  # of a mapping
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """An opened source. ``split`` names a part of it, where it has parts."""
+    """An opened source. ``split`` names the split to read, if the source has several."""
 
     path: Path
     split: str | None = None
@@ -40,7 +51,7 @@ class Source:
         return self._content[0]
 
     def entries(self) -> Iterator[Entry]:
-        """Every entry, in the order of the file. Raises UserError where the file breaks off."""
+        """Every entry, in the order of the file. Raises UserError if the file breaks off."""
         kind, content = self._content
         if callable(content):
             yield from content()
@@ -125,7 +136,7 @@ def _decoded(raw: bytes, where: str | Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[Entry]:
-    """Lines that are not blank, as far as they are UTF-8."""
+    """The lines that are not blank."""
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             yield Entry(where=f"{path}:{number}", value=line)
@@ -157,7 +168,7 @@ def _loads(text: str) -> Any:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError: of two videos with one name, Python would keep the last and say nothing."""
+    """Raises ValueError for a repeated key: Python would silently keep the last of two videos."""
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -311,9 +322,10 @@ def _first_line(error: BaseException) -> str:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Reads lists, dicts, text and numbers and runs nothing: a pickle may otherwise do anything at all.
+    """Reads lists, dicts, text and numbers, and runs nothing: a pickle may otherwise do anything at all.
 
-    The slow one of Python's two: the fast one reserves as much memory as a damaged file asks for.
+    It is the slower of Python's two unpicklers: the fast one reserves as much memory as a damaged file asks
+    for.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -327,7 +339,7 @@ def _pickle(path: Path) -> Any:
         return _PlainUnpickler(io.BytesIO(_read(path))).load()
     except UserError:
         raise
-    except Exception as error:  # of a damaged pickle anything may come
+    except Exception as error:  # a damaged pickle may raise anything
         what = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(
             f"{path}: not a pickle of plain lists and objects ({what}); save it as JSON"

@@ -1,6 +1,6 @@
 """TimeLens-Bench and TimeLens-100K.
 
-Shapes and cleaning from TimeLens' own loader (github.com/TencentARC/TimeLens, ``timelens/dataset/
+Shapes and cleaning are those of TimeLens' own loader (github.com/TencentARC/TimeLens, ``timelens/dataset/
 timelens_data.py``, and ``_normalize_spans`` of ``training/data/grounding.py``).
 """
 
@@ -8,45 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    all_records,
-    given,
-    listed,
-    paired,
-    record,
-    stem_of,
-    timelens_query,
-)
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import timelens_query
+from video_opd.convert.formats.format import Entry, Format, Question, all_records, row_format
+
+_BENCH_KEYS = ("duration", "spans", "queries")
+_ROW_KEYS = ("video_path", "duration", "events")
 
 
-def read_bench(entry: Entry) -> Iterator[Raw]:
+def read_bench(entry: Entry) -> Iterator[Question]:
     """``{vid: {"duration", "spans": [[s, e], …], "queries": [str, …]}}``, one span a query."""
-    value = record(entry.value, "duration", "spans", "queries")
-    for i, (span, query) in enumerate(paired(value["spans"], value["queries"], "spans and queries")):
-        yield Raw(
-            where=f"{entry.where} no. {i}",
-            key=f"{entry.key}:{i}",
-            video_id=entry.key,
-            query=query,
-            spans=given(span),
-            duration_s=value["duration"],
-        )
+    value = fields.record(entry.value, *_BENCH_KEYS)
+    spans, queries = value["spans"], value["queries"]
+    yield from fields.paired_questions(
+        entry, spans, queries, "spans and queries", video_id=entry.key, duration_s=value["duration"]
+    )
 
 
-def read_100k(entry: Entry) -> Iterator[Raw]:
+def read_100k(entry: Entry) -> Iterator[Question]:
     """``{"source", "video_path", "duration", "events": [{"query", "span"}]}``; a span is flat or a list."""
-    value = record(entry.value, "video_path", "duration", "events")
-    for i, event in enumerate(listed(value["events"], "events")):
-        fields = event if isinstance(event, dict) else {}
-        yield Raw(
+    value = fields.record(entry.value, *_ROW_KEYS)
+    video = value["video_path"]
+    for i, event in enumerate(fields.listed(value["events"], "events")):
+        stated = fields.mapping_or_empty(event)
+        yield Question(
             where=f"{entry.where} event {i}",
-            key=f"{stem_of(value['video_path'])}:{i}",
-            video=value["video_path"],
-            query=fields.get("query"),
-            spans=given(fields.get("span")),
+            key=f"{fields.stem_of(video)}:{i}",
+            video=video,
+            query=stated.get("query"),
+            spans=fields.given(stated.get("span")),
             duration_s=value["duration"],
             source=value.get("source"),
         )
@@ -54,17 +44,16 @@ def read_100k(entry: Entry) -> Iterator[Raw]:
 
 BENCH = Format(
     name="timelens-bench",
-    looks_like='JSON {vid: {"duration", "spans": [[s, e], …], "queries": […]}}',
+    layout='JSON {vid: {"duration", "spans": [[s, e], …], "queries": […]}}',
     kinds=("mapping",),
-    matches=lambda head: all_records(head, "duration", "spans", "queries"),
+    matches=lambda head: all_records(head, *_BENCH_KEYS),
     read=read_bench,
     clean=timelens_query,
 )
-HUNDRED_K = Format(
-    name="timelens-100k",
-    looks_like='rows {"source", "video_path", "duration", "events": [{"query", "span"}]}',
-    kinds=("records",),
-    matches=lambda head: all_records(head, "video_path", "duration", "events"),
-    read=read_100k,
-    clean=timelens_query,
+HUNDRED_K = row_format(
+    "timelens-100k",
+    'rows {"source", "video_path", "duration", "events": [{"query", "span"}]}',
+    _ROW_KEYS,
+    read_100k,
+    timelens_query,
 )

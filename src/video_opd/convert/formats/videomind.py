@@ -1,6 +1,6 @@
 """VideoMind's flat rows, ``{"vid", "duration", "query", "span": [s, e]}``.
 
-InternVid-VTime, CosMo-Cap and others come so, from its loaders (github.com/yeliudev/VideoMind,
+InternVid-VTime, CosMo-Cap and other sets have this form (github.com/yeliudev/VideoMind,
 ``videomind/dataset/sub_classes/cosmo_cap.py``).
 """
 
@@ -8,36 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    all_records,
-    given,
-    name_of,
-    record,
-    timelens_query,
-)
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import timelens_query
+from video_opd.convert.formats.format import Entry, Question, row_format
+
+_KEYS = ("vid", "query", "span")
 
 
-def read(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "vid", "query", "span")
-    yield Raw(
-        where=entry.where,
-        key=name_of(value["vid"], "vid"),
-        video_id=value["vid"],
-        query=value["query"],
-        spans=given(value["span"]),
-        duration_s=value.get("duration"),
-        source=value.get("source"),
+def read(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, *_KEYS)
+    name = fields.name_of(value["vid"], "vid")
+    spans, source = fields.given(value["span"]), value.get("source")
+    yield fields.row_question(
+        entry, value, key=name, query="query", spans=spans, video_id=value["vid"], source=source
     )
 
 
-VIDEOMIND = Format(
-    name="videomind",
-    looks_like='rows {"vid", "duration", "query", "span": [s, e]}',
-    kinds=("records",),
-    matches=lambda head: all_records(head, "vid", "query", "span"),
-    read=read,
-    clean=timelens_query,
+VIDEOMIND = row_format(
+    "videomind", 'rows {"vid", "duration", "query", "span": [s, e]}', _KEYS, read, timelens_query
 )

@@ -1,15 +1,15 @@
-"""VTimeLLM's instruction data: events are read out of conversations.
+"""VTimeLLM's instruction data: its conversations tie events to times.
 
 ``{"source", "id", "conversations": [{"from", "value"}, …], "meta": {"split": [a, b], "duration", "token":
 {"<s0>": 0, "<e0>": 9.4}}}`` (github.com/huangb23/VTimeLLM, ``docs/data.md``). Times count from the start of
-the part ``split``. An event is one of
+the clip ``split``. An event is one of
 
 * dense: the answer says "From <s0> to <e0>, an event. From <s1> to <e1>, another one.";
 * grounding: "During which frames can we see an event?" is answered "From <s0> to <e0>.";
-* captioning: a question what happens from <s0> to <e0> is answered with the event.
+* captioning: the question asks what happens from <s0> to <e0>, and the answer is the event.
 
-Conversations without these (questions of VideoChatGPT have no times at all) hold no event. Queries are
-cleaned as VTimeLLM's evaluation does it (``vtimellm/eval/eval.py``).
+Other conversations hold no event (questions of VideoChatGPT have no times at all). Queries are cleaned as in
+VTimeLLM's evaluation (``vtimellm/eval/eval.py``).
 """
 
 from __future__ import annotations
@@ -19,17 +19,9 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from video_opd.convert.formats.records import (
-    Entry,
-    Format,
-    Raw,
-    Unusable,
-    all_records,
-    listed,
-    lower_query,
-    name_of,
-    record,
-)
+from video_opd.convert.formats import fields
+from video_opd.convert.formats.cleaning import lower_query
+from video_opd.convert.formats.format import Entry, Question, Unusable, row_format
 
 _SPAN = r"from\s+<s(\d{1,6})>\s+to\s+<e(\d{1,6})>"
 _DENSE = re.compile(rf"{_SPAN}\s*,\s*(.+?)(?=\s*\bfrom\s+<s\d{{1,6}}>\s+to\s|\Z)", re.I | re.S)
@@ -37,28 +29,30 @@ _ONLY_SPAN = re.compile(rf"\s*{_SPAN}\s*\.?\s*", re.I)
 _ASKS_WHEN = re.compile(r"(?:<video>)?\s*during which frames can we see (.+)", re.I | re.S)
 _ASKS_WHAT = re.compile(r"\b(?:what|describe|description|happen\w*|explain|elaborate|details?|tell)\b", re.I)
 _IN_QUESTION = re.compile(r"<s(\d{1,6})>\s+(?:to|and)\s+<e(\d{1,6})>", re.I)
-_LEAST_WORDS = 3  # of a captioning answer: "Yes." is none
+_LEAST_WORDS = 3  # a captioning answer has at least so many: "Yes." is no event
 
 
-def read(entry: Entry) -> Iterator[Raw]:
-    value = record(entry.value, "id", "conversations")
+def read(entry: Entry) -> Iterator[Question]:
+    value = fields.record(entry.value, "id", "conversations")
     meta = value.get("meta")
     if not isinstance(meta, Mapping) or not isinstance(meta.get("token"), Mapping):
         raise Unusable("no times", "a conversation without meta.token")
-    turns = [turn for turn in listed(value["conversations"], "conversations") if isinstance(turn, Mapping)]
+    turns = [
+        turn for turn in fields.listed(value["conversations"], "conversations") if isinstance(turn, Mapping)
+    ]
     events = list(dict.fromkeys(_events(turns)))
     if not events:
         raise Unusable("no event", "no answer that ties an event to its times")
     seen = set()
     split = meta.get("split")
-    name = name_of(value["id"], "id")
+    name = fields.name_of(value["id"], "id")
     if split is not None:
-        name += ":" + "-".join(str(s) for s in listed(split, "split") if isinstance(s, float | int))
+        name += ":" + "-".join(str(s) for s in fields.listed(split, "split") if isinstance(s, float | int))
     for start, end, text in events:
         if (start, end) in seen:  # the same event asked for in another way
             continue
         seen.add((start, end))
-        yield Raw(
+        yield Question(
             where=f"{entry.where} <s{start}>",
             key=f"{name}:{start}",
             video_id=value["id"],
@@ -87,11 +81,10 @@ def _events(turns: list[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
             yield span.group(1), span.group(2), said
 
 
-VTIMELLM = Format(
-    name="vtimellm",
-    looks_like='rows {"source", "id", "conversations": […], "meta": {"split", "duration", "token"}}',
-    kinds=("records",),
-    matches=lambda head: all_records(head, "id", "conversations", "source"),
-    read=read,
-    clean=lower_query,
+VTIMELLM = row_format(
+    "vtimellm",
+    'rows {"source", "id", "conversations": […], "meta": {"split", "duration", "token"}}',
+    ("id", "conversations", "source"),
+    read,
+    lower_query,
 )
