@@ -16,7 +16,7 @@ import torch
 from video_opd.algorithms.grpo import GRPO
 from video_opd.algorithms.method import Method, Signal, Trajectories
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import Recipe, recipe_from_dict
+from video_opd.config import WITH_TEACHER, Recipe, recipe_from_dict
 from video_opd.data.encode import PromptEncoder
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
@@ -92,7 +92,7 @@ def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts:
         "optim": {"batch_size": prompts, "micro_batch_size": prompts},
         "run": {"dir": "benchmark", "trackers": [], "analytic_kl": False},
     }
-    if method == "video-opd":
+    if method in WITH_TEACHER:
         tree["teacher"] = {"path": "benchmark"}
     recipe = recipe_from_dict(tree)
     if rollouts == 1 and method == "grpo":
@@ -163,7 +163,7 @@ class Steps:
             forward_module=model,
             policy=policy,
             plain=policy,
-            teacher=LocalTeacher(HFPolicy(teacher, processor, engine)) if method == "video-opd" else None,
+            teacher=LocalTeacher(HFPolicy(teacher, processor, engine)) if method in WITH_TEACHER else None,
             reference=None,
             method=made,
             optimizer=optimizer,

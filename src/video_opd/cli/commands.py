@@ -281,6 +281,8 @@ def bench_engine(arguments: argparse.Namespace) -> None:
 
     from video_opd.bench.engine import against_grpo, table
     from video_opd.bench.engine import bench_engine as run
+    from video_opd.bench.operations import count_operations
+    from video_opd.bench.operations import table as operations_table
     from video_opd.bench.timing import machine
     from video_opd.models.loading import check_same_tokens, load_model
     from video_opd.world.demo import shipped
@@ -292,24 +294,31 @@ def bench_engine(arguments: argparse.Namespace) -> None:
     teaching = load_model(teacher, dtype=arguments.dtype, device=device)
     check_same_tokens((model, processor), teaching)
     record: dict[str, Any] = {"command": sys.argv[1:], "machine": machine(device)}
-    record["results"] = run(
-        model,
-        processor,
-        teaching[0],
-        lengths=arguments.lengths,
-        rollouts=arguments.rollouts,
-        prompts=arguments.prompts,
-        repeats=arguments.repeats,
-        dtype=arguments.dtype,
-        tokens=arguments.max_new_tokens,
-        side_px=arguments.frame_side,
-        memory=not arguments.no_memory,
-        plain_up_to=arguments.plain_up_to,
-    )
+    work: dict[str, Any] = {
+        "lengths": arguments.lengths,
+        "rollouts": arguments.rollouts,
+        "prompts": arguments.prompts,
+        "dtype": arguments.dtype,
+        "tokens": arguments.max_new_tokens,
+        "side_px": arguments.frame_side,
+    }
+    record["operations"] = count_operations(model, processor, teaching[0], **work)
+    record["results"] = []
+    if not arguments.operations_only:
+        record["results"] = run(
+            model,
+            processor,
+            teaching[0],
+            **work,
+            repeats=arguments.repeats,
+            memory=not arguments.no_memory,
+            plain_up_to=arguments.plain_up_to,
+        )
     if arguments.json:
         write_text(arguments.json, as_json(record) + "\n")
-    print(table(record["results"]))
-    print("\n".join(["", *against_grpo(record["results"])]))
+    print(operations_table(record["operations"]))
+    if record["results"]:
+        print("\n".join(["", table(record["results"]), "", *against_grpo(record["results"])]))
 
 
 def bench_data(arguments: argparse.Namespace) -> None:

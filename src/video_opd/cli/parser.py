@@ -459,7 +459,8 @@ def _bench(commands: Any) -> None:
         subjects,
         "engine",
         "bench_engine",
-        "the prefix engine against the plain one: steps, scoring, queries on a video, peak memory",
+        "the prefix engine against the plain one: operations, seconds and peak memory of steps; scoring; "
+        "queries on a video",
         "video-opd bench engine --lengths 400 1000 --json engine.json",
     )
     engine.add_argument("--model", metavar="M", help="the student; default: the shipped tiny base")
@@ -484,6 +485,10 @@ def _bench(commands: Any) -> None:
     )
     engine.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: a GPU where there is one")
     engine.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    engine.add_argument(
+        "--operations-only", action="store_true",
+        help="count the operations of a step of each method, and time nothing",
+    )  # fmt: skip
     engine.add_argument("--json", metavar="OUT.json", help="also write everything there")
     data = _command(
         subjects,

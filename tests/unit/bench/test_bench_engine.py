@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,27 @@ import av
 import numpy as np
 import pytest
 import torch
-from model_cases import model, processor
+from model_cases import mixture, model, processor
+from torch.utils.flop_counter import flop_registry
 
 from video_opd.bench import data as bench
+from video_opd.bench import engine
 from video_opd.bench.engine import bench_engine, same_answers, same_step, table
+from video_opd.bench.operations import (
+    attention_operations,
+    count_operations,
+    forward_prompts,
+    least_operations,
+    operations,
+)
+from video_opd.bench.operations import table as operations_table
 from video_opd.bench.timing import peak_bytes, quartiles, summary, take_turns
 from video_opd.bench.work import QUERIES, Steps, prompts_of
 from video_opd.cli import main
 from video_opd.data.budget import VideoBudget
 from video_opd.errors import UserError
-from video_opd.types import Rollout
+from video_opd.training.step import Stepper, StepResult
+from video_opd.types import EncodedPrompt, Rollout
 
 CPU = torch.device("cpu")
 
@@ -115,6 +128,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixtu
     record = json.loads(out.read_text())
     printed = capsys.readouterr().out
     assert table(record["results"]) in printed
+    assert operations_table(record["operations"]) in printed
     opd, grpo, *_ = (r["ways"] for r in record["results"])
     share = 100 * opd["plain"]["seconds"] / grpo["plain"]["seconds"]
     assert f"a step of video-opd against one of grpo, 2 rollouts: {share:.0f}% (plain)" in printed
@@ -160,3 +174,178 @@ def test_without_a_decoder_the_library_cannot_be_compared(monkeypatch: pytest.Mo
     monkeypatch.setattr(library, "get_video_reader_backend", lambda: "torchvision")
     with pytest.raises(UserError, match="pip install decord"):
         bench.library_backend()
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+def decoder_by_hand(config: Any, tokens: int, before: int = 0) -> tuple[int, int]:
+    """(linear layers, attention) of ``tokens`` on top of ``before`` others: 2·m·n·k for each product."""
+    text = config.text_config
+    queries = text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    weights = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    attention = 2 * 2 * tokens * (before + tokens) * queries
+    return text.num_hidden_layers * 2 * tokens * weights, text.num_hidden_layers * attention
+
+
+def vision_by_hand(config: Any, grid: Sequence[int]) -> tuple[int, int, int]:
+    """(patch embedding, other linear layers, attention) of a video of time × height × width patches."""
+    vision = config.vision_config
+    time_, height, width = grid
+    patches, cells, wide = time_ * height * width, time_ * height * width // 4, 4 * vision.hidden_size
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    layer = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    mergers = (1 + len(vision.deepstack_visual_indexes)) * (wide * wide + wide * vision.out_hidden_size)
+    return (
+        2 * patches * pixels * vision.hidden_size,
+        2 * patches * vision.depth * layer + 2 * cells * mergers,
+        vision.depth * 2 * 2 * patches * height * width * vision.hidden_size,
+    )
+
+
+def grid_of(prompt: EncodedPrompt) -> list[int]:
+    (grid,) = prompt.tensors["video_grid_thw"].tolist()
+    return grid
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_cpu_is_counted(
+    heads: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("flash_attention_for_cpu", "flash_attention_for_cpu_backward"):  # as in older releases
+        operation = getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
+        monkeypatch.delitem(flop_registry, operation, raising=False)
+    queries, keys, batch, q, k, size = *heads, 3, 5, 7, 16
+    query = torch.randn(batch, queries, q, size, requires_grad=True)
+    key, value = (torch.randn(batch, keys, k, size, requires_grad=True) for _ in "kv")
+    mask = torch.ones(q, k, dtype=torch.bool) if masked else None
+
+    def attend() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=queries != keys
+        )
+
+    product = 2 * batch * queries * q * k * size
+    assert operations(attend) == 2 * product
+    whole = operations(lambda: attend().sum().backward())
+    # The backward has four products, and a fifth where it computes the scores again.
+    assert whole in (6 * product, 7 * product)
+    assert attention_operations(query.shape, key.shape, value.shape) == 2 * product
+
+
+def test_the_count_of_a_forward_is_the_count_by_hand() -> None:
+    student = model()
+    (prompt,) = prompts_of(processor(), 300, side_px=128)
+    patches, linear, attention = vision_by_hand(student.config, grid_of(prompt))
+    expected = patches + linear + attention + sum(decoder_by_hand(student.config, prompt.length))
+    assert operations(lambda: forward_prompts(student, [prompt])) == pytest.approx(expected, rel=0.01)
+    assert operations(lambda: forward_prompts(student, [prompt, prompt])) == pytest.approx(
+        2 * expected, rel=0.01
+    )
+
+
+def test_experts_are_counted() -> None:
+    student = mixture()
+    (prompt,) = prompts_of(processor(), 300)
+    text = student.config.text_config
+    linear, attention = decoder_by_hand(student.config, prompt.length)
+    dense = text.num_hidden_layers * 2 * prompt.length * 3 * text.hidden_size * text.intermediate_size
+    routed = 3 * text.moe_intermediate_size * text.num_experts_per_tok + text.num_experts
+    experts = text.num_hidden_layers * 2 * prompt.length * text.hidden_size * routed
+    vision = sum(vision_by_hand(student.config, grid_of(prompt)))
+    expected = vision + linear - dense + experts + attention
+    assert operations(lambda: forward_prompts(student, [prompt])) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_count_of_a_step_is_the_count_by_hand() -> None:
+    """The backward, the answers on top of the prompt, ``lm_head`` and layers that are run again are seen."""
+    student = model()
+    shown = prompts_of(processor(), 300)
+    settings: dict[str, Any] = {"method": "sft", "engine": "prefix"}
+    step = Steps(student, processor(), model(1), shown, **settings)
+    alone = step()
+    answer = len(alone.records[0].token_ids)
+    grid = grid_of(shown[0])
+    embedding, vision_linear, attention = vision_by_hand(student.config, grid)
+    prompt_linear, prompt_attention = decoder_by_hand(student.config, shown[0].length)
+    # The last token of an answer predicts nothing.
+    more_linear, more_attention = decoder_by_hand(student.config, answer - 1, shown[0].length)
+    policy: Any = step.stepper.components.policy
+    head = 2 * answer * student.config.text_config.hidden_size * policy.vocabulary.size
+    decoder_linear, decoder_attention = prompt_linear + more_linear, prompt_attention + more_attention
+    expected = (
+        2 * embedding  # pixels have no gradient
+        + 3 * (vision_linear + decoder_linear + head)
+        + 3.5 * (attention + decoder_attention)
+    )
+    results: list[StepResult] = []
+    counted = operations(lambda: results.append(step()))
+    assert results[0].loss == alone.loss, "the counter changed what was computed"
+    assert counted == pytest.approx(expected, rel=0.01)
+    again = operations(Steps(student, processor(), model(1), shown, recompute=True, **settings)) - counted
+    # A layer that is run again stops before its last product: the backward needs its factors only. Neither
+    # the patch embedding nor the mergers are checkpointed.
+    text, vision = student.config.text_config, student.config.vision_config
+    patches, cells, wide = math.prod(grid), math.prod(grid) // 4, 4 * vision.hidden_size
+    mergers = 2 * cells * (1 + len(vision.deepstack_visual_indexes)) * wide * (wide + vision.out_hidden_size)
+    tokens = shown[0].length + answer - 1
+    last = 2 * patches * vision.depth * vision.hidden_size * vision.intermediate_size
+    last += 2 * tokens * text.num_hidden_layers * text.hidden_size * text.intermediate_size
+    repeated = vision_linear - mergers + attention + decoder_linear + decoder_attention - last
+    assert again == pytest.approx(repeated, rel=0.01)
+
+
+def counted_at(tokens: int) -> dict[str, dict[str, Any]]:
+    found = count_operations(
+        model(sharpness=8), processor(), model(1, sharpness=8), lengths=[tokens], rollouts=(8,), tokens=4
+    )
+    return {record["job"]: record for record in found}
+
+
+def test_the_prefix_engine_stays_near_the_least() -> None:
+    records = counted_at(300)
+    assert list(records) == ["video-opd", "grpo, 8 rollouts", "op-rkd", "op-fkd", "sft"]
+    for job, record in records.items():
+        ways = record["ways"]
+        assert {way["ratio"] for way in ways.values()} == {
+            way["counted"] / record["least"] for way in ways.values()
+        }
+        assert 1 < ways["prefix"]["ratio"] < (1.2 if job.startswith("grpo") else 1.12), job
+        assert ways["prefix"]["ratio"] < ways["prefix, recompute"]["ratio"] < ways["prefix"]["ratio"] + 0.5
+    assert records["grpo, 8 rollouts"]["ways"]["plain update"]["ratio"] > 8  # a prompt for each answer
+    assert records["video-opd"]["ways"]["plain update"]["ratio"] > 1.2  # sampled and differentiated apart
+    assert counted_at(300) == records
+
+
+def test_the_least_is_forwards_of_the_prompts() -> None:
+    student = model()
+    shown = prompts_of(processor(), 300, videos=2)
+    forward = sum(operations(lambda p=p: forward_prompts(student, [p])) for p in shown)  # type: ignore[misc]
+    pixels = sum(vision_by_hand(student.config, grid_of(prompt))[0] for prompt in shown)
+    assert least_operations(student, None, shown) == 3 * forward - pixels
+    assert least_operations(student, model(1), shown) == 4 * forward - pixels
+
+
+def test_an_engine_that_samples_from_a_forward_of_its_own_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound above is below what one more forward of the prompt costs."""
+    monkeypatch.setattr(Stepper, "samples_while_updating", False)
+    student, teacher, shown = model(sharpness=8), model(1), prompts_of(processor(), 300)
+    step = Steps(student, processor(), teacher, shown, method="video-opd", engine="prefix", tokens=4)
+    assert operations(step) > 1.2 * least_operations(student, teacher, shown)
+
+
+def test_operations_alone_time_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "take_turns", lambda *_: pytest.fail("something was timed"))
+    out = tmp_path / "operations.json"
+    words = ["--lengths", "60", "--rollouts", "2", "--max-new-tokens", "2", "--operations-only"]
+    assert main(["bench", "engine", *words, "--device", "cpu", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["results"] == []
+    assert [r["job"] for r in record["operations"]] == [
+        "video-opd", "grpo, 2 rollouts", "op-rkd", "op-fkd", "sft",
+    ]  # fmt: skip
+    assert operations_table(record["operations"]) in capsys.readouterr().out

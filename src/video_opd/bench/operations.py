@@ -1,0 +1,167 @@
+"""Floating-point operations of one step of each method, against the least that its prompts need.
+
+PyTorch's ``FlopCounterMode`` counts matrix products, convolutions and attention: two operations for each
+multiplication with its addition, from the shapes alone. Attention counts in full, masked or not. Norms,
+activations, the softmax, rotary positions, the draw of tokens and the optimiser count nothing. So a busy
+machine cannot blur a count, and a second run gives the same one wherever it samples the same tokens.
+
+The least is one forward of each prompt by the student, a backward of twice a forward, and one forward of
+each prompt by the teacher, if the method has one. The gradient of the pixels, which nobody needs, is taken
+off. Each of these forwards is the stock model's over the prompt alone: vision tower and decoder, without
+``lm_head``. The tokens of the answers are not in the least, but they are in what a step counts. Attention's
+backward is five products to the forward's two, since it computes the scores again, so a step with much
+attention cannot reach the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from video_opd.bench.timing import Work
+from video_opd.bench.work import Steps, prompts_of
+from video_opd.config import WITH_TEACHER
+from video_opd.progress import log
+from video_opd.types import EncodedPrompt
+
+Shape = Sequence[int]
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "plain update": {"engine": "plain", "cached": True},
+    "prefix": {"engine": "prefix"},
+    "prefix, recompute": {"engine": "prefix", "recompute": True},
+}
+ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+
+
+def attention_operations(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Scores, and the values that they weigh: queries [..., Q, d], keys [..., K, d], values [..., K, v]."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def attention_backward_operations(
+    _: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any
+) -> int:
+    """The scores again, and the gradients of scores, values, queries and keys."""
+    return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+def grouped_product_operations(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """Experts: each row meets the matrix of its own group only, unless both sides are batches."""
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * groups * a[-2] * a[-1] * b[-1]
+
+
+def _formulas() -> dict[Any, Any]:
+    """The formulas that some releases of PyTorch lack: attention on a CPU, fewer key heads than query heads,
+    and products of experts."""
+    formulas: dict[Any, Any] = {torch.ops.aten._grouped_mm: grouped_product_operations}
+    for name in ATTENTION:
+        formulas[getattr(torch.ops.aten, f"_scaled_dot_product_{name}")] = attention_operations
+        backward = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward")
+        formulas[backward] = attention_backward_operations
+    return formulas
+
+
+def operations(work: Work) -> int:
+    """Floating-point operations of ``work``, its backward included if it runs one."""
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def forward_prompts(model: Any, prompts: Sequence[EncodedPrompt]) -> None:
+    """A forward of the stock model over each prompt: vision tower and decoder, no ``lm_head``, no cache."""
+    device = next(model.parameters()).device
+    for prompt in prompts:
+        tensors = {name: tensor.to(device) for name, tensor in prompt.tensors.items()}
+        model.model(input_ids=prompt.input_ids.to(device), use_cache=False, **tensors)
+
+
+@torch.no_grad()
+def embed(model: Any, prompt: EncodedPrompt) -> None:
+    """The patch embedding alone: the gradient of its input would cost what its forward does."""
+    embedding = model.model.visual.patch_embed
+    embedding(prompt.tensors["pixel_values_videos"].to(embedding.proj.weight.device))
+
+
+def least_operations(student: Any, teacher: Any | None, prompts: Sequence[EncodedPrompt]) -> int:
+    """The least for a step on ``prompts`` that trains all weights of ``student``; ``teacher`` is None for a
+    method without one."""
+    pixels = sum(operations(lambda p=p: embed(student, p)) for p in prompts)  # type: ignore[misc]
+    by_student = operations(lambda: forward_prompts(student, prompts))
+    by_teacher = 0 if teacher is None else operations(lambda: forward_prompts(teacher, prompts))
+    return 3 * by_student - pixels + by_teacher
+
+
+def count_operations(
+    model: Any,
+    processor: Any,
+    teacher: Any,
+    *,
+    lengths: Sequence[int],
+    rollouts: Sequence[int] = (8,),
+    prompts: int = 1,
+    dtype: str = "float32",
+    tokens: int = 16,
+    side_px: int = 64,
+) -> list[dict[str, Any]]:
+    """A record for each prompt length and method: the least, and of each of ``WAYS`` what one step counts and
+    how many times the least that is. GRPO has a record for each number of ``rollouts``."""
+    records: list[dict[str, Any]] = []
+    jobs = [
+        ("video-opd", "video-opd", 1),
+        *((f"grpo, {count} rollouts", "grpo", count) for count in rollouts),
+        *((method, method, 1) for method in ("op-rkd", "op-fkd", "sft")),
+    ]
+    for length in lengths:
+        shown = prompts_of(processor, length, videos=prompts, side_px=side_px)
+        least = {
+            with_teacher: least_operations(model, teacher if with_teacher else None, shown)
+            for with_teacher in (False, True)
+        }
+        for job, method, count in jobs:
+            needed = least[method in WITH_TEACHER]
+            ways = {}
+            for way, settings in WAYS.items():
+                step = Steps(
+                    model,
+                    processor,
+                    teacher,
+                    shown,
+                    method=method,
+                    rollouts=count,
+                    dtype=dtype,
+                    tokens=tokens,
+                    **settings,
+                )
+                counted = operations(step)
+                ways[way] = {"counted": counted, "ratio": counted / needed}
+            records.append(
+                {
+                    "job": job,
+                    "prompt_tokens": shown[0].length,
+                    "prompts": len(shown),
+                    "least": needed,
+                    "ways": ways,
+                }
+            )
+            ratios = ", ".join(f"{name} {way['ratio']:.2f}" for name, way in ways.items())
+            log(f"{job}, {shown[0].length} tokens, operations in times of the least: {ratios}")
+    return records
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown; operations in 10⁹."""
+    lines = ["| job | prompt | way | operations | least | times the least |", "|---|---|---|---|---|---|"]
+    for record in records:
+        for name, way in record["ways"].items():
+            lines.append(
+                f"| {record['job']} | {record['prompt_tokens']} | {name} | {way['counted'] / 1e9:.2f} G "
+                f"| {record['least'] / 1e9:.2f} G | {way['ratio']:.2f} |"
+            )
+    return "\n".join(lines)
