@@ -1,1 +1,1 @@
-"""Signals and losses as pure functions, and one small file a method."""
+"""Training methods: one small file for each, and the signals and losses they use as pure functions."""

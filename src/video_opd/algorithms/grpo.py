@@ -1,31 +1,28 @@
-"""GRPO, the paper's baseline and how its teachers were made (sections 2.2, D.1; eqs 1–3).
+"""GRPO: the paper's baseline, and the way its teachers were trained (sections 2.2, D.1; eqs 1–3).
 
 Who samples: the student, a group of G = 8 rollouts for each prompt.
-Signal: the reward of the whole answer (timestamp-aware IoU), normalised within the group (eq 2), the same for
-every token of the answer.
-Loss: −Σ_t A · π_θ(a_t|s_t) / π_old(a_t|s_t), clipped on request, plus β times the KL to the initial student
-(eq 1, k3 estimator), mean over trajectories. With ratio 1 its gradient is eq 3's.
+Signal: the reward of the whole response (timestamp-aware IoU), normalised within its group (eq 2); every
+token of the response gets the same value.
+Loss: −Σ_t A · π_θ(a_t|s_t) / π_old(a_t|s_t), clipped if asked for, plus β times the KL to the initial student
+(eq 1, k3 estimator), mean over trajectories. Where the ratio is 1, its gradient is that of eq 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
-from video_opd.algorithms.losses import importance_surrogate, k3_penalty
+from video_opd.algorithms.losses import k3_penalty
 from video_opd.algorithms.method import Needs, Signal, Trajectories
-from video_opd.algorithms.rewards import Reward, checked
+from video_opd.algorithms.policy_gradient import policy_gradient_loss
+from video_opd.algorithms.rewards import Reward, checked_reward
 from video_opd.algorithms.signals import group_advantages
-from video_opd.algorithms.trajectories import sampled
+from video_opd.algorithms.trajectories import SampledTrajectories
 from video_opd.config import LossConfig, SamplingConfig
-from video_opd.models.interfaces import Policy
-from video_opd.types import Rollout, Sample, TokenLogprobs
+from video_opd.types import TokenLogprobs
 
 
 class GRPO:
-    """``annotated``: the reward reads the annotation, so rows without one cannot be used."""
+    """``annotated``: the reward compares with the annotation, so rows without one cannot be used."""
 
     def __init__(
         self,
@@ -36,36 +33,24 @@ class GRPO:
         normalise_std: bool = True,
         annotated: bool = True,
     ) -> None:
-        self.sampling, self.reward, self.settings = sampling, reward, settings or LossConfig()
+        self.trajectories = SampledTrajectories(sampling)
+        self.rollouts, self.reward, self.settings = sampling.rollouts, reward, settings or LossConfig()
         self.normalise_std = normalise_std
         self.needs = Needs(sampling=True, reference=self.settings.kl_beta > 0, annotation=annotated)
 
-    def trajectories(
-        self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
-    ) -> list[list[Rollout]]:
-        return sampled(policy, prefix, self.sampling, seeds)
-
     def signal(self, batch: Trajectories) -> Signal:
-        """eq 2; a micro-batch holds whole groups."""
+        """eq 2. The micro-batch must hold whole groups."""
         pairs = zip(batch.samples, batch.rollouts, strict=True)
-        rewards = [checked(self.reward, sample, rollout.text) for sample, rollout in pairs]
+        rewards = [checked_reward(self.reward, sample, rollout.text) for sample, rollout in pairs]
         reward_B = torch.tensor(rewards, dtype=batch.old_BT.dtype, device=batch.old_BT.device)
-        advantage_B = group_advantages(reward_B, self.sampling.rollouts, self.normalise_std)
+        advantage_B = group_advantages(reward_B, self.rollouts, self.normalise_std)
         return Signal(advantage_BT=advantage_B[:, None].expand_as(batch.old_BT), reward_B=reward_B)
 
     def loss(
         self, student: TokenLogprobs, batch: Trajectories, signal: Signal, divisor: float
     ) -> torch.Tensor:
-        assert signal.advantage_BT is not None
-        loss = importance_surrogate(
-            student.logprobs_BT,
-            batch.old_BT,
-            signal.advantage_BT,
-            batch.mask_BT,
-            divisor,
-            clip=self.settings.clip,
-            weight_BT=batch.weight_BT,
-        )
+        """eq 1."""
+        loss = policy_gradient_loss(student, batch, signal, divisor, self.settings.clip)
         if self.settings.kl_beta:
             assert batch.reference is not None, "the KL needs the initial student's log-probs"
             reference_BT = batch.reference.logprobs_BT

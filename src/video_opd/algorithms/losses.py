@@ -1,10 +1,11 @@
-"""Losses: pure functions from tensors to one scalar that is minimised.
+"""Losses: pure functions from tensors to one scalar to minimise.
 
 Shapes: ``B`` trajectories, ``T`` response tokens (right-padded), ``V`` vocabulary, ``K`` kept tokens.
 Log-probabilities are natural; every loss is in nats.
 
-Every loss is a *sum* divided by a count that the caller passes in, taken over the global batch: all ranks,
-all micro-batches. So the sum of the micro-batches' losses is the loss of the whole, however it was cut.
+Every loss is a *sum* divided by ``divisor``, a count over the global batch (all ranks, all micro-batches)
+that the caller passes in. So the losses of the micro-batches add up to the loss of the global batch, however
+it was split.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def importance_surrogate(
     """eq 6: −Σ_t sg(r_t) · exp(log π_θ(a_t) − log π_old(a_t)) / divisor, a scalar.
 
     Its gradient is −Σ_t r_t · ratio_t · ∇log π_θ(a_t) / divisor. ``logp_BT`` carries the gradient;
-    ``old_BT`` and ``advantage_BT`` are constants; positions where ``mask_BT`` is False count for nothing,
-    whatever stands there.
+    ``old_BT`` and ``advantage_BT`` are constants. Positions where ``mask_BT`` is False add nothing, whatever
+    value they hold.
 
     ``clip=(low, high)`` makes each term min(ratio·A, clamp(ratio, 1 − low, 1 + high)·A) (PPO, GRPO; unequal
-    bounds as in DAPO); a term in its clipped branch has no gradient. ``weight_BT`` multiplies each term by a
-    constant of its own: the :func:`truncated_weights` of a sampler that is not the trainer's engine.
+    bounds as in DAPO); see :func:`is_clipped`. ``weight_BT`` multiplies each term by a constant of its own:
+    the :func:`truncated_weights` of a sampler that is not the trainer's engine.
     """
     assert logp_BT.shape == old_BT.shape == advantage_BT.shape == mask_BT.shape, "one value for each token"
     assert divisor > 0, "an empty global batch has no loss"
@@ -75,9 +76,9 @@ def truncated_weights(
 ) -> torch.Tensor:
     """min(π_trainer(a_t) / π_sampler(a_t), limit), detached, [B, T]; 1 where ``mask_BT`` is False.
 
-    Corrects for an engine that samples from slightly other probabilities than the trainer computes; the
-    bound exchanges a small bias for a finite variance. Truncated importance sampling: Ionides 2008; Yao et
-    al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    The weights correct for an engine that samples from slightly other probabilities than the trainer
+    computes. The limit accepts a small bias for a bounded variance. This is truncated importance sampling:
+    Ionides 2008; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
     """
     assert trainer_BT.shape == sampler_BT.shape == mask_BT.shape, "one value for each token"
     assert limit > 0, "a weight is positive"
@@ -112,8 +113,8 @@ def forward_kl_loss(
 ) -> torch.Tensor:
     """eq 27–29: Σ_t KL(π_tea ‖ π_θ) over the vocabulary / divisor, a scalar.
 
-    Log-probabilities; the gradient goes through the student only (eq 28). Positions where ``mask_BT`` is
-    False count for nothing, whatever stands there.
+    Both inputs are log-probabilities; the gradient goes through the student only (eq 28). Positions where
+    ``mask_BT`` is False add nothing, whatever value they hold.
     """
     assert divisor > 0, "an empty global batch has no loss"
     student_BTV, teacher_BTV = _unmasked(student_BTV, teacher_BTV, mask_BT)
@@ -123,10 +124,11 @@ def forward_kl_loss(
 def reverse_kl_loss(
     student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor, divisor: float
 ) -> torch.Tensor:
-    """Σ_t KL(π_θ ‖ π_tea) over the vocabulary / divisor, a scalar: what eq 6 samples, without the sampling.
+    """Σ_t KL(π_θ ‖ π_tea) over the vocabulary / divisor, a scalar: eq 6 without its sampling noise.
 
-    Its gradient is the expectation of eq 6's at each visited state. Log-probabilities; the gradient goes
-    through the student only. Positions where ``mask_BT`` is False count for nothing, whatever stands there.
+    Its gradient is the expectation of the gradient of eq 6 at each visited state. Both inputs are
+    log-probabilities; the gradient goes through the student only. Positions where ``mask_BT`` is False add
+    nothing, whatever value they hold.
     """
     assert divisor > 0, "an empty global batch has no loss"
     student_BTV, teacher_BTV = _unmasked(student_BTV, teacher_BTV, mask_BT)
@@ -136,12 +138,13 @@ def reverse_kl_loss(
 def topk_reverse_kl_loss(
     student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor, divisor: float, k: int
 ) -> torch.Tensor:
-    """The reverse KL over the student's ``k`` likeliest tokens and the rest as *one* outcome, a scalar.
+    """The reverse KL over the student's ``k`` likeliest tokens, with all others as *one* outcome, a scalar.
 
     Σ_t [ Σ_{v∈S_t} p(v) log(p(v)/q(v)) + p(rest) log(p(rest)/q(rest)) ] / divisor, with p the student's
-    probabilities, q the teacher's and S_t a constant. Merging outcomes can only lower a KL (data processing
-    inequality): never above :func:`reverse_kl_loss`, not below 0, and equal to it where ``k`` reaches V or
-    S_t holds all the mass. Positions where ``mask_BT`` is False count for nothing, whatever stands there.
+    probabilities, q the teacher's, and S_t the ``k`` kept tokens, which are a constant. Merging outcomes can
+    only lower a KL (data processing inequality), so the result lies between 0 and :func:`reverse_kl_loss`. It
+    equals the latter if ``k`` is at least V or if S_t holds all the mass. Positions where ``mask_BT`` is
+    False add nothing, whatever value they hold.
     """
     assert k >= 1, "at least one token is kept"
     assert divisor > 0, "an empty global batch has no loss"
@@ -151,10 +154,10 @@ def topk_reverse_kl_loss(
 
 
 def _merge_rest(logp_BTV: torch.Tensor, kept_BTK: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the kept tokens and, last, of all others together: [B, T, K + 1]."""
+    """Log-probabilities of the kept tokens, followed by that of all others together: [B, T, K + 1]."""
     rest_BTV = logp_BTV.scatter(-1, kept_BTK, -torch.inf)
     some_BT1 = (rest_BTV > -torch.inf).any(-1, keepdim=True)
-    # logsumexp over nothing but −inf has no gradient, not even behind a `where`.
+    # The gradient of logsumexp over −inf alone is NaN, and a `where` after it would not remove the NaN.
     rest_BT1 = torch.where(some_BT1, rest_BTV, 0.0).logsumexp(-1, keepdim=True)
     return torch.cat([logp_BTV.gather(-1, kept_BTK), torch.where(some_BT1, rest_BT1, -torch.inf)], -1)
 
@@ -162,7 +165,8 @@ def _merge_rest(logp_BTV: torch.Tensor, kept_BTK: torch.Tensor) -> torch.Tensor:
 def _unmasked(
     student_BTV: torch.Tensor, teacher_BTV: torch.Tensor, mask_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with zeros where the mask is False, so that they do not diverge there; the teacher's detached."""
+    """Student and teacher with zeros where the mask is False: the divergence is 0 there. The teacher is
+    detached."""
     assert student_BTV.shape == teacher_BTV.shape, (student_BTV.shape, teacher_BTV.shape)
     assert student_BTV.shape[:-1] == mask_BT.shape, "one distribution for each token"
     mask_BT1 = mask_BT[..., None]

@@ -1,4 +1,4 @@
-"""What the loop asks of a method. No engine is named here.
+"""The interface between the training loop and a method. It names no model and no engine.
 
 Shapes: ``B`` trajectories (prompts × rollouts, prompt-major), ``T`` response tokens (right-padded),
 ``V`` vocabulary.
@@ -18,12 +18,12 @@ from video_opd.types import Rollout, Sample, TokenLogprobs
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What the loop computes for a method before it asks for a signal and a loss.
+    """The inputs that the loop prepares before it asks a method for a signal and a loss.
 
-    ``sampling``: the student writes the trajectories, from one reading of the prompt; otherwise they are the
-    annotation's text. ``distributions``: of student and teacher over the whole vocabulary at every position.
-    ``reference``: the frozen initial student scores the trajectories, too. ``annotation``: rows without a
-    span cannot be used.
+    ``sampling``: the student samples the trajectories; without it, they are the text of the annotations.
+    ``teacher``: the teacher scores the trajectories. ``distributions``: student and teacher give their
+    log-probabilities of the whole vocabulary at every position. ``reference``: the frozen initial student
+    scores the trajectories, too. ``annotation``: rows without an annotated span cannot be used.
     """
 
     sampling: bool = False
@@ -35,13 +35,14 @@ class Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectories:
-    """A micro-batch ready for an update: who wrote what, how probable it was, and what others say of it.
+    """A micro-batch of responses that is ready for an update, with every model's log-probs of it.
 
-    Made once, before the first update on these trajectories, and constant from then on. ``old_BT`` [B, T] are
-    the log-probs under the policy before that update (recorded while sampling), 0 where ``mask_BT`` [B, T] is
-    False; ``old_full_BTV`` [B, T, V] its distributions, when the method needs them. ``weight_BT`` [B, T] are
-    importance weights between sampler and trainer (None: they are the same model). ``samples`` and
-    ``rollouts`` have one entry for each row.
+    It is built once, before the first update on these trajectories; later updates on them reuse it.
+    ``samples`` and ``rollouts`` have one entry for each row. ``old_BT`` [B, T] holds the log-probs under the
+    policy before that update (recorded while sampling), and 0 where ``mask_BT`` [B, T] is False.
+    ``old_full_BTV`` [B, T, V] holds the distributions of the same policy if the method needs them.
+    ``weight_BT`` [B, T] holds importance weights between sampler and trainer; None means that both are the
+    same model.
     """
 
     samples: Sequence[Sample]
@@ -56,11 +57,10 @@ class Trajectories:
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """What trajectories are credited with, constant like they are.
+    """The credit that trajectories are given. It is constant during an update; None: the method has no such.
 
-    ``advantage_BT`` [B, T] multiplies each token's probability ratio; None for a loss without one.
-    ``token_reward_BT`` [B, T] is a teacher's r_t; ``reward_B`` [B] the reward of whole answers; None where a
-    method has no such thing.
+    ``advantage_BT`` [B, T] multiplies the probability ratio of each token in the loss. ``token_reward_BT``
+    [B, T] is a teacher's r_t. ``reward_B`` [B] is the reward of each whole response.
     """
 
     advantage_BT: torch.Tensor | None = None
@@ -68,28 +68,35 @@ class Signal:
     reward_B: torch.Tensor | None = None
 
 
-class Method(Protocol):
-    """Trajectories × signal × loss. A method is one small file that answers these three questions."""
+class TrajectorySource(Protocol):
+    """Where a method's trajectories come from (``algorithms/trajectories.py`` has the two that there are)."""
 
-    needs: Needs
-
-    def trajectories(
+    def __call__(
         self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
     ) -> list[list[Rollout]]:
         """A list of rollouts for each prompt.
 
         ``prefix`` is what ``policy.prefill`` returned, or the prompts themselves; ``samples`` are their rows.
-        ``seeds`` has a list for each prompt, and in it a non-negative integer for each rollout, as
-        ``policy.sample`` takes them: ``seeds[i][j]`` decides rollout j of prompt i, and nothing else does.
+        ``seeds`` has one list for each prompt, with a non-negative integer for each rollout, as
+        ``policy.sample`` takes them: rollout j of prompt i depends on ``seeds[i][j]`` and on no other seed.
         """
         ...
 
+
+class Method(Protocol):
+    """A method is defined by its trajectories, its signal and its loss."""
+
+    needs: Needs
+
+    @property
+    def trajectories(self) -> TrajectorySource: ...
+
     def signal(self, batch: Trajectories) -> Signal:
-        """What the trajectories are credited with, detached."""
+        """The credit of every trajectory, detached."""
         ...
 
     def loss(
         self, student: TokenLogprobs, batch: Trajectories, signal: Signal, divisor: float
     ) -> torch.Tensor:
-        """A scalar to minimise; summed over the micro-batches of all ranks it is the loss of the step."""
+        """A scalar to minimise. Summed over the micro-batches of all ranks, it is the loss of the step."""
         ...

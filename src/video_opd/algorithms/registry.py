@@ -11,18 +11,21 @@ from video_opd.algorithms.op_fkd import OPFKD
 from video_opd.algorithms.op_rkd import OPRKD
 from video_opd.algorithms.rewards import IoUReward, Reward, load_reward
 from video_opd.algorithms.sft import SFT
-from video_opd.algorithms.trajectories import Annotated
+from video_opd.algorithms.trajectories import AnnotatedTrajectories
 from video_opd.algorithms.video_opd import VideoOPD
 from video_opd.config import Recipe
 
 
 def make_method(recipe: Recipe, tokenizer: Any) -> Method:
-    """The method of a recipe. ``tokenizer`` writes the annotations of the off-policy ones."""
+    """The method that ``recipe.method`` names. Off-policy methods encode annotations with ``tokenizer``."""
     return _METHODS[recipe.method](recipe, tokenizer)
 
 
 def make_reward(recipe: Recipe) -> Reward:
-    """Raises :class:`~video_opd.errors.UserError` for a function of the user's that cannot be imported."""
+    """The reward that ``recipe.reward`` describes.
+
+    Raises :class:`~video_opd.errors.UserError` if it is a user's function that cannot be imported.
+    """
     settings = recipe.reward
     if settings.function is not None:
         return load_reward(settings.function)
@@ -34,8 +37,8 @@ def make_reward(recipe: Recipe) -> Reward:
     )
 
 
-def _annotated(recipe: Recipe, tokenizer: Any) -> Annotated:
-    return Annotated(tokenizer, recipe.prompt.style)
+def _annotated(recipe: Recipe, tokenizer: Any) -> AnnotatedTrajectories:
+    return AnnotatedTrajectories(tokenizer, recipe.prompt.style)
 
 
 _METHODS: dict[str, Callable[[Recipe, Any], Method]] = {

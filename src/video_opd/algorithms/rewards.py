@@ -1,7 +1,7 @@
-"""Rewards of whole answers, for group-relative policy optimisation (section 2.2): plain floats, no torch.
+"""Rewards of whole responses, for GRPO (section 2.2). They are plain floats; nothing here imports torch.
 
 A reward is any callable ``(sample, text) -> float``: the row of the data file with its annotated spans, and
-the text that the policy wrote, special tokens left out. Larger is better.
+the text of the response without special tokens. Larger is better.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _THOUGHT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?!.*</?think>)", r
 
 @dataclass(frozen=True, kw_only=True)
 class IoUReward:
-    """``iou_weight`` · IoU + ``format_weight`` · format, the reward of Time-R1 by default.
+    """``iou_weight`` · IoU + ``format_weight`` · format. The defaults are the reward of Time-R1.
 
-    The IoU part is that of the span read in the answer with the annotated span it fits best: with
-    ``timestamp_aware`` IoU · (1 − |s − ŝ|/D) · (1 − |e − ê|/D), D the video's duration, with ``plain`` the
-    bare IoU; 0 where no span can be read. The format part is 1 where the answer is "A to B" and nothing else,
-    else 0. With ``thinking`` the answer is what follows ``</think>``, and the format asks for exactly one
-    ``<think>…</think>`` before it.
+    The IoU term compares the predicted span [ŝ, ê] with each annotated span [s, e] and takes the best value.
+    With ``timestamp_aware`` that value is IoU · (1 − |s − ŝ|/D) · (1 − |e − ê|/D), where D is the duration of
+    the video; with ``plain`` it is the IoU alone. It is 0 if the response has no span that can be parsed. The
+    format term is 1 if the response is "A to B" and nothing else, and 0 otherwise. With ``thinking`` the span
+    is parsed from the text after ``</think>``, and the format asks for exactly one ``<think>…</think>``
+    before it.
 
-    Raises UserError, naming the sample, where there is nothing to compare with: no annotated span or, for
-    ``timestamp_aware``, no duration.
+    Raises UserError, naming the sample, if it has no annotated span or, with ``timestamp_aware``, no
+    duration.
 
     Example: ``IoUReward(kind="plain")(sample, "3.00 to 5.50")``.
     """
@@ -65,7 +66,7 @@ class IoUReward:
     def _iou(self, sample: Sample, span: tuple[float, float] | None) -> float:
         if not sample.spans:
             raise UserError(
-                f"sample {sample.id!r} has no spans to reward an answer by; annotate it or drop it"
+                f"sample {sample.id!r} has no spans to reward a response by; annotate it or drop it"
             )
         if self.kind == "plain":
             return best_iou(span, sample.spans)
@@ -79,16 +80,17 @@ class IoUReward:
 
 
 def load_reward(path: str) -> Reward:
-    """A reward of one's own: ``"package.module:function"``, or ``"file.py:function"`` relative to the cwd.
+    """The user's own reward function, named by ``path``.
 
-    Raises UserError where it cannot be imported or is not callable.
+    ``path`` is ``"package.module:function"``, or ``"file.py:function"`` relative to the working directory.
+    Raises UserError if the function cannot be imported or is not callable.
     """
     source, _, name = path.rpartition(":")
     if not source or not name:
         raise UserError(f"reward {path!r}: write package.module:function or file.py:function")
     try:
         module = _run_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:  # whatever the user's own code raises
+    except Exception as error:  # the user's code may raise anything
         raise UserError(
             f"reward {path!r}: {source} cannot be imported ({type(error).__name__}: {error}); mend it, or "
             "write package.module:function of an installed package or file.py:function of a file"
@@ -105,7 +107,7 @@ def _run_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file.resolve())
     assert spec is not None and spec.loader is not None, "a name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is run
+    sys.modules[name] = module  # a dataclass looks up its module while it is being defined
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -114,8 +116,8 @@ def _run_file(file: Path) -> ModuleType:
     return module
 
 
-def checked(reward: Reward, sample: Sample, text: str) -> float:
-    """What ``reward`` returns, as a float; UserError naming the sample where that is no finite number."""
+def checked_reward(reward: Reward, sample: Sample, text: str) -> float:
+    """The value of ``reward`` as a float. Raises UserError, naming the sample, if it is not finite."""
     value: object = reward(sample, text)
     if not isinstance(value, Real) or not math.isfinite(value):
         name = getattr(reward, "__qualname__", type(reward).__qualname__)

@@ -1,32 +1,32 @@
-"""Per-token signals and divergences: pure functions on tensors, no model in sight.
+"""Per-token signals and divergences: pure functions on tensors.
 
 Shapes: ``B`` trajectories (``N`` prompts × ``G`` rollouts, prompt-major), ``T`` response tokens
-(right-padded), ``V`` vocabulary. All in nats.
+(right-padded), ``V`` vocabulary. All values are in nats.
 
-The sign, once and for all. r_t (eq 5) is the *negative* of the sampled-token reverse KL, so that a larger r_t
-is better and eq 6 ascends it:
+The sign: r_t (eq 5) is the *negative* of the sampled-token reverse KL, so that a larger r_t is better and
+eq 6 ascends it:
 
     E_{a ~ π_θ}[ r_t ∇ log π_θ(a) ] = −∇ KL(π_θ ‖ π_tea)     at every visited state.
 
-The paper's eq 11 prints the right side without the minus; with it, an ascent on r_t would move *away* from
-the teacher. ``tests/unit/test_losses.py`` checks the direction by exact enumeration.
+The paper's eq 11 prints the right side without the minus. If that were so, an ascent on r_t would move
+*away* from the teacher. ``tests/unit/algorithms/test_losses.py`` checks the direction by exact enumeration.
 
-With discount 0 a token is credited with its own r_t only: the gradient is that of the per-state KL at the
-states the student visited, taken as given. It is not the gradient of the KL between the two distributions
-over whole sequences, which also counts how an early token changes the later states.
+Each token is credited with its own r_t only (discount 0). So the gradient is that of the KL at each state
+that the student visited, with the visits taken as given. It is not the gradient of the KL between the two
+distributions over whole sequences, which also counts how an early token changes the later states.
 """
 
 from __future__ import annotations
 
 import torch
 
-STD_FLOOR = 1e-4  # TRL's; verl has 1e-6
+STD_FLOOR = 1e-4  # the value in TRL; verl has 1e-6
 
 
 def sampled_reverse_kl(teacher_BT: torch.Tensor, old_BT: torch.Tensor) -> torch.Tensor:
     """eq 5: r_t = log π_tea(a_t|s_t) − log π_old(a_t|s_t), detached, [B, T].
 
-    ``old_BT`` are the log-probs recorded when the tokens were sampled. The mean of −r_t over sampled tokens
+    ``old_BT`` holds the log-probs recorded when the tokens were sampled. The mean of −r_t over sampled tokens
     estimates the reverse KL without bias.
     """
     assert teacher_BT.shape == old_BT.shape, (teacher_BT.shape, old_BT.shape)
@@ -38,9 +38,10 @@ def scaled_reverse_kl(
 ) -> torch.Tensor:
     """G-OPD: r_t = λ(log π_tea − log π_ref) − (log π_old − log π_ref) for λ = ``scale``, detached, [B, T].
 
-    What the teacher adds to the reference, weighed against staying near the reference (Yang et al. 2026,
-    arXiv 2602.12125). λ = 1 is eq 5, exactly, and looks at no reference; λ > 1 goes on past the teacher.
-    Without a reference r_t = λ log π_tea − log π_old, that of a uniform one but for a constant.
+    The first term rewards what the teacher adds to the reference; the second keeps the student near the
+    reference (Yang et al. 2026, arXiv 2602.12125). λ = 1 is exactly eq 5 and ignores the reference; λ > 1
+    moves the student past the teacher. Without a reference r_t = λ log π_tea − log π_old, which differs by a
+    constant from the r_t of a uniform reference.
     """
     assert teacher_BT.shape == old_BT.shape, (teacher_BT.shape, old_BT.shape)
     if scale == 1:
@@ -55,19 +56,20 @@ def kl_baseline(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.T
     """b_t = E_{a ~ π}[r_t] = −KL(π ‖ π_tea) at every visited state, detached, [B, T].
 
     A control variate for eq 5: b_t does not depend on the token, and E_{a ~ π}[∇ log π(a)] = 0, so
-    r_t − b_t has the same expected gradient. Its variance is smaller where the signals of a state lie on one
-    side of 0 and far from it; where they lie on both sides it can be larger.
+    r_t − b_t has the same expected gradient. Its variance is smaller if the r_t of a state lie on one side of
+    0 and far from it; it can be larger if they lie on both sides.
     """
     with torch.no_grad():
         return -reverse_kl(student_BTV, teacher_BTV)
 
 
 def group_advantages(rewards_B: torch.Tensor, rollouts: int, normalise_std: bool) -> torch.Tensor:
-    """eq 2's r̂_G: how each reward compares with the others of its prompt, detached, [B].
+    """r̂_G of eq 2: each reward relative to the other rewards of its prompt, detached, [B].
 
-    ``rewards_B`` is prompt-major with G = ``rollouts`` entries for each prompt. (r − mean) / (std + 1e-4)
-    with the unbiased std of the group, as in TRL; r − mean without ``normalise_std`` (Dr. GRPO). Exactly 0
-    where all rewards of a group are equal. Raises ValueError for fewer than two rollouts.
+    ``rewards_B`` is prompt-major with G = ``rollouts`` entries for each prompt. The result is
+    (r − mean) / (std + 1e-4) with the unbiased std of the group, as in TRL, or r − mean without
+    ``normalise_std`` (Dr. GRPO). It is exactly 0 if all rewards of a group are equal. Raises ValueError for
+    fewer than two rollouts.
     """
     if rollouts < 2:
         raise ValueError(f"{rollouts} rollouts a prompt have no group to compare with; set at least 2")
@@ -76,7 +78,7 @@ def group_advantages(rewards_B: torch.Tensor, rollouts: int, normalise_std: bool
     centred_NG = rewards_NG - rewards_NG.mean(-1, keepdim=True)
     if normalise_std:
         centred_NG = centred_NG / (rewards_NG.std(-1, keepdim=True) + STD_FLOOR)
-    # The mean of equal numbers may differ from them by a rounding, which the division would enlarge.
+    # The mean of equal numbers may differ from them by a rounding error, which the division would enlarge.
     equal_N1 = (rewards_NG == rewards_NG[:, :1]).all(-1, keepdim=True)
     return torch.where(equal_N1, 0.0, centred_NG).reshape(-1)
 
@@ -84,8 +86,8 @@ def group_advantages(rewards_B: torch.Tensor, rollouts: int, normalise_std: bool
 def reverse_kl(student_BTV: torch.Tensor, teacher_BTV: torch.Tensor) -> torch.Tensor:
     """Σ_v p(v) log(p(v)/q(v)) at every position, [B, T], for log-probabilities p (student) and q (teacher).
 
-    Tokens that the student cannot write (such as vision placeholders: log p is −inf, or so low that p is 0)
-    add 0, also where the teacher cannot write them either.
+    Tokens that the student cannot write (for example vision placeholders, whose log p is −inf or so low that
+    p is 0) add 0, whether or not the teacher can write them.
     """
     assert student_BTV.shape == teacher_BTV.shape, (student_BTV.shape, teacher_BTV.shape)
     possible = student_BTV.exp() > 0

@@ -1,4 +1,4 @@
-"""Where trajectories come from: the student writes them, or the annotation is one."""
+"""Where trajectories come from: the student samples them, or they are the text of the annotations."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample
 
 
-def sampled(
-    policy: Policy, prefix: Any, sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
-) -> list[list[Rollout]]:
+class SampledTrajectories:
     """eq 4: τ ~ π_θ(·|v, q), ``sampling.rollouts`` for each prompt, with the log-prob of every token."""
-    return policy.sample(
-        prefix,
-        n=sampling.rollouts,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seeds=seeds,
-    )
+
+    def __init__(self, sampling: SamplingConfig) -> None:
+        self.sampling = sampling
+
+    def __call__(
+        self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
+    ) -> list[list[Rollout]]:
+        return policy.sample(
+            prefix,
+            n=self.sampling.rollouts,
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+            seeds=seeds,
+        )
 
 
-class Annotated:
-    """The annotation in the answer format of a prompt style, ended by the end-of-sequence token (sec. C).
+class AnnotatedTrajectories:
+    """The annotated span in the answer format of a prompt style, then the end-of-sequence token (sec. C).
 
-    Of several annotated spans the seed decides which one, so that each is shown in the course of training.
+    If a row has several annotated spans, the seed chooses one, so that training sees each of them.
     """
 
     def __init__(self, tokenizer: Any, style: str = "paper") -> None:
         self.tokenizer, self.style = tokenizer, STYLES[style]
 
-    def __call__(self, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]) -> list[list[Rollout]]:
+    def __call__(
+        self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
+    ) -> list[list[Rollout]]:
         return [[self._rollout(sample, seed)] for sample, (seed,) in zip(samples, seeds, strict=True)]
 
     def _rollout(self, sample: Sample, seed: int) -> Rollout:
-        assert sample.spans, f"{sample.id}: rows without an annotation are left out before"
+        assert sample.spans, f"{sample.id}: rows without an annotation must be left out before"
         text = self.style.write_answer(sample.spans[seed % len(sample.spans)])
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return Rollout(

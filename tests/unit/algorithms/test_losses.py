@@ -1,5 +1,5 @@
 """Every loss and its gradient against loops written from the equations, finite differences, and exact
-enumeration: the update lowers the reverse KL."""
+enumeration. Enumeration also shows that the update lowers the reverse KL."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def softmax_policy(seed: int, vocabulary: int = 4) -> torch.Tensor:
 
 
 def test_one_token_the_expected_gradient_is_the_analytic_reverse_kls():
-    """Every token of a vocabulary of 4, weighed by its probability: no sampling error is left."""
+    """Every token of a vocabulary of 4 is weighted by its probability, so there is no sampling error."""
     logits = softmax_policy(0).requires_grad_(True)
     teacher = softmax_policy(1).log_softmax(-1)
     logp = logits.log_softmax(-1)
@@ -122,8 +122,8 @@ def test_one_token_the_expected_gradient_is_the_analytic_reverse_kls():
 
 
 def test_two_tokens_the_expectation_is_the_kl_of_each_visited_state():
-    """Discount 0: token 1 is credited with its own state's KL only. The gradient of the KL between whole
-    sequences has one more term (an early token decides which state comes next), and differs."""
+    """With discount 0, token 1 is credited with the KL of its own state only. The gradient of the KL between
+    whole sequences differs: an early token decides which state comes next, which adds one term."""
     vocabulary = 3
     g = torch.Generator().manual_seed(7)
     first = torch.randn(vocabulary, generator=g, dtype=torch.float64).requires_grad_(True)
@@ -164,7 +164,7 @@ def test_two_tokens_the_expectation_is_the_kl_of_each_visited_state():
 
 
 def test_the_update_moves_towards_the_teacher():
-    """Eq 11's printed sign would move away."""
+    """With the sign as eq 11 prints it, the update would move away from the teacher."""
     logits = softmax_policy(3).requires_grad_(True)
     teacher = softmax_policy(4).log_softmax(-1)
 
@@ -265,7 +265,7 @@ def test_weights_are_the_ratio_up_to_the_limit_and_constant():
 
 
 def test_weights_turn_the_samplers_expectation_into_the_trainers():
-    """By enumeration, and only as long as the limit is not reached."""
+    """Enumeration shows it, as long as the limit is not reached."""
     trainer, sampler = softmax_policy(5).log_softmax(-1), softmax_policy(6).log_softmax(-1)
     values = torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64)
     mask = torch.ones(1, 4, dtype=torch.bool)
@@ -309,7 +309,7 @@ def test_k3_is_never_negative(logp: float, reference: float):
 
 
 def test_k3_in_expectation():
-    """The value is the reverse KL; the gradient, through the log-prob alone, the forward KL's."""
+    """The value is the reverse KL; the gradient through the log-prob alone is that of the forward KL."""
     logits = softmax_policy(7).requires_grad_(True)
     reference = softmax_policy(8).log_softmax(-1)
     logp = logits.log_softmax(-1)
@@ -406,7 +406,7 @@ def test_a_divergence_by_finite_differences_and_only_through_the_student(kind: s
     assert torch.autograd.gradcheck(
         lambda x: loss(x.log_softmax(-1), teacher.detach(), MASK, 2.0), logits, atol=1e-8
     )
-    # As a function of log-probabilities that need not sum to one, too.
+    # The same holds for log-probabilities that do not sum to one.
     free = logits.detach().log_softmax(-1).requires_grad_(True)
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher.detach(), MASK, 2.0), free, atol=1e-8)
     loss(logits.log_softmax(-1), teacher, MASK, 2.0).backward()
@@ -493,7 +493,7 @@ def test_no_tokens_no_loss_and_no_gradient(kind: str):
     [(-1e30, -1e30), (-math.inf, -math.inf), (-1e9, -1e9 + 3), (-1e30, -math.inf), (-math.inf, -1e30)],
 )
 def test_unwritable_tokens_add_nothing(kind: str, in_student: float, in_teacher: float):
-    """The same loss and gradient as over the writable tokens alone; for k = 5 they are the whole tail."""
+    """Loss and gradient are those over the writable tokens alone; for k = 5 the rest is the tail."""
     logits, teacher = vocabulary_case(16, size=4)
     alone = logits.clone().requires_grad_(True)
     expected = DIVERGENCES[kind](alone.log_softmax(-1), teacher, MASK, 2.0)
@@ -511,7 +511,7 @@ def test_unwritable_tokens_add_nothing(kind: str, in_student: float, in_teacher:
 
 
 def test_a_tail_without_mass_is_nothing_in_float32_too():
-    """What the models give: float32, −1e30 for what cannot be written, two tokens left."""
+    """The form in which models give it: float32, −1e30 for tokens that cannot be written, two tokens left."""
     logits = torch.full((1, 1, 50), -1e30)
     logits[..., :2] = torch.tensor([0.3, -0.4])
     logits.requires_grad_(True)
@@ -527,7 +527,7 @@ def test_a_tail_without_mass_is_nothing_in_float32_too():
 
 
 def test_a_tiny_tail_is_summed_and_not_a_difference_from_one():
-    """A tail of about 1e-20 would be 0 as 1 − Σ; against the teacher's 0.5 its log-ratio is −45."""
+    """Computed as 1 − Σ, a tail of about 1e-20 would be 0; its log-ratio to the teacher's 0.5 is −45."""
     student = torch.tensor([[[0.0, -46.0, -47.0]]], dtype=torch.float64)
     teacher = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64).log()
     free = student.clone().requires_grad_(True)
@@ -576,7 +576,7 @@ def test_the_two_directions_differ_and_vanish_only_at_the_teacher():
 
 
 def enumerated(logits: torch.Tensor, teacher: torch.Tensor, baseline: float) -> tuple[torch.Tensor, float]:
-    """Mean and total variance, over the tokens of the policy, of eq 6's gradient with r − baseline."""
+    """Mean and total variance of eq 6's gradient with r − baseline, over the tokens of the policy."""
     gradients, weights = [], []
     for a in range(len(teacher)):
         logp = logits.log_softmax(-1)[a].view(1, 1)
@@ -603,7 +603,7 @@ def test_the_control_variate_keeps_the_expected_gradient_and_lowers_the_variance
 
 
 def test_the_control_variate_is_no_guarantee():
-    """The mean of r is not the best constant where the signals lie on both sides of 0."""
+    """The mean of r is not the best constant if the signals lie on both sides of 0."""
     logits = softmax_policy(0).requires_grad_(True)
     teacher = softmax_policy(1).log_softmax(-1)
     baseline = kl_baseline(logits.log_softmax(-1).view(1, 1, -1), teacher.view(1, 1, -1)).item()

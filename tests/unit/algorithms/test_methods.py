@@ -1,7 +1,8 @@
 """Every method on a tiny model: loss and gradient against implementations written from the equations.
 
-The other side is the stock model in float64, one answer at a time, prompt and answer concatenated, and the
-paper's formulas spelled out token by token. It shares nothing with the code under test but the rollouts.
+The second implementation is the stock model in float64, one response at a time, prompt and response
+concatenated, and the paper's formulas spelled out token by token. It shares only the rollouts with the code
+under test.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TOLERANCE = 1e-6
 
 
 def wide(seed: int, sharpness: float = 6.0) -> Any:
-    """A float64 model: rounding is out of the way."""
+    """A float64 model, so that rounding does not matter."""
     return model(seed, sharpness=sharpness).double()
 
 
@@ -158,8 +159,8 @@ def topk_term(p: torch.Tensor, q: torch.Tensor, k: int = 7) -> torch.Tensor:
     return kept + tail_p * (tail_p.log() - tail_q.log())
 
 
-def answer_reward(row: Row, rollout: Rollout) -> float:
-    """Time-R1's reward, by hand, for answers of the form "A to B"; the tests' answers are made to be."""
+def response_reward(row: Row, rollout: Rollout) -> float:
+    """Time-R1's reward, by hand, for responses of the form "A to B"; these tests use no others."""
     (s, e), d = row.sample.spans[0], row.sample.duration_s
     words = rollout.text.split(" to ")
     a, b = float(words[0]), float(words[1])
@@ -171,7 +172,7 @@ def answer_reward(row: Row, rollout: Rollout) -> float:
 def group_advantage(groups: Sequence[Sequence[Rollout]], std: bool) -> list[float]:
     result = []
     for row, group in zip(ROWS, groups, strict=True):
-        rewards = [answer_reward(row, rollout) for rollout in group]
+        rewards = [response_reward(row, rollout) for rollout in group]
         mean = sum(rewards) / len(rewards)
         deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
         result += [(r - mean) / (deviation + 1e-4) if std else r - mean for r in rewards]
@@ -201,7 +202,7 @@ def grpo(net: Any, groups: Sequence[Sequence[Rollout]], *, std: bool, beta: floa
 
 
 def weighted(net: Any, groups: Sequence[Sequence[Rollout]]) -> torch.Tensor:
-    """Sampler and trainer differ: π_old is the trainer's, each token weighs min(π_trainer/π_sampler, 1.1)."""
+    """Sampler and trainer differ: π_old is the trainer's; a token weighs min(π_trainer/π_sampler, 1.1)."""
 
     def credit(row: Row, rollout: Rollout, number: int) -> list[float]:
         old, sampler = student_before(row, rollout), rollout.logprobs or ()
@@ -277,7 +278,8 @@ CASES: dict[str, tuple[Recipe, Formula]] = {
 
 
 def trajectories_of(method: Method, policy: HFPolicy, rollouts: int) -> list[list[Rollout]]:
-    """The method's own; GRPO's random answers are turned into time spans, so that they have rewards."""
+    """The method's trajectories. GRPO's random responses are turned into time spans, so that they have
+    rewards."""
     prompts, samples = [row.prompt for row in ROWS], [row.sample for row in ROWS]
     seeds = [[10 * i + g for g in range(rollouts)] for i in range(len(ROWS))]
     groups = method.trajectories(policy, prompts, samples, seeds)
@@ -291,7 +293,7 @@ def trajectories_of(method: Method, policy: HFPolicy, rollouts: int) -> list[lis
 
 
 def perturbed(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
-    """As another engine would have recorded them."""
+    """The log-probs as another engine would have recorded them."""
     return [
         [
             replace(r, logprobs=tuple(x + 0.15 * math.sin(7 * t + 1) for t, x in enumerate(r.recorded)))
@@ -305,8 +307,8 @@ def perturbed(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_are_those_of_the_equations(name: str, updates: int, engine: Any):
-    """The first update on a batch, or the second: its trajectories and signal are the first one's, its
-    policy is another."""
+    """The first update on a batch, or the second: it reuses the trajectories and the signal of the first, but
+    its policy is another."""
     recipe, formula = CASES[name]
     method = make_method(recipe, processor().tokenizer)
     policy = HFPolicy(STUDENT, processor(), engine)
@@ -341,7 +343,7 @@ def test_loss_and_gradient_are_those_of_the_equations(name: str, updates: int, e
     assert abs(loss.item() - expected.item()) <= TOLERANCE * max(1e-3, abs(expected.item()))
     off = sum(float(((ours[key] - x) ** 2).sum()) for key, x in theirs.items() if x is not None)
     size = sum(float((x**2).sum()) for x in theirs.values() if x is not None)
-    assert size > 1e-8  # there is a gradient to agree about
+    assert size > 1e-8  # the gradient is not zero
     assert math.sqrt(off / size) < TOLERANCE
 
 
@@ -368,9 +370,9 @@ def flat_gradient(net: Any, loss: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("baseline", ["none", "kl"])
 def test_the_sampled_gradient_is_on_average_the_analytic_one(baseline: str):
-    """48 batches of 64 rollouts. Per batch the difference between the sampled gradient (eq 6) and that of the
-    KL at the same visited states is noise around 0: along the analytic gradient, and along random directions,
-    its mean lies within its standard error. A wrong sign, scale or shifted token would not."""
+    """Over 48 batches of 64 rollouts, the sampled gradient (eq 6) minus the gradient of the KL at the same
+    visited states is noise around 0: its mean along the analytic gradient and along random directions lies
+    within its standard error. With a wrong sign, a wrong scale or a shifted token it would not."""
     rollouts, batches = 64, 48
     net, row = wide(0, 4.0).float(), ROWS[0]
     policy, teacher = HFPolicy(net, processor()), HFPolicy(TEACHER.float(), processor())
@@ -407,8 +409,8 @@ def test_the_sampled_gradient_is_on_average_the_analytic_one(baseline: str):
 
 
 def test_a_small_step_of_video_opd_lowers_the_reverse_kl():
-    """The right sign of eq 11: along the sampled gradient the analytic KL at the visited states falls, by as
-    much as its own gradient says."""
+    """The sign of eq 11: a step along the sampled gradient lowers the analytic KL at the visited states by
+    as much as its own gradient predicts."""
     net, step = wide(0, 4.0), 1e-3
     policy = HFPolicy(net, processor())
     method = make_method(recipe_of("video-opd", sampling={"rollouts": 64}), processor().tokenizer)
@@ -457,7 +459,7 @@ def test_an_annotation_is_written_as_the_answer_that_was_asked_for():
     assert seen == {format_span(span) for span in several.spans}
 
 
-def test_a_sampled_answer_was_recorded():
+def test_a_sampled_response_has_its_logprobs():
     method = make_method(recipe_of("grpo", sampling={"rollouts": 3}), processor().tokenizer)
     (group,) = method.trajectories(
         HFPolicy(STUDENT, processor()), [ROWS[0].prompt], [ROWS[0].sample], [[1, 2, 3]]

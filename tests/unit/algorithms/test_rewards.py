@@ -1,4 +1,4 @@
-"""Rewards of answers by hand, and functions of one's own: found, called, and checked."""
+"""The built-in reward against values computed by hand; user functions are found, called and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from places import ROOT
 
-from video_opd.algorithms.rewards import IoUReward, checked, load_reward
+from video_opd.algorithms.rewards import IoUReward, checked_reward, load_reward
 from video_opd.errors import UserError
 from video_opd.types import Sample
 
@@ -77,7 +77,7 @@ def test_a_weighted_sum():
         ("", 0.0),
     ],
 )
-def test_the_format_is_the_whole_answer(text: str, formatted: float):
+def test_the_format_is_the_whole_response(text: str, formatted: float):
     assert IoUReward(iou_weight=0.0, format_weight=1.0)(SAMPLE, text) == formatted
 
 
@@ -99,7 +99,7 @@ def test_the_format_is_the_whole_answer(text: str, formatted: float):
         ("<think>4 to 8</think>", 0.0, 0.0),
     ],
 )
-def test_the_format_of_a_thinking_answer(text: str, formatted: float, overlap: float):
+def test_the_format_of_a_thinking_response(text: str, formatted: float, overlap: float):
     assert IoUReward(iou_weight=0.0, format_weight=1.0, thinking=True)(SAMPLE, text) == formatted
     assert IoUReward(kind="plain", thinking=True)(SAMPLE, text) == overlap
 
@@ -138,7 +138,7 @@ def test_impossible_settings(settings: dict[str, Any], message: str):
         IoUReward(**settings)
 
 
-# --- a function of one's own -------------------------------------------------------------------------
+# --- the user's own function -------------------------------------------------------------------------
 
 
 def test_a_function_of_a_file_relative_to_the_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -155,8 +155,8 @@ def test_a_function_of_a_file_relative_to_the_cwd(tmp_path: Path, monkeypatch: p
     )
     monkeypatch.chdir(tmp_path)
     reward = load_reward("rewards/mine.py:short")
-    assert checked(reward, SAMPLE, "4 to 8") == 1.0
-    assert checked(reward, SAMPLE, "4 to 8, or so it seems") == 0.0
+    assert checked_reward(reward, SAMPLE, "4 to 8") == 1.0
+    assert checked_reward(reward, SAMPLE, "4 to 8, or so it seems") == 0.0
     assert load_reward(f"{tmp_path}/rewards/mine.py:short")(SAMPLE, "4 to 8") == 1.0
 
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_loaded(path: str, message: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("value", [0.5, 1, 0, -2.5, True, np.float32(0.5)])
 def test_a_number_is_a_float(value: Any):
-    measured = checked(lambda sample, text: value, SAMPLE, "4 to 8")
+    measured = checked_reward(lambda sample, text: value, SAMPLE, "4 to 8")
     assert type(measured) is float and measured == value
 
 
@@ -209,7 +209,7 @@ def test_anything_else_is_an_error_that_names_the_sample(value: Any):
         return value
 
     with pytest.raises(UserError, match=r"'s1'.*mine returned .*'4 to 8'; it must return a finite number"):
-        checked(mine, SAMPLE, "4 to 8")
+        checked_reward(mine, SAMPLE, "4 to 8")
 
 
 def test_what_the_function_itself_raises_is_not_hidden():
@@ -217,7 +217,7 @@ def test_what_the_function_itself_raises_is_not_hidden():
         raise KeyError("speed")
 
     with pytest.raises(KeyError, match="speed"):
-        checked(mine, SAMPLE, "4 to 8")
+        checked_reward(mine, SAMPLE, "4 to 8")
 
 
 def test_rewards_import_no_torch():

@@ -88,7 +88,7 @@ def test_entropy_is_that_of_torch():
 
 
 def test_forbidden_tokens_may_be_written_differently_by_the_two_models():
-    """−inf in one and a large negative number in the other: probability 0 in both."""
+    """One model holds −inf and the other a large negative number: the probability is 0 in both."""
     p, q = torch.tensor([[[0.0, -1e30, -math.inf]]]), torch.tensor([[[0.0, -math.inf, -1e30]]])
     p.requires_grad_(True)
     kl = reverse_kl(p, q)
@@ -141,7 +141,7 @@ def test_the_scaled_signal_goes_to_eq_5_as_the_scale_goes_to_one():
 
 
 def test_the_optimum_of_a_scaled_signal_lies_past_the_teacher():
-    """At π ∝ π_ref (π_tea/π_ref)^λ all tokens are credited alike: there is nothing left to gain."""
+    """At π ∝ π_ref (π_tea/π_ref)^λ all tokens have the same r_t, so nothing is left to gain."""
     teacher, reference = random_logp(1, 1, 5, seed=31), random_logp(1, 1, 5, seed=32)
     past = (reference + 1.5 * (teacher - reference)).log_softmax(-1)
     r = scaled_reverse_kl(teacher[0], past[0], 1.5, reference[0])

@@ -53,7 +53,7 @@ def test_signal_and_loss_by_hand():
 
 
 def test_one_step_on_tiny_models_has_the_gradient_of_eq_6():
-    """The method's gradient against Σ −r_t·∇log π_θ(a_t), with r_t from two stock forwards."""
+    """The gradient of the method equals Σ −r_t·∇log π_θ(a_t), with r_t from two stock forwards."""
     student, teacher = model(0, sharpness=4.0), model(1, sharpness=4.0)
     policy = HFPolicy(student, processor())
     method = VideoOPD(SamplingConfig(max_new_tokens=4, rollouts=2))
