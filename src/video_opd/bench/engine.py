@@ -163,10 +163,10 @@ def same_step(results: dict[str, StepResult], dtype: str) -> dict[str, float]:
     plain = next(iter(results.values()))
     worst = 0.0
     for name, step in results.items():
-        if len(step.records) != len(plain.records):
+        mine, theirs = step.responses, plain.responses
+        if len(mine) != len(theirs):
             continue  # another number of rollouts
         if dtype == "float32":
-            mine, theirs = ([r.token_ids for r in each.records] for each in (step, plain))
             assert mine == theirs, f"{name}: other answers than the first way's"
         # GRPO's terms cancel where answers are as long: rounding is relative to a term, not to their sum.
         scale = max(abs(plain.loss), 1.0)

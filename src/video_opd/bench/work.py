@@ -1,4 +1,4 @@
-"""The work that is timed: prompts of a wanted length, and steps on them by the training loop's own code."""
+"""The work that is timed: prompts of a wanted length, and optimiser steps by the training loop's own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from video_opd.algorithms.grpo import GRPO
 from video_opd.algorithms.method import Method, Signal, Trajectories
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import WITH_TEACHER, Recipe, recipe_from_dict
+from video_opd.config import WITH_TEACHER, Recipe, SamplingConfig, recipe_from_dict
 from video_opd.data.encode import PromptEncoder
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
@@ -24,8 +24,8 @@ from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
 from video_opd.training.components import Components, make_optimizer
 from video_opd.training.loop import make_accelerator
-from video_opd.training.step import Stepper, StepResult
-from video_opd.training.step_metrics import Stopwatch
+from video_opd.training.step import Stepper, StepResult, StepSettings
+from video_opd.training.stopwatch import Stopwatch
 from video_opd.types import Clip, EncodedPrompt, Rollout, Sample
 
 Engine = Literal["plain", "prefix"]
@@ -42,8 +42,10 @@ QUERIES = (
 def prompts_of(
     processor: Any, tokens: int, *, queries: int = 1, videos: int = 1, side_px: int = 64
 ) -> list[EncodedPrompt]:
-    """``queries`` prompts on each of ``videos`` noise videos, as short as they can be with ``tokens`` tokens
-    or more; frames are ``side_px`` × ``side_px``."""
+    """``queries`` prompts on each of ``videos`` noise videos, with frames of ``side_px`` × ``side_px``.
+
+    Each prompt has ``tokens`` tokens or more, and no more frames than that takes.
+    """
     encoder = PromptEncoder(processor)
 
     def length(pairs: int) -> int:
@@ -81,6 +83,7 @@ def seeds_of(prompts: Sequence[EncodedPrompt], n: int) -> list[list[int]]:
 
 
 def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts: int, tokens: int) -> Recipe:
+    """The recipe of the steps that are timed. A recipe of GRPO has two rollouts or more."""
     tree: dict[str, Any] = {
         "method": method,
         "model": {"path": "benchmark", "engine": engine, "dtype": dtype},
@@ -94,14 +97,12 @@ def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts:
     }
     if method in WITH_TEACHER:
         tree["teacher"] = {"path": "benchmark"}
-    recipe = recipe_from_dict(tree)
-    if rollouts == 1 and method == "grpo":
-        object.__setattr__(recipe, "sampling", replace(recipe.sampling, rollouts=1))
-    return recipe
+    return recipe_from_dict(tree)
 
 
 class PlainUpdates(HFPolicy):
-    """Samples with a cache, as ``generate`` does; differentiates each answer with its prompt before it."""
+    """Samples with a key/value cache, as ``generate`` does, and differentiates each response together with
+    its prompt."""
 
     def __init__(self, model: Any, processor: Any, *, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__(model, processor, "plain", compute_dtype=compute_dtype)
@@ -111,17 +112,17 @@ class PlainUpdates(HFPolicy):
         return self.sampler.sample(*prompts, **settings)
 
 
-class OneAnswer(GRPO):
-    """GRPO where a group of one is not refused: it teaches nothing, but here it only has to cost."""
+class OneRollout(GRPO):
+    """GRPO with groups of one rollout: they teach nothing, but here a step only has to cost."""
 
     def signal(self, batch: Trajectories) -> Signal:
         return Signal(advantage_BT=torch.ones_like(batch.old_BT))
 
 
 class Steps:
-    """Optimiser steps of one method by one engine, at a rate of 0: every step is the first.
+    """Optimiser steps of one method by one engine, at a learning rate of 0, so that every step is the first.
 
-    ``cached``: the plain engine samples with a cache.
+    ``cached`` lets the plain engine sample with a key/value cache.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Steps:
     ) -> None:
         recipe = step_recipe(method, engine, rollouts, dtype=dtype, prompts=len(prompts), tokens=tokens)
         compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
-        if recompute:  # layers that are checkpointed by transformers are a model of their own
+        if recompute:  # transformers changes the layers that it checkpoints, so they get a copy
             model = checkpointed(model, engine)
         policy: HFPolicy
         if cached and engine == "plain":
@@ -152,12 +153,11 @@ class Steps:
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        one = method == "grpo" and rollouts == 1
-        made: Method = (
-            OneAnswer(recipe.sampling, make_reward(recipe))
-            if one
-            else make_method(recipe, processor.tokenizer)
-        )
+        made: Method
+        if method == "grpo" and rollouts == 1:
+            made = OneRollout(SamplingConfig(max_new_tokens=tokens, rollouts=1), make_reward(recipe))
+        else:
+            made = make_method(recipe, processor.tokenizer)
         components = Components(
             model=model,
             forward_module=model,
@@ -172,12 +172,14 @@ class Steps:
             loader=lambda _: (),
             evaluation_loader=lambda _: (),
         )
-        self.stepper = Stepper(recipe, make_accelerator(recipe), components, Stopwatch())
+        # A run writes its rollouts down; here the update alone is timed.
+        settings = replace(StepSettings.of(recipe, made.needs), rollouts=rollouts, shown_rollouts=0)
+        self.stepper = Stepper(settings, make_accelerator(recipe), components, Stopwatch())
         self.rows = [Row(position=i, sample=_sample(p), prompt=p) for i, p in enumerate(prompts)]
 
     def __call__(self) -> StepResult:
-        prepared = self.stepper.prepare(0, len(self.rows), self.rows)
-        return self.stepper.update(0, prepared)
+        batch = self.stepper.prepare(0, len(self.rows), self.rows)
+        return self.stepper.update(0, batch)
 
 
 def checkpointed(model: Any, engine: Engine) -> Any:

@@ -33,11 +33,13 @@ from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
 from video_opd.training.components import Components, build_components
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
+from video_opd.training.rollout_records import rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
 from video_opd.training.sharding import Shards, load_optimizer_state, optimizer_state, sharding_asked
-from video_opd.training.step import Prepared, Stepper, StepResult
-from video_opd.training.step_metrics import Stopwatch, rollout_metrics, rollout_row, token_counts
+from video_opd.training.step import Batch, Stepper, StepResult, StepSettings
+from video_opd.training.step_metrics import step_metrics, token_counts
+from video_opd.training.stopwatch import Stopwatch
 from video_opd.training.weight_probe import WeightProbe
 
 if TYPE_CHECKING:
@@ -98,7 +100,8 @@ class Run:
         self.recipe, self.accelerator, self.folder, self.components = recipe, accelerator, folder, components
         self.plan = BatchPlan.of(recipe, components.samples)
         self.watch = Stopwatch(settle=_settle(accelerator.device))
-        self.stepper = Stepper(recipe, accelerator, components, self.watch)
+        settings = StepSettings.of(recipe, components.method.needs)
+        self.stepper = Stepper(settings, accelerator, components, self.watch)
         self.probe = WeightProbe(self.stepper.shards.parameters, derive_seed(recipe.run.seed, "weights"))
 
     def steps(self, start: int) -> None:
@@ -115,36 +118,35 @@ class Run:
                     planned, rows = next(batches)
                 if first == 0 and self.recipe.run.check:
                     check_first_prompts(self.recipe, self.components, rows)
-                prepared = self.stepper.prepare(first, planned, rows)
+                batch = self.stepper.prepare(first, planned, rows)
                 done = first + plan.updates_per_batch
                 for step in range(first, done):
-                    row = self._step(step, prepared, began_s)
+                    row, batch = self._step(step, batch, began_s)
                     began_s = time.perf_counter()
                     bar.advance(note=_progress(row))
                 if done // every > first // every:
                     self._save(done)
 
-    def _step(self, step: int, prepared: Prepared, began_s: float) -> dict[str, Any]:
+    def _step(self, step: int, batch: Batch, began_s: float) -> tuple[dict[str, Any], Batch]:
+        """One optimiser step: (its row of metrics, the batch for the next update on it)."""
         lr = learning_rate(step, self.plan.total_steps, self.recipe.optim)
         for group in self.components.optimizer.param_groups:
             group["lr"] = lr
         before = self.probe.read()
-        result = self.stepper.update(step, prepared)
-        return self._report(step, result, before, lr, time.perf_counter() - began_s)
+        result = self.stepper.update(step, batch)
+        return self._report(step, result, before, lr, time.perf_counter() - began_s), result.batch
 
     def _report(
         self, step: int, result: StepResult, before: torch.Tensor, lr: float, seconds: float
     ) -> dict[str, Any]:
-        """Gathers the step's rollouts from all processes and writes its rows."""
+        """Gathers what all processes measured, and writes the step's rows."""
         from accelerate.utils import gather_object
 
-        records = sorted(
-            gather_object(list(result.records)), key=lambda record: (record.position, record.index)
-        )
+        measured = gather_object(list(result.measured))
         as_held, as_bf16, read = map(sum, zip(*gather_object([self.probe.changed(before)]), strict=True))
         row: dict[str, Any] = {
             "step": step + 1,
-            **rollout_metrics(records, self.recipe.loss.clip),
+            **step_metrics(measured),
             "loss": math.fsum(gather_object([result.loss])),
             "update/grad_norm": result.grad_norm,
             "update/lr": lr,
@@ -152,15 +154,15 @@ class Run:
             "weights/changed": as_held / read,
             "weights/changed_bf16": as_bf16 / read,
             **token_counts(
-                records,
-                self.recipe.model.engine == "prefix",
+                measured,
                 self.components.method.needs,
-                continues_prefill=self.stepper.samples_while_updating
-                and step % self.plan.updates_per_batch == 0,
+                prefix_engine=self.recipe.model.engine == "prefix",
+                continued_prefill=result.continued_prefill,
             ),
             **self.watch.take(STAGES),
             "time/step_s": seconds,
         }
+        records = sorted(gather_object(list(result.records)), key=lambda r: (r.position, r.index))
         if self.accelerator.is_main_process:
             tokenizer = self.components.processor.tokenizer
             shown = records[: self.recipe.run.log_rollouts]

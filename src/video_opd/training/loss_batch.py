@@ -1,4 +1,6 @@
-"""Between answers and an update: the tensors that a loss takes, their checks, and what is reported.
+"""Between rollouts and a loss: the records of a micro-batch, the tensors that a loss takes, and their checks.
+
+    MicroBatch (rows) → ScoredBatch (rows, groups, trajectories, signal)
 
 Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens (right-padded),
 ``V`` vocabulary.
@@ -6,20 +8,40 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens (r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from video_opd.algorithms.losses import truncated_weights
 from video_opd.algorithms.method import Signal, Trajectories
-from video_opd.algorithms.signals import entropy, reverse_kl
 from video_opd.errors import UserError
-from video_opd.temporal import best_iou, parse_answer
 from video_opd.training.batches import Row
-from video_opd.training.step_metrics import RolloutRecord
-from video_opd.types import Rollout, TokenLogprobs
+from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The rows whose prompts go through the models together.
+
+    ``groups`` are the rollouts of each row, None if they have not been sampled yet.
+    """
+
+    rows: Sequence[Row]
+    groups: Sequence[Sequence[Rollout]] | None = None
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        return [row.prompt for row in self.rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBatch(MicroBatch):
+    """A micro-batch with its trajectories and their signal, which are constant over the updates on them."""
+
+    groups: Sequence[Sequence[Rollout]]
+    trajectories: Trajectories
+    signal: Signal
 
 
 class RatioError(AssertionError):
@@ -27,18 +49,19 @@ class RatioError(AssertionError):
 
 
 def make_trajectories(
-    piece: Sequence[Row],
+    rows: Sequence[Row],
     groups: Sequence[Sequence[Rollout]],
     student: TokenLogprobs,
     teacher: TokenLogprobs | None,
     reference: TokenLogprobs | None = None,
     max_weight: float | None = None,
 ) -> Trajectories:
-    """The constants of an update, from the student's scores before it.
+    """The trajectories of a micro-batch, from the scores of student, teacher and reference.
 
-    π_old is what was recorded while sampling. An annotation was not sampled: its π_old is ``student`` itself.
-    With ``max_weight`` sampler and trainer may differ: π_old is then the trainer's, and each token carries
-    the truncated importance weight between the two. Tokens that teacher or reference masked are masked.
+    ``student`` scores them before the update. π_old is what was recorded while sampling; an annotation was
+    not sampled, so its π_old is ``student`` itself. With ``max_weight``, sampler and trainer may differ:
+    π_old is then the trainer's, and each token carries the truncated importance weight between the two. A
+    token that teacher or reference masked is masked.
     """
     rollouts = [rollout for group in groups for rollout in group]
     current_BT = torch.where(student.mask_BT, student.logprobs_BT.detach(), 0.0)
@@ -50,12 +73,12 @@ def make_trajectories(
     if max_weight is not None:
         weight_BT = truncated_weights(current_BT, old_BT, student.mask_BT, max_weight)
         old_BT = current_BT
-    teacher, reference = _beside(teacher, old_BT), _beside(reference, old_BT)
+    teacher, reference = _moved(teacher, old_BT), _moved(reference, old_BT)
     mask_BT = student.mask_BT
     for other in (teacher, reference):
         mask_BT = mask_BT if other is None else mask_BT & other.mask_BT
     return Trajectories(
-        samples=[row.sample for row, group in zip(piece, groups, strict=True) for _ in group],
+        samples=[row.sample for row, group in zip(rows, groups, strict=True) for _ in group],
         rollouts=rollouts,
         old_BT=old_BT,
         mask_BT=mask_BT,
@@ -66,8 +89,8 @@ def make_trajectories(
     )
 
 
-def _beside(scores: TokenLogprobs | None, old_BT: torch.Tensor) -> TokenLogprobs | None:
-    """On the student's device."""
+def _moved(scores: TokenLogprobs | None, old_BT: torch.Tensor) -> TokenLogprobs | None:
+    """``scores`` on the device of ``old_BT``."""
     if scores is None:
         return None
     return TokenLogprobs(
@@ -78,7 +101,8 @@ def _beside(scores: TokenLogprobs | None, old_BT: torch.Tensor) -> TokenLogprobs
 
 
 def without_nonfinite(batch: Trajectories, student: TokenLogprobs, mode: str) -> Trajectories:
-    """Tokens whose log-prob is nan or infinite: an error that names the sample, or out of the mask."""
+    """Raises :class:`UserError`, which names the sample, if a log-prob is nan or infinite; with ``mode``
+    ``mask`` such tokens are taken out of the mask instead."""
     bad_BT = torch.zeros_like(batch.mask_BT)
     values = {"the student's": student.logprobs_BT.detach(), "the student's recorded": batch.old_BT}
     for name, scores in (("the teacher's", batch.teacher), ("the reference's", batch.reference)):
@@ -98,7 +122,8 @@ def without_nonfinite(batch: Trajectories, student: TokenLogprobs, mode: str) ->
 
 
 def check_ratio(batch: Trajectories, student: TokenLogprobs, tolerance: float) -> None:
-    """Right after sampling the ratio is 1 but for rounding; anything else is our own mistake."""
+    """Raises :class:`RatioError` if a ratio is not 1 (but for rounding) right after sampling: that would be
+    our own mistake."""
     off_BT = torch.where(batch.mask_BT, (student.logprobs_BT.detach() - batch.old_BT).exp() - 1.0, 0.0).abs()
     if off_BT.numel() and not bool((off_BT <= tolerance).all()):
         row, token = divmod(int(off_BT.argmax()), off_BT.shape[1])
@@ -107,66 +132,3 @@ def check_ratio(batch: Trajectories, student: TokenLogprobs, tolerance: float) -
             f"{off_BT[row, token].item():.3g} right after sampling, above loss.ratio_tolerance "
             f"{tolerance:g}; the sampler and the trainer do not compute the same probabilities"
         )
-
-
-@torch.no_grad()
-def make_records(
-    piece: Sequence[Row],
-    groups: Sequence[Sequence[Rollout]],
-    batch: Trajectories,
-    student: TokenLogprobs,
-    signal: Signal,
-    thinking: bool,
-) -> list[RolloutRecord]:
-    """What is reported of each rollout."""
-    ratio_BT = (student.logprobs_BT - batch.old_BT).exp()
-    unknown_BT = torch.full_like(ratio_BT, math.nan)
-    teacher, reference = batch.teacher, batch.reference
-
-    def known(x_BT: torch.Tensor | None) -> torch.Tensor:
-        return unknown_BT if x_BT is None else x_BT
-
-    columns = {
-        "old": batch.old_BT,
-        "ratio": ratio_BT,
-        "reward": known(signal.token_reward_BT),
-        "advantage": known(signal.advantage_BT),
-        "teacher": known(None if teacher is None else teacher.logprobs_BT),
-        "reference": known(None if reference is None else reference.logprobs_BT),
-        "weight": known(batch.weight_BT),
-        "current": student.logprobs_BT,
-    }
-    columns["entropy"] = columns["kl"] = unknown_BT
-    if student.full_BTV is not None:
-        columns["entropy"] = entropy(student.full_BTV)
-        if teacher is not None and teacher.full_BTV is not None:
-            columns["kl"] = reverse_kl(student.full_BTV, teacher.full_BTV)
-    lists = {name: torch.where(batch.mask_BT, x, math.nan).tolist() for name, x in columns.items()}
-    answer_rewards = None if signal.reward_B is None else signal.reward_B.tolist()
-    records: list[RolloutRecord] = []
-    for row, group in zip(piece, groups, strict=True):
-        for index, rollout in enumerate(group):
-            b, length = len(records), len(rollout.token_ids)
-            answer = parse_answer(rollout.text, thinking=thinking)
-            records.append(
-                RolloutRecord(
-                    position=row.position,
-                    index=index,
-                    sample_id=row.sample.id,
-                    video=str(row.sample.video),
-                    query=row.sample.query,
-                    text=rollout.text,
-                    token_ids=rollout.token_ids,
-                    sampled=rollout.logprobs is not None,
-                    truncated=rollout.truncated,
-                    answer_reward=None if answer_rewards is None else answer_rewards[b],
-                    rule=answer.rule,
-                    span=answer.span,
-                    spans=row.sample.spans,
-                    iou=best_iou(answer.span, row.sample.spans) if row.sample.spans else None,
-                    prompt_tokens=row.prompt.length,
-                    video_tokens=row.prompt.video_tokens,
-                    **{name: tuple(values[b][:length]) for name, values in lists.items()},
-                )
-            )
-    return records

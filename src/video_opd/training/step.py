@@ -1,8 +1,13 @@
-"""Optimiser steps: sample and score once, then update once or several times.
+"""An optimiser step: sample → score → loss → backward for each micro-batch, then rescale, clip and step.
 
-Everything that differs between methods is in the method. With the ``prefix`` engine the reading of a prompt
-that its answers are sampled from is recorded, and is the forward of the first update too: a micro-batch is
-then read, sampled, scored and differentiated before the next one, so that one graph is held at a time.
+Everything that differs between methods is in the method. The first update on a batch samples and scores its
+trajectories; later updates reuse them. With the ``prefix`` engine, the prefill that responses are sampled
+from keeps its graph and is the forward of the first update, too. A micro-batch is therefore prefilled,
+sampled, scored and differentiated before the next one, so that memory holds one graph at a time.
+
+The loss is divided by a count over the global batch, which is known only when every process has sampled all
+of its trajectories. Gradients are linear in one over that count: each micro-batch is divided by the count
+that is assumed beforehand, and the sum of the gradients is rescaled once.
 
 Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, ``V`` vocabulary.
 """
@@ -10,26 +15,34 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from video_opd.algorithms.losses import loss_divisor
-from video_opd.algorithms.method import Signal, Trajectories
+from video_opd.algorithms.losses import Reduction, loss_divisor
+from video_opd.algorithms.method import Needs
 from video_opd.config import Recipe
 from video_opd.errors import UserError
-from video_opd.models.interfaces import Teacher
+from video_opd.models.interfaces import Responses, Teacher
 from video_opd.models.modes import call_through
 from video_opd.models.teachers import stack
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row, micro_batches
 from video_opd.training.components import Components
-from video_opd.training.loss_batch import check_ratio, make_records, make_trajectories, without_nonfinite
+from video_opd.training.loss_batch import (
+    MicroBatch,
+    ScoredBatch,
+    check_ratio,
+    make_trajectories,
+    without_nonfinite,
+)
+from video_opd.training.rollout_records import RolloutRecord, make_records
 from video_opd.training.sharding import Shards, whole
-from video_opd.training.step_metrics import RolloutRecord, Stopwatch
+from video_opd.training.step_metrics import Measured, measure, token_values
+from video_opd.training.stopwatch import Stopwatch
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -37,223 +50,339 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """Of this process: its rollouts, its part of the loss, and the global gradient norm."""
+class StepSettings:
+    """The settings that a step reads; :meth:`of` takes them from a recipe."""
 
-    records: Sequence[RolloutRecord]
+    seed: int
+    rollouts: int  # trajectories of a prompt
+    temperature: float  # of sampling, and of the student's own scores
+    micro_batch_size: int  # prompts
+    sampling_micro_batch_size: int | None  # prompts; None: each micro-batch is sampled by its first update
+    teacher_micro_batch_size: int | None  # prompts; None: a micro-batch at a time
+    prefills: bool  # whether responses are sampled from a prefix, which the first update then continues
+    distributions: bool  # whether student and teacher give distributions over the whole vocabulary
+    reduction: Reduction
+    nonfinite: Literal["raise", "mask"]
+    clip: tuple[float, float] | None
+    max_importance_weight: float | None
+    ratio_tolerance: float
+    max_grad_norm: float
+    thinking: bool
+    shown_rollouts: int  # rollouts of a step that are recorded in full
+
+    @classmethod
+    def of(cls, recipe: Recipe, needs: Needs) -> StepSettings:
+        measured = recipe.run.analytic_kl and (recipe.teacher.distributions or not needs.teacher)
+        return cls(
+            seed=recipe.run.seed,
+            rollouts=recipe.sampling.rollouts if needs.sampling else 1,
+            temperature=recipe.sampling.temperature if needs.sampling else 1.0,
+            micro_batch_size=recipe.optim.micro_batch_size,
+            sampling_micro_batch_size=recipe.sampling.micro_batch_size,
+            teacher_micro_batch_size=recipe.teacher.micro_batch_size,
+            prefills=needs.sampling and recipe.model.engine == "prefix",
+            distributions=needs.distributions or measured,
+            reduction=recipe.loss.reduction,
+            nonfinite=recipe.loss.nonfinite,
+            clip=recipe.loss.clip,
+            max_importance_weight=recipe.loss.max_importance_weight,
+            ratio_tolerance=recipe.ratio_tolerance,
+            max_grad_norm=recipe.optim.max_grad_norm,
+            thinking=recipe.prompt.thinking,
+            shown_rollouts=recipe.run.log_rollouts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This process's rows of a global batch of ``planned`` prompts, in as many micro-batches as on every
+    process. They are :class:`ScoredBatch` from the first update on; one without rows stays as it is."""
+
+    planned: int
+    micro_batches: Sequence[MicroBatch]
+    shown: frozenset[int]  # positions whose rollouts are recorded in full, should they be among the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """``loss``, ``records`` and ``measured`` are of this process; ``grad_norm`` is global.
+
+    ``batch`` holds what later updates on the same trajectories reuse. ``continued_prefill`` says that the
+    forward with gradients continued the prefill of sampling.
+    """
+
+    batch: Batch
     loss: float
+    records: Sequence[RolloutRecord]
+    measured: Sequence[Measured]
     grad_norm: float
     updated: bool
+    continued_prefill: bool
+
+    @property
+    def responses(self) -> list[tuple[int, ...]]:
+        """The token ids of this process's rollouts, prompt-major."""
+        groups = [group for micro in self.batch.micro_batches for group in micro.groups or ()]
+        return [rollout.token_ids for group in groups for rollout in group]
 
 
-@dataclass(kw_only=True)
-class _Piece:
-    """A micro-batch. What is constant over the updates on it is filled in by the first of them."""
+@dataclass(frozen=True, kw_only=True)
+class _Differentiated:
+    """A micro-batch after its backward; ``loss`` is its share of the loss, over the assumed count."""
 
-    rows: Sequence[Row]
-    groups: Sequence[Sequence[Rollout]] = ()
-    batch: Trajectories | None = None
-    signal: Signal | None = None
-
-
-@dataclass(kw_only=True)
-class Prepared:
-    """A batch: what one or several updates are made from."""
-
-    pieces: Sequence[_Piece]
-    planned: int  # prompts of the global batch
-    divisor: float | None = None  # of the loss; None before all trajectories are there
+    batch: ScoredBatch
+    loss: float
+    records: Sequence[RolloutRecord]
+    measured: Measured
 
 
 class Stepper:
-    """Makes batches ready, and updates on them. ``watch`` adds up the seconds of each stage."""
+    """Cuts a batch into micro-batches, and updates on them. ``watch`` adds up the seconds of each stage."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, components: Components, watch: Stopwatch
+        self, settings: StepSettings, accelerator: Accelerator, components: Components, watch: Stopwatch
     ) -> None:
-        self.recipe, self.accelerator, self.components, self.watch = recipe, accelerator, components, watch
-        self.needs = components.method.needs
-        self.full = self.needs.distributions or (
-            recipe.run.analytic_kl and (recipe.teacher.distributions or not self.needs.teacher)
-        )
-        # Scored as it was sampled; the teacher's own distribution is never sharpened.
-        self.temperature = recipe.sampling.temperature if self.needs.sampling else 1.0
+        self.settings, self.accelerator, self.components = settings, accelerator, components
+        self.watch = watch
+        self.method, self.policy = components.method, components.policy
         self.shards = Shards(components.model)
-        self.reads_once = self.needs.sampling and recipe.model.engine == "prefix"
 
-    @property
-    def samples_while_updating(self) -> bool:
-        """Whether the first update on a batch samples it: a prompt is read once for both."""
-        return self.reads_once and self.recipe.sampling.micro_batch_size is None
+    def prepare(self, step: int, planned: int, rows: Sequence[Row]) -> Batch:
+        """This process's ``rows`` of a global batch of ``planned`` prompts, in micro-batches.
 
-    def prepare(self, step: int, planned: int, rows: Sequence[Row]) -> Prepared:
-        """This process's ``rows`` of a global batch of ``planned`` prompts, in micro-batches, and their
-        trajectories, unless the first update makes them.
-
-        ``step`` (from 0) is the first optimiser step that will be made on them.
+        ``step`` (from 0) is the first optimiser step on them. Trajectories are sampled now if they are
+        sampled in micro-batches of another size.
         """
-        # Prompts of like length together: a micro-batch is padded to its longest, and the cut is free.
+        settings = self.settings
+        # Prompts of like length go together: a micro-batch is padded to its longest.
         rows = sorted(rows, key=lambda row: row.prompt.length)
-        size, processes = self.recipe.optim.micro_batch_size, self.accelerator.num_processes
-        pieces = [_Piece(rows=piece) for piece in micro_batches(rows, planned, processes, size)]
-        prepared = Prepared(pieces=pieces, planned=planned)
-        if not self.samples_while_updating:
-            rollouts = self.sample(step, rows)
-            for piece in pieces:
-                piece.groups = [rollouts[row.position] for row in piece.rows]
-            prepared.divisor = self._divisor(pieces)
-        return prepared
+        cut = micro_batches(rows, planned, self.accelerator.num_processes, settings.micro_batch_size)
+        if settings.sampling_micro_batch_size is None:
+            batches = [MicroBatch(rows=some) for some in cut]
+        else:
+            groups = self._sampled_ahead(step, rows, settings.sampling_micro_batch_size)
+            batches = [MicroBatch(rows=some, groups=[next(groups) for _ in some]) for some in cut]
+        # The first rollouts of the global batch are among the first ones of each process.
+        positions = sorted(row.position for row in rows)
+        shown = positions[: math.ceil(settings.shown_rollouts / settings.rollouts)]
+        return Batch(planned=planned, micro_batches=batches, shown=frozenset(shown))
 
-    def update(self, step: int, prepared: Prepared) -> StepResult:
-        """One optimiser step."""
-        samples = prepared.divisor is None
-        # Until the answers are there, what the divisor will most likely be: their number.
-        assumed = prepared.divisor or float(prepared.planned * self.recipe.sampling.rollouts)
-        records: list[RolloutRecord] = []
-        loss = 0.0
-        for i, piece in enumerate(prepared.pieces if prepared.divisor != 0 else ()):
-            last = i + 1 == len(prepared.pieces)
-            # Gradients are added up locally and exchanged once, by the backward of the last piece.
-            alone = self.shards.units or not last  # shards are reduced when all is added up
-            with self.accelerator.no_sync(self.components.forward_module) if alone else nullcontext():
-                if piece.rows:
-                    part, new = self._update(piece, assumed, step if samples else None)
-                    records += new
-                    loss += part
+    def update(self, step: int, batch: Batch) -> StepResult:
+        """One optimiser step.
+
+        Raises :class:`UserError` for numbers that are not finite, unless ``loss.nonfinite`` masks them.
+        """
+        assumed = float(batch.planned * self.settings.rollouts)  # unless videos fail, the number of rollouts
+        first = not any(isinstance(micro, ScoredBatch) for micro in batch.micro_batches)
+        done: list[_Differentiated] = []
+        scored: list[MicroBatch] = []
+        for i, micro in enumerate(batch.micro_batches):
+            with self._exchanging_gradients(last=i + 1 == len(batch.micro_batches)):
+                if not micro.rows:
+                    self._backward_of_nothing()
+                    scored.append(micro)
+                    continue
+                if isinstance(micro, ScoredBatch):
+                    done.append(self._differentiate_again(micro, assumed, batch.shown))
                 else:
-                    self._update_nothing()
-        if samples:
-            prepared.divisor = self._divisor(prepared.pieces)
-        if not prepared.divisor:  # no video of the whole batch could be decoded
-            self.components.optimizer.zero_grad(set_to_none=True)
-            return StepResult(records=(), loss=0.0, grad_norm=math.nan, updated=False)
-        grad_norm, updated = self._apply(step, assumed / prepared.divisor)
+                    done.append(self._score_and_differentiate(step, micro, assumed, batch.shown))
+                scored.append(done[-1].batch)
+        divisor = self._divisor(scored)
+        factor = assumed / divisor if divisor else math.nan
+        grad_norm, updated = self._apply(step, factor) if divisor else self._leave_out()
         return StepResult(
-            records=records, loss=loss * assumed / prepared.divisor, grad_norm=grad_norm, updated=updated
+            batch=Batch(planned=batch.planned, micro_batches=scored, shown=batch.shown),
+            loss=sum(each.loss for each in done) * factor if done else 0.0,
+            records=[record for each in done for record in each.records],
+            measured=[each.measured for each in done],
+            grad_norm=grad_norm,
+            updated=updated,
+            continued_prefill=first
+            and self.settings.prefills
+            and self.settings.sampling_micro_batch_size is None,
         )
 
-    def sample(self, step: int, rows: Sequence[Row]) -> dict[int, list[Rollout]]:
-        """The rollouts of each row, by its position."""
-        size = self.recipe.sampling.micro_batch_size or self.recipe.optim.micro_batch_size
-        rollouts: dict[int, list[Rollout]] = {}
-        for i in range(0, len(rows), size):
-            piece = rows[i : i + size]
-            prompts = [row.prompt for row in piece]
-            with self.watch.stage("prefill"):
-                prefix = self.components.policy.prefill(prompts) if self.reads_once else prompts
-            for row, group in zip(piece, self._trajectories(step, piece, prefix), strict=True):
-                rollouts[row.position] = group
-        return rollouts
-
-    def _trajectories(self, step: int, rows: Sequence[Row], prefix: Any) -> list[list[Rollout]]:
-        """The rollouts of each row. Draws depend on (seed, step, sample id, index) alone."""
-        seed, count = self.recipe.run.seed, self.recipe.sampling.rollouts
-        seeds = [[derive_seed(seed, "rollout", step, row.sample.id, g) for g in range(count)] for row in rows]
-        samples = [row.sample for row in rows]
-        with self.watch.stage("sample"):
-            return self.components.method.trajectories(self.components.policy, prefix, samples, seeds)
-
-    def _divisor(self, pieces: Sequence[_Piece]) -> float:
-        """Of the loss, from the lengths of all answers of all processes; 0 if there are none."""
-        from accelerate.utils import gather_object
-
-        lengths = gather_object([len(r.token_ids) for p in pieces for group in p.groups for r in group])
-        return loss_divisor(lengths, self.recipe.loss.reduction)
-
-    def _update(
-        self, piece: _Piece, divisor: float, sample_at: int | None
-    ) -> tuple[float, list[RolloutRecord]]:
-        """Student, loss and backward of one micro-batch, and before the first of its updates everything that
-        stays: (its part of the loss, its records). It is sampled first with ``sample_at``, this step."""
-        components, recipe = self.components, self.recipe
-        prompts = [row.prompt for row in piece.rows]
-        prefix: Any = prompts
-        if sample_at is not None:
-            with self.watch.stage("prefill"):
-                prefix = components.policy.prefill(prompts, grad=True)
-            piece.groups = self._trajectories(sample_at, piece.rows, prefix)
-        responses = [[rollout.token_ids for rollout in group] for group in piece.groups]
-        teacher = reference = None
-        if piece.batch is None:
-            with self.watch.stage("teacher"):
-                teacher = self._score(components.teacher, prompts, responses) if self.needs.teacher else None
-            with self.watch.stage("reference"):
-                reference = (
-                    self._score(components.reference, prompts, responses) if self.needs.reference else None
-                )
+    def _score_and_differentiate(
+        self, step: int, micro: MicroBatch, assumed: float, shown: frozenset[int]
+    ) -> _Differentiated:
+        """The first update's share: trajectories, the scores of teacher and reference, the student's forward,
+        the signal, and the backward."""
+        settings, needs = self.settings, self.method.needs
+        if micro.groups is None:
+            prefix, groups = self._sample(step, micro.rows, grad=True)
+        else:
+            prefix, groups = micro.prompts, micro.groups
+        responses = token_ids(groups)
+        with self.watch.stage("teacher"):
+            teacher = self._teacher_scores(micro.prompts, responses) if needs.teacher else None
+        with self.watch.stage("reference"):
+            reference = self._reference_scores(micro.prompts, responses) if needs.reference else None
         with self.watch.stage("update"):
-            student = components.policy.logprobs(
-                prefix, responses, grad=True, full=self.full, temperature=self.temperature
+            student = self._student_scores(prefix, responses)
+            del prefix  # the graph keeps the keys and values that it needs
+            trajectories = without_nonfinite(
+                make_trajectories(
+                    micro.rows, groups, student, teacher, reference, settings.max_importance_weight
+                ),
+                student,
+                settings.nonfinite,
             )
-            del prefix  # the graph keeps what it needs of keys and values
-            if piece.batch is None:
-                limit = recipe.loss.max_importance_weight
-                batch = make_trajectories(piece.rows, piece.groups, student, teacher, reference, limit)
-                piece.batch = without_nonfinite(batch, student, recipe.loss.nonfinite)
-                piece.signal = components.method.signal(piece.batch)
-                check_ratio(piece.batch, student, recipe.ratio_tolerance)
-            assert piece.signal is not None
-            # An update may have broken what was finite before it.
-            batch = without_nonfinite(piece.batch, student, recipe.loss.nonfinite)
-            loss = components.method.loss(student, batch, piece.signal, divisor)
-            # Data-parallel wrappers average over ranks; ``divisor`` is already global, so undo that.
-            self.accelerator.backward(loss * self.accelerator.num_processes)
-            records = make_records(
-                piece.rows, piece.groups, batch, student, piece.signal, recipe.prompt.thinking
-            )
-            return loss.item(), records
+            signal = self.method.signal(trajectories)
+            check_ratio(trajectories, student, settings.ratio_tolerance)
+            scored = ScoredBatch(rows=micro.rows, groups=groups, trajectories=trajectories, signal=signal)
+            return self._differentiate(scored, student, assumed, shown)
 
-    def _score(
+    def _differentiate_again(
+        self, scored: ScoredBatch, assumed: float, shown: frozenset[int]
+    ) -> _Differentiated:
+        """A later update's share: the student's forward and the backward."""
+        with self.watch.stage("update"):
+            student = self._student_scores(scored.prompts, token_ids(scored.groups))
+            return self._differentiate(scored, student, assumed, shown)
+
+    def _differentiate(
+        self, scored: ScoredBatch, student: TokenLogprobs, assumed: float, shown: frozenset[int]
+    ) -> _Differentiated:
+        # An earlier update may have broken what was finite before it.
+        trajectories = without_nonfinite(scored.trajectories, student, self.settings.nonfinite)
+        loss = self.method.loss(student, trajectories, scored.signal, assumed)
+        # Data-parallel wrappers average over processes; the count is already global, so this undoes it.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        values = token_values(trajectories, student, scored.signal)
+        return _Differentiated(
+            batch=scored,
+            loss=loss.item(),
+            records=make_records(scored, values, self.settings.thinking, shown),
+            measured=measure(scored, values, self.settings.clip, self.settings.thinking),
+        )
+
+    def _sample(
+        self, step: int, rows: Sequence[Row], *, grad: bool
+    ) -> tuple[Any, Sequence[Sequence[Rollout]]]:
+        """(prefix, the rollouts of each row); the prefix is the prompts themselves if none is prefilled.
+
+        Draws depend on (seed, step, sample id, index) alone.
+        """
+        settings = self.settings
+        prefix: Any = [row.prompt for row in rows]
+        if settings.prefills:
+            with self.watch.stage("prefill"):
+                prefix = self.policy.prefill(prefix, grad=grad)
+        seeds = [
+            [derive_seed(settings.seed, "rollout", step, row.sample.id, g) for g in range(settings.rollouts)]
+            for row in rows
+        ]
+        with self.watch.stage("sample"):
+            groups = self.method.trajectories(self.policy, prefix, [row.sample for row in rows], seeds)
+        return prefix, groups
+
+    def _sampled_ahead(self, step: int, rows: Sequence[Row], size: int) -> Iterator[Sequence[Rollout]]:
+        """The rollouts of each row, sampled ``size`` prompts at a time."""
+        for i in range(0, len(rows), size):
+            _, groups = self._sample(step, rows[i : i + size], grad=False)
+            yield from groups
+
+    def _student_scores(self, prefix: Any, responses: Responses) -> TokenLogprobs:
+        return self.policy.logprobs(
+            prefix,
+            responses,
+            grad=True,
+            full=self.settings.distributions,
+            temperature=self.settings.temperature,
+        )
+
+    def _teacher_scores(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> TokenLogprobs:
+        """The teacher's distribution is never sharpened: its temperature is 1."""
+        return self._scores(
+            self.components.teacher, prompts, responses, full=self.settings.distributions, temperature=1.0
+        )
+
+    def _reference_scores(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> TokenLogprobs:
+        return self._scores(
+            self.components.reference,
+            prompts,
+            responses,
+            full=False,
+            temperature=self.settings.temperature,
+        )
+
+    def _scores(
         self,
         scorer: Teacher | None,
         prompts: Sequence[EncodedPrompt],
-        responses: Sequence[Sequence[Sequence[int]]],
+        responses: Responses,
+        *,
+        full: bool,
+        temperature: float,
     ) -> TokenLogprobs:
-        """What the teacher, or the initial student, says of the trajectories."""
         assert scorer is not None, "the method needs a model that was not built"
-        teacher = scorer is self.components.teacher
-        full = self.full and teacher
-        temperature = 1.0 if teacher else self.temperature
-        size = self.recipe.teacher.micro_batch_size or len(prompts)
-        pieces = [
+        size = self.settings.teacher_micro_batch_size or len(prompts)
+        scores = [
             scorer.logprobs(
                 prompts[i : i + size], responses[i : i + size], full=full, temperature=temperature
             )
             for i in range(0, len(prompts), size)
         ]
-        return pieces[0] if len(pieces) == 1 else stack(pieces)
+        return scores[0] if len(scores) == 1 else stack(scores)
 
-    def _update_nothing(self) -> None:
-        """A backward with zero gradients, where other ranks have rows and this one has none left."""
-        components = self.components
+    def _exchanging_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are added up locally, and exchanged by the backward of the last micro-batch. Shards are
+        reduced afterwards (:meth:`Shards.reduce`)."""
+        if self.shards.units or not last:
+            return self.accelerator.no_sync(self.components.forward_module)
+        return nullcontext()
+
+    def _backward_of_nothing(self) -> None:
+        """A backward with zero gradients: other processes have rows left, and wait for this one's."""
+        model, wrapper = self.components.model, self.components.forward_module
+        if wrapper is model:
+            return  # one process, or shards: nobody waits
 
         def zero() -> torch.Tensor:
-            return torch.stack([parameter.sum() for parameter in components.parameters]).sum() * 0.0
+            return torch.stack([parameter.sum() for parameter in self.components.parameters]).sum() * 0.0
 
         with self.watch.stage("update"):
-            if components.forward_module is components.model:
-                return  # one process, or shards: nobody waits for it
-            self.accelerator.backward(call_through(components.forward_module, components.model, zero))
+            self.accelerator.backward(call_through(wrapper, model, zero))
+
+    def _divisor(self, scored: Sequence[MicroBatch]) -> float:
+        """The count that the loss is divided by, over all processes; 0 if there are no trajectories."""
+        from accelerate.utils import gather_object
+
+        rollouts = [rollout for micro in scored for group in micro.groups or () for rollout in group]
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        return sum(gather_object([loss_divisor(lengths, self.settings.reduction)]))
 
     def _apply(self, step: int, factor: float) -> tuple[float, bool]:
-        """Clips and steps, with ``factor`` times the gradients that were added up: (global gradient norm
-        before clipping, whether the weights were touched)."""
-        components, optim = self.components, self.recipe.optim
+        """Clips and steps with ``factor`` times the gradients that were added up.
+
+        Returns the global gradient norm before clipping, and whether the weights were updated.
+        """
+        optimizer = self.components.optimizer
         with self.watch.stage("update"):
             self.shards.reduce()
             parameters = self.shards.parameters
-            for parameter in parameters if factor != 1.0 else ():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-            norm = whole(self.accelerator.clip_grad_norm_(parameters, optim.max_grad_norm)).item()
+            if factor != 1.0:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+            norm = whole(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)).item()
             finite = math.isfinite(norm)
-            if not finite and self.recipe.loss.nonfinite == "raise":
+            if not finite and self.settings.nonfinite == "raise":
                 raise UserError(
                     f"step {step + 1}: the gradient norm is {norm}; lower optim.lr, or set loss.nonfinite "
                     "to mask, which leaves such a step out"
                 )
             if finite:
-                components.optimizer.step()
-            components.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             self.shards.gather()
         return norm, finite
+
+    def _leave_out(self) -> tuple[float, bool]:
+        """As :meth:`_apply`, for a batch of which no video could be decoded: nothing is updated."""
+        self.components.optimizer.zero_grad(set_to_none=True)
+        return math.nan, False
+
+
+def token_ids(groups: Sequence[Sequence[Rollout]]) -> Responses:
+    return [[rollout.token_ids for rollout in group] for group in groups]

@@ -1,224 +1,273 @@
-"""From the rollouts of a step to one row of ``metrics.jsonl``; ``docs/metrics.md`` defines every key."""
+"""From the micro-batches of a step to one row of ``metrics.jsonl``; ``docs/metrics.md`` defines every key.
+
+Each micro-batch is summed up on its own (:func:`measure`). The sums of all micro-batches of all processes are
+merged into the row (:func:`step_metrics`), which is therefore the same however the batch was cut.
+
+Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens (right-padded).
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
-from video_opd.algorithms.method import Needs
+import torch
 
-OUTLIER_NATS = (
-    5.0  # |r_t| above this: the teacher's answer lies outside the student's support, or the reverse
-)
+from video_opd.algorithms.losses import is_clipped
+from video_opd.algorithms.method import Needs, Signal, Trajectories
+from video_opd.algorithms.signals import entropy, k3, reverse_kl
+from video_opd.temporal import best_iou, parse_answer
+from video_opd.training.loss_batch import ScoredBatch
+from video_opd.types import TokenLogprobs
+
+OUTLIER_NATS = 5.0  # |r_t| above this: one of the two models finds the token all but impossible
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutRecord:
-    """One rollout and everything measured on it, in plain numbers, so that it travels between processes.
+class TokenValues:
+    """What was measured at each response token: [B, T], float64, on the CPU.
 
-    The token lists have one entry for each response token; nan where a token was masked out of the loss, or
-    where the quantity was not measured.
+    A value is NaN where the token is padding or masked out of the loss, and where the method has no such
+    quantity.
     """
 
-    position: int  # of the prompt in the global batch
-    index: int  # of the rollout among those of its prompt
-    sample_id: str
-    video: str
-    query: str
-    text: str
-    token_ids: tuple[int, ...]
-    sampled: bool  # false: the annotation's text
-    truncated: bool
-    answer_reward: float | None  # of the whole answer; none: the method has no such reward
-    rule: str
-    span: tuple[float, float] | None
-    spans: tuple[tuple[float, float], ...]  # annotated; may be empty
-    iou: float | None  # none: not annotated
-    prompt_tokens: int
-    video_tokens: int
-    old: tuple[float, ...]  # log π_old
-    current: tuple[float, ...]  # log π_θ at this update
-    teacher: tuple[float, ...]
-    reference: tuple[float, ...]
-    reward: tuple[float, ...]  # r_t, eq 5
-    advantage: tuple[float, ...]
-    ratio: tuple[float, ...]
-    weight: tuple[float, ...]  # importance weight between sampler and trainer
-    kl: tuple[float, ...]
-    entropy: tuple[float, ...]
+    old: torch.Tensor  # log π_old
+    current: torch.Tensor  # log π_θ at this update
+    teacher: torch.Tensor  # log π_tea
+    reference: torch.Tensor  # log π_ref
+    reward: torch.Tensor  # r_t, eq 5
+    advantage: torch.Tensor
+    ratio: torch.Tensor  # π_θ / π_old
+    weight: torch.Tensor  # importance weight between sampler and trainer
+    kl: torch.Tensor  # KL(π_θ ‖ π_tea) over the vocabulary
+    entropy: torch.Tensor  # of π_θ
 
 
-def rollout_metrics(
-    records: Sequence[RolloutRecord], clip: tuple[float, float] | None = None
-) -> dict[str, float]:
-    """Metrics of the global batch; the order of ``records`` does not matter but for the last digit."""
-    lengths = [len(record.token_ids) for record in records]
-    learned = _finite(record.current for record in records)
-    ious = [record.iou for record in records if record.iou is not None]
-    return {
-        "rollouts": len(records),
-        **_divergences(records),
-        **_rewards(records),
-        **_policy(records, clip),
-        "response/length_mean": _mean(lengths),
-        "response/length_max": max(lengths, default=math.nan),
-        "response/truncated_share": _mean([float(record.truncated) for record in records]),
-        "response/unparsed_share": _mean([float(record.span is None) for record in records]),
-        "response/iou_mean": _mean(ious),
-        "response/nll": -_mean(learned),
-        "loss/masked_tokens": sum(lengths) - len(learned),
+@torch.no_grad()
+def token_values(batch: Trajectories, student: TokenLogprobs, signal: Signal) -> TokenValues:
+    """``student`` scores the trajectories at this update."""
+    ratio_BT = (student.logprobs_BT - batch.old_BT).exp()
+    unknown_BT = torch.full_like(ratio_BT, math.nan)
+    entropy_BT = kl_BT = None
+    if student.full_BTV is not None:
+        entropy_BT = entropy(student.full_BTV)
+        if batch.teacher is not None and batch.teacher.full_BTV is not None:
+            kl_BT = reverse_kl(student.full_BTV, batch.teacher.full_BTV)
+    found = {
+        "old": batch.old_BT,
+        "current": student.logprobs_BT,
+        "teacher": None if batch.teacher is None else batch.teacher.logprobs_BT,
+        "reference": None if batch.reference is None else batch.reference.logprobs_BT,
+        "reward": signal.token_reward_BT,
+        "advantage": signal.advantage_BT,
+        "ratio": ratio_BT,
+        "weight": batch.weight_BT,
+        "kl": kl_BT,
+        "entropy": entropy_BT,
     }
+    all_BT = torch.stack([unknown_BT if values is None else values for values in found.values()])
+    masked = torch.where(batch.mask_BT, all_BT, math.nan).cpu().double()  # one transfer for all
+    return TokenValues(**dict(zip(found, masked, strict=True)))
 
 
-def _divergences(records: Sequence[RolloutRecord]) -> dict[str, float]:
-    """Distances to the teacher and to the initial student, nats a token."""
-    to_teacher = [
-        old - teacher
-        for record in records
-        if record.sampled
-        for old, teacher in zip(record.old, record.teacher, strict=True)
-    ]
-    # k3: exp(x) − x − 1 with x = log π_ref − log π_θ
-    to_reference = [
-        math.expm1(reference - current) - (reference - current)
-        for record in records
-        for reference, current in zip(record.reference, record.current, strict=True)
-    ]
-    return {
-        "reverse_kl/sampled": _mean(_finite([to_teacher])),
-        "reverse_kl/analytic": _mean(_finite(record.kl for record in records)),
-        "reference_kl/sampled": _mean(_finite([to_reference])),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Count, sum, squared deviations from the mean, smallest and largest of some numbers.
+
+    Summaries of disjoint sets merge into the summary of their union.
+    """
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0  # Σ (x − mean)²
+    low: float = math.inf
+    high: float = -math.inf
+
+    @classmethod
+    def of(cls, values: torch.Tensor | Sequence[float]) -> Summary:
+        """The summary of the finite numbers among ``values``."""
+        numbers = torch.as_tensor(values, dtype=torch.float64)
+        numbers = numbers[numbers.isfinite()]
+        if not len(numbers):
+            return cls()
+        return cls(
+            n=len(numbers),
+            total=numbers.sum().item(),
+            squares=(numbers - numbers.mean()).square().sum().item(),
+            low=numbers.min().item(),
+            high=numbers.max().item(),
+        )
+
+    @classmethod
+    def merged(cls, summaries: Iterable[Summary]) -> Summary:
+        some = [summary for summary in summaries if summary.n]
+        if not some:
+            return cls()
+        n, total = sum(each.n for each in some), math.fsum(each.total for each in some)
+        between = [each.n * (each.mean - total / n) ** 2 for each in some]
+        return cls(
+            n=n,
+            total=total,
+            squares=math.fsum([each.squares for each in some] + between),
+            low=min(each.low for each in some),
+            high=max(each.high for each in some),
+        )
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.n if self.n else math.nan
+
+    @property
+    def std(self) -> float:
+        """The population's standard deviation."""
+        return math.sqrt(self.squares / self.n) if self.n else math.nan
+
+    @property
+    def smallest(self) -> float:
+        return self.low if self.n else math.nan
+
+    @property
+    def largest(self) -> float:
+        return self.high if self.n else math.nan
 
 
-def _rewards(records: Sequence[RolloutRecord]) -> dict[str, float]:
-    """Of r_t over tokens, or of whole answers over rollouts: whichever the method has."""
-    tokens = _finite(record.reward for record in records)
-    answers = [record.answer_reward for record in records if record.answer_reward is not None]
-    rewards, advantage = tokens or answers, _finite(record.advantage for record in records)
-    groups: dict[int, set[float]] = {}
-    for record in records:
-        if record.answer_reward is not None:
-            groups.setdefault(record.position, set()).add(record.answer_reward)
-    return {
-        "reward/mean": _mean(rewards),
-        "reward/std": _std(rewards),
-        "reward/min": min(rewards, default=math.nan),
-        "reward/max": max(rewards, default=math.nan),
-        "reward/outlier_share": _mean([float(abs(r) > OUTLIER_NATS) for r in tokens]),
-        "reward/equal_group_share": _mean([float(len(found) == 1) for found in groups.values()]),
-        "advantage/mean": _mean(advantage),
-        "advantage/std": _std(advantage),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The summaries of some rollouts. A share is the mean of zeros and ones."""
+
+    # over response tokens
+    reverse_kl: Summary = Summary()  # log π_old − log π_tea of sampled tokens
+    analytic_kl: Summary = Summary()
+    reference_kl: Summary = Summary()  # k3
+    token_reward: Summary = Summary()
+    outlier: Summary = Summary()
+    advantage: Summary = Summary()
+    ratio_off: Summary = Summary()  # |ratio − 1|
+    clipped: Summary = Summary()
+    weight: Summary = Summary()
+    entropy: Summary = Summary()
+    current: Summary = Summary()  # log π_θ
+    # over rollouts
+    rollout_reward: Summary = Summary()
+    length: Summary = Summary()  # tokens
+    truncated: Summary = Summary()
+    unparsed: Summary = Summary()
+    iou: Summary = Summary()
+    repeated_prompt: Summary = Summary()  # tokens of its prompt
+    # over groups and over prompts
+    equal_group: Summary = Summary()
+    prompt: Summary = Summary()  # tokens
+    video: Summary = Summary()  # tokens
+
+    @classmethod
+    def merged(cls, measured: Sequence[Measured]) -> Measured:
+        """The summaries of all rollouts together; their order matters for the last digit at most."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: Summary.merged(getattr(each, name) for each in measured) for name in names})
 
 
-def _policy(records: Sequence[RolloutRecord], clip: tuple[float, float] | None) -> dict[str, float]:
-    ratios = _finite(record.ratio for record in records)
-    weights = _finite(record.weight for record in records)
-    clipped = math.nan
+def measure(
+    scored: ScoredBatch, values: TokenValues, clip: tuple[float, float] | None, thinking: bool
+) -> Measured:
+    """Sums up one micro-batch. ``clip`` and ``thinking`` are the recipe's."""
+    rollouts, samples = scored.trajectories.rollouts, scored.trajectories.samples
+    answers = [parse_answer(rollout.text, thinking=thinking) for rollout in rollouts]
+    annotated = [(a, sample) for a, sample in zip(answers, samples, strict=True) if sample.spans]
+    sampled_B1 = torch.tensor([rollout.logprobs is not None for rollout in rollouts])[:, None]
+    clipped = Summary()
     if clip is not None:
-        low, high = clip
-        pairs = [
-            (ratio, advantage)
-            for record in records
-            for ratio, advantage in zip(record.ratio, record.advantage, strict=True)
-            if math.isfinite(ratio) and math.isfinite(advantage)
-        ]
-        clipped = _mean([float((a > 0 and x > 1 + high) or (a < 0 and x < 1 - low)) for x, a in pairs])
+        clipped = _share(is_clipped(values.ratio, values.advantage, clip), values.ratio + values.advantage)
+    rewards = [] if scored.signal.reward_B is None else scored.signal.reward_B.tolist()
+    prompts = [row.prompt for row in scored.rows]
+    return Measured(
+        reverse_kl=Summary.of((values.old - values.teacher)[sampled_B1.expand_as(values.old)]),
+        analytic_kl=Summary.of(values.kl),
+        reference_kl=Summary.of(k3(values.reference - values.current)),
+        token_reward=Summary.of(values.reward),
+        outlier=_share(values.reward.abs() > OUTLIER_NATS, values.reward),
+        advantage=Summary.of(values.advantage),
+        ratio_off=Summary.of((values.ratio - 1.0).abs()),
+        clipped=clipped,
+        weight=Summary.of(values.weight),
+        entropy=Summary.of(values.entropy),
+        current=Summary.of(values.current),
+        rollout_reward=Summary.of(rewards),
+        length=Summary.of([len(rollout.token_ids) for rollout in rollouts]),
+        truncated=Summary.of([rollout.truncated for rollout in rollouts]),
+        unparsed=Summary.of([a.span is None for a in answers]),
+        iou=Summary.of([best_iou(a.span, sample.spans) for a, sample in annotated]),
+        repeated_prompt=Summary.of(
+            [p.length for p, group in zip(prompts, scored.groups, strict=True) for _ in group]
+        ),
+        equal_group=Summary.of(_equal_groups(scored, rewards)),
+        prompt=Summary.of([prompt.length for prompt in prompts]),
+        video=Summary.of([prompt.video_tokens for prompt in prompts]),
+    )
+
+
+def _share(true_BT: torch.Tensor, among_BT: torch.Tensor) -> Summary:
+    """Ones where ``true_BT``, zeros elsewhere, counted where ``among_BT`` is finite."""
+    return Summary.of(true_BT[among_BT.isfinite()].double())
+
+
+def _equal_groups(scored: ScoredBatch, rewards: Sequence[float]) -> list[float]:
+    """For each group of rollouts, 1 if all of them got the same reward; nothing without such rewards."""
+    remaining = iter(rewards)
+    return [float(len({next(remaining) for _ in group}) == 1) for group in scored.groups if rewards]
+
+
+def step_metrics(measured: Sequence[Measured]) -> dict[str, float]:
+    """The metrics of the global batch, from all micro-batches of all processes; NaN if nothing was
+    measured."""
+    m = Measured.merged(measured)
+    # A method rewards tokens or whole responses.
+    reward = m.token_reward if m.token_reward.n else m.rollout_reward
     return {
-        "policy/ratio_off_max": max((abs(ratio - 1.0) for ratio in ratios), default=math.nan),
-        "policy/clipped_share": clipped,
-        "policy/importance_weight_mean": _mean(weights),
-        "policy/entropy": _mean(_finite(record.entropy for record in records)),
+        "rollouts": m.length.n,
+        "reverse_kl/sampled": m.reverse_kl.mean,
+        "reverse_kl/analytic": m.analytic_kl.mean,
+        "reference_kl/sampled": m.reference_kl.mean,
+        "reward/mean": reward.mean,
+        "reward/std": reward.std,
+        "reward/min": reward.smallest,
+        "reward/max": reward.largest,
+        "reward/outlier_share": m.outlier.mean,
+        "reward/equal_group_share": m.equal_group.mean,
+        "advantage/mean": m.advantage.mean,
+        "advantage/std": m.advantage.std,
+        "policy/ratio_off_max": m.ratio_off.largest,
+        "policy/clipped_share": m.clipped.mean,
+        "policy/importance_weight_mean": m.weight.mean,
+        "policy/entropy": m.entropy.mean,
+        "response/length_mean": m.length.mean,
+        "response/length_max": int(m.length.high) if m.length.n else math.nan,
+        "response/truncated_share": m.truncated.mean,
+        "response/unparsed_share": m.unparsed.mean,
+        "response/iou_mean": m.iou.mean,
+        "response/nll": -m.current.mean,
+        "loss/masked_tokens": int(m.length.total) - m.current.n,
     }
 
 
 def token_counts(
-    records: Sequence[RolloutRecord],
-    reads_prompts_once: bool,
-    needs: Needs,
-    *,
-    continues_prefill: bool = False,
+    measured: Sequence[Measured], needs: Needs, *, prefix_engine: bool, continued_prefill: bool
 ) -> dict[str, int]:
-    """Tokens that each stage put through a model. A plain engine reads a prompt again for each rollout;
-    an update that continues the prefill of sampling does not read it at all."""
-    once = {record.position: record for record in records}.values()
-    prompt = sum(record.prompt_tokens for record in once)
-    response = sum(len(record.token_ids) for record in records)
-    read = prompt if reads_prompts_once else sum(record.prompt_tokens for record in records)
+    """How many tokens each stage put through a model.
+
+    The plain engine puts a prompt through the model once for each of its rollouts. An update that continues
+    the prefill of sampling puts the response through it alone.
+    """
+    m = Measured.merged(measured)
+    prompt, response = int(m.prompt.total), int(m.length.total)
+    scored = (prompt if prefix_engine else int(m.repeated_prompt.total)) + response
     return {
-        "tokens/video": sum(record.video_tokens for record in once),
+        "tokens/video": int(m.video.total),
         "tokens/prompt": prompt,
         "tokens/response": response,
-        "tokens/prefill": prompt if reads_prompts_once and needs.sampling else 0,
+        "tokens/prefill": prompt if prefix_engine and needs.sampling else 0,
         "tokens/sample": response if needs.sampling else 0,
-        "tokens/teacher": read + response if needs.teacher else 0,
-        "tokens/reference": read + response if needs.reference else 0,
-        "tokens/update": response if continues_prefill else read + response,
+        "tokens/teacher": scored if needs.teacher else 0,
+        "tokens/reference": scored if needs.reference else 0,
+        "tokens/update": response if continued_prefill else scored,
     }
-
-
-def rollout_row(step: int, record: RolloutRecord, tokens: Sequence[str]) -> dict[str, Any]:
-    """A line of ``rollouts.jsonl``; ``tokens`` are the response's tokens as text."""
-    return {
-        "step": step,
-        "id": record.sample_id,
-        "rollout": record.index,
-        "video": record.video,
-        "query": record.query,
-        "response": record.text,
-        "tokens": list(tokens),
-        "token_ids": record.token_ids,
-        "r": record.reward,
-        "advantage": record.advantage,
-        "reward": record.answer_reward,
-        "student_logprobs": record.old,
-        "teacher_logprobs": record.teacher,
-        "reverse_kl": record.kl,
-        "span": record.span,
-        "rule": record.rule,
-        "spans": record.spans,
-        "iou": record.iou,
-        "truncated": record.truncated,
-    }
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent in each stage of a step, on this process. ``settle`` waits for a device's queued work."""
-
-    settle: Callable[[], None] = lambda: None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.settle()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.settle()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self, stages: Sequence[str]) -> dict[str, float]:
-        """``time/<stage>_s`` for each stage, and starts again."""
-        row = {f"time/{name}_s": self.seconds.pop(name, 0.0) for name in stages}
-        assert not self.seconds, f"a stage without a metric: {list(self.seconds)}"
-        return row
-
-
-def _finite(lists: Iterator[tuple[float, ...]] | Any) -> list[float]:
-    return [value for values in lists for value in values if math.isfinite(value)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _std(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return math.sqrt(_mean([(value - mean) ** 2 for value in values])) if values else math.nan
