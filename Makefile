@@ -1,7 +1,7 @@
 # make install   the command at .venv/bin/video-opd
 # make demo      install, then the main job on embedded defaults
 # make test      install with the tools, then the tests
-# make bench     install, with lmms-eval for "video-opd evaluate --suite general"
+# make bench     install, with lmms-eval for "video-opd suite"
 # make test-bench  the tests that need lmms-eval
 # make fuzz      2,800 broken files of every kind (a part of them runs with the tests)
 # make lint, make types

@@ -37,9 +37,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def evaluate(model: Path, data: Path, out: Path, *words: str, tasks: str = CHOSEN) -> int:
+def run_suite(model: Path, data: Path, out: Path, *words: str, tasks: str = CHOSEN) -> int:
     return main(
-        ["evaluate", "--suite", "general", str(model), "--data-root", str(data), "--out", str(out),
+        ["suite", str(model), "--data-root", str(data), "--out", str(out),
          "--tasks", tasks, "--max-new-tokens", "1", "--device", "cpu", *words]
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def evaluate(model: Path, data: Path, out: Path, *words: str, tasks: str = CHOSE
 @pytest.fixture(scope="session")
 def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished")
-    assert evaluate(model, data, out, "--json", str(out / "copy.json")) == 0
+    assert run_suite(model, data, out, "--json", str(out / "copy.json")) == 0
     return out
 
 
@@ -182,11 +182,11 @@ def test_a_killed_run_continues_and_ends_the_same(
         append(path, rows)
 
     monkeypatch.setattr(output, "append_jsonl", killed)
-    assert evaluate(model, data, tmp_path) == 130
+    assert run_suite(model, data, tmp_path) == 130
     kept = lines(tmp_path / "answers.jsonl")
     assert [row for rows in calls for row in rows] == kept and 0 < len(kept) < 48
     monkeypatch.undo()
-    assert evaluate(model, data, tmp_path) == 0
+    assert run_suite(model, data, tmp_path) == 0
     again = lines(tmp_path / "answers.jsonl")
     assert again[: len(kept)] == kept and len({row["id"] for row in again}) == len(again) == 48
     assert results(tmp_path)["benchmarks"] == results(finished)["benchmarks"]
@@ -197,9 +197,9 @@ def test_answers_of_another_model_are_refused(
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
     other = save_model(tmp_path / "other", seed=7)
-    assert evaluate(other, data, out, tasks="videomme") == 2
+    assert run_suite(other, data, out, tasks="videomme") == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert evaluate(other, data, out, "--overwrite", tasks="videomme") == 0
+    assert run_suite(other, data, out, "--overwrite", tasks="videomme") == 0
     assert len(lines(out / "answers.jsonl")) == 8
 
 
@@ -212,17 +212,17 @@ def test_missing_videos_are_told_before_a_model_is_loaded(
     less = shutil.copytree(data, tmp_path / "data")
     (less / "videomme/data/vm1.mp4").unlink()
     (less / "mvbench/clevrer/video_validation/mv0.mp4").unlink()
-    assert evaluate(Path("no/such/model"), less, tmp_path / "out") == 2
+    assert run_suite(Path("no/such/model"), less, tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert "1 of 4 videos are missing" in err and "mv0.mp4" in err and "--allow-missing" in err
     assert not (tmp_path / "out").exists()
 
-    assert evaluate(model, less, tmp_path / "out", "--check") == 1
+    assert run_suite(model, less, tmp_path / "out", "--check") == 1
     out = capsys.readouterr().out
     assert "videomme: 8 rows, 4 videos, 1 of 4 videos are missing" in out
     assert "mvbench_action_count: 8 rows, 4 videos, ok" in out
 
-    assert evaluate(model, less, tmp_path / "out", "--allow-missing") == 0
+    assert run_suite(model, less, tmp_path / "out", "--allow-missing") == 0
     part = results(tmp_path / "out")["benchmarks"]["videomme"]
     hits = right_answers(less, tmp_path / "out")["videomme"]
     assert (part["n"], part["missing"]) == (8, 2)
@@ -232,7 +232,7 @@ def test_missing_videos_are_told_before_a_model_is_loaded(
 def test_a_video_that_cannot_be_decoded_is_wrong_and_said(data: Path, model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(data, tmp_path / "data")
     (broken / "mvbench/perception/videos/mv2.mp4").write_bytes(b"not a video")
-    assert evaluate(model, broken, tmp_path / "out", tasks="mvbench_action_count") == 0
+    assert run_suite(model, broken, tmp_path / "out", tasks="mvbench_action_count") == 0
     part = results(tmp_path / "out")["benchmarks"]["mvbench"]["tasks"]["mvbench_action_count"]
     hits = right_answers(broken, tmp_path / "out")["mvbench_action_count"]
     # MVBench's own sum would have left these two rows out of the denominator.
@@ -245,7 +245,7 @@ def test_a_task_without_any_answer_has_failed(
     broken = shutil.copytree(data, tmp_path / "data")
     for video in (broken / "videomme/data").glob("*.mp4"):
         video.write_bytes(b"not a video")
-    assert evaluate(model, broken, tmp_path / "out", tasks="videomme") == 1
+    assert run_suite(model, broken, tmp_path / "out", tasks="videomme") == 1
     assert "not one of its 8 rows was answered" in capsys.readouterr().err
     assert not (tmp_path / "out/results.json").exists()
 
@@ -263,7 +263,7 @@ def test_what_fails_inside_lmms_eval_fails(
         raise RuntimeError("the GPU fell off the bus")
 
     monkeypatch.setattr(HFPolicy, "sample", fail)
-    assert evaluate(model, data, tmp_path / "out", tasks="videomme") == 1
+    assert run_suite(model, data, tmp_path / "out", tasks="videomme") == 1
     assert "the GPU fell off the bus" in capsys.readouterr().err
 
 
@@ -282,7 +282,7 @@ def test_rows_that_cannot_be_scored_are_found_first(
     rows = rows_of(data, "videomme")
     write_rows(bad / "videomme/test.jsonl", [*rows[:5], {**rows[5], **change}, *rows[6:]])
     model = save_model(tmp_path / "model")
-    assert evaluate(model, bad, tmp_path / "out", tasks="videomme") == 2
+    assert run_suite(model, bad, tmp_path / "out", tasks="videomme") == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out/answers.jsonl").exists()
 
@@ -342,7 +342,7 @@ def test_a_judge_scores_captions_and_what_could_not_be_read(
 ) -> None:
     copy = with_captions(data, tmp_path / "data")
     done = command(
-        "-m", "video_opd", "evaluate", "--suite", "general", model, "--data-root", copy, "--judge",
+        "-m", "video_opd", "suite", model, "--data-root", copy, "--judge",
         "--tasks", "tempcompass", "--out", tmp_path / "out", "--max-new-tokens", 1, "--device", "cpu",
         OPENAI_API_KEY="none", OPENAI_API_URL=judge,
     )  # fmt: skip
@@ -504,7 +504,7 @@ def test_rows_of_the_hub_and_videos_that_lmms_eval_unpacked(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(stock, "snapshot_download", lambda **options: str(snapshot))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    words = ["evaluate", "--suite", "general", "--tasks", "videomme"]
+    words = ["suite", "--tasks", "videomme"]
     assert main([*words, "--check"]) == 1
     out = capsys.readouterr().out
     assert "4 of 4 videos are missing" in out and "--download --tasks videomme" in out

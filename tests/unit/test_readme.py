@@ -11,8 +11,7 @@ import pytest
 import yaml
 from places import ROOT
 
-from video_opd.cli import commands
-from video_opd.cli.parser import parse
+from video_opd.cli.commands import parse_words
 from video_opd.config import recipe_from_dict
 from video_opd.data.annotations import read_samples
 
@@ -45,7 +44,7 @@ def test_commands_parse(line: str) -> None:
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
-        assert program == "video-opd" and callable(getattr(commands, parse(words).run))
+        assert program == "video-opd" and callable(parse_words(words).command.run)
 
 
 def test_the_folders_are_there() -> None:

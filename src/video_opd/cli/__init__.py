@@ -1,8 +1,10 @@
 """The ``video-opd`` command.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the work failed, 2 the arguments or
-input files are wrong, 130 interrupted. An error is one line; ``--debug`` adds the traceback. Nothing heavy is
-imported before a command is chosen: ``video-opd --help`` answers at once, without torch.
+input files are wrong, 130 interrupted. An error is one line; ``--debug`` adds the traceback.
+
+Each command is a module of this folder, which holds its arguments and its call; :mod:`video_opd.cli.commands`
+lists them. They import what is heavy when they run, so ``video-opd --help`` answers at once, without torch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from video_opd.cli.parser import parse
+from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -20,16 +22,14 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; argparse leaves by SystemExit for ``--help``."""
-    # Threads that spin while they wait slow each other tenfold when several processes share few cores. It
-    # has to be said before torch starts its threads.
+    # Threads that spin while they wait slow each other tenfold when several processes share few cores. torch
+    # reads this when it starts its threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        arguments = parse(words)
-        from video_opd.cli import commands
-
-        code = getattr(commands, arguments.run)(arguments)
+        arguments = parse_words(words)
+        code = arguments.command.run(arguments)
         sys.stdout.flush()  # here, so that a reader who left is noticed inside the try
         return DONE if code is None else int(code)
     except UserError as error:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues where it stopped", INTERRUPTED, False)
     except BrokenPipeError:
-        # The reader of stdout went away (video-opd ... | head). Python would complain again at exit.
+        # The reader of stdout has left (video-opd ... | head). Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:

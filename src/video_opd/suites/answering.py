@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class Answerer:
     out: Path
     overrides: Sequence[str] = ()
     batch_size: int = 8
+    workers: int = 2  # threads that decode videos
     device: str | None = None
     max_new_tokens: int = 64
     seed: int = 0
@@ -55,7 +56,7 @@ class Answerer:
         of different tasks. Raises :class:`UserError` where another model or other settings wrote ``out``.
         """
         if self.opened is None:
-            self.opened = load_inference_model(self.config, self.device)
+            self.opened = replace(load_inference_model(self.config, self.device), workers=self.workers)
         predict(
             self.opened.policy,
             samples,

@@ -22,7 +22,7 @@ class Need:
     """``missing`` is None where it is there; ``get`` says what to do about it.
 
     Example: ``Need(what="videomme", missing="3 of 900 videos, first videomme/data/x.mp4",
-    get="video-opd evaluate --suite general --download --tasks videomme", videos_only=True)``.
+    get="video-opd suite --download --tasks videomme", videos_only=True)``.
     """
 
     what: str
@@ -108,7 +108,7 @@ def _judge() -> Need:
 
 
 def _data(task: Task, data_root: Path | None, limit: int | None) -> tuple[Need, list[Row] | None]:
-    download = f"video-opd evaluate --suite general --download --tasks {task.benchmark}"
+    download = f"video-opd suite --download --tasks {task.benchmark}"
     if data_root is not None and not (file := annotation_file(task, data_root)).is_file():
         get = "put its rows there (schemas: docs/evaluation.md), or leave it out with --skip"
         return Need(what=task.name, missing=f"no {file}", get=get), None

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_opd.cli import commands, main
-from video_opd.cli.parser import build_parser, parse, split_overrides
+from video_opd.cli import main, report
+from video_opd.cli.commands import build_parser, parse_words
+from video_opd.cli.parser import Parser, split_overrides
 from video_opd.errors import UserError
 
 # Python as it is where torch is not installed.
@@ -33,12 +34,10 @@ def run_without_torch(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: Parser) -> Iterator[Parser]:
     yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from parsers(child)
+    for child in parser.commands.values():
+        yield from parsers(child)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -55,7 +54,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "from video_opd.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as leave: assert not leave.code\n"
-        "heavy = {'torch', 'numpy', 'rich', 'jinja2', 'yaml', 'av'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'rich', 'jinja2', 'yaml', 'av'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -68,11 +67,13 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 def test_every_command_has_an_example_that_parses() -> None:
-    for parser in parsers(build_parser()):
+    every = list(parsers(build_parser()))
+    assert len(every) >= 20
+    for parser in every:
         assert parser.epilog is not None and parser.epilog.startswith("example: "), parser.prog
         program, *words = shlex.split(parser.epilog.removeprefix("example: "))
         assert program == "video-opd"
-        assert callable(getattr(commands, parse(words).run))
+        assert callable(parse_words(words).command.run)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,9 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(words, names, capsys, tmp_
             "--optim.lr: this command reads no recipe; see video-opd report --help",
         ),
         ("--debig demo", "--debig (did you mean --debug?)"),
+        # Flags of a group in which one excludes the other are known, too.
+        ("data stats d --sise 64x64", "--sise 64x64 (did you mean --size?); see video-opd data stats --help"),
+        ("select --data d --scores s --k 1 --ouf o", "--ouf (did you mean --out?); see video-opd select"),
         ("data check a b", "unrecognized arguments: b; see video-opd data check --help"),
     ],
 )
@@ -145,7 +149,7 @@ def test_other_failures_are_one_line_and_exit_code_1(monkeypatch, capsys) -> Non
     def fail(arguments: argparse.Namespace) -> None:
         raise RuntimeError("the disk\ncaught fire")
 
-    monkeypatch.setattr(commands, "report", fail)
+    monkeypatch.setattr(report, "run", fail)
     words = ["report", "a", "--out", "b"]
     assert main(words) == 1
     err = capsys.readouterr().err
@@ -159,7 +163,7 @@ def test_an_interrupt_says_that_the_command_continues(monkeypatch, capsys) -> No
     def interrupt(arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "report", interrupt)
+    monkeypatch.setattr(report, "run", interrupt)
     assert main(["report", "a", "--out", "b"]) == 130
     assert "continues" in capsys.readouterr().err
 
@@ -196,7 +200,7 @@ def test_settings_are_taken_out_wherever_they_stand(parts, tail) -> None:
 
 
 def test_the_method_is_a_setting() -> None:
-    assert parse(["train", "--method", "grpo", "r.yaml"]).overrides == ["--method", "grpo"]
+    assert parse_words(["train", "--method", "grpo", "r.yaml"]).overrides == ["--method", "grpo"]
 
 
 # --- commands on files -------------------------------------------------------------------------------

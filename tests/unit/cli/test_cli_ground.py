@@ -12,7 +12,7 @@ import pytest
 from video_cases import numbers_and_times, write_sound, write_video
 
 from video_opd.cli import main
-from video_opd.cli.parser import parse
+from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
 from video_opd.grounding.ground import GroundedAnswer, Reply, WindowAnswer
 from video_opd.grounding.query_files import read_queries
@@ -85,9 +85,9 @@ def test_words_may_stand_anywhere(video: Path, asked: list) -> None:
     assert run("--json", video, "a", "b") == 0
     assert [call["queries"] for call in asked] == [["a", "b"], ["a", "b"]]
     with pytest.raises(UserError, match="--fsp"):
-        parse(["ground", "m", "v", "--json", "a", "--fsp"])
+        parse_words(["ground", "m", "v", "--json", "a", "--fsp"])
     with pytest.raises(UserError, match="unrecognized arguments: b"):
-        parse(["train", "a", "b"])
+        parse_words(["train", "a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from video_opd.cli.evaluation import named_files
+from video_opd.cli.evaluate import named_files
 from video_opd.errors import UserError
 from video_opd.evaluation import comparison_formats
 from video_opd.evaluation.comparison import Comparison, by_source, compare

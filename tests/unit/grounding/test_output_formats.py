@@ -170,7 +170,7 @@ def test_csv_is_read_back() -> None:
 
 
 def test_every_format_that_the_command_offers_is_one() -> None:
-    from video_opd.cli.parser import build_parser
+    from video_opd.cli.commands import build_parser
 
     text = build_parser().parse_args(["ground", "m", "v", "q", "--format", "srt"])
     assert text.format == "srt" and set(FORMATS) == {"text", "json", "srt", "csv"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
-from video_opd.cli import main
+from video_opd.cli import main, suite
+from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
 from video_opd.evaluation.bootstrap import interval95
 from video_opd.suites import requirements
 from video_opd.suites.accuracy import MISSING, ScoredRow, accuracy, benchmark_scores
 from video_opd.suites.benchmarks import BENCHMARKS, LMMS_EVAL, check_row, choose_tasks
 from video_opd.suites.letters import UNREAD, read_choice, read_yes_no
-from video_opd.suites.suite import default_out
+from video_opd.suites.suite import SuiteSettings, default_out
 
 OPTIONS = {"A": "left", "B": "to the right", "C": "a man walks", "D": "up"}
 
@@ -201,12 +204,12 @@ def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_package")
 def test_without_lmms_eval_the_way_to_get_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--suite", "general", "--check"]) == 1
+    assert main(["suite", "--check"]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[:2] == [f"lmms-eval {LMMS_EVAL}: not installed", f"    {requirements.INSTALL}"]
     assert err == ""
     for words in (["no/such/model"], ["--download"]):
-        assert main(["evaluate", "--suite", "general", *words]) == 2
+        assert main(["suite", *words]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "not installed" in err and "make bench" in err
 
@@ -223,15 +226,18 @@ def test_another_release_is_not_taken_for_the_pinned_one(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (["--suite", "general"], "needs a MODEL"),
-        (["--suite", "general", "m", "--data", "d.jsonl"], "--data does not go with --suite"),
-        (["--suite", "general", "m", "--video-root", "v"], "--video-root"),
-        (["--suite", "general", "m", "--tasks", "mvbenhc"], "'mvbench'"),
-        (["--suite", "other", "m"], "other"),
-        (["--data", "d.jsonl", "--predictions", "p.jsonl", "--check"], "--check belongs to --suite"),
-        (["m", "--data", "d.jsonl"], "--model"),
-        (["--data", "d.jsonl"], "--predictions"),
-        (["--predictions", "p.jsonl"], "--data"),
+        (["suite"], "suite needs a MODEL"),
+        (["suite", "m", "--data", "d.jsonl"], "--data d.jsonl"),
+        (["suite", "m", "--video-root", "v"], "--video-root"),
+        (["suite", "m", "--tasks", "mvbenhc"], "'mvbench'"),
+        (["suite", "m", "--skpi", "mvbench"], "did you mean --skip?); see video-opd suite --help"),
+        (["suite", "m", "--dtype", "bfloat16"], "did you mean --model.dtype?"),
+        (["evaluate", "--suite", "other", "m"], "--suite other: there is one suite; write video-opd suite"),
+        (["evaluate", "--suite"], "there is one suite"),
+        (["evaluate", "--data", "d.jsonl", "--predictions", "p.jsonl", "--check"], "arguments: --check"),
+        (["evaluate", "m", "--data", "d.jsonl"], "--model"),
+        (["evaluate", "--data", "d.jsonl"], "--predictions"),
+        (["evaluate", "--predictions", "p.jsonl"], "--data"),
     ],
 )
 def test_wrong_arguments(
@@ -242,7 +248,7 @@ def test_wrong_arguments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["evaluate", *words]) == 2
+    assert main(words) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and names in err
     assert list(tmp_path.iterdir()) == []
@@ -250,8 +256,67 @@ def test_wrong_arguments(
 
 def test_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["evaluate", "--suite", "general", "m"]) == 2
+    assert main(["suite", "m"]) == 2
     assert "one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate --suite general m --tasks mvbench --video.fps 1 --json - --batch-size 2",
+        "evaluate m --tasks mvbench --video.fps 1 --suite=general --json - --batch-size 2",
+        "--debug evaluate m --tasks mvbench --json - --video.fps 1 --batch-size 2 --suite general",
+    ],
+)
+def test_the_older_spelling_is_the_same_command(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    new = "suite m --tasks mvbench --video.fps 1 --json - --batch-size 2"
+    expected = parse_words(new.split())
+    assert capsys.readouterr() == ("", "") and expected.command is suite
+    found = parse_words(words.split())
+    assert {**vars(found), "debug": False} == {**vars(expected), "debug": False}
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "video-opd suite" in err
+
+
+def test_the_older_spelling_shows_the_help_of_the_new(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["evaluate", "--suite", "general", "--help"])
+    assert leave.value.code == 0 and "--allow-missing" in capsys.readouterr().out
+
+
+def test_every_flag_reaches_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def run(model: str, settings: SuiteSettings, **options: Any) -> Any:
+        calls.append((model, settings, options))
+        return SimpleNamespace(to_json=dict)
+
+    monkeypatch.setattr("video_opd.suites.suite.run", run)
+    words = (
+        f"suite m --out {tmp_path} --data-root d --tasks mvbench,videomme --skip videomme --limit 3 --judge "
+        "--allow-missing --device cpu --max-new-tokens 9 --seed 4 --overwrite --batch-size 2 --workers 5 "
+        "--video.fps 1 --json -"
+    )
+    assert main(words.split()) == 0
+    [(model, settings, options)] = calls
+    assert model == "m" and settings == SuiteSettings(
+        out=tmp_path,
+        data_root=Path("d"),
+        only=("mvbench", "videomme"),
+        skip=("videomme",),
+        limit=3,
+        judge=True,
+        allow_missing=True,
+    )
+    assert options == {
+        "overrides": ["--video.fps", "1"],
+        "batch_size": 2,
+        "workers": 5,
+        "device": "cpu",
+        "max_new_tokens": 9,
+        "seed": 4,
+        "overwrite": True,
+    }
 
 
 def test_results_of_a_run_have_a_place_of_their_own() -> None:

@@ -1,4 +1,7 @@
-"""``video-opd ground``: everything that can be wrong is looked at before the model is loaded."""
+"""``video-opd ground``: the answers about one video.
+
+Everything that can be wrong is checked before the model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,61 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from video_opd.cli.arguments import add_shared, positive
+from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.progress import log
 
 if TYPE_CHECKING:
     from video_opd.grounding.ground import GroundedAnswer
+
+HELP = "where in one video does it happen"
+EXAMPLE = 'video-opd ground runs/a/model video.mp4 "the cup falls" --view answers.html'
+SETTINGS = MODEL_SETTINGS
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model folder")
+    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for")
+    parser.scattered = "query"
+    parser.add_argument("--queries", metavar="FILE", help="more queries: one a line, or JSON Lines")
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=1,
+        metavar="K",
+        help="answer by the consensus of K samples; default: 1",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="default: 0 (greedy), or 1 with several samples"
+    )
+    parser.add_argument(
+        "--window", type=float, metavar="SECONDS", help="search a long video in windows; default: whole"
+    )
+    parser.add_argument(
+        "--overlap", type=float, metavar="S", help="seconds that windows share; default: half a window"
+    )
+    add_shared(parser, "--device", "--max-new-tokens", "--seed")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="responses at a time; default: 8"
+    )
+    form = parser.exclusive()
+    form.add_argument(
+        "--format",
+        choices=("text", "json", "srt", "csv"),
+        help="default: text on a terminal, else json",
+    )
+    form.add_argument("--json", action="store_const", const="json", dest="format", help="--format json")
+    parser.add_argument("--view", metavar="OUT.html", help="also write a page to look at the answers")
+    parser.add_argument(
+        "--embed-mb",
+        type=float,
+        default=20.0,
+        metavar="MB",
+        help="the page links to larger videos instead of holding them; default: 20",
+    )
+    parser.add_argument("--cut", metavar="OUT.mp4", help="also write the answer as a clip")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""``video-opd evaluate``: which files and names its arguments mean, and where its tables go."""
+"""``video-opd evaluate``: grounding metrics of predictions, or of a model that predicts now.
+
+With ``--predictions`` it needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from video_opd.cli import predict
+from video_opd.cli.arguments import PROTOCOLS, add_shared
+from video_opd.cli.output import as_json, print_json, write_json
+from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log
@@ -19,8 +26,82 @@ if TYPE_CHECKING:
     from video_opd.evaluation.protocols import Protocol
     from video_opd.types import Sample
 
+HELP = "grounding metrics with 95% intervals over videos"
+EXAMPLE = "video-opd evaluate --data test.jsonl --predictions student=p.jsonl --baseline base=b.jsonl"
+SETTINGS = MODEL_SETTINGS
+FORMATS = ("text", "markdown", "latex", "json")
+SUITES = ("general",)
 
-def evaluate(arguments: argparse.Namespace) -> None:
+
+def add_arguments(parser: Parser) -> None:
+    file = "[NAME=]FILE"
+    parser.add_argument("stray", nargs="*", help=argparse.SUPPRESS)  # refused with a hint
+    parser.add_argument("--data", nargs="+", metavar=file, help="the annotated rows; each file is a data set")
+    source = parser.exclusive()
+    source.add_argument(
+        "--predictions",
+        nargs="+",
+        metavar=file,
+        help="predictions that were made before; each name is a model, several make a table",
+    )
+    source.add_argument("--model", metavar="M", help="the folder of a model that predicts now")
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        metavar=file,
+        help="predictions of another model: also show the differences from it",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="default: %(default)s")
+    parser.add_argument(
+        "--any-protocol", action="store_true", help="accept predictions that were made under another protocol"
+    )
+    parser.add_argument(
+        "--thinking", action="store_true", help="read only what follows </think>; known where a note says so"
+    )
+    parser.add_argument("--by-source", action="store_true", help="a data set for each source of the rows")
+    parser.add_argument(
+        "--published", action="store_true", help="also show the paper's own rows, marked as published"
+    )
+    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --out, else text")
+    parser.add_argument("--out", metavar="OUT", help="write the table there (.md, .tex, .json, .txt)")
+    parser.add_argument("--no-intervals", action="store_true", help="leave the intervals out of the table")
+    parser.add_argument("--json", metavar="OUT.json", help="also write the metrics there; - is stdout")
+    parser.add_argument(
+        "--answers",
+        metavar="P.jsonl",
+        help="with --model: keep the predictions there; default: the cache folder",
+    )
+    add_shared(parser, "--device")
+    add_shared(parser, "--max-new-tokens", default=None, help="default: the protocol's")
+    add_shared(parser, "--seed", "--overwrite", "--batch-size", "--video-root", "--workers")
+
+
+def as_suite_words(words: Sequence[str]) -> Sequence[str]:
+    """Turns ``evaluate --suite general …``, the older spelling of ``suite …``, into the newer one.
+
+    Raises :class:`UserError` for a suite that is not there. Other words are returned as they are.
+    """
+    place = next((number for number, word in enumerate(words) if not word.startswith("-")), None)
+    if place is None or words[place] != "evaluate":
+        return words
+    kept: list[str] = []
+    suites: list[str] = []
+    rest = iter(words[place + 1 :])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--suite":
+            suites.append(value if equals else next(rest, ""))
+        else:
+            kept.append(word)
+    if not suites:
+        return words
+    if suites[-1] not in SUITES:
+        raise UserError(f"--suite {suites[-1]}: there is one suite; write video-opd suite MODEL")
+    log("evaluate --suite general is now a command of its own: video-opd suite")
+    return [*words[:place], "suite", *kept]
+
+
+def run(arguments: argparse.Namespace) -> None:
     from video_opd.evaluation import comparison, comparison_formats
     from video_opd.evaluation.protocols import get_protocol
 
@@ -30,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     files = named_files(arguments.data, "--data")
     data_sets = _data_sets(files, arguments)
     shown = comparison.by_source(data_sets) if arguments.by_source else data_sets
-    # Everything that can be wrong, before a model answers for hours.
+    # Everything that can be wrong is checked before a model predicts for hours.
     if arguments.published:
         comparison_formats.published_rows(tuple(shown))
     baseline = _baseline(arguments, protocol)
@@ -40,21 +121,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What argparse cannot say: grounding needs data and answers, and knows none of the suite's options."""
-    from video_opd.cli.suite import FOR_SUITES
-
-    if arguments.suite_model is not None:
+    """Checks what argparse cannot express."""
+    if arguments.stray:
         raise UserError(
-            f"{arguments.suite_model}: name the model with --model, or choose a --suite; "
-            "see video-opd evaluate --help"
+            f"{arguments.stray[0]}: name the model with --model M; see video-opd evaluate --help "
+            "(general video understanding is video-opd suite MODEL)"
         )
-    for name in FOR_SUITES:
-        if getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')} belongs to --suite general: add it")
     if not arguments.data or not (arguments.predictions or arguments.model):
         raise UserError(
-            "evaluate needs --data and one of --predictions and --model, or --suite general; "
-            "see video-opd evaluate --help"
+            "evaluate needs --data and one of --predictions and --model; see video-opd evaluate --help"
         )
 
 
@@ -162,7 +237,6 @@ def _models(
 def _answer(
     arguments: argparse.Namespace, protocol: Protocol, data_sets: Mapping[str, list[Sample]]
 ) -> Answers:
-    from video_opd.cli.commands import answer_settings, run_predict
     from video_opd.evaluation.prediction_cache import kept_path
     from video_opd.models.inference import load_inference_model, read_inference_config
 
@@ -173,25 +247,24 @@ def _answer(
     if arguments.answers and len(data_sets) > 1:
         raise UserError("--answers is one file: evaluate one data set at a time, or leave it out")
     config = read_inference_config(arguments.model, arguments.overrides, protocol, arguments.device)
-    settings = answer_settings(arguments, config)
+    settings = predict.response_settings(arguments, config)
     model = load_inference_model(config, arguments.device)
     files = []
     for name, samples in data_sets.items():
         made_by = {**model.made_by(), "answers": asdict(settings)}
         out = arguments.answers or str(kept_path(made_by, samples))
         log(f"{name}: the answers are kept in {out}")
-        run_predict(arguments, model, samples, out, settings)
+        predict.respond(arguments, model, samples, out, settings)
         files.append(out)
     return _read(files, arguments.model, arguments, protocol)
 
 
 def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: str | None) -> None:
-    from video_opd.cli.commands import as_json, print_json
     from video_opd.evaluation import comparison_formats
 
     record = _record(arguments, compared)
     if arguments.json and arguments.json != "-":
-        write_text(arguments.json, as_json(record) + "\n")
+        write_json(arguments.json, record)
     elif arguments.json or (form == "json" and out is None):
         print_json(record)
         return

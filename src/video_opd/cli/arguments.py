@@ -1,0 +1,38 @@
+"""Flags that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from video_opd.cli.parser import Parser
+
+PROTOCOLS = ("paper", "timelens")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+SHARED: Mapping[str, Mapping[str, Any]] = {
+    "--device": {"help": "cpu, cuda, cuda:1 ...; default: a GPU if there is one"},
+    "--max-new-tokens": {"type": positive, "default": 64, "metavar": "N", "help": "default: %(default)s"},
+    "--seed": {"type": int, "default": 0, "help": "default: %(default)s"},
+    "--overwrite": {"action": "store_true", "help": "throw away what --out holds"},
+    "--batch-size": {"type": positive, "default": 8, "metavar": "N", "help": "responses at once; default: 8"},
+    "--video-root": {"metavar": "DIR", "help": "where the videos are; default: beside the data"},
+    "--workers": {
+        "type": positive, "default": 2, "metavar": "N", "help": "threads that decode videos; default: 2"
+    },
+    "--json": {"action": "store_true", "help": "print the result as one JSON object"},
+}  # fmt: skip
+
+
+def add_shared(parser: Parser, *flags: str, **changed: Any) -> None:
+    """Adds flags of ``SHARED``; ``changed`` are argparse's options that differ here, e.g. ``default=4``."""
+    for flag in flags:
+        parser.add_argument(flag, **{**SHARED[flag], **changed})

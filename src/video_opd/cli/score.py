@@ -1,0 +1,113 @@
+"""``video-opd score``: TVDF's measurements of the candidates."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from video_opd.cli.arguments import add_shared, positive
+from video_opd.cli.output import print_json
+from video_opd.cli.parser import MODEL_SETTINGS, Parser
+from video_opd.errors import UserError
+from video_opd.progress import is_first_process
+
+if TYPE_CHECKING:
+    from video_opd.models.inference import InferenceConfig
+
+HELP = "TVDF scores: how well teacher and student answer each row; repeated, it continues"
+EXAMPLE = (
+    "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl"
+)
+SETTINGS = (*MODEL_SETTINGS, "teacher.dtype")
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names student, teacher and data")
+    parser.add_argument("--student", metavar="M", help="the student's model folder")
+    parser.add_argument(
+        "--teacher",
+        metavar="M",
+        help="the teacher's (its type: --teacher.dtype); left out, only the student is scored, for gaussian",
+    )
+    parser.add_argument("--data", metavar="D.jsonl", help="the candidates")
+    parser.add_argument("--out", required=True, metavar="S.jsonl", help="the scores file")
+    parser.add_argument("--k", type=positive, default=4, metavar="K", help="responses a model; default: 4")
+    parser.add_argument("--student-k", type=positive, metavar="K", help="the student's; default: as --k")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    parser.add_argument(
+        "--reverse-kl", action="store_true", help="also measure it along the student's responses"
+    )
+    parser.add_argument("--teacher-from", metavar="S.jsonl", help="take the teacher's scores from this file")
+    add_shared(
+        parser,
+        "--device",
+        "--max-new-tokens",
+        "--seed",
+        "--overwrite",
+        "--batch-size",
+        "--video-root",
+        "--json",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    student, teacher, data, video_root = _inputs(arguments)
+    from video_opd.curriculum.pool import score_pool
+    from video_opd.curriculum.scores import ScoreSettings
+    from video_opd.data.annotations import read_samples
+    from video_opd.processes import Processes
+
+    samples = read_samples(data, arguments.video_root or video_root)
+    settings = ScoreSettings(
+        k=arguments.k,
+        student_k=arguments.student_k,
+        temperature=arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        thinking=student.prompt.thinking,
+        reverse_kl=arguments.reverse_kl,
+    )
+    result = score_pool(
+        student,
+        teacher,
+        samples,
+        arguments.out,
+        settings=settings,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        teacher_from=arguments.teacher_from,
+        overwrite=arguments.overwrite,
+        processes=Processes.of_environment(),
+    )
+    if not is_first_process():
+        return
+    if arguments.json:
+        print_json({**asdict(result), "out": arguments.out})
+    else:
+        print(f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored")
+
+
+def _inputs(arguments: argparse.Namespace) -> tuple[InferenceConfig, InferenceConfig | None, str, str | None]:
+    """``(student, teacher, data file, video root)``, from the recipe or from the options.
+
+    The teacher is shown what the student is shown. It is None where no teacher is named.
+    """
+    if arguments.recipe and any((arguments.student, arguments.teacher, arguments.data)):
+        raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
+    if not arguments.recipe and not (arguments.student and arguments.data):
+        raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
+    from video_opd.config import load_recipe
+
+    if arguments.recipe:
+        from video_opd.curriculum.pool import inference_configs
+
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        return *inference_configs(recipe), recipe.data.train, recipe.data.video_root
+    from video_opd.models.inference import read_inference_pair
+
+    of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
+    if "--teacher.path" in of_teacher or (of_teacher and not arguments.teacher):
+        raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
+    pair = read_inference_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
+    return *pair, arguments.data, None

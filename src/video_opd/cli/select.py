@@ -1,0 +1,92 @@
+"""``video-opd select``: the curriculum's choice of training rows. It needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+
+from video_opd.cli.arguments import add_shared, positive
+from video_opd.cli.output import print_json
+from video_opd.cli.parser import NO_SETTINGS, Parser
+from video_opd.errors import UserError
+from video_opd.progress import log
+
+HELP = "choose training rows by their scores"
+EXAMPLE = (
+    "video-opd select --data pool.jsonl --scores scores.jsonl --strategy topk --k 2500 --out train.jsonl"
+)
+SETTINGS = NO_SETTINGS
+STRATEGIES = ("topk", "dsus", "bbds", "gwds", "gaussian", "random")
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the candidates")
+    parser.add_argument("--scores", required=True, metavar="S.jsonl", help="made by video-opd score")
+    parser.add_argument("--strategy", choices=STRATEGIES, help="needed with --out")
+    parser.add_argument("--k", required=True, type=positive, metavar="N", help="rows to choose")
+    target = parser.exclusive(required=True)
+    target.add_argument("--out", metavar="OUT.jsonl", help="the chosen data rows")
+    target.add_argument(
+        "--explain", action="store_true", help="choose nothing: show what each gate would leave"
+    )
+    parser.add_argument(
+        "--rank-by", choices=("iou_gap", "reverse_kl"), default="iou_gap", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--min-teacher-iou",
+        type=float,
+        metavar="X",
+        help="the gate: rows below it are no candidates; default: 0.5, or none for gaussian and random",
+    )
+    parser.add_argument("--buckets", type=positive, default=5, metavar="N", help="bbds: how many; default: 5")
+    parser.add_argument("--no-fill", action="store_true", help="bbds: leave short buckets short (eq 20)")
+    parser.add_argument(
+        "--center", type=float, metavar="c", help="gwds, gaussian: the centre; default: 0.9, 0.3"
+    )
+    parser.add_argument("--sigma", type=float, metavar="s", help="gwds, gaussian: the width; default: 0.2")
+    add_shared(parser, "--seed", "--video-root", "--json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.explain:
+        _explain(arguments)
+        return
+    if arguments.strategy is None:
+        raise UserError("select --out needs a --strategy; see video-opd select --help")
+    from video_opd.curriculum.samplers import SamplerSettings
+    from video_opd.curriculum.terminal import print_summary
+    from video_opd.curriculum.tvdf import select_file
+
+    settings = SamplerSettings(
+        rank_by=arguments.rank_by,
+        buckets=arguments.buckets,
+        fill=not arguments.no_fill,
+        center=arguments.center,
+        sigma=arguments.sigma,
+        seed=arguments.seed,
+    )
+    _, summary = select_file(
+        arguments.data,
+        arguments.scores,
+        arguments.strategy,
+        arguments.k,
+        settings=settings,
+        min_teacher_iou=arguments.min_teacher_iou,
+        video_root=arguments.video_root,
+        out=arguments.out,
+    )
+    if arguments.json:
+        print_json(summary.to_json())
+    else:
+        print_summary(summary)
+    log(f"wrote {arguments.out}")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from video_opd.curriculum.terminal import print_explanation
+    from video_opd.curriculum.tvdf import explain_file
+
+    table = explain_file(arguments.data, arguments.scores, arguments.k)
+    if arguments.json:
+        print_json([row.to_json() for row in table])
+    else:
+        print_explanation(table, arguments.k)

@@ -1,0 +1,35 @@
+"""``video-opd train``: one post-training run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from video_opd.cli.arguments import add_shared
+from video_opd.cli.output import print_json
+from video_opd.cli.parser import ALL_SETTINGS, Parser
+from video_opd.progress import is_first_process
+
+HELP = "one post-training run; repeated, it continues"
+EXAMPLE = "video-opd train recipes/tiny/video-opd.yaml --optim.lr 1e-4 --run.dir runs/a"
+SETTINGS = ALL_SETTINGS
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    add_shared(parser, "--json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from video_opd.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch is imported
+    from video_opd.training.loop import train
+
+    result = train(recipe)
+    if not is_first_process():
+        return
+    if arguments.json:
+        print_json(asdict(result))
+    else:
+        print(f"{result.steps} steps; model: {result.model}")
