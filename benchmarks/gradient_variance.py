@@ -53,11 +53,10 @@ def main() -> None:
     for sample in read_samples(data):
         one_each.setdefault(sample.video, sample)
     rows = []
-    with student.loader(list(one_each.values())) as loader:
-        for sample, prompt in loader:
-            row = measure(student.policy, teacher, sample, prompt, arguments.rollouts, arguments.sketch)
-            rows.append(row)
-            print(sample.id, json.dumps(row), file=sys.stderr, flush=True)
+    for sample, prompt in student.prompts(list(one_each.values())):
+        row = measure(student.policy, teacher, sample, prompt, arguments.rollouts, arguments.sketch)
+        rows.append(row)
+        print(sample.id, json.dumps(row), file=sys.stderr, flush=True)
     record = {
         "command": sys.argv,
         "machine": machine(),

@@ -135,7 +135,7 @@ def samples_by_video(out: Path, count: int) -> list[list[Sample]]:
 
 def prompts_by_video(model: Any, out: Path, count: int) -> list[list[EncodedPrompt]]:
     chosen = samples_by_video(out, count)
-    prompts = {sample.id: prompt for sample, prompt in model.loader([s for rows in chosen for s in rows])}
+    prompts = {sample.id: prompt for sample, prompt in model.prompts([s for rows in chosen for s in rows])}
     return [[prompts[sample.id] for sample in rows] for rows in chosen]
 
 
@@ -233,7 +233,7 @@ def measure_predict(
         predict(
             model.policy,
             samples,
-            model.loader,
+            model.prompts,
             path,
             made_by={"benchmark": way},
             settings=AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),

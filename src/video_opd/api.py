@@ -279,14 +279,14 @@ def _predicted(
     from video_opd.evaluation.protocols import get_protocol
 
     style = get_protocol(protocol).prompt_style
-    opened = (load(model) if isinstance(model, str | Path) else model).asking(style)
+    opened = (load(model) if isinstance(model, str | Path) else model).with_prompt_style(style)
     thinking = opened.config.prompt.thinking
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "predictions.jsonl"
         predict(
             opened.policy,
             samples,
-            opened.loader,
+            opened.prompts,
             out,
             made_by=opened.made_by(),
             settings=AnswerSettings(max_new_tokens=max_new_tokens, thinking=thinking),

@@ -52,7 +52,7 @@ class FakeLoader:
 class FakePrefix(list[EncodedPrompt]):
     """What a fake policy made of prompts: the prompts."""
 
-    def taken(self, rows: Sequence[int]) -> FakePrefix:
+    def select(self, rows: Sequence[int]) -> FakePrefix:
         return FakePrefix(self[row] for row in rows)
 
 
@@ -68,7 +68,7 @@ class FakePolicy:
         self.read.append([p.sample_id for p in prompts])
         return FakePrefix(prompts)
 
-    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[FakePrefix]:
+    def prefill_chunks(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[FakePrefix]:
         self.read.append([p.sample_id for p in prompts])
         for start in range(0, len(prompts), size):
             yield FakePrefix(prompts[start : start + size])

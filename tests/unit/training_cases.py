@@ -24,7 +24,7 @@ from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
-from video_opd.models.teachers import LocalTeacher, WithoutAdapters
+from video_opd.models.teachers import AdaptersOffReference, LocalTeacher
 from video_opd.training.components import Components, adapt, freeze, prepare, usable_samples
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
@@ -124,7 +124,7 @@ class Build:
 
     def reference(self, policy: HFPolicy) -> Teacher:
         if has_adapters(policy.model) and not trained_in_full(policy.model):
-            return WithoutAdapters(policy)
+            return AdaptersOffReference(policy)
         return LocalTeacher(HFPolicy(self.base(), processor(), self.engine))
 
     def load(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:

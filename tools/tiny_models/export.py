@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from video_opd.models.inference import MODEL_FACTS
+from video_opd.models.inference import SETTINGS_FILE
 from video_opd.models.loading import no_library_bars
 
 # What a tiny model was shown in pretraining: frames of 64×64 to 64×96 pixels, four to six tokens a pair.
@@ -30,4 +30,4 @@ def export(model: Any, processor: Any, path: Path) -> None:
         whole.save_pretrained(path)
     processor.save_pretrained(path)
     shown = {"video": TINY_VIDEO, "prompt": {"style": "paper", "thinking": False}}
-    (path / MODEL_FACTS).write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
+    (path / SETTINGS_FILE).write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ def post_train(pretrained: Path, recipe: str, work: Path) -> Path:
         opened.policy,
         None,
         read_samples(pool),
-        opened.loader,
+        opened.prompts,
         work / "scores.jsonl",
         made_by={"student": facts["model"], "teacher": None, "input": facts["input"]},
         settings=ScoreSettings(k=STUDENT_K, max_new_tokens=16),

@@ -98,7 +98,7 @@ def respond(
     return predict(
         model.policy,
         samples,
-        replace(model, workers=arguments.workers).loader,
+        replace(model, workers=arguments.workers).prompts,
         out,
         made_by=model.made_by(),
         settings=settings,

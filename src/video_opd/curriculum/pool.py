@@ -68,7 +68,7 @@ def score_pool(
         "teacher_dtype": None if teacher is None else teacher.model.dtype,
         "input": opened.made_by()["input"],
     }
-    windows = whole_windows(opened.loader, out) if repeatable else contextlib.nullcontext(opened.loader)
+    windows = whole_windows(opened.prompts, out) if repeatable else contextlib.nullcontext(opened.prompts)
     with windows as loader:
         return score(
             opened.policy,

@@ -163,7 +163,7 @@ def _score_batch(
     if teacher is not None and asked:
         prefix = teacher.prefill([prompts[i] for i in asked])
         if unknown:
-            part = prefix if len(unknown) == len(asked) else prefix.taken(unknown)
+            part = prefix if len(unknown) == len(asked) else prefix.select(unknown)
             asked_now = [prompts[i] for i in unknown]
             taught = answer(teacher, asked_now, settings.teacher, "score teacher", part)
             for i, rollouts in zip(unknown, taught, strict=True):

@@ -25,7 +25,7 @@ from video_opd.types import Clip, EncodedPrompt, Rollout
 
 if TYPE_CHECKING:
     from video_opd.data.encode import PromptEncoder
-    from video_opd.models.interfaces import PartwisePolicy
+    from video_opd.models.interfaces import ChunkedPolicy
 
 
 QUOTED = 120  # characters of what a model wrote, in a line for people
@@ -191,7 +191,7 @@ class GroundedAnswer:
 
 
 def ground(
-    policy: PartwisePolicy,
+    policy: ChunkedPolicy,
     encoder: PromptEncoder,
     budget: VideoBudget,
     video: str | Path,
@@ -262,13 +262,13 @@ def _sample_id(window: Window, query: str) -> str:
 
 
 def _replies(
-    policy: PartwisePolicy, prompts: Sequence[EncodedPrompt], settings: AnswerSettings, batch_size: int
+    policy: ChunkedPolicy, prompts: Sequence[EncodedPrompt], settings: AnswerSettings, batch_size: int
 ) -> Iterator[list[Rollout]]:
     """``settings.n`` rollouts of each prompt, ``batch_size`` at a time, from one reading of the video."""
     size = max(1, batch_size // settings.n)
     step = max(1, batch_size // min(size, len(prompts)))
     greedy = settings.temperature == 0
-    for prefix in policy.prefill_parts(prompts, size):
+    for prefix in policy.prefill_chunks(prompts, size):
         part = prompts[:size]
         prompts = prompts[size:]
         groups: list[list[Rollout]] = [[] for _ in part]

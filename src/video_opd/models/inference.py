@@ -6,7 +6,6 @@ A model that ``video-opd train`` wrote says so itself (``video_opd.json``); any 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from video_opd.types import EncodedPrompt, Sample
 
 
-MODEL_FACTS = "video_opd.json"  # inside a model folder: how it was shown its videos
+SETTINGS_FILE = "video_opd.json"  # inside a model folder: how it was shown its videos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ def _read(
     protocol: PromptAndBudget | None,
     device: str | None,
 ) -> A:
-    facts = read_model_facts(path) or {}
+    facts = read_saved_settings(path) or {}
     tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
     model = {"path": path} | ({"dtype": facts["dtype"]} if "dtype" in facts else {})
     if protocol is not None:
@@ -122,9 +121,9 @@ def read_inference_pair(
     return own, replace(own, model=replace(own.model, path=teacher, dtype=dtype))
 
 
-def read_model_facts(path: str | Path) -> dict[str, Any] | None:
+def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
     """What ``video_opd.json`` of a model folder says, or None where there is none (a stock checkpoint)."""
-    file = Path(path) / MODEL_FACTS
+    file = Path(path) / SETTINGS_FILE
     if not file.exists():
         return None
     try:
@@ -161,7 +160,7 @@ class InferenceModel:
             "input": {"video": asdict(self.config.video), "prompt": asdict(self.config.prompt)},
         }
 
-    def asking(self, style: str) -> InferenceModel:
+    def with_prompt_style(self, style: str) -> InferenceModel:
         """The same model, asked in another prompt style. Raises UserError for an unknown one."""
         from video_opd.data.encode import PromptEncoder
 
@@ -171,33 +170,25 @@ class InferenceModel:
         encoder = PromptEncoder(self.policy.processor, prompt)
         return replace(self, config=replace(self.config, prompt=prompt), encoder=encoder)
 
-    def loader(self, samples: Sequence[Sample]) -> Loading:
-        return Loading(self, samples)
+    def prompts(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
+        """Yields each sample with its prompt, in order; videos are decoded in the background.
 
-
-class Loading(contextlib.AbstractContextManager["Loading"]):
-    """``(sample, prompt)`` pairs, decoded in the background; a row that fails is told and left out."""
-
-    def __init__(self, model: InferenceModel, samples: Sequence[Sample]) -> None:
+        A sample whose video or query fails is left out. The log names it when all others have been yielded.
+        """
         from video_opd.data.loader import PromptLoader
 
-        self.loader = PromptLoader(
+        loader = PromptLoader(
             samples,
-            model.encoder,
-            model.budget,
-            workers=model.workers,
-            max_failed_share=1.0,  # whoever evaluates is told what is missing, and gets the rest
-            backend=model.config.video.backend,
-            cache_dir=model.cache_dir,
+            self.encoder,
+            self.budget,
+            workers=self.workers,
+            max_failed_share=1.0,  # the caller reports missing rows and goes on with the others
+            backend=self.config.video.backend,
+            cache_dir=self.cache_dir,
         )
-
-    def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
-        yield from self.loader
-        for sample, reason in self.loader.skipped:
+        yield from loader
+        for sample, reason in loader.skipped:
             log(f"left out {sample.id}: {reason}")
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 def load_inference_model(

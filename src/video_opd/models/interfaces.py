@@ -19,7 +19,7 @@ class Policy(Protocol):
     def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Any:
         """Read the prompts once, for :meth:`sample` and :meth:`logprobs` to be given in their place.
 
-        The result can be used any number of times while the weights stay; ``.taken(rows)`` is the part of it
+        The result can be used any number of times while the weights stay; ``.select(rows)`` is the part of it
         for some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow.
         """
         ...
@@ -52,10 +52,10 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class PartwisePolicy(Policy, Protocol):
+class ChunkedPolicy(Policy, Protocol):
     """A policy that can be asked more about one video than memory holds at a time."""
 
-    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
+    def prefill_chunks(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
         """:meth:`prefill` of ``size`` prompts at a time; a video that they share is read once for all."""
         ...
 

@@ -36,7 +36,7 @@ from video_opd.models.prompt_batch import (
     pad_responses,
     repeated_pixels,
 )
-from video_opd.models.response_layout import Beside, answer_mask, for_attention
+from video_opd.models.response_layout import ResponseLayout, for_attention, response_attention_mask
 from video_opd.models.sampling import SamplingSettings, draw, rollout_uniforms, sampled_logprobs
 from video_opd.models.sharing import find_trunks
 from video_opd.models.vocabulary import Vocabulary
@@ -98,7 +98,7 @@ class HFPolicy:
         with self._state(grad):
             return next(self._prefills(prompts, len(prompts)))
 
-    def prefill_parts(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Prefix]:
+    def prefill_chunks(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Prefix]:
         """:meth:`prefill` of ``size`` prompts at a time: for more of them than memory can hold.
 
         What prompts have in common (the video) is still read once for all parts.
@@ -212,12 +212,12 @@ class HFPolicy:
                 part = batch if len(rows) == len(prompts) else self._batch([prompts[row] for row in rows])
                 mask_BP = part.attention_mask_BP
             else:
-                part = branches.taken(rows, self.vocabulary.pad_id)
+                part = branches.select(rows, self.vocabulary.pad_id)
                 of_row = [trunks.of_prompt[row] for row in rows]
                 select_rows(cache, of_row, len(trunks.lengths))
                 mask_BP = torch.cat([trunk.attention_mask_BP[of_row], part.attention_mask_BP], dim=1)
             yield Prefix(
-                read_by=self.model,
+                prefilled_by=self.model,
                 last_hidden_BD=self._read(part, mask_BP, cache),
                 prompts=tuple(prompts[row] for row in rows),
                 cache=cache,
@@ -242,7 +242,7 @@ class HFPolicy:
         """The prefix that was given, or one of the prompts that were."""
         if not isinstance(prompts, Prefix):
             return next(self._prefills(prompts, len(prompts)))
-        assert prompts.read_by is self.model, "another model read this prefix"
+        assert prompts.prefilled_by is self.model, "another model read this prefix"
         return prompts
 
     def _continue(
@@ -251,7 +251,7 @@ class HFPolicy:
         """Hidden states [B, Q, D] of tokens number ``first`` onwards; writes to the prefix's cache.
 
         ``ids_BQ`` has ``beside`` answers to each prompt, step after step. ``mask`` is [B, L] over the prompt
-        and one answer so far, or what :func:`answer_mask` makes.
+        and one answer so far, or what :func:`response_attention_mask` makes.
         """
         steps_Q = torch.arange(ids_BQ.shape[1], device=ids_BQ.device) // beside + first
         positions_BQ = prefix.next_position_B[:, None] + steps_Q
@@ -269,9 +269,11 @@ class HFPolicy:
         """[N, R, D] that predict each response token, each prompt read once; leaves ``prefix`` as it is."""
         from video_opd.models.kv_cache import read_only
 
-        if max(repeats) > 1 and self._answers_beside:
+        if max(repeats) > 1 and self._responses_side_by_side:
             return self._beside(
-                replace(prefix, cache=read_only(prefix.cache)), Beside.of(repeats, self.device), ids_NR
+                replace(prefix, cache=read_only(prefix.cache)),
+                ResponseLayout.of(repeats, self.device),
+                ids_NR,
             )
         prefix = prefix.repeated(repeats)
         prefix = replace(prefix, cache=read_only(prefix.cache))
@@ -282,18 +284,18 @@ class HFPolicy:
         mask_NL = torch.cat([prefix.attention_mask_BP, mask_NR[:, :-1].long()], dim=1)
         return torch.cat([first_N1D, self._continue(prefix, ids_NR[:, :-1], mask_NL, first=0)], dim=1)
 
-    def _beside(self, prefix: Prefix, beside: Beside, ids_NR: torch.Tensor) -> torch.Tensor:
+    def _beside(self, prefix: Prefix, beside: ResponseLayout, ids_NR: torch.Tensor) -> torch.Tensor:
         """The same with all answers to a prompt in one row. Padding comes last and is seen by nobody else."""
         first_N1D = prefix.last_hidden_BD[beside.prompt_N][:, None]
         if ids_NR.shape[1] <= 1:
             return first_N1D[:, : ids_NR.shape[1]]
         ids_BQ = beside.laid_out(ids_NR[:, :-1], self.vocabulary.pad_id)
-        mask = self._answer_mask(prefix, beside.width, first=0, steps=ids_NR.shape[1] - 1)
+        mask = self._response_mask(prefix, beside.width, first=0, steps=ids_NR.shape[1] - 1)
         hidden_BQD = self._continue(prefix, ids_BQ, mask, first=0, beside=beside.width)
         return torch.cat([first_N1D, beside.picked(hidden_BQD)], dim=1)
 
-    def _answer_mask(self, prefix: Prefix, beside: int, first: int, steps: int) -> torch.Tensor:
-        mask_B1QK = answer_mask(prefix.attention_mask_BP, beside, first, steps)
+    def _response_mask(self, prefix: Prefix, beside: int, first: int, steps: int) -> torch.Tensor:
+        mask_B1QK = response_attention_mask(prefix.attention_mask_BP, beside, first, steps)
         dtype = prefix.last_hidden_BD.dtype if self.compute_dtype is None else self.compute_dtype
         return for_attention(mask_B1QK, self._attention, dtype)
 
@@ -302,7 +304,7 @@ class HFPolicy:
         return self.model.config.text_config._attn_implementation
 
     @property
-    def _answers_beside(self) -> bool:
+    def _responses_side_by_side(self) -> bool:
         """Whether the attention takes a mask of ours; flash attention is given the prompt once an answer."""
         return self._attention in ("sdpa", "eager")
 
@@ -424,7 +426,7 @@ class _PrefixDecoder(_Decoder):
         from video_opd.models.kv_cache import grow_in_place
 
         self.policy = policy
-        self.beside = n if policy._answers_beside else 1
+        self.beside = n if policy._responses_side_by_side else 1
         self.prefix = prefix.repeated([n // self.beside] * len(prefix))
         grow_in_place(self.prefix.cache, self.beside)
         self.mask_BL, self.done = self.prefix.attention_mask_BP, 0
@@ -437,7 +439,7 @@ class _PrefixDecoder(_Decoder):
             self.mask_BL = torch.cat([self.mask_BL, torch.ones_like(token_B)[:, None]], dim=1)
             mask = self.mask_BL
         else:
-            mask = self.policy._answer_mask(self.prefix, self.beside, self.done, 1)
+            mask = self.policy._response_mask(self.prefix, self.beside, self.done, 1)
         ids_BG = token_B.view(-1, self.beside)
         hidden_BGD = self.policy._continue(self.prefix, ids_BG, mask, self.done, self.beside)
         self.done += 1

@@ -32,7 +32,7 @@ class Prefix:
     it.
     """
 
-    read_by: nn.Module
+    prefilled_by: nn.Module
     prompts: tuple[EncodedPrompt, ...]
     cache: DynamicCache
     attention_mask_BP: torch.Tensor
@@ -45,9 +45,9 @@ class Prefix:
 
     def repeated(self, repeats: Sequence[int]) -> Prefix:
         """Prompt b ``repeats[b]`` times in a row; see :meth:`taken`."""
-        return self.taken(row_index(repeats).tolist())
+        return self.select(row_index(repeats).tolist())
 
-    def taken(self, rows: Sequence[int]) -> Prefix:
+    def select(self, rows: Sequence[int]) -> Prefix:
         """Prompt ``rows[i]`` at place i, with a cache that may be written to.
 
         Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order.
@@ -56,7 +56,7 @@ class Prefix:
         select_rows(cache, rows, len(self))
         index = torch.tensor(rows, device=self.next_position_B.device)
         return Prefix(
-            read_by=self.read_by,
+            prefilled_by=self.prefilled_by,
             prompts=tuple(self.prompts[row] for row in rows),
             cache=cache,
             attention_mask_BP=self.attention_mask_BP[index],

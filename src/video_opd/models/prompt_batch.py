@@ -56,7 +56,7 @@ class PromptBatch:
             videos_of_prompt=tuple(self.videos_of_prompt[row] for row in rows.tolist()),
         )
 
-    def taken(self, rows: Sequence[int], pad_id: int) -> PromptBatch:
+    def select(self, rows: Sequence[int], pad_id: int) -> PromptBatch:
         """Some rows of a batch without videos, without the columns that are padding in all of them."""
         lengths = self.attention_mask_BP[list(rows)].sum(1).tolist()
         ends = [self.input_ids_BP.shape[1]] * len(rows)

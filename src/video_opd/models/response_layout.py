@@ -20,7 +20,9 @@ import torch
 from video_opd.models.prompt_batch import row_index
 
 
-def answer_mask(prompt_mask_BP: torch.Tensor, beside: int, first: int, steps: int) -> torch.Tensor:
+def response_attention_mask(
+    prompt_mask_BP: torch.Tensor, beside: int, first: int, steps: int
+) -> torch.Tensor:
     """Bool [B, 1, Q, K]: what the ``steps`` tokens from ``first`` on, of ``beside`` = G answers, see.
 
     Q is ``steps * beside``, K is ``P + (first + steps) * beside``.
@@ -44,7 +46,7 @@ def for_attention(mask_B1QK: torch.Tensor, implementation: str, dtype: torch.dty
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Beside:
+class ResponseLayout:
     """Where the answer of each flat row stands: prompt ``prompt_N``, place ``place_N`` of ``width`` = G."""
 
     prompt_N: torch.Tensor
@@ -53,7 +55,7 @@ class Beside:
     prompts: int
 
     @classmethod
-    def of(cls, repeats: Sequence[int], device: torch.device) -> Beside:
+    def of(cls, repeats: Sequence[int], device: torch.device) -> ResponseLayout:
         """Of ``repeats[b]`` answers to prompt b."""
         places = [place for count in repeats for place in range(count)]
         return cls(

@@ -53,7 +53,7 @@ class LocalTeacher:
         return _finite(scores, prompts, responses, self.nonfinite)
 
 
-class WithoutAdapters:
+class AdaptersOffReference:
     """The student as it was before its first step: its adapters are switched off while it scores.
 
     A :class:`~video_opd.models.interfaces.Teacher` that needs no memory of its own. Only for a student of
@@ -114,7 +114,7 @@ class RoutedTeacher:
         for i in order:
             starts[i], row = row, row + len(responses[i])
         rows = torch.tensor([starts[i] + j for i in range(len(prompts)) for j in range(len(responses[i]))])
-        whole = stack(scored)
+        whole = join_logprobs(scored)
         rows = rows.to(whole.mask_BT.device)
         return TokenLogprobs(
             logprobs_BT=whole.logprobs_BT[rows],
@@ -151,7 +151,7 @@ def _finite(
     )
 
 
-def stack(pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:
+def join_logprobs(pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:
     """Joins scores that were padded to different lengths, row after row."""
     longest = max(piece.mask_BT.shape[1] for piece in pieces)
 

@@ -60,7 +60,7 @@ class Answerer:
         predict(
             self.opened.policy,
             samples,
-            self.opened.loader,
+            self.opened.prompts,
             self.out,
             made_by=self.opened.made_by(),
             settings=self.settings,

@@ -22,7 +22,7 @@ import torch
 
 from video_opd.config import Recipe
 from video_opd.files import replacing_folder
-from video_opd.models.inference import MODEL_FACTS
+from video_opd.models.inference import SETTINGS_FILE
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of
@@ -149,7 +149,7 @@ def _fill_model_folder(
         "video": video,
         "prompt": asdict(recipe.prompt),
     }
-    (folder / MODEL_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

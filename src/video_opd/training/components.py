@@ -22,7 +22,7 @@ from video_opd.models.loading import DTYPES, check_same_tokens, load_model, read
 from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
 from video_opd.models.parts import cast_weights, part_modules
 from video_opd.models.policy import HFPolicy
-from video_opd.models.teachers import LocalTeacher, RoutedTeacher, WithoutAdapters
+from video_opd.models.teachers import AdaptersOffReference, LocalTeacher, RoutedTeacher
 from video_opd.progress import log
 from video_opd.training.memory import recomputes
 from video_opd.training.run_folder import RunFolder
@@ -215,7 +215,7 @@ def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Te
     Where only adapters are trained, that is the student itself without them; otherwise a copy.
     """
     if has_adapters(policy.model) and not trained_in_full(policy.model):
-        return WithoutAdapters(policy, nonfinite=recipe.loss.nonfinite)
+        return AdaptersOffReference(policy, nonfinite=recipe.loss.nonfinite)
     loaded = load_model(recipe.model.path, dtype=recipe.model.dtype, device=device, attn=recipe.model.attn)
     return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
 

@@ -28,7 +28,7 @@ from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.interfaces import Responses, Teacher
 from video_opd.models.modes import call_through
-from video_opd.models.teachers import stack
+from video_opd.models.teachers import join_logprobs
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row, micro_batches
 from video_opd.training.components import Components
@@ -323,7 +323,7 @@ class Stepper:
             )
             for i in range(0, len(prompts), size)
         ]
-        return scores[0] if len(scores) == 1 else stack(scores)
+        return scores[0] if len(scores) == 1 else join_logprobs(scores)
 
     def _exchanging_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients are added up locally, and exchanged by the backward of the last micro-batch. Shards are

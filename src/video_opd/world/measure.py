@@ -34,7 +34,7 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
     predict(
         opened.policy,
         samples,
-        opened.loader,
+        opened.prompts,
         answers,
         made_by=opened.made_by(),
         settings=AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),

@@ -56,7 +56,7 @@ def test_sampling_scoring_and_gradients_stay_on_the_device(engine: str, recomput
             taught = teacher.logprobs(mixed_prompts(), answers, full=True)
             assert scored.logprobs_BT.device == taught.logprobs_BT.device == GPU
             ((scored.logprobs_BT - taught.logprobs_BT) * scored.mask_BT).sum().backward()
-        for part in student.prefill_parts(mixed_prompts(), 2) if engine == "prefix" else ():
+        for part in student.prefill_chunks(mixed_prompts(), 2) if engine == "prefix" else ():
             student.sample(part, n=2, max_new_tokens=3, temperature=0)
 
 

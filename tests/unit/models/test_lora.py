@@ -35,7 +35,7 @@ from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import load_model
 from video_opd.models.lora import adapters_off, add_adapters, load_adapter, merge_adapters, save_adapter
 from video_opd.models.policy import HFPolicy
-from video_opd.models.teachers import LocalTeacher, WithoutAdapters
+from video_opd.models.teachers import AdaptersOffReference, LocalTeacher
 from video_opd.training.checkpoint import find_checkpoints, save_model_folder
 from video_opd.training.components import adapt, load_reference, load_student, make_optimizer
 from video_opd.training.loop import RunResult, train
@@ -373,7 +373,7 @@ def test_the_reference_is_the_student_without_them(tmp_path: Path) -> None:
     student = trained()
     policy = HFPolicy(student, processor())
     reference = load_reference(lora_recipe(tmp_path, PARTS), policy, torch.device("cpu"))
-    assert isinstance(reference, WithoutAdapters) and isinstance(reference, Teacher)
+    assert isinstance(reference, AdaptersOffReference) and isinstance(reference, Teacher)
     expected = scores(model(0, sharpness=8.0))
     before = scores(student)
     found = reference.logprobs(mixed_prompts(), RESPONSES, full=True)
@@ -394,7 +394,7 @@ def test_the_reference_is_a_copy_where_something_is_trained_in_full(tmp_path: Pa
     settings: dict[str, Any] = {"freeze": [], "path": str(tmp_path)}
     student = trained(("vision",), model=settings)
     with pytest.raises(AssertionError, match="in full"):
-        WithoutAdapters(HFPolicy(student, processor()))
+        AdaptersOffReference(HFPolicy(student, processor()))
     recipe = lora_recipe("run", ("vision",), model=settings)
     reference = load_reference(recipe, HFPolicy(student, processor()), torch.device("cpu"))
     assert isinstance(reference, LocalTeacher) and reference.policy.model is not student
@@ -411,7 +411,7 @@ def test_a_reference_that_is_not_finite_names_its_sample() -> None:
     with torch.no_grad():
         student.model.language_model.embed_tokens.weight[10] = torch.nan
     with pytest.raises(UserError, match="log-probability of response token"):
-        WithoutAdapters(HFPolicy(student, processor())).logprobs(mixed_prompts(), RESPONSES)
+        AdaptersOffReference(HFPolicy(student, processor())).logprobs(mixed_prompts(), RESPONSES)
 
 
 # -------------------------------------------------------------------------------------------------- a run

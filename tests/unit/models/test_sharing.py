@@ -200,7 +200,7 @@ def test_scores_on_a_prefix_are_scores_on_its_prompts(case: str) -> None:
 def test_a_part_of_a_prefix_answers_for_its_prompts() -> None:
     prompts, student = prompts_of("mixed"), policy()
     rows = [6, 0, 3]
-    part = student.prefill(prompts).taken(rows)
+    part = student.prefill(prompts).select(rows)
     assert [p.sample_id for p in part.prompts] == [prompts[row].sample_id for row in rows]
     got = student.sample(part, n=2, max_new_tokens=4, seeds=[seeds_of(8, 2)[row] for row in rows])
     whole = student.sample(prompts, n=2, max_new_tokens=4, seeds=seeds_of(8, 2))
@@ -239,7 +239,7 @@ def test_parts_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
     patches, columns = shapes_of(student)
     assert torch.is_grad_enabled()
     parts = []
-    for part in student.prefill_parts(prompts, size):
+    for part in student.prefill_chunks(prompts, size):
         assert torch.is_grad_enabled()  # the caller's own state, between the parts
         parts.append(part)
     clips = len({prompt.clip_digest for prompt in prompts})
@@ -257,12 +257,12 @@ def test_parts_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
 def test_prompts_without_a_common_video_are_read_part_by_part() -> None:
     prompts, student = mixed_prompts()[:2], policy()
     patches, _ = shapes_of(student)
-    parts = student.prefill_parts(prompts, 1)
+    parts = student.prefill_chunks(prompts, 1)
     next(parts)
     assert len(patches) == 1  # the second video waits
     got = [
         student.sample(part, max_new_tokens=6, temperature=0)[0][0]
-        for part in student.prefill_parts(prompts, 1)
+        for part in student.prefill_chunks(prompts, 1)
     ]
     expected = flat(student.sample(prompts, max_new_tokens=6, temperature=0))
     assert [r.token_ids for r in got] == [r.token_ids for r in expected]

@@ -7,7 +7,7 @@ import torch
 from model_cases import mixed_prompts, model, processor
 
 from video_opd.errors import UserError
-from video_opd.models.interfaces import PartwisePolicy, Policy, Teacher
+from video_opd.models.interfaces import ChunkedPolicy, Policy, Teacher
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher, RoutedTeacher
 
@@ -43,7 +43,7 @@ def test_it_is_frozen() -> None:
     teacher = LocalTeacher(policy)
     assert not any(p.requires_grad for p in policy.model.parameters()) and not policy.model.training
     assert not teacher.logprobs(mixed_prompts()[:1], [[[9, 10]]]).logprobs_BT.requires_grad
-    assert isinstance(teacher, Teacher) and isinstance(policy, PartwisePolicy) and isinstance(policy, Policy)
+    assert isinstance(teacher, Teacher) and isinstance(policy, ChunkedPolicy) and isinstance(policy, Policy)
 
 
 def broken_teacher(nonfinite: str) -> LocalTeacher:

@@ -21,7 +21,7 @@ from training_cases import make_recipe
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.files import discard_unfinished
-from video_opd.models.inference import read_model_facts
+from video_opd.models.inference import read_saved_settings
 from video_opd.models.loading import load_model
 from video_opd.training.checkpoint import (
     Checkpoint,
@@ -119,14 +119,14 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, recipe: Recipe,
 def test_a_model_folder_says_how_it_was_shown_its_videos(tmp_path: Path):
     recipe = make_recipe(tmp_path, video={"max_video_tokens": 512}, prompt={"thinking": True})
     save_model_folder(model(3), processor(), tmp_path / "model", recipe)
-    facts = read_model_facts(tmp_path / "model")
+    facts = read_saved_settings(tmp_path / "model")
     assert facts is not None and facts["video"]["max_video_tokens"] == 512
     assert "backend" not in facts["video"]  # how to decode is this machine's matter
     assert facts["prompt"] == {"style": "paper", "thinking": True} and facts["method"] == "video-opd"
-    assert read_model_facts(tmp_path) is None
+    assert read_saved_settings(tmp_path) is None
     (tmp_path / "model" / "video_opd.json").write_text("{")
     with pytest.raises(UserError, match=r"video_opd\.json"):
-        read_model_facts(tmp_path / "model")
+        read_saved_settings(tmp_path / "model")
 
 
 def test_a_model_folder_is_replaced_whole(tmp_path: Path):

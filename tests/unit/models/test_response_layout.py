@@ -9,7 +9,7 @@ import torch
 from model_cases import mixed_prompts, model, processor
 
 from video_opd.models.policy import HFPolicy
-from video_opd.models.response_layout import Beside, answer_mask
+from video_opd.models.response_layout import ResponseLayout, response_attention_mask
 
 RESPONSES: Any = [[(9, 145, 296), (46, 25, 9, 354, 122)], [(57,)], [(20, 21), (22, 23, 24, 25), (26, 27, 28)]]
 
@@ -18,7 +18,7 @@ RESPONSES: Any = [[(9, 145, 296), (46, 25, 9, 354, 122)], [(57,)], [(20, 21), (2
 def test_the_mask_is_what_a_loop_says(first: int, steps: int) -> None:
     prompt_mask_BP = torch.tensor([[0, 1, 1], [1, 1, 1]])
     beside = 2
-    mask = answer_mask(prompt_mask_BP, beside, first, steps)
+    mask = response_attention_mask(prompt_mask_BP, beside, first, steps)
     assert mask.shape == (2, 1, steps * beside, 3 + (first + steps) * beside) and mask.dtype == torch.bool
     for row in range(2):
         for query in range(steps * beside):
@@ -33,7 +33,7 @@ def test_the_mask_is_what_a_loop_says(first: int, steps: int) -> None:
 
 
 def test_what_is_laid_out_is_found_again() -> None:
-    beside = Beside.of([2, 1, 3], torch.device("cpu"))
+    beside = ResponseLayout.of([2, 1, 3], torch.device("cpu"))
     ids_NR = torch.arange(24).reshape(6, 4) + 1
     ids_BQ = beside.laid_out(ids_NR, pad_id=0)
     assert ids_BQ.shape == (3, 12)
@@ -63,7 +63,7 @@ def found(of: HFPolicy) -> tuple[Any, ...]:
 def test_side_by_side_is_as_on_copies(attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On copies is what an attention without masks of ours is given."""
     tokens, rollouts, scores, gradients = found(policy(attn))
-    monkeypatch.setattr(HFPolicy, "_answers_beside", False)
+    monkeypatch.setattr(HFPolicy, "_responses_side_by_side", False)
     on_copies = found(policy(attn))
     assert tokens == on_copies[0]
     for group, others in zip(rollouts, on_copies[1], strict=True):
