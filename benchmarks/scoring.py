@@ -38,7 +38,7 @@ import transformers
 
 from video_opd.data.annotations import read_samples
 from video_opd.evaluation.batching import by_video
-from video_opd.evaluation.predict import AnswerSettings, predict
+from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.jsonl import read_jsonl
 from video_opd.models.inference import InferenceModel, load_inference_model, read_inference_config
 from video_opd.models.policy import HFPolicy
@@ -235,8 +235,8 @@ def measure_predict(
             samples,
             model.prompts,
             path,
-            made_by={"benchmark": way},
-            settings=AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),
+            provenance={"benchmark": way},
+            settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
             batch_size=batch_sizes[way],
             overwrite=True,
         )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, overload
 from video_opd.errors import UserError
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.metrics import ConstantAnswer, Metrics, QuerySwap
+    from video_opd.evaluation.metrics import ConstantPrediction, Metrics, QuerySwap
     from video_opd.grounding.ground import GroundedAnswer
     from video_opd.models.inference import InferenceModel
     from video_opd.types import Prediction, Sample
@@ -126,7 +126,7 @@ def ground(
         for answer in ground(model, "kitchen.mp4", ["the cup falls", "he opens the door"]):
             print(answer.query, answer.span)
     """
-    from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.evaluation.predict import GenerationSettings
     from video_opd.grounding.ground import ground as run
 
     opened = load(model) if isinstance(model, str | Path) else model
@@ -136,7 +136,7 @@ def ground(
         opened.budget,
         video,
         [query] if isinstance(query, str) else list(query),
-        settings=AnswerSettings.choose(
+        settings=GenerationSettings.choose(
             samples,
             temperature,
             max_new_tokens=max_new_tokens,
@@ -156,7 +156,7 @@ class Evaluation:
     """Metrics, and beside them what they are worth (docs/evaluation.md). ``str()`` is what is printed."""
 
     metrics: Metrics
-    best_constant: ConstantAnswer | None  # None without durations
+    best_constant: ConstantPrediction | None  # None without durations
     query_swap: QuerySwap | None  # None where no video has two queries to tell apart
 
     @property
@@ -259,13 +259,13 @@ def _given(
 def _read(
     path: str | Path, samples: list[Sample], protocol: str
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
-    from video_opd.evaluation.prediction_files import made_otherwise, read_answers
+    from video_opd.evaluation.predictions import file_deviations, read_model_predictions
     from video_opd.evaluation.protocols import get_protocol
 
     asked = get_protocol(protocol)
-    answers = read_answers([path], asked, name="model")
+    answers = read_model_predictions([path], asked, name="model")
     found, _ = answers.of(samples)
-    return found, made_otherwise(answers.files, asked)
+    return found, file_deviations(answers.files, asked)
 
 
 def _predicted(
@@ -275,7 +275,7 @@ def _predicted(
     max_new_tokens: int,
     batch_size: int,
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
-    from video_opd.evaluation.predict import AnswerSettings, predict
+    from video_opd.evaluation.predict import GenerationSettings, predict
     from video_opd.evaluation.protocols import get_protocol
 
     style = get_protocol(protocol).prompt_style
@@ -288,8 +288,8 @@ def _predicted(
             samples,
             opened.prompts,
             out,
-            made_by=opened.made_by(),
-            settings=AnswerSettings(max_new_tokens=max_new_tokens, thinking=thinking),
+            provenance=opened.provenance(),
+            settings=GenerationSettings(max_new_tokens=max_new_tokens, thinking=thinking),
             batch_size=batch_size,
         )
         return _read(out, samples, protocol)

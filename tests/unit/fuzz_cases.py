@@ -200,8 +200,8 @@ def prediction_case(rng: random.Random, folder: Path) -> str:
     answers.write_bytes(broken_rows(rng, prediction_rows()))
     note.unlink(missing_ok=True)
     if rng.random() < 0.3:
-        made_by = {"input": {"prompt": {"style": "paper"}, "video": {"fps": 2.0}}, "answers": {"n": 1}}
-        note.write_bytes(broken_rows(rng, [made_by]))
+        provenance = {"input": {"prompt": {"style": "paper"}, "video": {"fps": 2.0}}, "answers": {"n": 1}}
+        note.write_bytes(broken_rows(rng, [provenance]))
     form = rng.choice(("text", "markdown", "latex", "json"))
     protocol = rng.choice(("paper", "timelens"))
     words = ("--protocol", protocol, "--format", form, "--any-protocol")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.evaluation.predict import AnswerSettings
+from video_opd.evaluation.predict import GenerationSettings
 from video_opd.types import Sample
 
-MADE_BY = {"model": "abc", "input": {"video": {"fps": 2.0}}}
+PROVENANCE = {"model": "abc", "input": {"video": {"fps": 2.0}}}
 
 
-SAMPLED = AnswerSettings(n=3, temperature=1.0, seed=4)
+SAMPLED = GenerationSettings(n=3, temperature=1.0, seed=4)
 
 
 def seeded(sample_id: str, seed: int | None) -> str:

@@ -28,14 +28,14 @@ def post_train(pretrained: Path, recipe: str, work: Path) -> Path:
     """
     pool = make_world(work / "pool", videos={"train": POOL_VIDEOS}, seed=POOL_SEED, track=track)["train"]
     opened = load_inference_model(read_inference_config(str(pretrained), []), cache_dir=work / "clips")
-    facts = opened.made_by()
+    facts = opened.provenance()
     score(
         opened.policy,
         None,
         read_samples(pool),
         opened.prompts,
         work / "scores.jsonl",
-        made_by={"student": facts["model"], "teacher": None, "input": facts["input"]},
+        provenance={"student": facts["model"], "teacher": None, "input": facts["input"]},
         settings=ScoreSettings(k=STUDENT_K, max_new_tokens=16),
         batch_size=32,
     )

@@ -22,7 +22,7 @@ from video_opd.progress import log
 
 if TYPE_CHECKING:
     from video_opd.evaluation.comparison import Comparison
-    from video_opd.evaluation.prediction_files import Answers
+    from video_opd.evaluation.predictions import ModelPredictions
     from video_opd.evaluation.protocols import Protocol
     from video_opd.types import Sample
 
@@ -199,7 +199,7 @@ def _data_sets(files: Mapping[str, Sequence[str]], arguments: argparse.Namespace
     return {name: read_samples(paths[0], arguments.video_root) for name, paths in files.items()}
 
 
-def _baseline(arguments: argparse.Namespace, protocol: Protocol) -> Answers | None:
+def _baseline(arguments: argparse.Namespace, protocol: Protocol) -> ModelPredictions | None:
     if not arguments.baseline:
         return None
     files = named_files(arguments.baseline, "--baseline")
@@ -209,10 +209,12 @@ def _baseline(arguments: argparse.Namespace, protocol: Protocol) -> Answers | No
     return _read([path for paths in files.values() for path in paths], name, arguments, protocol)
 
 
-def _read(paths: Sequence[str], name: str, arguments: argparse.Namespace, protocol: Protocol) -> Answers:
-    from video_opd.evaluation.prediction_files import read_answers
+def _read(
+    paths: Sequence[str], name: str, arguments: argparse.Namespace, protocol: Protocol
+) -> ModelPredictions:
+    from video_opd.evaluation.predictions import read_model_predictions
 
-    return read_answers(
+    return read_model_predictions(
         paths,
         protocol,
         name=name,
@@ -223,7 +225,7 @@ def _read(paths: Sequence[str], name: str, arguments: argparse.Namespace, protoc
 
 def _models(
     arguments: argparse.Namespace, protocol: Protocol, data_sets: Mapping[str, list[Sample]]
-) -> list[Answers]:
+) -> list[ModelPredictions]:
     if arguments.predictions:
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]} changes how a model answers: give --model")
@@ -236,8 +238,8 @@ def _models(
 
 def _answer(
     arguments: argparse.Namespace, protocol: Protocol, data_sets: Mapping[str, list[Sample]]
-) -> Answers:
-    from video_opd.evaluation.prediction_cache import kept_path
+) -> ModelPredictions:
+    from video_opd.evaluation.prediction_cache import cached_predictions_path
     from video_opd.models.inference import load_inference_model, read_inference_config
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would answer everything
@@ -251,8 +253,8 @@ def _answer(
     model = load_inference_model(config, arguments.device)
     files = []
     for name, samples in data_sets.items():
-        made_by = {**model.made_by(), "answers": asdict(settings)}
-        out = arguments.answers or str(kept_path(made_by, samples))
+        provenance = {**model.provenance(), "answers": asdict(settings)}
+        out = arguments.answers or str(cached_predictions_path(provenance, samples))
         log(f"{name}: the answers are kept in {out}")
         predict.respond(arguments, model, samples, out, settings)
         files.append(out)

@@ -71,7 +71,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.data.video import probe
-    from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.evaluation.predict import GenerationSettings
     from video_opd.grounding.ground import ground
     from video_opd.grounding.output_formats import FORMATS
     from video_opd.models.inference import load_inference_model, read_inference_config
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     window_s, overlap_s = _windows(arguments)
     _check_targets(arguments, video)
     config = read_inference_config(arguments.model, arguments.overrides)
-    settings = AnswerSettings.choose(
+    settings = GenerationSettings.choose(
         arguments.samples,
         arguments.temperature,
         max_new_tokens=arguments.max_new_tokens,

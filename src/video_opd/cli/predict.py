@@ -13,7 +13,7 @@ from video_opd.errors import UserError
 from video_opd.progress import is_first_process
 
 if TYPE_CHECKING:
-    from video_opd.evaluation.predict import AnswerSettings, PredictResult
+    from video_opd.evaluation.predict import GenerationSettings, PredictResult
     from video_opd.models.inference import InferenceConfig, InferenceModel
     from video_opd.processes import Processes
     from video_opd.types import Sample
@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def response_settings(
     arguments: argparse.Namespace, config: InferenceConfig, *, n: int = 1, temperature: float = 0.0
-) -> AnswerSettings:
+) -> GenerationSettings:
     """The length of responses is that of ``--max-new-tokens``, or that of the protocol of the prompt."""
-    from video_opd.evaluation.predict import AnswerSettings
+    from video_opd.evaluation.predict import GenerationSettings
     from video_opd.evaluation.protocols import PROTOCOLS, protocol_of
 
     length = arguments.max_new_tokens
@@ -75,7 +75,7 @@ def response_settings(
         )
     if length is None:
         length = (protocol_of(config.prompt.style) or PROTOCOLS["paper"]).max_new_tokens
-    return AnswerSettings(
+    return GenerationSettings(
         n=n,
         temperature=temperature,
         max_new_tokens=length,
@@ -89,7 +89,7 @@ def respond(
     model: InferenceModel,
     samples: list[Sample],
     out: str,
-    settings: AnswerSettings,
+    settings: GenerationSettings,
     processes: Processes | None = None,
 ) -> PredictResult:
     """Lets the model answer the samples whose rows are not in ``out`` yet."""
@@ -100,7 +100,7 @@ def respond(
         samples,
         replace(model, workers=arguments.workers).prompts,
         out,
-        made_by=model.made_by(),
+        provenance=model.provenance(),
         settings=settings,
         batch_size=arguments.batch_size,
         overwrite=arguments.overwrite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.config import Recipe
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
-from video_opd.evaluation.batching import whole_windows
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import InferenceConfig, InferenceModel, load_inference_model
 from video_opd.models.loading import check_same_tokens
@@ -61,28 +59,27 @@ def score_pool(
     other = None if teacher is None else Opening(lambda: _open_teacher(teacher, opened, device))
     if other is not None and teacher_from is None:
         other.load()
-    made_by: dict[str, Any] = {
-        "student": opened.made_by()["model"],
+    provenance: dict[str, Any] = {
+        "student": opened.provenance()["model"],
         "student_dtype": student.model.dtype,
         "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
         "teacher_dtype": None if teacher is None else teacher.model.dtype,
-        "input": opened.made_by()["input"],
+        "input": opened.provenance()["input"],
     }
-    windows = whole_windows(opened.prompts, out) if repeatable else contextlib.nullcontext(opened.prompts)
-    with windows as loader:
-        return score(
-            opened.policy,
-            other,
-            samples,
-            loader,
-            out,
-            made_by=made_by,
-            settings=settings,
-            batch_size=batch_size,
-            teacher_from=teacher_from,
-            overwrite=overwrite,
-            processes=processes,
-        )
+    return score(
+        opened.policy,
+        other,
+        samples,
+        opened.prompts,
+        out,
+        provenance=provenance,
+        settings=settings,
+        batch_size=batch_size,
+        teacher_from=teacher_from,
+        overwrite=overwrite,
+        repeatable=repeatable,
+        processes=processes,
+    )
 
 
 def _open_teacher(teacher: InferenceConfig, student: InferenceModel, device: str | None) -> Policy:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import Item, MakeLoader, length_batches
+from video_opd.evaluation.batching import Item, MakeLoader, windows_of_batches
 from video_opd.evaluation.output import Output
-from video_opd.evaluation.predict import AnswerSettings, answer, unanswered
-from video_opd.evaluation.resume import read_note
+from video_opd.evaluation.predict import GenerationSettings, generate_responses, samples_without_rows
+from video_opd.evaluation.resume import read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.processes import Processes
 from video_opd.progress import log, task
@@ -50,15 +50,15 @@ class ScoreSettings:
     reverse_kl: bool = False
 
     @property
-    def teacher(self) -> AnswerSettings:
+    def teacher(self) -> GenerationSettings:
         return self._answers(self.k)
 
     @property
-    def student(self) -> AnswerSettings:
+    def student(self) -> GenerationSettings:
         return self._answers(self.k if self.student_k is None else self.student_k)
 
-    def _answers(self, n: int) -> AnswerSettings:
-        return AnswerSettings(
+    def _answers(self, n: int) -> GenerationSettings:
+        return GenerationSettings(
             n=n,
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
@@ -87,44 +87,49 @@ def score(
     make_loader: MakeLoader,
     out: str | Path,
     *,
-    made_by: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     settings: ScoreSettings | None = None,
     batch_size: int = 8,
     teacher_from: str | Path | None = None,
     overwrite: bool = False,
+    repeatable: bool = False,
     processes: Processes | None = None,
 ) -> ScoreResult:
     """Appends a row of the scores file for every sample that has none.
 
-    Without a ``teacher`` only the student answers, which is all that GRPO's choice by difficulty needs (D.1).
-    ``made_by`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
+    Without a ``teacher`` only the student responds: all that GRPO's choice by difficulty needs (D.1).
+    ``provenance`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
     (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` is an earlier scores
     file: the teacher's part of its rows is taken over if the same teacher made them from the same input and
-    settings. Of several ``processes`` each scores whole videos. Raises :class:`UserError` where another
-    teacher made them, and where ``out`` holds rows that something else made.
+    settings. ``repeatable``: a killed output ends with the same bytes as another
+    (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
+    Raises :class:`UserError` where another teacher made the rows of ``teacher_from``, and where something
+    else made the rows of ``out``.
     """
     settings = settings or ScoreSettings()
     if teacher is None and (settings.reverse_kl or teacher_from is not None):
         raise UserError("scores without a teacher have no reverse KL and no teacher's part: name the teacher")
     # Checked now, not after the first video; and what the two parts of a row depend on.
-    note = {
-        **made_by,
+    provenance = {
+        **provenance,
         "teacher_answers": asdict(settings.teacher),
         "student_answers": asdict(settings.student),
         "reverse_kl": settings.reverse_kl,
     }
-    output = Output(out, note, overwrite=overwrite, processes=processes)
+    output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
     wanted = [sample for sample in samples if sample.spans or settings.reverse_kl]
-    todo = unanswered(wanted, output.rows, out)
-    known = {} if teacher_from is None else _teacher_rows(teacher_from, note, todo)
+    todo = samples_without_rows(wanted, output.rows, out)
+    known = {} if teacher_from is None else _teacher_rows(teacher_from, provenance, todo)
     kept = len(wanted) - len(todo)
     reuse = f", the teacher's part of {len(known)} is reused" if known else ""
     log(f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score{reuse}")
     mine = output.processes.share(todo)
     with task("scoring", len(mine)) as bar:
-        for batch in length_batches(make_loader(mine) if mine else (), batch_size):
-            output.append(_score_batch(student, teacher, batch, settings, known))
-            bar.advance(len(batch))
+        for window in windows_of_batches(make_loader(mine) if mine else (), batch_size):
+            for batch in window:
+                output.append(_score_batch(student, teacher, batch, settings, known))
+                bar.advance(len(batch))
+            output.end_window()
     output.finish(samples)
     scored = [sample for sample in todo if sample.id in output.ids]
     return ScoreResult(
@@ -147,7 +152,7 @@ def _score_batch(
     time."""
     prompts = [prompt for _, prompt in batch]
     prefix = student.prefill(prompts)
-    written = answer(student, prompts, settings.student, "score student", prefix)
+    written = generate_responses(student, prompts, settings.student, "score student", prefix)
     responses = [[rollout.token_ids for rollout in rollouts] for rollouts in written]
     flat = [rollout for rollouts in written for rollout in rollouts]
     own_BT: list[Sequence[float]] = [rollout.recorded for rollout in flat]
@@ -165,7 +170,7 @@ def _score_batch(
         if unknown:
             part = prefix if len(unknown) == len(asked) else prefix.select(unknown)
             asked_now = [prompts[i] for i in unknown]
-            taught = answer(teacher, asked_now, settings.teacher, "score teacher", part)
+            taught = generate_responses(teacher, asked_now, settings.teacher, "score teacher", part)
             for i, rollouts in zip(unknown, taught, strict=True):
                 parts[batch[i][0].id] = _part("teacher", batch[i][0], rollouts, settings)
         if settings.reverse_kl:
@@ -223,12 +228,12 @@ def _reverse_kl(
 
 
 def _teacher_rows(
-    path: str | Path, note: Mapping[str, Any], todo: Sequence[Sample]
+    path: str | Path, provenance: Mapping[str, Any], todo: Sequence[Sample]
 ) -> dict[str, dict[str, Any]]:
     """The teacher's part of an earlier scores file, for the samples to do."""
-    before = read_note(path)
+    before = read_provenance(path)
     for key in ("teacher", "teacher_dtype", "input", "teacher_answers"):
-        if before.get(key) != json.loads(json.dumps(note.get(key))):
+        if before.get(key) != json.loads(json.dumps(provenance.get(key))):
             raise UserError(
                 f"{path}: another {key!r} made these teacher scores: score anew, without that file"
             )

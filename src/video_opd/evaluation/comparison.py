@@ -9,7 +9,7 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.metrics import (
-    ConstantAnswer,
+    ConstantPrediction,
     Difference,
     Metrics,
     QuerySwap,
@@ -18,7 +18,7 @@ from video_opd.evaluation.metrics import (
     paired_difference,
     query_swap,
 )
-from video_opd.evaluation.prediction_files import Answers, made_otherwise, read_answers
+from video_opd.evaluation.predictions import ModelPredictions, file_deviations, read_model_predictions
 from video_opd.evaluation.protocols import Protocol, get_protocol
 from video_opd.evaluation.terminal import evaluation_record
 from video_opd.types import Sample
@@ -52,7 +52,7 @@ class Comparison:
     """
 
     protocol: Protocol
-    constants: Mapping[str, ConstantAnswer | None]  # of each data set
+    constants: Mapping[str, ConstantPrediction | None]  # of each data set
     results: Mapping[str, Mapping[str, Result]]
     baseline: str | None = None
 
@@ -77,9 +77,9 @@ class Comparison:
 
 def compare(
     data_sets: Mapping[str, Sequence[Sample]],
-    models: Sequence[Answers],
+    models: Sequence[ModelPredictions],
     protocol: Protocol,
-    baseline: Answers | None = None,
+    baseline: ModelPredictions | None = None,
 ) -> Comparison:
     """Evaluates every model on every data set, and its paired difference from ``baseline``.
 
@@ -102,7 +102,10 @@ def compare(
 
 
 def _results(
-    data_sets: Mapping[str, Sequence[Sample]], model: Answers, protocol: Protocol, baseline: Answers | None
+    data_sets: Mapping[str, Sequence[Sample]],
+    model: ModelPredictions,
+    protocol: Protocol,
+    baseline: ModelPredictions | None,
 ) -> dict[str, Result]:
     found: dict[str, Result] = {}
     nothing = not any(file.predictions for file in model.files)  # every video failed, say
@@ -114,7 +117,7 @@ def _results(
         if baseline is not None and model is not baseline:
             before, answered = baseline.of(samples)
             difference = paired_difference(samples, before, predictions, protocol) if answered else None
-        deviations = made_otherwise(files or model.files, protocol)
+        deviations = file_deviations(files or model.files, protocol)
         found[name] = Result(
             metrics=evaluate(samples, predictions, protocol, deviations=deviations),
             swap=query_swap(samples, predictions, protocol),
@@ -134,7 +137,7 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """The record of ``video-opd evaluate --json`` for one predictions file."""
     protocol = get_protocol(protocol)
-    answers = read_answers([path], protocol, name="model")
+    answers = read_model_predictions([path], protocol, name="model")
     compared = compare({"data": samples}, [answers], protocol)
     result = compared.results["model"]["data"]
     return evaluation_record(result.metrics, compared.constants["data"], result.swap)

@@ -220,7 +220,7 @@ def paired_difference(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConstantAnswer:
+class ConstantPrediction:
     """The best answer that ignores video and query: the same part of the duration every time."""
 
     start_fraction: float
@@ -241,7 +241,7 @@ class ConstantAnswer:
         }
 
 
-def best_constant(samples: Iterable[Sample], *, steps: int = 100) -> ConstantAnswer | None:
+def best_constant(samples: Iterable[Sample], *, steps: int = 100) -> ConstantPrediction | None:
     """The constant answer of highest mIoU on a grid of ``steps`` equal parts of the duration.
 
     It is found on the test rows themselves, so it is an upper bound for what a prior can reach. None where
@@ -267,7 +267,7 @@ def best_constant(samples: Iterable[Sample], *, steps: int = 100) -> ConstantAns
         totals_A += _ious(answers_A2, truth_NK2[done : done + chunk]).sum(axis=0)
     best = int(totals_A.argmax())
     ious_N = _ious(answers_A2[best : best + 1], truth_NK2)[:, 0]
-    return ConstantAnswer(
+    return ConstantPrediction(
         start_fraction=float(answers_A2[best, 0]),
         end_fraction=float(answers_A2[best, 1]),
         n=len(spans),

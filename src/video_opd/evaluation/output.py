@@ -1,54 +1,88 @@
-"""One output of one process or of several: where each writes, and how it becomes one file. No torch."""
+"""The output of ``predict`` and ``score``, which one process appends to or several. No torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.evaluation.resume import merge_parts, open_output, part_path, read_rows
+from video_opd.evaluation.resume import (
+    merge_process_files,
+    open_output,
+    process_file_path,
+    read_rows,
+)
+from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.processes import Processes
 from video_opd.types import Sample
 
 
 class Output:
-    """Rows that are appended as they are finished; a kill costs the unfinished ones only.
+    """Rows that are appended as soon as they are finished; a kill costs only the unfinished ones.
 
-    One process appends to ``out`` itself. Of several, each appends to its own part beside it, and the first
-    puts them together at the end. Parts that a kill left are put together when ``out`` is next opened, by any
-    number of processes. Raises :class:`UserError` as :func:`open_output` does.
+    A single process appends to ``out`` itself. Each of several appends to a file of its own beside ``out``,
+    and the first process merges these at the end. Process files that a kill left are merged when ``out`` is
+    next opened, by any number of processes. Raises :class:`UserError` as :func:`open_output` does.
+
+    A ``repeatable`` output, which a single process writes, ends with the same bytes whether it was killed on
+    the way or not. The rows that a kill leaves of a window (:mod:`video_opd.evaluation.batching`) would
+    otherwise stay, and the window's other rows would be batched and padded differently. So the writer calls
+    :meth:`end_window` after each window, ``OUT.window`` holds the size of ``out`` at that moment, and whoever
+    opens ``out`` again first cuts it to that size. The file is removed at the end.
     """
 
     def __init__(
         self,
         out: str | Path,
-        made_by: Mapping[str, Any],
+        provenance: Mapping[str, Any],
         *,
         overwrite: bool = False,
+        repeatable: bool = False,
         processes: Processes | None = None,
     ) -> None:
         self.path = Path(out)
         self.processes = processes if processes is not None else Processes()
-        self._mine = self.path if self.processes.count == 1 else part_path(out, self.processes.rank)
+        assert not repeatable or self.processes.count == 1, "the windows of several processes differ"
+        single = self.processes.count == 1
+        self._mine = self.path if single else process_file_path(out, self.processes.rank)
+        self._window = self.path.with_name(f"{self.path.name}.window") if repeatable else None
+        if self._window is not None and not overwrite:
+            _cut_to_window(self.path, self._window)
         if self.processes.first:
-            self.rows = open_output(out, made_by, overwrite=overwrite)
-        self.processes.wait()  # no part of this run before those of the last one are in
+            self.rows = open_output(out, provenance, overwrite=overwrite)
+        self.processes.wait()  # no process may append before the files of the last run are merged
         if not self.processes.first:
             self.rows = read_rows(out)
         self.ids = set(self.rows)
+        self.end_window()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         append_jsonl(self._mine, rows)
         self.ids.update(row["id"] for row in rows)
 
+    def end_window(self) -> None:
+        """Says that the rows so far are whole windows. Only a repeatable output takes note of it."""
+        if self._window is not None:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            write_text(self._window, str(size))
+
     def finish(self, samples: Sequence[Sample]) -> None:
-        """All that could be made is in ``out``, for every process; of several in the order of ``samples``."""
+        """Leaves every row in ``out``, for every process; rows of several in the order of ``samples``."""
         if self.processes.count == 1:
-            append_jsonl(self.path, [])  # no rows is a file, too
+            append_jsonl(self.path, [])  # an output without rows is a file, too
+            if self._window is not None:
+                self._window.unlink(missing_ok=True)
             return
         self.processes.wait()
         if self.processes.first:
-            merge_parts(self.path, [sample.id for sample in samples])
+            merge_process_files(self.path, [sample.id for sample in samples])
         self.processes.wait()
         self.ids = set(read_rows(self.path))
+
+
+def _cut_to_window(out: Path, window: Path) -> None:
+    if out.exists() and window.exists():
+        size = int(window.read_text(encoding="utf-8"))
+        os.truncate(out, min(size, out.stat().st_size))

@@ -1,4 +1,4 @@
-"""Answers of a model for every row of a data file, appended as they are finished; resumable."""
+"""A model's predictions for every row of a data file, appended as they are finished; resumable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import MakeLoader, length_batches
+from video_opd.evaluation.batching import MakeLoader, windows_of_batches
 from video_opd.evaluation.output import Output
 from video_opd.processes import Processes
 from video_opd.progress import log, task
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerSettings:
-    """How answers are written and read. ``temperature`` 0 is greedy, for one answer a row."""
+class GenerationSettings:
+    """How responses are generated and parsed. ``temperature`` 0 is greedy, for one response a row."""
 
     n: int = 1
     temperature: float = 0.0
@@ -31,8 +31,8 @@ class AnswerSettings:
     thinking: bool = False
 
     @classmethod
-    def choose(cls, n: int, temperature: float | None = None, **others: Any) -> AnswerSettings:
-        """Where no temperature is given: greedy for one answer, the model's own distribution for several."""
+    def choose(cls, n: int, temperature: float | None = None, **others: Any) -> GenerationSettings:
+        """Chooses the temperature if none is given: 0 (greedy) for one response, 1 for several."""
         if temperature is None:
             temperature = 1.0 if n > 1 else 0.0
         return cls(n=n, temperature=temperature, **others)
@@ -46,33 +46,37 @@ class AnswerSettings:
             raise UserError(f"temperature is {self.temperature}: choose 0 (greedy) or more")
         if self.temperature == 0 and self.n > 1:
             raise UserError(
-                f"{self.n} greedy answers would all be the same: set --temperature above 0, or n to 1"
+                f"{self.n} greedy responses would all be the same: set --temperature above 0, or n to 1"
             )
 
 
-MakeRow: TypeAlias = Callable[[Sample, Sequence[Rollout], AnswerSettings], dict[str, Any]]
+MakeRow: TypeAlias = Callable[[Sample, Sequence[Rollout], GenerationSettings], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictResult:
-    """Rows of the data file, of all processes together: ``kept`` from before, ``answered`` now, ``failed``
-    because of their video."""
+    """Counts rows of the data file, of all processes together.
+
+    ``kept`` rows were there before, ``answered`` ones were made now, and the videos of ``failed`` ones could
+    not be used.
+    """
 
     kept: int
     answered: int
     failed: int
 
 
-def answer(
+def generate_responses(
     policy: Policy,
     prompts: Sequence[EncodedPrompt],
-    settings: AnswerSettings,
+    settings: GenerationSettings,
     purpose: str,
     prefix: Any = None,
 ) -> list[list[Rollout]]:
-    """``settings.n`` answers to each prompt; a draw depends on seed, purpose, sample id and number only.
+    """Generates ``settings.n`` responses to each prompt.
 
-    ``prefix`` is what ``policy.prefill`` returned for these prompts, if they were read before.
+    A draw depends on the seed, ``purpose``, the sample's id and the response's number, and on nothing else.
+    ``prefix`` is what ``policy.prefill`` returned for these prompts, if they were prefilled before.
     """
     seeds = [
         [derive_seed(settings.seed, purpose, prompt.sample_id, number) for number in range(settings.n)]
@@ -93,47 +97,54 @@ def predict(
     make_loader: MakeLoader,
     out: str | Path,
     *,
-    made_by: Mapping[str, Any],
-    settings: AnswerSettings | None = None,
+    provenance: Mapping[str, Any],
+    settings: GenerationSettings | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
+    repeatable: bool = False,
     make_row: MakeRow | None = None,
     processes: Processes | None = None,
 ) -> PredictResult:
     """Appends a row ``{"id", "query", "responses", "spans", "rules", "truncated"}`` for every sample.
 
-    ``make_row`` makes another row than that, with "id" and "query" in it.
-    ``made_by`` says what else the answers depend on: the model's fingerprint, prompt, video budget. Rows
-    that the same model and settings made before are kept. A sample whose video fails gets no row: it counts
-    as missing, and is tried again next time. Of several ``processes`` each answers whole videos.
+    ``make_row`` makes another row than that, with "id" and "query" in it. ``provenance`` says what else the
+    responses depend on: the model's fingerprint, the prompt, the video budget. Rows that the same model and
+    settings made before are kept. A sample whose video fails gets no row: it counts as missing, and the next
+    run tries it again. ``repeatable``: a killed output ends with the same bytes as another
+    (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
     Raises :class:`UserError` where ``out`` holds other rows.
     """
-    settings = settings or AnswerSettings()
+    settings = settings or GenerationSettings()
     make_row = make_row or grounding_row
-    made_by = {**made_by, "answers": asdict(settings)}
-    output = Output(out, made_by, overwrite=overwrite, processes=processes)
-    todo = unanswered(samples, output.rows, out)
+    provenance = {**provenance, "answers": asdict(settings)}
+    output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
+    todo = samples_without_rows(samples, output.rows, out)
     kept = len(samples) - len(todo)
     if kept:
         log(f"{out}: {kept} of {len(samples)} rows are there, {len(todo)} to do")
     mine = output.processes.share(todo)
     with task("answering", len(mine)) as bar:
-        for batch in length_batches(make_loader(mine) if mine else (), batch_size):
-            rollouts = answer(policy, [prompt for _, prompt in batch], settings, "predict")
-            rows = [
-                make_row(sample, group, settings) for (sample, _), group in zip(batch, rollouts, strict=True)
-            ]
-            output.append(rows)
-            bar.advance(len(batch))
+        for window in windows_of_batches(make_loader(mine) if mine else (), batch_size):
+            for batch in window:
+                prompts = [prompt for _, prompt in batch]
+                groups = generate_responses(policy, prompts, settings, "predict")
+                output.append(
+                    [
+                        make_row(sample, rollouts, settings)
+                        for (sample, _), rollouts in zip(batch, groups, strict=True)
+                    ]
+                )
+                bar.advance(len(batch))
+            output.end_window()
     output.finish(samples)
     answered = sum(sample.id in output.ids for sample in todo)
     return PredictResult(kept=kept, answered=answered, failed=len(todo) - answered)
 
 
-def unanswered(
+def samples_without_rows(
     samples: Sequence[Sample], rows: Mapping[str, Mapping[str, Any]], out: str | Path
 ) -> list[Sample]:
-    """The samples without a row. Raises :class:`UserError` where a row answers another query of that id."""
+    """Returns the samples without a row. Raises :class:`UserError` if a row has another query for that id."""
     todo = []
     for sample in samples:
         row = rows.get(sample.id)
@@ -146,8 +157,10 @@ def unanswered(
     return todo
 
 
-def grounding_row(sample: Sample, rollouts: Sequence[Rollout], settings: AnswerSettings) -> dict[str, Any]:
-    """The answers to a query, and the spans that were read in them."""
+def grounding_row(
+    sample: Sample, rollouts: Sequence[Rollout], settings: GenerationSettings
+) -> dict[str, Any]:
+    """The row of a predictions file: the responses to a query, and the spans that were read in them."""
     parsed = [parse_answer(rollout.text, thinking=settings.thinking) for rollout in rollouts]
     return {
         "id": sample.id,

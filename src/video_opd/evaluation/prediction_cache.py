@@ -12,13 +12,13 @@ from typing import Any
 from video_opd.types import Sample
 
 
-def kept_path(made_by: Mapping[str, Any], samples: Iterable[Sample]) -> Path:
+def cached_predictions_path(provenance: Mapping[str, Any], samples: Iterable[Sample]) -> Path:
     """A file of the user's cache folder, named by content: the model's, the settings', the questions'.
 
     The same model on the same questions finds its answers wherever the command is run, and whatever the spans
     of the annotation are; anything else gets another file.
     """
-    digest = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps(provenance, sort_keys=True).encode(), digest_size=16)
     for sample in samples:
         digest.update(json.dumps([sample.id, str(sample.video.absolute()), sample.query]).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,18 +1,30 @@
-"""Predictions files: the three forms a row may have, read into one record. No torch."""
+"""Predictions files: the three forms a row may have, and what is known of how a model made them. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.evaluation.protocols import Protocol, get_protocol
+from video_opd.evaluation.protocols import (
+    Protocol,
+    deviations,
+    get_protocol,
+    is_thinking,
+    prompt_style_of,
+    protocol_of,
+)
+from video_opd.evaluation.resume import provenance_path, read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.temporal import NO_RULE, Interval, is_proper
-from video_opd.types import Prediction
+from video_opd.types import Prediction, Sample
 
 GIVEN = "given"  # the rule of a span that came without text
+
+
+# --- one file ----------------------------------------------------------------------------------------
 
 
 def read_predictions(
@@ -105,3 +117,90 @@ def _span(value: Any, where: str) -> Interval | None:
     except OverflowError:  # an integer of hundreds of digits
         return None
     return span if is_proper(span) else None
+
+
+# --- the files of one model --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionsFile:
+    """One predictions file. ``provenance`` is its note; None where there is none beside it."""
+
+    path: str
+    predictions: Mapping[str, Prediction]
+    provenance: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPredictions:
+    """What one model answered, in one file or several: as a rule one a data set."""
+
+    name: str
+    files: tuple[PredictionsFile, ...]
+
+    def of(self, samples: Iterable[Sample]) -> tuple[dict[str, Prediction], tuple[PredictionsFile, ...]]:
+        """The predictions for ``samples`` by id, and the files that they come from.
+
+        Raises :class:`UserError` where two files answer one row.
+        """
+        found: dict[str, Prediction] = {}
+        ids = [sample.id for sample in samples]
+        used: list[PredictionsFile] = []
+        for file in self.files:
+            here = {name: file.predictions[name] for name in ids if name in file.predictions}
+            if twice := sorted(found.keys() & here.keys()):
+                raise UserError(
+                    f"{file.path}: id {twice[0]!r} is answered in {used[-1].path}, too: give each its NAME="
+                )
+            if here:
+                used.append(file)
+            found |= here
+        return found, tuple(used)
+
+
+def read_model_predictions(
+    paths: Sequence[str | Path],
+    protocol: Protocol,
+    *,
+    name: str,
+    thinking: bool | None = None,
+    any_protocol: bool = False,
+) -> ModelPredictions:
+    """The answers in ``paths``, read as ``protocol`` says.
+
+    The note beside a file says whether the model thought first; ``thinking`` is for files without one. Raises
+    :class:`UserError` for answers that were asked for otherwise than the protocol asks, unless
+    ``any_protocol``.
+    """
+    files = []
+    for path in paths:
+        provenance = read_provenance(path) if provenance_path(path).exists() else None
+        if not any_protocol:
+            _check_protocol(path, protocol, prompt_style_of(provenance))
+        thought = is_thinking(provenance) if thinking is None else thinking
+        predictions = read_predictions(path, thinking=thought, protocol=protocol)
+        files.append(PredictionsFile(path=str(path), predictions=predictions, provenance=provenance))
+    return ModelPredictions(name=name, files=tuple(files))
+
+
+def _check_protocol(path: str | Path, protocol: Protocol, style: str | None) -> None:
+    if style is None or style == protocol.prompt_style:
+        return
+    made_under = protocol_of(style)
+    asked = f"prompt style {style}" if made_under is None else f"protocol {made_under.name}"
+    remedy = "" if made_under is None else f"give --protocol {made_under.name}, or "
+    raise UserError(
+        f"{path}: these answers were made under {asked}, and this is protocol {protocol.name}: {remedy}"
+        "--any-protocol to evaluate them all the same"
+    )
+
+
+def file_deviations(files: Iterable[PredictionsFile], protocol: Protocol) -> dict[str, Any] | None:
+    """What ``files`` were made with otherwise than ``protocol`` says; None where one has no note."""
+    found: dict[str, Any] = {}
+    for file in files:
+        others = deviations(protocol, file.provenance)
+        if others is None:
+            return None
+        found |= others
+    return found

@@ -98,24 +98,26 @@ def video_budget(video: Mapping[str, Any]) -> dict[str, Any]:
 # --- how answers were made ---------------------------------------------------------------------------
 
 
-def prompt_style_of(made_by: Mapping[str, Any] | None) -> str | None:
+def prompt_style_of(provenance: Mapping[str, Any] | None) -> str | None:
     """The prompt style in the note of an output (``P.jsonl.meta.json``); None where it does not say."""
-    return None if made_by is None else _section(_section(made_by, "input"), "prompt").get("style")
+    return None if provenance is None else _section(_section(provenance, "input"), "prompt").get("style")
 
 
-def is_thinking(made_by: Mapping[str, Any] | None) -> bool:
+def is_thinking(provenance: Mapping[str, Any] | None) -> bool:
     """Whether the note says that the model thought before it answered."""
-    return made_by is not None and _section(_section(made_by, "input"), "prompt").get("thinking") is True
+    return (
+        provenance is not None and _section(_section(provenance, "input"), "prompt").get("thinking") is True
+    )
 
 
-def deviations(protocol: Protocol, made_by: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def deviations(protocol: Protocol, provenance: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What the note of an output says otherwise than ``protocol``: ``{"video.fps": 1.0, …}``.
 
     None where there is no note: nobody knows then how the answers were made.
     """
-    if made_by is None:
+    if provenance is None:
         return None
-    made_with, answers = _section(made_by, "input"), _section(made_by, "answers")
+    made_with, answers = _section(provenance, "input"), _section(provenance, "answers")
     prompt = _section(made_with, "prompt")
     used = {
         "prompt.style": prompt.get("style"),

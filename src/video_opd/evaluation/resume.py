@@ -1,6 +1,8 @@
-"""Outputs of models that are continued after a kill: rows appended as they are finished, beside a note of
-what made them (``OUT.meta.json``), so that answers of two models never end up in one file. Of several
-processes each appends to a part (``OUT.part-0``, …) until they are merged. No torch.
+"""The files of an output that is continued after a kill. No torch.
+
+Rows are appended to ``OUT`` as they are finished. ``OUT.meta.json`` holds their provenance, which says what
+made them, so that the rows of two models never end up in one file. Each of several processes appends to a
+file of its own (``OUT.part-0``, …) until these are merged.
 """
 
 from __future__ import annotations
@@ -16,64 +18,69 @@ from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.strict import flatten
 
 
-def meta_path(out: str | Path) -> Path:
-    """Where the note of an output lies: ``p.jsonl`` → ``p.jsonl.meta.json``."""
+def provenance_path(out: str | Path) -> Path:
+    """Returns the file of an output's provenance: ``p.jsonl`` → ``p.jsonl.meta.json``."""
     return Path(f"{out}.meta.json")
 
 
-def part_path(out: str | Path, rank: int) -> Path:
-    """Where process ``rank`` of several appends its rows: ``p.jsonl`` → ``p.jsonl.part-1``."""
+def process_file_path(out: str | Path, rank: int) -> Path:
+    """Returns the file to which process ``rank`` of several appends: ``p.jsonl`` → ``p.jsonl.part-1``."""
     return Path(f"{out}.part-{rank}")
 
 
-def part_paths(out: str | Path) -> list[Path]:
-    """The parts of ``out`` that are there."""
+def process_file_paths(out: str | Path) -> list[Path]:
+    """Returns the process files of ``out`` that are there."""
     return [Path(path) for path in sorted(glob.glob(f"{glob.escape(str(out))}.part-*"))]
 
 
 def open_output(
-    out: str | Path, made_by: Mapping[str, Any], *, overwrite: bool = False
+    out: str | Path, provenance: Mapping[str, Any], *, overwrite: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """The rows that ``out`` already holds, by id, parts of a killed run included; a new one gets its note.
+    """Returns the rows that ``out`` already holds, by id, those of a killed run's process files included.
 
-    ``made_by`` is a tree of plain values, everything that the rows depend on. Raises :class:`UserError`
-    where the rows there were made by something else, or nobody knows by what. ``overwrite`` removes them.
+    ``provenance`` is a tree of plain values: everything that the rows depend on. It is written beside an
+    output without rows. Raises :class:`UserError` if something else made the rows that are there, or if their
+    provenance is not known. ``overwrite`` removes these rows.
     """
-    out, note = Path(out), meta_path(out)
+    out, written = Path(out), provenance_path(out)
     if overwrite:
         out.unlink(missing_ok=True)
-        note.unlink(missing_ok=True)
-        for part in part_paths(out):
-            part.unlink()
+        written.unlink(missing_ok=True)
+        for path in process_file_paths(out):
+            path.unlink()
     rows = _all_rows(out)
-    made_by = json.loads(json.dumps(made_by))
-    if rows and not note.exists():
+    provenance = json.loads(json.dumps(provenance))
+    if rows and not written.exists():
         raise UserError(
-            f"{out} has rows but no {note.name}: choose another --out, or repeat with --overwrite"
+            f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
         )
     if rows:
-        _check_same(out, read_note(out), made_by)
+        _check_same(out, read_provenance(out), provenance)
     else:
-        write_jsonl(note, [made_by])
-    if part_paths(out):
-        merge_parts(out, list(rows))
+        write_jsonl(written, [provenance])
+    if process_file_paths(out):
+        merge_process_files(out, list(rows))
     return rows
 
 
-def merge_parts(out: str | Path, order: Sequence[str]) -> None:
-    """Writes ``out`` anew, with its rows and those of its parts: first the ids of ``order``, then the others.
+def merge_process_files(out: str | Path, order: Sequence[str]) -> None:
+    """Writes ``out`` anew with its rows and those of its process files: the ids of ``order`` first.
 
-    At once or not at all. A kill before the parts are removed costs nothing: their rows are then in both.
+    The file is replaced in one step. A kill before the process files are removed costs nothing: their rows
+    are in both places then.
     """
-    parts, rows = part_paths(out), _all_rows(out)
+    paths, rows = process_file_paths(out), _all_rows(out)
     first = dict.fromkeys(name for name in order if name in rows)
     write_jsonl(out, [rows[name] for name in first | dict.fromkeys(rows)])
-    for part in parts:
-        part.unlink()
+    for path in paths:
+        path.unlink()
 
 
 def read_rows(out: str | Path) -> dict[str, dict[str, Any]]:
-    """The rows of ``out`` by id, none where it is not there. Raises :class:`UserError` for one without id."""
+    """Returns the rows of ``out`` by id, none if there is no file.
+
+    Raises :class:`UserError` for a row without id.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for number, row in read_jsonl(out) if Path(out).exists() else ():
         if not isinstance(row.get("id"), str):
@@ -86,18 +93,18 @@ def read_rows(out: str | Path) -> dict[str, dict[str, Any]]:
 
 def _all_rows(out: str | Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for path in [Path(out), *part_paths(out)]:
+    for path in [Path(out), *process_file_paths(out)]:
         repair_jsonl(path)
         rows |= read_rows(path)
     return rows
 
 
-def read_note(out: str | Path) -> dict[str, Any]:
-    """What made the rows of ``out``. Raises :class:`UserError` where there is no readable note."""
-    note = meta_path(out)
-    for _, row in read_jsonl(note):
+def read_provenance(out: str | Path) -> dict[str, Any]:
+    """Returns the provenance of ``out``. Raises :class:`UserError` if its file cannot be read."""
+    path = provenance_path(out)
+    for _, row in read_jsonl(path):
         return row
-    raise UserError(f"{note} is empty: repeat with --overwrite")
+    raise UserError(f"{path} is empty: repeat with --overwrite")
 
 
 def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

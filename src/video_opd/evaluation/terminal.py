@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from video_opd.evaluation.metrics import METRICS, ConstantAnswer, Difference, Metrics, QuerySwap
+from video_opd.evaluation.metrics import METRICS, ConstantPrediction, Difference, Metrics, QuerySwap
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def evaluation_record(
-    metrics: Metrics, constant: ConstantAnswer | None = None, swap: QuerySwap | None = None
+    metrics: Metrics, constant: ConstantPrediction | None = None, swap: QuerySwap | None = None
 ) -> dict[str, Any]:
     """The record of ``evaluate --json``: the metrics, and beside them what they are worth."""
     return {
@@ -25,7 +25,7 @@ def evaluation_record(
 def print_metrics(
     results: Mapping[str, Metrics],
     *,
-    constant: ConstantAnswer | None = None,
+    constant: ConstantPrediction | None = None,
     swaps: Mapping[str, QuerySwap | None] | None = None,
     differences: Mapping[str, Difference] | None = None,
     console: Console | None = None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from video_opd.data.budget import PAIR, VideoBudget, plan_frames
 from video_opd.data.video import Window, load_windows
 from video_opd.errors import UserError
-from video_opd.evaluation.predict import AnswerSettings
+from video_opd.evaluation.predict import GenerationSettings
 from video_opd.grounding.consensus import agreement, consensus
 from video_opd.progress import track
 from video_opd.seeds import derive_seed
@@ -197,7 +197,7 @@ def ground(
     video: str | Path,
     queries: Sequence[str],
     *,
-    settings: AnswerSettings | None = None,
+    settings: GenerationSettings | None = None,
     window_s: float | None = None,
     overlap_s: float | None = None,
     batch_size: int = 8,
@@ -215,7 +215,7 @@ def ground(
         VideoError: a video that cannot be used.
         UserError: no query or an empty one, an impossible window.
     """
-    settings = settings or AnswerSettings()
+    settings = settings or GenerationSettings()
     check_queries(queries)
     if overlap_s is None:
         overlap_s = (window_s or 0.0) / 2
@@ -262,7 +262,7 @@ def _sample_id(window: Window, query: str) -> str:
 
 
 def _replies(
-    policy: ChunkedPolicy, prompts: Sequence[EncodedPrompt], settings: AnswerSettings, batch_size: int
+    policy: ChunkedPolicy, prompts: Sequence[EncodedPrompt], settings: GenerationSettings, batch_size: int
 ) -> Iterator[list[Rollout]]:
     """``settings.n`` rollouts of each prompt, ``batch_size`` at a time, from one reading of the video."""
     size = max(1, batch_size // settings.n)

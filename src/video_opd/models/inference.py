@@ -150,7 +150,7 @@ class InferenceModel:
     cache_dir: Path | None = None
     workers: int = 2
 
-    def made_by(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Everything about the model that its answers depend on."""
         from video_opd.models.fingerprint import model_fingerprint
 

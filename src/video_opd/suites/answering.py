@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_opd.evaluation.predict import AnswerSettings, predict
+from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.jsonl import read_jsonl
 from video_opd.models.inference import InferenceConfig, load_inference_model, read_inference_config
 from video_opd.types import Rollout, Sample
@@ -43,8 +43,8 @@ class Answerer:
         return read_inference_config(self.model, overrides, device=self.device)
 
     @property
-    def settings(self) -> AnswerSettings:
-        return AnswerSettings(
+    def settings(self) -> GenerationSettings:
+        return GenerationSettings(
             max_new_tokens=self.max_new_tokens, seed=self.seed, thinking=self.config.prompt.thinking
         )
 
@@ -62,7 +62,7 @@ class Answerer:
             samples,
             self.opened.prompts,
             self.out,
-            made_by=self.opened.made_by(),
+            provenance=self.opened.provenance(),
             settings=self.settings,
             batch_size=self.batch_size,
             overwrite=self.overwrite,
@@ -72,7 +72,7 @@ class Answerer:
         return {row["id"]: row["responses"][0] for _, row in rows}
 
 
-def _row(sample: Sample, rollouts: Sequence[Rollout], settings: AnswerSettings) -> dict[str, Any]:
+def _row(sample: Sample, rollouts: Sequence[Rollout], settings: GenerationSettings) -> dict[str, Any]:
     return {
         "id": sample.id,
         "video": str(sample.video),

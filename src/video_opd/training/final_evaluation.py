@@ -11,9 +11,8 @@ import torch
 from video_opd.config import Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import whole_windows
 from video_opd.evaluation.comparison import evaluate_file
-from video_opd.evaluation.predict import AnswerSettings, predict
+from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.interfaces import Policy
@@ -81,24 +80,24 @@ def _evaluate(
     for path in settings.data:
         samples = read_samples(path, settings.video_root)[: settings.limit]
         answered = out / f"{name}-{Path(path).stem}.jsonl"
-        with whole_windows(loader, answered) as repeatable:
-            predict(
-                policy,
-                samples,
-                repeatable,
-                answered,
-                made_by={
-                    "model": model_fingerprint(model),
-                    "dtype": recipe.model.dtype,
-                    "input": {"video": asdict(recipe.video), "prompt": asdict(recipe.prompt)},
-                },
-                settings=AnswerSettings(
-                    max_new_tokens=settings.max_new_tokens,
-                    thinking=recipe.prompt.thinking,
-                    seed=recipe.run.seed,
-                ),
-                batch_size=settings.batch_size,
-            )
+        predict(
+            policy,
+            samples,
+            loader,
+            answered,
+            provenance={
+                "model": model_fingerprint(model),
+                "dtype": recipe.model.dtype,
+                "input": {"video": asdict(recipe.video), "prompt": asdict(recipe.prompt)},
+            },
+            settings=GenerationSettings(
+                max_new_tokens=settings.max_new_tokens,
+                thinking=recipe.prompt.thinking,
+                seed=recipe.run.seed,
+            ),
+            batch_size=settings.batch_size,
+            repeatable=True,
+        )
         record = evaluate_file(samples, answered, recipe.prompt.style)  # a protocol is a prompt and its rules
         written = answered.with_suffix(".json")
         write_text(written, json.dumps({**record, "data": path}, indent=2) + "\n")

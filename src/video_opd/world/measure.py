@@ -25,7 +25,7 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
     """Greedy answers and metrics of one model on one test set: ``video-opd evaluate``."""
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.comparison import evaluate_file
-    from video_opd.evaluation.predict import AnswerSettings, predict
+    from video_opd.evaluation.predict import GenerationSettings, predict
     from video_opd.models.inference import load_inference_model, read_inference_config
 
     out.mkdir(parents=True, exist_ok=True)
@@ -36,8 +36,8 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
         samples,
         opened.prompts,
         answers,
-        made_by=opened.made_by(),
-        settings=AnswerSettings(max_new_tokens=MAX_NEW_TOKENS),
+        provenance=opened.provenance(),
+        settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
         batch_size=32,
     )
     record = {**evaluate_file(samples, answers), "model": name, "testset": split}

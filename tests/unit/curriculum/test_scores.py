@@ -20,7 +20,7 @@ from video_opd.models.policy import HFPolicy
 from video_opd.seeds import derive_seed
 from video_opd.temporal import iou, parse_answer
 
-MADE_BY = {"student": "s", "teacher": "t", "input": {"fps": 2.0}}
+PROVENANCE = {"student": "s", "teacher": "t", "input": {"fps": 2.0}}
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -38,7 +38,7 @@ def wavering(sample_id: str, seed: int | None) -> str:
 
 def run(out: Path, count: int = 6, **more: Any) -> tuple[ScoreResult, FakePolicy, FakePolicy]:
     student, teacher = FakePolicy(wavering, logprob=-0.5), FakePolicy(good, logprob=-2.0)
-    more.setdefault("made_by", MADE_BY)
+    more.setdefault("provenance", PROVENANCE)
     loader = more.pop("loader", FakeLoader())
     samples = more.pop("samples", make_samples(count))
     return score(student, teacher, samples, loader, out, batch_size=2, **more), student, teacher
@@ -65,7 +65,7 @@ def test_ious_are_means_and_unparsed_counts_zero(tmp_path: Path) -> None:
 def test_student_and_teacher_draw_different_numbers(tmp_path: Path) -> None:
     out = tmp_path / "s.jsonl"
     both = FakePolicy(lambda i, seed: f"{(seed or 0) % 1000}.00 to 2000.00")
-    score(both, both, make_samples(2), FakeLoader(), out, made_by=MADE_BY)
+    score(both, both, make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
     for row in rows_of(out).values():
         assert row["student_responses"] != row["teacher_responses"]
 
@@ -116,7 +116,7 @@ def test_another_model_or_setting_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "s.jsonl"
     run(out)
     with pytest.raises(UserError, match="student"):
-        run(out, made_by={**MADE_BY, "student": "trained"})
+        run(out, provenance={**PROVENANCE, "student": "trained"})
     with pytest.raises(UserError, match=r"teacher_answers\.n"):
         run(out, settings=ScoreSettings(k=5))
     assert run(out, settings=ScoreSettings(k=5), overwrite=True)[0].scored == 6
@@ -125,8 +125,8 @@ def test_another_model_or_setting_is_refused(tmp_path: Path) -> None:
 def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     run(first, 4)
-    trained = {**MADE_BY, "student": "trained"}
-    result, student, teacher = run(second, 6, made_by=trained, teacher_from=first)
+    trained = {**PROVENANCE, "student": "trained"}
+    result, student, teacher = run(second, 6, provenance=trained, teacher_from=first)
     assert result.reused == 4 and result.scored == 6
     assert sorted(i for call in teacher.calls for i in call["ids"]) == ["s4", "s5"]
     assert len([i for call in student.calls for i in call["ids"]]) == 6
@@ -134,9 +134,9 @@ def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
     assert all(after[i]["teacher_responses"] == before[i]["teacher_responses"] for i in before)
     assert all(row["teacher_iou"] == 1.0 for row in after.values())
     with pytest.raises(UserError, match="teacher"):
-        run(tmp_path / "3.jsonl", made_by={**MADE_BY, "teacher": "other"}, teacher_from=first)
+        run(tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher": "other"}, teacher_from=first)
     with pytest.raises(UserError, match="another 'teacher_dtype'"):
-        run(tmp_path / "3.jsonl", made_by={**MADE_BY, "teacher_dtype": "bfloat16"}, teacher_from=first)
+        run(tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher_dtype": "bfloat16"}, teacher_from=first)
     with pytest.raises(UserError, match="teacher_answers"):
         run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=first)
 
@@ -151,10 +151,12 @@ def test_each_model_reads_a_prompt_once(tmp_path: Path, reverse_kl: bool, temper
         assert sorted(i for ids in policy.read for i in ids) == [f"s{i}" for i in range(6)]
         assert len(policy.read) == 3  # batches
     # What another file knows is read for the reverse KL only, and asked nothing.
-    trained = {**MADE_BY, "student": "trained"}
+    trained = {**PROVENANCE, "student": "trained"}
     second = tmp_path / "2.jsonl"
     samples = [*make_samples(7)[5:], *make_samples(5)]
-    _, student, teacher = run(second, made_by=trained, teacher_from=first, settings=settings, samples=samples)
+    _, student, teacher = run(
+        second, provenance=trained, teacher_from=first, settings=settings, samples=samples
+    )
     assert sorted(i for call in teacher.calls for i in call["ids"]) == ["s6"]
     read = ["s6"] if not reverse_kl else [f"s{i}" for i in range(7)]
     assert sorted(i for ids in teacher.read for i in ids) == read
@@ -187,7 +189,7 @@ def test_real_models_see_each_video_once_a_batch(tmp_path: Path) -> None:
         samples,
         lambda todo: list(zip(todo, prompts, strict=True)),
         out,
-        made_by=MADE_BY,
+        provenance=PROVENANCE,
         settings=settings,
     )
     patches = sum(len(p.tensors["pixel_values_videos"]) for p in prompts[:2])  # the third shows the second's
@@ -221,11 +223,11 @@ def test_without_a_teacher_only_the_student_is_scored(tmp_path: Path) -> None:
     """What GRPO's choice by difficulty reads (eqs 30–31)."""
     out = tmp_path / "s.jsonl"
     student = FakePolicy(wavering)
-    score(student, None, make_samples(4), FakeLoader(), out, made_by={**MADE_BY, "teacher": None})
+    score(student, None, make_samples(4), FakeLoader(), out, provenance={**PROVENANCE, "teacher": None})
     assert all("teacher_iou" not in row and row["student_iou"] >= 0 for row in rows_of(out).values())
     scores = list(read_scores(out).values())
     assert select(scores, "gaussian", 2).candidates == 4
     assert select(scores, "topk", 2).candidates == 0  # δ needs both
     for more in ({"settings": ScoreSettings(reverse_kl=True)}, {"teacher_from": out}):
         with pytest.raises(UserError, match="name the teacher"):
-            score(student, None, make_samples(4), FakeLoader(), out, made_by=MADE_BY, **more)
+            score(student, None, make_samples(4), FakeLoader(), out, provenance=PROVENANCE, **more)

@@ -13,7 +13,6 @@ from answer_cases import FakeLoader, FakePolicy, make_samples
 
 from video_opd.config import recipe_from_dict
 from video_opd.curriculum.scores import ScoreSettings, score
-from video_opd.evaluation.batching import whole_windows
 from video_opd.training.final_evaluation import evaluate_model
 from video_opd.training.run_folder import RunFolder
 
@@ -58,17 +57,17 @@ def test_a_window_of_scores_that_was_cut_off_is_made_again(tmp_path: Path, kille
 
     def run(folder: Path, student: Telling) -> Path:
         out = folder / "s.jsonl"
-        with whole_windows(FakeLoader(failing=["s4"]), out) as repeatable_loader:
-            score(
-                student,
-                Telling(),
-                make_samples(25),
-                repeatable_loader,
-                out,
-                made_by={"student": "s", "teacher": "t", "input": {}},
-                settings=ScoreSettings(k=1),
-                batch_size=3,
-            )
+        score(
+            student,
+            Telling(),
+            make_samples(25),
+            FakeLoader(failing=["s4"]),
+            out,
+            provenance={"student": "s", "teacher": "t", "input": {}},
+            settings=ScoreSettings(k=1),
+            batch_size=3,
+            repeatable=True,
+        )
         return out
 
     whole, cut = killed_and_repeated(tmp_path, killed_at, run)

@@ -17,7 +17,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation import comparison_formats
 from video_opd.evaluation.comparison import Comparison, by_source, compare
 from video_opd.evaluation.metrics import METRICS
-from video_opd.evaluation.prediction_files import Answers, AnswersFile
+from video_opd.evaluation.predictions import ModelPredictions, PredictionsFile
 from video_opd.evaluation.protocols import PROTOCOLS
 from video_opd.evaluation.published import DATA_SETS, ROWS, published_name
 from video_opd.types import Prediction, Sample
@@ -40,17 +40,17 @@ def samples(name: str, videos: int = 6, queries: int = 2) -> list[Sample]:
     ]
 
 
-def answers(name: str, *files: Mapping[str, tuple[float, float] | None]) -> Answers:
-    return Answers(
+def answers(name: str, *files: Mapping[str, tuple[float, float] | None]) -> ModelPredictions:
+    return ModelPredictions(
         name=name,
         files=tuple(
-            AnswersFile(
+            PredictionsFile(
                 path=f"{name}-{number}.jsonl",
                 predictions={
                     i: Prediction(id=i, responses=(), spans=(span,), rules=("given",))
                     for i, span in file.items()
                 },
-                made_by=None,
+                provenance=None,
             )
             for number, file in enumerate(files)
         ),

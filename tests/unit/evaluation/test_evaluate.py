@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from video_opd.cli import main
-from video_opd.evaluation.prediction_cache import kept_path
+from video_opd.evaluation.prediction_cache import cached_predictions_path
 from video_opd.evaluation.protocols import PROTOCOLS
 from video_opd.types import Sample
 
@@ -240,7 +240,7 @@ def test_several_sampled_answers_a_row(model_and_data, tmp_path, capsys) -> None
     record = json.loads(run(capsys, "evaluate", "--data", data, "--predictions", out, "--json", "-"))
     assert record["protocol"]["deviations"]["temperature"] == 1.0  # the first of them was not greedy
     assert main(["predict", str(model), str(data), "--out", str(tmp_path / "d.jsonl"), "--n", "2"]) == 2
-    assert "greedy answers would all be the same" in capsys.readouterr().err
+    assert "greedy responses would all be the same" in capsys.readouterr().err
 
 
 def test_a_thinking_model_needs_a_length(model_and_data, tmp_path, capsys) -> None:
@@ -295,16 +295,16 @@ def test_evaluating_a_model_continues_by_content(model_and_data, tmp_path, capsy
 
 def test_kept_answers_are_named_by_what_they_depend_on(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made_by = {"model": "abc", "answers": {"max_new_tokens": 64}}
+    provenance = {"model": "abc", "answers": {"max_new_tokens": 64}}
     rows = [Sample(id="a", video=Path("a.mp4"), query="q", spans=((1.0, 2.0),))]
-    path = kept_path(made_by, rows)
+    path = cached_predictions_path(provenance, rows)
     assert path.parent == tmp_path / "video-opd" / "answers"
     mended = [Sample(id="a", video=Path("a.mp4"), query="q", spans=((1.0, 3.0),))]
-    assert kept_path(made_by, mended) == path  # an answer does not depend on the annotation
+    assert cached_predictions_path(provenance, mended) == path  # an answer does not depend on the annotation
     others = [
-        kept_path({**made_by, "model": "abd"}, rows),
-        kept_path(made_by, [Sample(id="a", video=Path("a.mp4"), query="r")]),
-        kept_path(made_by, [Sample(id="a", video=Path("b/a.mp4"), query="q")]),
-        kept_path(made_by, [*rows, Sample(id="b", video=Path("a.mp4"), query="q")]),
+        cached_predictions_path({**provenance, "model": "abd"}, rows),
+        cached_predictions_path(provenance, [Sample(id="a", video=Path("a.mp4"), query="r")]),
+        cached_predictions_path(provenance, [Sample(id="a", video=Path("b/a.mp4"), query="q")]),
+        cached_predictions_path(provenance, [*rows, Sample(id="b", video=Path("a.mp4"), query="q")]),
     ]
     assert len({path, *others}) == 5

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 from answer_cases import FakeLoader, FakePolicy, make_prompt, make_samples
-from prediction_cases import COUNTS, MADE_BY, SAMPLED, queries_of, rows_of, seeded
+from prediction_cases import COUNTS, PROVENANCE, SAMPLED, queries_of, rows_of, seeded
 
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import WINDOW_BATCHES, length_batches
+from video_opd.evaluation.batching import WINDOW_BATCHES, windows_of_batches
 from video_opd.evaluation.metrics import evaluate
-from video_opd.evaluation.predict import AnswerSettings, PredictResult, predict
+from video_opd.evaluation.predict import GenerationSettings, PredictResult, predict
 from video_opd.evaluation.predictions import read_predictions
-from video_opd.evaluation.resume import meta_path
+from video_opd.evaluation.resume import provenance_path
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.types import Sample
 
@@ -30,7 +30,7 @@ def test_rows_are_predictions_of_the_contract(tmp_path: Path) -> None:
     policy = FakePolicy(
         lambda i, seed: "10.00 to 5.00" if i == "s1" else "no idea" if i == "s2" else "5.00 to 10.00"
     )
-    result = predict(policy, samples, FakeLoader(failing=["s4"]), out, made_by=MADE_BY, batch_size=2)
+    result = predict(policy, samples, FakeLoader(failing=["s4"]), out, provenance=PROVENANCE, batch_size=2)
     assert result == PredictResult(kept=0, answered=4, failed=1)
     rows = {row["id"]: row for row in rows_of(out)}
     assert rows["s0"]["responses"] == ["5.00 to 10.00"]
@@ -43,7 +43,7 @@ def test_rows_are_predictions_of_the_contract(tmp_path: Path) -> None:
 
 def test_greedy_is_the_default_and_takes_no_seeds(tmp_path: Path) -> None:
     policy = FakePolicy(right)
-    predict(policy, make_samples(3), FakeLoader(), tmp_path / "p.jsonl", made_by=MADE_BY)
+    predict(policy, make_samples(3), FakeLoader(), tmp_path / "p.jsonl", provenance=PROVENANCE)
     assert [(call["n"], call["temperature"]) for call in policy.calls] == [(1, 0.0)]
 
 
@@ -58,7 +58,7 @@ def test_draws_do_not_depend_on_batches_or_order(tmp_path: Path) -> None:
             order,
             FakeLoader(),
             out,
-            made_by=MADE_BY,
+            provenance=PROVENANCE,
             settings=settings,
             batch_size=batch_size,
         )
@@ -66,8 +66,8 @@ def test_draws_do_not_depend_on_batches_or_order(tmp_path: Path) -> None:
     assert written[0] == written[1] == written[2]
     assert len({text for texts in written[0].values() for text in texts}) > 3
     other = tmp_path / "other.jsonl"
-    settings = AnswerSettings(n=3, temperature=1.0, seed=5)
-    predict(FakePolicy(seeded), samples, FakeLoader(), other, made_by=MADE_BY, settings=settings)
+    settings = GenerationSettings(n=3, temperature=1.0, seed=5)
+    predict(FakePolicy(seeded), samples, FakeLoader(), other, provenance=PROVENANCE, settings=settings)
     assert {row["id"]: row["responses"] for row in rows_of(other)} != written[0]
 
 
@@ -79,7 +79,7 @@ def test_a_kill_loses_nothing_and_the_rest_is_done_once(tmp_path: Path) -> None:
             samples,
             FakeLoader(kill_after=10),
             out,
-            made_by=MADE_BY,
+            provenance=PROVENANCE,
             settings=SAMPLED,
             batch_size=2,
         )
@@ -89,7 +89,7 @@ def test_a_kill_loses_nothing_and_the_rest_is_done_once(tmp_path: Path) -> None:
         file.write('{"id": "s11", "resp')  # the kill came in the middle of a line
     loader = FakeLoader()
     result = predict(
-        FakePolicy(seeded), samples, loader, out, made_by=MADE_BY, settings=SAMPLED, batch_size=2
+        FakePolicy(seeded), samples, loader, out, provenance=PROVENANCE, settings=SAMPLED, batch_size=2
     )
     assert result == PredictResult(kept=8, answered=4, failed=0)
     assert set(loader.opened[0]) == {s.id for s in samples} - {row["id"] for row in finished}
@@ -99,46 +99,48 @@ def test_a_kill_loses_nothing_and_the_rest_is_done_once(tmp_path: Path) -> None:
         samples,
         FakeLoader(),
         undisturbed,
-        made_by=MADE_BY,
+        provenance=PROVENANCE,
         settings=SAMPLED,
         batch_size=2,
     )
     key = lambda row: row["id"]  # noqa: E731
     assert sorted(rows_of(out), key=key) == sorted(rows_of(undisturbed), key=key)
     loader = FakeLoader()
-    again = predict(FakePolicy(seeded), samples, loader, out, made_by=MADE_BY, settings=SAMPLED)
+    again = predict(FakePolicy(seeded), samples, loader, out, provenance=PROVENANCE, settings=SAMPLED)
     assert again == PredictResult(kept=12, answered=0, failed=0) and loader.opened == []
 
 
 def test_a_larger_data_file_keeps_what_was_answered(tmp_path: Path) -> None:
     out = tmp_path / "p.jsonl"
-    predict(FakePolicy(right), make_samples(3), FakeLoader(), out, made_by=MADE_BY)
-    assert predict(FakePolicy(right), make_samples(5), FakeLoader(), out, made_by=MADE_BY).answered == 2
+    predict(FakePolicy(right), make_samples(3), FakeLoader(), out, provenance=PROVENANCE)
+    assert predict(FakePolicy(right), make_samples(5), FakeLoader(), out, provenance=PROVENANCE).answered == 2
 
 
 @pytest.mark.parametrize(
-    ("made_by", "settings", "key"),
+    ("provenance", "settings", "key"),
     [
-        ({**MADE_BY, "model": "xyz"}, AnswerSettings(), "model"),
-        ({**MADE_BY, "input": {"video": {"fps": 1.0}}}, AnswerSettings(), r"input\.video\.fps"),
-        (MADE_BY, AnswerSettings(max_new_tokens=9), r"answers\.max_new_tokens"),
+        ({**PROVENANCE, "model": "xyz"}, GenerationSettings(), "model"),
+        ({**PROVENANCE, "input": {"video": {"fps": 1.0}}}, GenerationSettings(), r"input\.video\.fps"),
+        (PROVENANCE, GenerationSettings(max_new_tokens=9), r"answers\.max_new_tokens"),
     ],
 )
 def test_answers_of_two_models_never_share_a_file(
-    tmp_path: Path, made_by: dict[str, Any], settings: AnswerSettings, key: str
+    tmp_path: Path, provenance: dict[str, Any], settings: GenerationSettings, key: str
 ) -> None:
     out = tmp_path / "p.jsonl"
-    predict(FakePolicy(right), make_samples(2), FakeLoader(), out, made_by=MADE_BY)
+    predict(FakePolicy(right), make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
     before = out.read_text()
     with pytest.raises(UserError, match=f"{key}.*--overwrite"):
-        predict(FakePolicy(right), make_samples(3), FakeLoader(), out, made_by=made_by, settings=settings)
+        predict(
+            FakePolicy(right), make_samples(3), FakeLoader(), out, provenance=provenance, settings=settings
+        )
     assert out.read_text() == before
     result = predict(
         FakePolicy(right),
         make_samples(3),
         FakeLoader(),
         out,
-        made_by=made_by,
+        provenance=provenance,
         settings=settings,
         overwrite=True,
     )
@@ -147,30 +149,30 @@ def test_answers_of_two_models_never_share_a_file(
 
 def test_other_files_are_not_continued(tmp_path: Path) -> None:
     out = tmp_path / "p.jsonl"
-    predict(FakePolicy(right), make_samples(2), FakeLoader(), out, made_by=MADE_BY)
+    predict(FakePolicy(right), make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
     changed = [Sample(id="s0", video=Path("x"), query="another question")]
     with pytest.raises(UserError, match="another query"):
-        predict(FakePolicy(right), changed, FakeLoader(), out, made_by=MADE_BY)
-    meta_path(out).unlink()
+        predict(FakePolicy(right), changed, FakeLoader(), out, provenance=PROVENANCE)
+    provenance_path(out).unlink()
     with pytest.raises(UserError, match="--overwrite"):
-        predict(FakePolicy(right), make_samples(2), FakeLoader(), out, made_by=MADE_BY)
+        predict(FakePolicy(right), make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
     out.write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"p\.jsonl:1"):
-        predict(FakePolicy(right), make_samples(2), FakeLoader(), out, made_by=MADE_BY)
+        predict(FakePolicy(right), make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match="greedy"):
-        AnswerSettings(n=2)
+        GenerationSettings(n=2)
     with pytest.raises(UserError, match="temperature"):
-        AnswerSettings(temperature=-1.0)
+        GenerationSettings(temperature=-1.0)
     with pytest.raises(UserError, match="at least 1"):
-        AnswerSettings(n=0)
+        GenerationSettings(n=0)
 
 
 def test_batches_hold_like_lengths_and_every_item_once() -> None:
     items = [(sample, make_prompt(sample, 10 + 13 * i % 40)) for i, sample in enumerate(make_samples(30))]
-    batches = list(length_batches(items, 4))
+    batches = list(chain.from_iterable(windows_of_batches(items, 4)))
     assert sorted(s.id for batch in batches for s, _ in batch) == sorted(s.id for s, _ in items)
     assert max(map(len, batches)) == 4
     spread = [max(p.length for _, p in batch) - min(p.length for _, p in batch) for batch in batches]
@@ -187,7 +189,7 @@ def test_long_videos_do_not_wait_for_a_full_window() -> None:
             seen += 1
             yield sample, make_prompt(sample, 40_000)
 
-    next(length_batches(items(), 2))
+    next(windows_of_batches(items(), 2))
     assert seen == 5 < 2 * WINDOW_BATCHES  # two videos of 40,000 tokens, which their queries share
 
 
@@ -195,7 +197,7 @@ def test_long_videos_do_not_wait_for_a_full_window() -> None:
 def test_the_queries_of_a_video_are_in_one_batch(batch_size: int) -> None:
     samples = queries_of(COUNTS)
     items = [(sample, make_prompt(sample, 10 + 13 * int(sample.video.stem) % 40)) for sample in samples]
-    batches = list(length_batches(items, batch_size))
+    batches = list(chain.from_iterable(windows_of_batches(items, batch_size)))
     assert sorted(s.id for batch in batches for s, _ in batch) == sorted(s.id for s in samples)
     assert max(map(len, batches)) <= batch_size
     for v, count in enumerate(COUNTS):
@@ -208,7 +210,7 @@ def test_rows_of_a_video_need_not_lie_together_in_the_data(tmp_path: Path) -> No
     out, samples = tmp_path / "p.jsonl", queries_of(COUNTS)
     samples = sorted(samples, key=lambda sample: sample.id[::-1])
     loader, policy = FakeLoader(), FakePolicy(seeded)
-    predict(policy, samples, loader, out, made_by=MADE_BY, settings=SAMPLED, batch_size=9)
+    predict(policy, samples, loader, out, provenance=PROVENANCE, settings=SAMPLED, batch_size=9)
     runs = [video for video, _ in groupby(name[:-1] for name in loader.opened[0])]
     assert len(runs) == len(COUNTS)
     assert all(
@@ -217,7 +219,9 @@ def test_rows_of_a_video_need_not_lie_together_in_the_data(tmp_path: Path) -> No
         for v in range(len(COUNTS))
     )
     ordered = tmp_path / "q.jsonl"
-    predict(FakePolicy(seeded), queries_of(COUNTS), FakeLoader(), ordered, made_by=MADE_BY, settings=SAMPLED)
+    predict(
+        FakePolicy(seeded), queries_of(COUNTS), FakeLoader(), ordered, provenance=PROVENANCE, settings=SAMPLED
+    )
     assert {row["id"]: row for row in rows_of(out)} == {row["id"]: row for row in rows_of(ordered)}
 
 

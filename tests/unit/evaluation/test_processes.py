@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from answer_cases import FakeLoader, FakePolicy
-from prediction_cases import COUNTS, MADE_BY, SAMPLED, queries_of, rows_of, seeded
+from prediction_cases import COUNTS, PROVENANCE, SAMPLED, queries_of, rows_of, seeded
 from training_cases import free_port
 
 from video_opd.curriculum.scores import ScoreSettings, score
 from video_opd.errors import UserError
 from video_opd.evaluation.output import Output
 from video_opd.evaluation.predict import PredictResult, predict
-from video_opd.evaluation.resume import part_path, part_paths
+from video_opd.evaluation.resume import process_file_path, process_file_paths
 from video_opd.processes import Processes
 from video_opd.types import Sample
 
@@ -50,7 +50,7 @@ def answer_all(
         SAMPLES,
         loader or FakeLoader(),
         out,
-        made_by=MADE_BY,
+        provenance=PROVENANCE,
         settings=SAMPLED,
         batch_size=BATCH,
         processes=processes,
@@ -117,7 +117,7 @@ def test_two_processes_write_one_file_in_data_order(tmp_path: Path, undisturbed:
     assert sorted([*first, *second, "s31"]) == sorted(undisturbed)
     assert min(len(first), len(second)) > len(SAMPLES) / 4
     assert rows_of(out) == [row for row in in_order(undisturbed) if row["id"] != "s31"]
-    assert part_paths(out) == []
+    assert process_file_paths(out) == []
     assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "p.jsonl.meta.json"}
 
 
@@ -135,10 +135,10 @@ def test_a_kill_loses_nothing_and_the_number_may_change(
 
     values = in_processes(2, dying, tmp_path)
     assert values[victim] == "killed" and "another process stopped" in values[1 - victim]
-    kept = {row["id"] for path in part_paths(out) for row in rows_of(path)}
+    kept = {row["id"] for path in process_file_paths(out) for row in rows_of(path)}
     share = {s.id for s in Processes(rank=1 - victim, count=2).share(SAMPLES)}
     assert share < kept < set(undisturbed)  # all of the other's, some of the victim's
-    with part_path(out, victim).open("a") as file:
+    with process_file_path(out, victim).open("a") as file:
         file.write('{"id": "s11", "resp')  # the kill came in the middle of a line
 
     def repeat(processes: Processes) -> Any:
@@ -150,7 +150,7 @@ def test_a_kill_loses_nothing_and_the_number_may_change(
     read = [i for *_, ids in results for i in ids]
     assert sorted(read) == sorted(set(undisturbed) - kept)
     assert {row["id"]: row for row in rows_of(out)} == undisturbed
-    assert len(rows_of(out)) == len(undisturbed) and part_paths(out) == []
+    assert len(rows_of(out)) == len(undisturbed) and process_file_paths(out) == []
     if again > 1:
         assert rows_of(out) == in_order(undisturbed)
 
@@ -160,10 +160,10 @@ def test_a_kill_between_merge_and_removal_costs_nothing(
 ) -> None:
     out, rows = tmp_path / "p.jsonl", in_order(undisturbed)
     answer_all(out, None)
-    part_path(out, 0).write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
+    process_file_path(out, 0).write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
     result, _ = answer_all(out, None)
     assert (result.kept, result.answered) == (len(rows), 0)
-    assert len(rows_of(out)) == len(rows) and part_paths(out) == []
+    assert len(rows_of(out)) == len(rows) and process_file_paths(out) == []
 
 
 def test_a_kill_during_the_merge_leaves_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_kill_during_the_merge_leaves_all_parts(tmp_path: Path, monkeypatch: p
     answer_all(out, None)
     rows = out.read_text().splitlines(keepends=True)
     out.write_text("".join(rows[:3]))
-    part_path(out, 1).write_text("".join(rows[3:8]))
+    process_file_path(out, 1).write_text("".join(rows[3:8]))
 
     def full(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -180,21 +180,21 @@ def test_a_kill_during_the_merge_leaves_all_parts(tmp_path: Path, monkeypatch: p
         patch.setattr("os.replace", full)
         with pytest.raises(KeyboardInterrupt):
             answer_all(out, None)
-    assert len(rows_of(out)) == 3 and len(rows_of(part_path(out, 1))) == 5
+    assert len(rows_of(out)) == 3 and len(rows_of(process_file_path(out, 1))) == 5
     assert answer_all(out, None)[0].kept == 8
 
 
 def test_parts_of_another_model_are_refused_or_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "p.jsonl"
     answer_all(out, None)
-    out.rename(part_path(out, 3))  # a run of several that was killed, and another file beside it
+    out.rename(process_file_path(out, 3))  # a run of several that was killed, and another file beside it
     other = tmp_path / "p.jsonl.gz"
     other.write_text("not ours")
     with pytest.raises(UserError, match=r"answers\.n.*--overwrite"):
-        Output(out, {**MADE_BY, "answers": {"n": 1}})
-    assert not out.exists() and part_paths(out) == [part_path(out, 3)]
-    output = Output(out, {**MADE_BY, "answers": {"n": 1}}, overwrite=True)
-    assert output.rows == {} and part_paths(out) == [] and other.exists()
+        Output(out, {**PROVENANCE, "answers": {"n": 1}})
+    assert not out.exists() and process_file_paths(out) == [process_file_path(out, 3)]
+    output = Output(out, {**PROVENANCE, "answers": {"n": 1}}, overwrite=True)
+    assert output.rows == {} and process_file_paths(out) == [] and other.exists()
 
 
 def test_scores_are_divided_too(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_scores_are_divided_too(tmp_path: Path) -> None:
             SAMPLES,
             FakeLoader(),
             out,
-            made_by={"student": "s", "teacher": "t", "input": {}},
+            provenance={"student": "s", "teacher": "t", "input": {}},
             settings=ScoreSettings(k=2, reverse_kl=True),
             batch_size=BATCH,
             processes=processes,

@@ -16,7 +16,7 @@ from video_opd.config import VideoConfig
 from video_opd.data.prompts import STYLES, build_messages
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import evaluate_file
-from video_opd.evaluation.prediction_files import made_otherwise, read_answers
+from video_opd.evaluation.predictions import file_deviations, read_model_predictions
 from video_opd.evaluation.protocols import PARSERS, PROTOCOLS, deviations, get_protocol, protocol_of
 from video_opd.evaluation.terminal import protocol_lines
 from video_opd.evaluation.timelens import parse_timelens
@@ -40,10 +40,10 @@ def note(style: str = "paper", thinking: bool = False, **answers: Any) -> dict[s
     }
 
 
-def write_answers(path: Path, made_by: dict[str, Any] | None, **texts: str) -> Path:
+def write_answers(path: Path, provenance: dict[str, Any] | None, **texts: str) -> Path:
     path.write_text("".join(json.dumps({"id": i, "response": text}) + "\n" for i, text in texts.items()))
-    if made_by is not None:
-        Path(f"{path}.meta.json").write_text(json.dumps(made_by) + "\n")
+    if provenance is not None:
+        Path(f"{path}.meta.json").write_text(json.dumps(provenance) + "\n")
     return path
 
 
@@ -200,17 +200,19 @@ def test_answers_of_another_protocol_are_refused_without_the_flag(tmp_path: Path
     with pytest.raises(
         UserError, match=r"p\.jsonl.*under protocol timelens.*--protocol timelens.*--any-protocol"
     ):
-        read_answers([path], PAPER, name="m")
-    answers = read_answers([path], PAPER, name="m", any_protocol=True)
-    assert made_otherwise(answers.files, PAPER) == {
+        read_model_predictions([path], PAPER, name="m")
+    answers = read_model_predictions([path], PAPER, name="m", any_protocol=True)
+    assert file_deviations(answers.files, PAPER) == {
         "prompt.style": "timelens",
         "video.min_frame_tokens": 49,
         "video.max_video_tokens": 10_976,
         "max_new_tokens": 512,
     }
-    assert read_answers([path], TIMELENS, name="m").files[0].predictions["a"].spans == ((5.0, 10.0),)
+    assert read_model_predictions([path], TIMELENS, name="m").files[0].predictions["a"].spans == (
+        (5.0, 10.0),
+    )
     # nobody knows: not refused, but told
-    assert read_answers([write_answers(tmp_path / "q.jsonl", None, a="1 to 2")], TIMELENS, name="m")
+    assert read_model_predictions([write_answers(tmp_path / "q.jsonl", None, a="1 to 2")], TIMELENS, name="m")
 
 
 def test_a_protocol_reads_the_text_with_its_own_parser(tmp_path: Path) -> None:
@@ -219,7 +221,8 @@ def test_a_protocol_reads_the_text_with_its_own_parser(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps({"id": "b", "span": [5.4, 9.6]}) + "\n")
     spans = {
-        p.name: read_answers([path], p, name="m").files[0].predictions["a"].spans for p in (PAPER, TIMELENS)
+        p.name: read_model_predictions([path], p, name="m").files[0].predictions["a"].spans
+        for p in (PAPER, TIMELENS)
     }
     assert spans == {"paper": ((5.4, 9.6),), "timelens": ((1.0, 2.0),)}
     record = evaluate_file(SAMPLES, path, "timelens")
@@ -230,11 +233,13 @@ def test_a_protocol_reads_the_text_with_its_own_parser(tmp_path: Path) -> None:
 def test_a_note_says_that_the_model_thought(tmp_path: Path) -> None:
     text = "<think>1.00 to 2.00</think>5.00 to 10.00 and 3 to 4"
     path = write_answers(tmp_path / "p.jsonl", note(thinking=True), a=text, b="5.00 to 10.00")
-    found = read_answers([path], PAPER, name="m").files[0].predictions
+    found = read_model_predictions([path], PAPER, name="m").files[0].predictions
     assert found["a"].spans == ((3.0, 4.0),) and found["b"].spans == (None,)
     foreign = write_answers(tmp_path / "q.jsonl", None, b="<think>5.00 to 10.00")
-    assert read_answers([foreign], PAPER, name="m").files[0].predictions["b"].spans == ((5.0, 10.0),)
-    thought = read_answers([foreign], PAPER, name="m", thinking=True)
+    assert read_model_predictions([foreign], PAPER, name="m").files[0].predictions["b"].spans == (
+        (5.0, 10.0),
+    )
+    thought = read_model_predictions([foreign], PAPER, name="m", thinking=True)
     assert thought.files[0].predictions["b"].rules == ("none",)
 
 

@@ -20,7 +20,7 @@ from video_opd.data.loader import PromptLoader
 from video_opd.data.video import VideoError, load_clip
 from video_opd.errors import UserError
 from video_opd.evaluation.metrics import evaluate
-from video_opd.evaluation.predict import AnswerSettings, PredictResult, predict
+from video_opd.evaluation.predict import GenerationSettings, PredictResult, predict
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.grounding.ground import GroundedAnswer, ground, is_thinned
 from video_opd.models.fingerprint import model_fingerprint
@@ -120,7 +120,7 @@ def test_the_answer_of_several_samples_is_their_consensus(video: Path) -> None:
     def write(identity: str, seed: int | None) -> str:
         return order.setdefault(seed, texts[len(order)])
 
-    settings = AnswerSettings(n=5, temperature=1.0)
+    settings = GenerationSettings(n=5, temperature=1.0)
     policy: Any = FakePolicy(write)
     (found,) = ground(policy, FakeEncoder(), SMALL, video, ["query"], settings=settings)  # type: ignore[arg-type]
     assert [reply.text for reply in found.samples] == list(texts)
@@ -141,7 +141,7 @@ def test_draws_depend_on_the_seed_and_the_query_alone(video: Path) -> None:
 
     def seeds(queries: list[str], seed: int = 0, **options: Any) -> list[int | None]:
         seen.clear()
-        settings = AnswerSettings(n=6, temperature=1.0, seed=seed)
+        settings = GenerationSettings(n=6, temperature=1.0, seed=seed)
         policy: Any = FakePolicy(write)
         ground(policy, FakeEncoder(), SMALL, video, queries, settings=settings, **options)  # type: ignore[arg-type]
         return seen[f"{video.name}: b"]
@@ -158,7 +158,7 @@ def test_no_more_answers_at_a_time_than_asked_for_from_one_reading(
     video: Path, queries: int, n: int, batch_size: int
 ) -> None:
     policy: Any = FakePolicy(lambda identity, seed: f"1.00 to {identity.rpartition(' ')[2]}.00")
-    settings = AnswerSettings(n=n, temperature=1.0)
+    settings = GenerationSettings(n=n, temperature=1.0)
     words = [f"query {i + 2}" for i in range(queries)]
     encoder: Any = FakeEncoder()
     answers = ground(policy, encoder, SMALL, video, words, settings=settings, batch_size=batch_size)
@@ -227,7 +227,7 @@ def test_windows_of_several_samples_are_ranked_by_agreement(video: Path) -> None
 
     policy: Any = Confident(write)
     encoder: Any = FakeEncoder()
-    settings = AnswerSettings(n=8, temperature=1.0)
+    settings = GenerationSettings(n=8, temperature=1.0)
     (found,) = ground(policy, encoder, SMALL, video, ["q"], settings=settings, window_s=2.0, overlap_s=0.0)
     assert found.span == pytest.approx((2.0, 3.0)) and found.agreement == 1.0
     assert 0 < (found.windows[1].agreement or 0) < 1
@@ -242,7 +242,7 @@ def policy() -> HFPolicy:
 
 
 def test_a_random_model_answers_something_within_the_video(policy: HFPolicy, video: Path) -> None:
-    settings = AnswerSettings(max_new_tokens=6)
+    settings = GenerationSettings(max_new_tokens=6)
     encoder = PromptEncoder(processor())
     answers = ground(policy, encoder, SMALL, video, ["the red circle", "the blue square"], settings=settings)
     assert [answer.query for answer in answers] == ["the red circle", "the blue square"]
@@ -257,7 +257,7 @@ def test_windows_and_samples_of_a_real_model(policy: HFPolicy, video: Path) -> N
     queries = ["the red circle", "the blue square", "a small green triangle"]
 
     def run(**options: Any) -> list[GroundedAnswer]:
-        settings = AnswerSettings(n=3, temperature=1.0, max_new_tokens=6, seed=options.pop("seed", 0))
+        settings = GenerationSettings(n=3, temperature=1.0, max_new_tokens=6, seed=options.pop("seed", 0))
         return ground(policy, encoder, SMALL, video, queries, settings=settings, **options)
 
     def texts(answers: list[GroundedAnswer]) -> list[list[str]]:
@@ -286,13 +286,13 @@ def test_predicting_files_with_a_random_model(policy: HFPolicy, video: Path, tmp
     def open_loader(todo: Sequence[Sample]) -> PromptLoader:
         return PromptLoader(todo, encoder, SMALL, workers=0, max_failed_share=1.0)
 
-    settings = AnswerSettings(n=2, temperature=1.0, max_new_tokens=5)
+    settings = GenerationSettings(n=2, temperature=1.0, max_new_tokens=5)
     rows = {}
     for batch_size in (1, 2):
         out = tmp_path / f"{batch_size}.jsonl"
-        made_by = {"model": model_fingerprint(tmp_path / "model")}
+        provenance = {"model": model_fingerprint(tmp_path / "model")}
         result = predict(
-            policy, samples, open_loader, out, made_by=made_by, settings=settings, batch_size=batch_size
+            policy, samples, open_loader, out, provenance=provenance, settings=settings, batch_size=batch_size
         )
         assert result == PredictResult(kept=0, answered=2, failed=1)
         rows[batch_size] = read_predictions(out)
@@ -309,7 +309,7 @@ def test_a_real_video(policy: HFPolicy) -> None:
         VideoBudget(max_video_tokens=256, min_frame_tokens=1),
         REAL / "OHOFG.mp4",
         ["a person sits on a chair by a table."],
-        settings=AnswerSettings(max_new_tokens=3),
+        settings=GenerationSettings(max_new_tokens=3),
     )[0]
     assert (answer.frames, answer.thinned) == (70, False)
     assert 0 < answer.video_tokens <= 256 and answer.video_tokens % 35 == 0  # 35 pairs of frames
