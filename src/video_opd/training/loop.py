@@ -36,7 +36,7 @@ from video_opd.training.final_evaluation import check_evaluation_files, evaluate
 from video_opd.training.rollout_records import rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
-from video_opd.training.sharding import Shards, load_optimizer_state, optimizer_state, sharding_asked
+from video_opd.training.sharding import Shards, load_optimizer_state, sharding_asked
 from video_opd.training.step import Batch, Stepper, StepResult, StepSettings
 from video_opd.training.step_metrics import step_metrics, token_counts
 from video_opd.training.stopwatch import Stopwatch
@@ -180,11 +180,8 @@ class Run:
         from accelerate.utils import gather_object
 
         with self.watch.stage("checkpoint"):
-            weights = self.stepper.shards.state()
-            training = {
-                "optimizer": optimizer_state(self.components.optimizer),
-                "random": gather_object([checkpoints.random_state()]),
-            }
+            weights, optimizer = self.stepper.shards.states(self.components.optimizer)
+            training = {"optimizer": optimizer, "random": gather_object([checkpoints.random_state()])}
             if self.accelerator.is_main_process:
                 checkpoints.save_checkpoint(
                     self.folder.checkpoints,
@@ -283,7 +280,7 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
     if saved is None:
         return 0
     state = checkpoints.load_training_state(saved)
-    load_optimizer_state(components.optimizer, state["optimizer"])
+    load_optimizer_state(components.model, components.optimizer, state["optimizer"])
     states = state["random"]
     checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
     log(f"continuing after step {saved.step} ({saved.path})")

@@ -188,6 +188,33 @@ def test_a_run_cut_off_at_the_worst_places_continues(undisturbed: RunResult, tmp
     assert not list((path / "checkpoints").glob(".part*"))
 
 
+def test_a_checkpoint_of_an_earlier_version_is_continued(undisturbed: RunResult, tmp_path: Path):
+    """It numbers the weights in the optimiser's state, where ours names them."""
+    path = tmp_path / "run"
+    shutil.copytree(undisturbed.path, path)
+    (path / "done.json").unlink()
+    shutil.rmtree(path / "model")
+    shutil.rmtree(path / "checkpoints" / "step-4")
+    saved = path / "checkpoints" / "step-2"
+    training = torch.load(saved / "training.pt", weights_only=False)
+    state = training["optimizer"]
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    assert set(state["state"]) == set(names) and all(isinstance(name, str) for name in names)
+    training["optimizer"] = {
+        "state": {names.index(name): moments for name, moments in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names.index(name) for name in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+    torch.save(training, saved / "training.pt")
+    facts = json.loads((saved / "state.json").read_text())
+    facts["files"]["training.pt"] = (saved / "training.pt").stat().st_size
+    (saved / "state.json").write_text(json.dumps(facts))
+    run(path, optim={"epochs": 2})
+    assert_same_run(undisturbed.path, path)
+
+
 # ----------------------------------------------------------------------------------------- what it learns
 
 

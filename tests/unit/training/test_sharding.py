@@ -3,6 +3,7 @@ both modes of the prefix, adapters, a frozen part; and one goes on with what the
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -24,7 +25,13 @@ from video_opd.errors import UserError
 from video_opd.training.components import Components
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
-from video_opd.training.sharding import is_sharded, sharding_asked, whole
+from video_opd.training.sharding import (
+    is_sharded,
+    load_optimizer_state,
+    optimizer_state,
+    sharding_asked,
+    whole,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "video-opd": {},
@@ -169,6 +176,38 @@ def test_shards_are_float32_where_the_computation_is_not(name: str, tmp_path: Pa
         found.append(torch.cat([grad.flatten() for grad in gradients.values()]))
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.995
     assert math.isclose(found[0].norm(), found[1].norm(), rel_tol=0.05)
+
+
+def test_a_weight_without_a_gradient_has_no_state_after_loading_either():
+    """Adam would otherwise take the first step on it for a later one."""
+
+    def made() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+
+    def step(layer: torch.nn.Linear, optimizer: torch.optim.Optimizer, *names: str) -> None:
+        for name in names:
+            weight = layer.get_parameter(name)
+            weight.grad = torch.full_like(weight, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    layer, optimizer = made()
+    assert optimizer_state(layer, optimizer)["state"] == {}
+    assert not optimizer.state  # asking made no step
+    step(layer, optimizer, "weight")
+    state = copy.deepcopy(optimizer_state(layer, optimizer))  # as a file would be
+    assert set(state["state"]) == {"weight"}
+    other, continued = made()
+    untouched = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    load_optimizer_state(other, continued, {"state": {}, "param_groups": []})
+    load_optimizer_state(other, continued, state)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in untouched.items())
+    other.load_state_dict(layer.state_dict())
+    for pair in ((layer, optimizer), (other, continued)):
+        step(*pair, "weight", "bias")
+    assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
 
 
 def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
