@@ -92,6 +92,17 @@ def clock(time_s: float) -> str:
     return f"{minutes:02d}:{seconds}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{seconds}"
 
 
+def clock_time_s(text: str) -> float | None:
+    """The seconds of ``mm:ss`` or ``hh:mm:ss``, with or without decimals; None for any other text."""
+    match = _CLOCK.fullmatch(text)
+    if match is None:
+        return None
+    hours, minutes, seconds = match.groups()
+    if float(seconds) >= 60 or (hours is not None and int(minutes) >= 60):
+        return None
+    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParsedAnswer:
     """The span that an answer states, and the ``rule`` that matched (``"none"`` if none did).
@@ -163,11 +174,8 @@ _EXACT = re.compile(r"([0-9]{1,7}(?:\.[0-9]+)?)\s+to\s+([0-9]{1,7}(?:\.[0-9]+)?)
 def _value_s(text: str) -> tuple[float | None, bool]:
     if _PLAIN.fullmatch(text):
         return float(text), False
-    if clock := _CLOCK.fullmatch(text):
-        hours, minutes, seconds = clock.groups()
-        if float(seconds) < 60 and (hours is None or int(minutes) < 60):
-            return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds), True
-    return None, False
+    time_s = clock_time_s(text)
+    return time_s, time_s is not None
 
 
 def _values(text: str) -> list[tuple[str, float | None, bool]]:

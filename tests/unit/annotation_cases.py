@@ -80,3 +80,44 @@ def vtimellm_row(*turns: str, **changes: Any) -> dict[str, Any]:
             "token": {"<s0>": 0, "<e0>": 9.4, "<s1>": 49.4, "<e1>": 60},
         },
     } | changes
+
+
+ROW: dict[str, Any] = {
+    "qid": 1,
+    "query": "a dog",
+    "duration": 10.0,
+    "vid": "abc",
+    "relevant_windows": [[1, 2]],
+}
+FLAT: dict[str, Any] = {"vid": "abc", "duration": 10.0, "query": "a dog", "span": [1, 2]}
+
+# A file as small as it can be of every format: its name, and its content.
+MINIATURES: dict[str, tuple[str, Any]] = {
+    "timelens-bench": (
+        "a.json",
+        {video: {"duration": 9, "spans": [[1, 2]], "queries": ["q"]} for video in "ABC"},
+    ),
+    "timelens-100k": (
+        "a.jsonl",
+        [{"source": "s", "video_path": "v.mp4", "duration": 9, "events": [{"query": "q", "span": [[1, 2]]}]}],
+    ),
+    "time-r1": ("a.json", [time_r1_row(video_start=3.0, video_end=53.0)]),
+    "tvgbench": ("a.json", [{"path": "v.mp4", "question": "q", "answer": "1-2", "duration": 9, "start": 1}]),
+    "charades-sta": ("a.txt", "ABCDE 1.0 2.0##q\nABCDE 3 4##r\n"),
+    "activitynet-captions": (
+        "a.json",
+        {f"v_abcdefghij{end}": {"duration": 9, "timestamps": [[1, 2]], "sentences": ["q"]} for end in "xyz"},
+    ),
+    "qvhighlights": ("a.jsonl", [ROW, ROW | {"qid": 2}]),
+    "didemo": ("a.json", [{"annotation_id": 1, "description": "q", "video": "v.avi", "times": [[0, 1]]}]),
+    "hirest": ("a.json", HIREST),
+    "hirest-steps": ("a.json", HIREST),
+    "queryd": ("raw_captions.pkl", {"video-a": [["q"]], "video-b": [["r", "s"]]}),
+    "vtimellm": ("a.json", [vtimellm_row("What?", "From <s0> to <e0>, a. From <s1> to <e1>, b.")]),
+    "howto-interlink7m": (
+        "a.tsv",
+        'video\tclips\nv.mp4\t"[{""clip"": ""0:00 - 0:05"", ""caption"": ""q""}]"\n',
+    ),
+    "videomind": ("a.jsonl", [FLAT]),
+    "video-opd": ("a.jsonl", [{"id": "i", "video": "v.mp4", "query": "q", "spans": [[1, 2]], "duration": 9}]),
+}

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from video_opd.convert import times
-from video_opd.convert.formats import get_format, recognise
-from video_opd.convert.formats.durations import Durations
+from video_opd.convert.formats import get_format, recognise, values, video_names
+from video_opd.convert.formats.durations import SAME_S, Durations
+from video_opd.convert.formats.fields import name_of
 from video_opd.convert.formats.format import Format, Question, Unusable
 from video_opd.convert.formats.sources import Source, open_source
 from video_opd.convert.outcome import Conversion, Cut, Problem
@@ -27,8 +28,6 @@ from video_opd.jsonl import write_jsonl
 from video_opd.progress import track
 
 Clips = Literal["cut", "whole"]
-
-_SAME_S = 1.0  # two durations of one video that differ by less are one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +131,7 @@ class _Work:
         identity = self._id(question)  # first: a question that is left out does not change the others' ids
         query = self._query(question)
         name = _video_name(question)
-        video = self.videos.find(name, is_id=question.video_id is not None)
+        video = self.videos.find(name)
         clip = times.read_clip(question.clip)
         duration_s = self._duration(question, name, video, clip)
         shift_s = clip[0] if clip and self.settings.clips == "whole" else 0.0
@@ -172,14 +171,14 @@ class _Work:
         whole = clip is not None and self.settings.clips == "whole"
         if (known := self.settings.durations.of(name)) is not None and (whole or clip is None):
             return known
-        if question.duration_s is not None and not whole:
+        if not (whole or values.is_absent(question.duration_s)):
             return times.read_duration(question.duration_s)
         return self._probed.get(video)
 
     def _spans(
         self, question: Question, identity: str, shift_s: float, duration_s: float | None
     ) -> list[list[float]]:
-        if question.spans is None:
+        if values.is_absent(question.spans):
             return []
         spans = []
         last: Unusable | None = None
@@ -205,14 +204,14 @@ class _Work:
     def _count(self, question: Question, video: str, clip: Clip | None, duration_s: float | None) -> None:
         result = self.result
         result.videos.add(video)
-        result.unannotated += question.spans is None
+        result.unannotated += values.is_absent(question.spans)
         result.without_duration += duration_s is None
         result.on_clips += clip is not None and clip[0] > 0
         if video in self.videos.missing:
             result.not_found.add(video)
         if duration_s is not None:
             first_s = self._lengths.setdefault(video, duration_s)
-            if abs(first_s - duration_s) > _SAME_S:
+            if abs(first_s - duration_s) > SAME_S:
                 result.of_two_lengths.add(video)
 
     # --- videos --------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ class _Work:
         for question in self._questions(count=False):
             try:
                 name = _video_name(question)
-                video = self.videos.find(name, is_id=question.video_id is not None)
+                video = self.videos.find(name)
                 if self._duration(question, name, video, times.read_clip(question.clip)) is None:
                     wanted[video] = self.videos.folder / video
             except Unusable:
@@ -235,7 +234,9 @@ class _Work:
 
 
 def _video_name(question: Question) -> str:
-    name = question.video if question.video_id is None else question.video_id
-    if not isinstance(name, str) or not name.strip() or "\0" in name or not PurePosixPath(name).name:
-        raise Unusable("no video", times.shown(name))
-    return name
+    name = question.video
+    if isinstance(name, int | float) and not isinstance(name, bool):
+        name = name_of(name, "the video")
+    if not isinstance(name, str):
+        raise Unusable("no video", values.shown(name))
+    return video_names.video_path(name)

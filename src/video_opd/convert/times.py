@@ -5,10 +5,10 @@ A value that cannot be a time raises Unusable.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from video_opd.convert.formats import values
 from video_opd.convert.formats.format import Unusable
 
 Clip = tuple[float, float | None]
@@ -17,29 +17,33 @@ _DIGITS = 6  # decimals of a time that was moved by a clip's start: the rest is 
 
 
 def read_duration(value: Any) -> float:
-    """Raises Unusable for anything but a number above 0."""
-    duration_s = _number(value)
+    """A duration. Raises Unusable for anything but a time above 0."""
+    duration_s = values.seconds(value)
     if duration_s is None or duration_s <= 0:
-        raise Unusable("impossible duration", shown(value))
+        raise Unusable("impossible duration", values.shown(value))
     return duration_s
 
 
 def read_clip(value: Any) -> Clip | None:
     """(start_s, end_s) of a clip in the whole video; the end may be missing. None if there is no clip."""
-    if value is None:
+    if values.is_absent(value):
         return None
+    value = values.structure(value)
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise Unusable("impossible clip", shown(value))
-    start_s, end_s = _number(value[0]), None if value[1] is None else _number(value[1])
-    if start_s is None or start_s < 0 or (value[1] is not None and (end_s is None or end_s <= start_s)):
-        raise Unusable("impossible clip", shown(value))
+        raise Unusable("impossible clip", values.shown(value))
+    start_s, open_end = values.seconds(value[0]), values.is_absent(value[1])
+    end_s = None if open_end else values.seconds(value[1])
+    if start_s is None or start_s < 0 or not (open_end or (end_s is not None and end_s > start_s)):
+        raise Unusable("impossible clip", values.shown(value))
     return start_s, end_s
 
 
 def listed_spans(spans: Any) -> Sequence[Any]:
     """A list of spans; a single flat one becomes a list that holds it."""
+    spans = values.structure(spans)
     if not isinstance(spans, list | tuple):
-        raise Unusable("not a span", shown(spans))
+        raise Unusable("not a span", values.shown(spans))
+    spans = [values.structure(item) for item in spans]
     if spans and all(not isinstance(item, list | tuple | Mapping) for item in spans):
         return [spans]
     return spans
@@ -48,10 +52,10 @@ def listed_spans(spans: Any) -> Sequence[Any]:
 def read_span(pair: Any, shift_s: float, duration_s: float | None) -> tuple[float, float]:
     """(start_s, end_s), moved by ``shift_s``. The end may lie past the duration; the start may not."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise Unusable("not a span", shown(pair))
-    start_s, end_s = _number(pair[0]), _number(pair[1])
+        raise Unusable("not a span", values.shown(pair))
+    start_s, end_s = values.seconds(pair[0]), values.seconds(pair[1])
     if start_s is None or end_s is None:
-        raise Unusable("not numbers", shown(pair))
+        raise Unusable("not numbers", values.shown(pair))
     stated = f"{start_s:g} to {end_s:g}"
     if end_s <= start_s:
         raise Unusable("reversed span" if end_s < start_s else "empty span", stated)
@@ -64,28 +68,3 @@ def read_span(pair: Any, shift_s: float, duration_s: float | None) -> tuple[floa
     if end_s <= start_s:  # closer than numbers of that size can tell apart
         raise Unusable("empty span", stated)
     return start_s, end_s
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-    return number if math.isfinite(number) else None
-
-
-def shown(value: Any) -> str:
-    """``value`` as text for people, cut if it is long."""
-    plain = (str, int, float, type(None))
-    if isinstance(value, list | tuple):
-        value = [item if isinstance(item, plain) else type(item).__name__ for item in value[:3]]
-    elif not isinstance(value, plain):
-        return f"a {type(value).__name__}"
-    try:
-        text = repr(value)
-    except ValueError:  # an integer too long to be written
-        return "a number of too many digits"
-    return text if len(text) <= 60 else f"{text[:57]}…"

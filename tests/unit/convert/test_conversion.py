@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from annotation_cases import HIREST, converted, time_r1_row, vtimellm_row, write
+from annotation_cases import FLAT, MINIATURES, ROW, converted, time_r1_row, write
 from places import REAL
 from video_cases import write_video
 
@@ -27,16 +27,6 @@ from video_opd.convert.formats import FORMATS
 from video_opd.convert.formats.durations import Durations, read_durations
 from video_opd.data.annotations import read_annotations
 from video_opd.errors import UserError
-
-ROW: dict[str, Any] = {
-    "qid": 1,
-    "query": "a dog",
-    "duration": 10.0,
-    "vid": "abc",
-    "relevant_windows": [[1, 2]],
-}
-FLAT: dict[str, Any] = {"vid": "abc", "duration": 10.0, "query": "a dog", "span": [1, 2]}
-
 
 # --- sources -----------------------------------------------------------------------------------------
 
@@ -149,7 +139,7 @@ def test_each_kind_of_impossible_row_is_listed(tmp_path):
         "empty span": {"span": [1, 1]},
         "starts before 0": {"span": [-0.5, 1]},
         "past the end": {"span": [10, 11]},
-        "not numbers": {"span": [1, "2"]},
+        "not numbers": {"span": [1, "2,5"]},
         "not a span": {"span": [1, 2, 3]},
         "no span": {"span": None},
         "no query": {"query": " . "},
@@ -160,7 +150,7 @@ def test_each_kind_of_impossible_row_is_listed(tmp_path):
     }
     more: dict[str, list[dict[str, Any]]] = {
         "not numbers": [{"span": [1, float("nan")]}, {"span": [True, 2]}, {"span": [1, float("inf")]}],
-        "impossible duration": [{"duration": "10"}, {"duration": -1}, {"duration": float("inf")}],
+        "impossible duration": [{"duration": "ten"}, {"duration": -1}, {"duration": float("inf")}],
         "no query": [{"query": None}, {"query": ["a"]}],
     }
     changes = list(bad.items()) + [(reason, change) for reason, all in more.items() for change in all]
@@ -485,35 +475,6 @@ def test_only_a_plain_file_is_replaced(tmp_path, capsys):
 
 # --- damaged files -----------------------------------------------------------------------------------
 
-MINIATURES: dict[str, tuple[str, Any]] = {
-    "timelens-bench": (
-        "a.json",
-        {video: {"duration": 9, "spans": [[1, 2]], "queries": ["q"]} for video in "ABC"},
-    ),
-    "timelens-100k": (
-        "a.jsonl",
-        [{"source": "s", "video_path": "v.mp4", "duration": 9, "events": [{"query": "q", "span": [[1, 2]]}]}],
-    ),
-    "time-r1": ("a.json", [time_r1_row(video_start=3.0, video_end=53.0)]),
-    "tvgbench": ("a.json", [{"path": "v.mp4", "question": "q", "answer": "1-2", "duration": 9, "start": 1}]),
-    "charades-sta": ("a.txt", "ABCDE 1.0 2.0##q\nABCDE 3 4##r\n"),
-    "activitynet-captions": (
-        "a.json",
-        {f"v_abcdefghij{end}": {"duration": 9, "timestamps": [[1, 2]], "sentences": ["q"]} for end in "xyz"},
-    ),
-    "qvhighlights": ("a.jsonl", [ROW, ROW | {"qid": 2}]),
-    "didemo": ("a.json", [{"annotation_id": 1, "description": "q", "video": "v.avi", "times": [[0, 1]]}]),
-    "hirest": ("a.json", HIREST),
-    "hirest-steps": ("a.json", HIREST),
-    "queryd": ("raw_captions.pkl", {"video-a": [["q"]], "video-b": [["r", "s"]]}),
-    "vtimellm": ("a.json", [vtimellm_row("What?", "From <s0> to <e0>, a. From <s1> to <e1>, b.")]),
-    "howto-interlink7m": (
-        "a.tsv",
-        'video\tclips\nv.mp4\t"[{""clip"": ""0:00 - 0:05"", ""caption"": ""q""}]"\n',
-    ),
-    "videomind": ("a.jsonl", [FLAT]),
-    "video-opd": ("a.jsonl", [{"id": "i", "video": "v.mp4", "query": "q", "spans": [[1, 2]], "duration": 9}]),
-}
 SCRAP = ("", "x", "\ud800", "a\0b", "../..", ".", -1, 0, 10**400, 1.5, float("nan"), float("inf"), None, True)
 
 

@@ -24,7 +24,7 @@ def read_captions(entry: Entry) -> Iterator[Question]:
     value = fields.record(entry.value, "timestamps", "sentences")
     spans, queries, duration_s = value["timestamps"], value["sentences"], value.get("duration")
     yield from fields.paired_questions(
-        entry, spans, queries, "timestamps and sentences", video_id=entry.key, duration_s=duration_s
+        entry, spans, queries, "timestamps and sentences", video=entry.key, duration_s=duration_s
     )
 
 
@@ -36,11 +36,7 @@ def read_charades(entry: Entry) -> Iterator[Question]:
     if match is None:
         raise Unusable("not a line", "it should be: VID start end##sentence")
     video_id, start, end, query = match.groups()
-    try:
-        span = [float(start), float(end)]
-    except ValueError:
-        raise Unusable("not numbers", f"{start} {end}") from None
-    yield Question(where=entry.where, key=video_id, video_id=video_id, query=query, spans=span)
+    yield Question(where=entry.where, key=video_id, video=video_id, query=query, spans=[start, end])
 
 
 def _is_charades(head: Sequence[Entry]) -> bool:

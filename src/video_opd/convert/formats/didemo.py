@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from video_opd.convert.formats import fields
+from video_opd.convert.formats import fields, values
 from video_opd.convert.formats.cleaning import timelens_query
-from video_opd.convert.formats.format import Entry, Question, row_format
+from video_opd.convert.formats.format import Entry, Question, Unusable, row_format
 
 SEGMENT_S = 5
 _KEYS = ("video", "description", "times")
@@ -23,14 +23,10 @@ _KEYS = ("video", "description", "times")
 
 def read(entry: Entry) -> Iterator[Question]:
     value = fields.record(entry.value, *_KEYS)
-    times = fields.listed(value["times"], "times")
-    spans: Any = times
-    extra = fields.kept(value, "annotation_id")
-    if all(_is_pair(pair) for pair in times):
-        # most_common keeps the order of first appearance if counts are equal
-        ranked = Counter((pair[0], pair[1]) for pair in times).most_common()
-        spans = [[SEGMENT_S * i, SEGMENT_S * (j + 1)] if i <= j else [i, j] for (i, j), _ in ranked]
-        extra["times"] = [list(pair) for pair in times]
+    times = [_segments(pair) for pair in fields.listed(value["times"], "times")]
+    # most_common keeps the order of first appearance if counts are equal
+    ranked = Counter(times).most_common()
+    spans = [[SEGMENT_S * i, SEGMENT_S * (j + 1)] if i <= j else [i, j] for (i, j), _ in ranked]
     yield Question(
         where=entry.where,
         key=fields.name_of(value.get("annotation_id", value["video"]), "annotation_id"),
@@ -38,16 +34,18 @@ def read(entry: Entry) -> Iterator[Question]:
         query=value["description"],
         spans=spans,
         ends_with_video=True,
-        extra=extra,
+        extra=fields.kept(value, "annotation_id") | {"times": [list(pair) for pair in times]},
     )
 
 
-def _is_pair(pair: Any) -> bool:
-    return (
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(isinstance(number, int) and not isinstance(number, bool) for number in pair)
-    )
+def _segments(pair: Any) -> tuple[int, int]:
+    """The first and the last segment. Raises Unusable for other numbers, which are not seconds either."""
+    pair = values.structure(pair)
+    numbers = [values.number(item) for item in pair] if isinstance(pair, list | tuple) else []
+    if len(numbers) != 2 or any(number is None or not number.is_integer() for number in numbers):
+        raise Unusable("not segments", values.shown(pair))
+    first, last = (int(number) for number in numbers if number is not None)
+    return first, last
 
 
 DIDEMO = row_format(

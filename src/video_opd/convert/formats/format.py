@@ -19,15 +19,14 @@ __all__ = ["Entry", "Format", "Question", "Source", "Unusable"]
 class Question:
     """One question as a source states it; nothing in it has been checked yet.
 
-    Example: ``Question(where="t.json[0]", key="OHOFG:0", video_id="OHOFG", query="a dog.", spans=[1, 2])``.
+    Example: ``Question(where="t.json[0]", key="OHOFG:0", video="OHOFG", query="a dog.", spans=[1, 2])``.
     """
 
     where: str
     key: str  # names the question within its source, the same for every run
     query: Any
-    spans: Any  # [[start_s, end_s], …] or [start_s, end_s]; None: a question without an annotation
-    video: Any = None  # a file name or path; or
-    video_id: Any = None  # a name without an ending
+    spans: Any  # [[start_s, end_s], …] or [start_s, end_s]; absent: a question without an annotation
+    video: Any  # a path, a file name, or a name without an ending
     duration_s: Any = None
     source: Any = None  # the collection within the source
     ends_with_video: bool = False  # the format defines that a span past the end is cut

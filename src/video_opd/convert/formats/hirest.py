@@ -30,7 +30,7 @@ def videos(source: Source) -> Iterator[Entry]:
 
 def read_moments(entry: Entry) -> Iterator[Question]:
     name, facts = _facts(entry)
-    if not (facts["relevant"] and facts["clip"]):
+    if not _has_moment(facts):
         raise Unusable(_NO_MOMENT)
     yield Question(
         where=entry.where,
@@ -44,7 +44,7 @@ def read_moments(entry: Entry) -> Iterator[Question]:
 
 def read_steps(entry: Entry) -> Iterator[Question]:
     name, facts = _facts(entry)
-    steps = fields.listed(facts["steps"], "steps") if facts["relevant"] and facts["clip"] else ()
+    steps = fields.listed(facts["steps"], "steps") if _has_moment(facts) else ()
     if not steps:
         raise Unusable(_NO_MOMENT)
     for i, step in enumerate(steps):
@@ -63,6 +63,10 @@ def read_steps(entry: Entry) -> Iterator[Question]:
 def _facts(entry: Entry) -> tuple[str, Mapping[str, Any]]:
     value = fields.record(entry.value, "name", "facts")
     return value["name"], fields.record(value["facts"], "relevant", "clip", "bounds", "steps")
+
+
+def _has_moment(facts: Mapping[str, Any]) -> bool:
+    return fields.is_true(facts["relevant"]) and fields.is_true(facts["clip"])
 
 
 def _matches(head: Sequence[Entry]) -> bool:

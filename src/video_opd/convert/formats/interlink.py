@@ -8,27 +8,21 @@ queries are cleaned as in VideoMind. No column states a duration.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from video_opd.convert.formats import fields
+from video_opd.convert.formats import fields, values
 from video_opd.convert.formats.cleaning import timelens_query
 from video_opd.convert.formats.format import Entry, Format, Question, Unusable, all_records
-
-_CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
+from video_opd.temporal import clock_time_s
 
 
 def read(entry: Entry) -> Iterator[Question]:
     value = fields.record(entry.value, "clips")
     video = value.get("video", value.get("path"))
-    clips = value["clips"]
+    clips = values.structure(value["clips"])
     if isinstance(clips, str):
-        try:
-            clips = json.loads(clips)
-        except (ValueError, RecursionError) as error:
-            raise Unusable("not JSON", f"column clips: {error}") from None
+        raise Unusable("not JSON", f"column clips: {values.shown(clips)}")
     for i, clip in enumerate(fields.listed(clips, "clips")):
         stated = fields.mapping_or_empty(clip)
         number = fields.name_of(stated.get("clip_id", i), "clip_id")
@@ -45,13 +39,8 @@ def _span(text: Any) -> Any:
     """``"0:00:05 - 0:00:11"`` → ``[5.0, 11.0]``; other text is left unchanged."""
     if not isinstance(text, str):
         return ()
-    ends = [_CLOCK.fullmatch(part.strip()) for part in text.split(" - ")]
-    seconds = [
-        int(match.group(1) or 0) * 3600 + int(match.group(2)) * 60 + float(match.group(3))
-        for match in ends
-        if match
-    ]
-    return seconds if len(seconds) == len(ends) == 2 else text
+    ends = [clock_time_s(part.strip()) for part in text.split(" - ")]
+    return ends if len(ends) == 2 and None not in ends else text
 
 
 def _matches(head: Sequence[Entry]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from video_opd.convert.formats import fields
+from video_opd.convert.formats import fields, values
 from video_opd.convert.formats.cleaning import plain_query
 from video_opd.convert.formats.format import Entry, Question, row_format
 from video_opd.data.annotations import KNOWN_KEYS, REQUIRED_KEYS
@@ -18,7 +18,7 @@ def read(entry: Entry) -> Iterator[Question]:
     value = fields.record(entry.value, *REQUIRED_KEYS)
     identity = fields.name_of(value["id"], "id")
     stated = {"video": value["video"], "source": value.get("source")}
-    others = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
+    others = {key: item for key, item in values.as_json(value).items() if key not in KNOWN_KEYS}
     yield fields.row_question(
         entry, value, key=identity, query="query", spans=value.get("spans"), **stated, extra=others
     )

@@ -44,7 +44,7 @@ def read(entry: Entry) -> Iterator[Question]:
         value["times"],
         [_joined_words(words) for words in captions],
         "times and captions",
-        video_id=str(entry.key).removeprefix("video-"),
+        video=str(entry.key).removeprefix("video-"),
     )
 
 

@@ -24,7 +24,7 @@ def read(entry: Entry) -> Iterator[Question]:
         key=fields.name_of(value["qid"], "qid"),
         query="query",
         spans=value.get("relevant_windows"),
-        video_id=value["vid"],
+        video=value["vid"],
         extra=fields.kept(value, "qid", "vid"),
     )
 

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from video_opd.convert.formats.values import no_key_twice
 from video_opd.errors import UserError
 
 Kind = Literal["records", "mapping", "lines"]
@@ -147,34 +149,43 @@ def _table(path: Path, delimiter: str) -> Iterator[Entry]:
     csv.field_size_limit(_MOST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            names = _column_names(next(reader, []), path)
             for row in reader:
-                # Fields without a name lie under None, missing ones are None: neither is a value.
-                value = {key: text for key, text in row.items() if key is not None and text is not None}
-                yield Entry(where=f"{path}:{reader.line_num}", value=value)
+                where = f"{path}:{reader.line_num}"
+                while len(row) > len(names) and not row[-1].strip():
+                    row.pop()
+                if not row:
+                    continue
+                if len(row) != len(names):
+                    raise UserError(
+                        f"{where}: {len(row)} fields, but {len(names)} columns; "
+                        f"quote a field that holds {delimiter!r}, or mend the row"
+                    )
+                yield Entry(where=where, value=dict(zip(names, row, strict=True)))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}: not a table ({error}); mend the file") from None
+        raise UserError(f"{path}:{reader.line_num}: not a table ({error}); mend the row") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _column_names(row: Sequence[str], path: Path) -> list[str]:
+    """The names in the first row. Raises UserError for one that is there twice: a row would lose a value."""
+    names = [name.strip() for name in row]
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+        raise UserError(f"{path}: the column {twice[0]!r} is there twice; delete or rename one")
+    if len(names) == 1 and ";" in names[0]:
+        raise UserError(f"{path}: its columns are separated by semicolons; save it with commas, or as .tsv")
+    return names
 
 
 # --- JSON --------------------------------------------------------------------------------------------
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_no_key_twice)
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a repeated key: Python would silently keep the last of two videos."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} is there twice")
-    return found
+    return json.loads(text, object_pairs_hook=no_key_twice)
 
 
 def _is_object(line: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from video_opd.convert.formats import fields
+from video_opd.convert.formats import fields, values
 from video_opd.convert.formats.cleaning import lower_query, plain_query
 from video_opd.convert.formats.format import Entry, Question, row_format
 
@@ -56,20 +56,13 @@ def read_bench(entry: Entry) -> Iterator[Question]:
 
 
 def _span(answer: Any) -> Any:
-    """``"13.4-28.1"`` → ``[13.4, 28.1]``; anything else is left unchanged."""
+    """``"13.4-28.1"`` → ``("13.4", "28.1")``; anything else is left unchanged."""
     match = _ANSWER.fullmatch(answer) if isinstance(answer, str) else None
-    return [_seconds(match.group(1)), _seconds(match.group(2))] if match else fields.given(answer)
+    return match.groups() if match else fields.given(answer)
 
 
 def _clip(value: Mapping[str, Any], start: str, end: str) -> Any:
-    return None if value.get(start) is None else [value[start], value.get(end)]
-
-
-def _seconds(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:  # "1.2.3"
-        return text
+    return None if values.is_absent(value.get(start)) else [value[start], value.get(end)]
 
 
 TRAINING = row_format(

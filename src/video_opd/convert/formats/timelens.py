@@ -21,7 +21,7 @@ def read_bench(entry: Entry) -> Iterator[Question]:
     value = fields.record(entry.value, *_BENCH_KEYS)
     spans, queries = value["spans"], value["queries"]
     yield from fields.paired_questions(
-        entry, spans, queries, "spans and queries", video_id=entry.key, duration_s=value["duration"]
+        entry, spans, queries, "spans and queries", video=entry.key, duration_s=value["duration"]
     )
 
 

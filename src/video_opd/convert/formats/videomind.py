@@ -20,7 +20,7 @@ def read(entry: Entry) -> Iterator[Question]:
     name = fields.name_of(value["vid"], "vid")
     spans, source = fields.given(value["span"]), value.get("source")
     yield fields.row_question(
-        entry, value, key=name, query="query", spans=spans, video_id=value["vid"], source=source
+        entry, value, key=name, query="query", spans=spans, video=value["vid"], source=source
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from video_opd.convert.formats import fields
+from video_opd.convert.formats import fields, values
 from video_opd.convert.formats.cleaning import lower_query
 from video_opd.convert.formats.format import Entry, Question, Unusable, row_format
 
@@ -34,20 +34,20 @@ _LEAST_WORDS = 3  # a captioning answer has at least so many: "Yes." is no event
 
 def read(entry: Entry) -> Iterator[Question]:
     value = fields.record(entry.value, "id", "conversations")
-    meta = value.get("meta")
-    if not isinstance(meta, Mapping) or not isinstance(meta.get("token"), Mapping):
+    meta = fields.mapping_or_empty(value.get("meta"))
+    times_s = fields.mapping_or_empty(meta.get("token"))
+    if not times_s:
         raise Unusable("no times", "a conversation without meta.token")
-    turns = [
-        turn for turn in fields.listed(value["conversations"], "conversations") if isinstance(turn, Mapping)
-    ]
+    conversations = fields.listed(value["conversations"], "conversations")
+    turns = [turn for turn in conversations if isinstance(turn, Mapping)]
     events = list(dict.fromkeys(_events(turns)))
     if not events:
         raise Unusable("no event", "no answer that ties an event to its times")
     seen = set()
     split = meta.get("split")
     name = fields.name_of(value["id"], "id")
-    if split is not None:
-        name += ":" + "-".join(str(s) for s in fields.listed(split, "split") if isinstance(s, float | int))
+    if not values.is_absent(split):
+        name += ":" + "-".join(str(s) for s in fields.listed(split, "split") if values.number(s) is not None)
     for start, end, text in events:
         if (start, end) in seen:  # the same event asked for in another way
             continue
@@ -55,9 +55,9 @@ def read(entry: Entry) -> Iterator[Question]:
         yield Question(
             where=f"{entry.where} <s{start}>",
             key=f"{name}:{start}",
-            video_id=value["id"],
+            video=value["id"],
             query=text,
-            spans=[meta["token"].get(f"<s{start}>"), meta["token"].get(f"<e{end}>")],
+            spans=[times_s.get(f"<s{start}>"), times_s.get(f"<e{end}>")],
             duration_s=meta.get("duration"),
             source=value.get("source"),
             clip=split,
