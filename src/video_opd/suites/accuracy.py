@@ -1,7 +1,7 @@
-"""Accuracies of scored rows, with bootstrap intervals over videos. No torch, nothing of lmms-eval.
+"""Accuracies of scored rows, with bootstrap intervals over videos. Neither torch nor lmms-eval is imported.
 
-Two means of a benchmark's subtasks are in use: over the subtasks, each counting the same (TempCompass,
-MVBench), and over all questions (Video-MME).
+A benchmark's accuracy is the mean over its subtasks, each counting the same (TempCompass, MVBench), or the
+mean over all of its questions (Video-MME).
 
 Shapes: ``N`` rows, ``S`` subtasks, ``D`` draws.
 """
@@ -24,7 +24,7 @@ MISSING = "missing"  # the rule of a row whose video failed
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredRow:
-    """``score`` is 0 or 1, as lmms-eval gave it; ``rule`` says how the answer was read."""
+    """``score`` is lmms-eval's, 0 or 1; ``rule`` is the rule of letters.py that read the response."""
 
     task: str
     video: str
@@ -57,7 +57,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScore:
-    """A benchmark's accuracy, and that of its subtasks and groups. ``left_out`` are subtasks not run."""
+    """The accuracy of a benchmark, of its subtasks and its groups. ``left_out`` names subtasks not run."""
 
     benchmark: Benchmark
     overall: Accuracy
@@ -69,14 +69,14 @@ class BenchmarkScore:
         return {
             **self.overall.to_json(),
             "mean_over": self.benchmark.mean,
-            "tasks": {name: part.to_json() for name, part in self.tasks.items()},
+            "tasks": {name: found.to_json() for name, found in self.tasks.items()},
             "left_out": list(self.left_out),
-            **({"by": {name: part.to_json() for name, part in self.groups.items()}} if self.groups else {}),
+            **({"by": {name: found.to_json() for name, found in self.groups.items()}} if self.groups else {}),
         }
 
 
 def accuracy(rows: Sequence[ScoredRow], mean: Mean = "questions") -> Accuracy:
-    """The accuracy of ``rows`` and its interval: videos are drawn again, with all their rows."""
+    """The accuracy of ``rows`` with its interval; the bootstrap draws videos with all of their rows."""
     assert rows
     tasks = list(dict.fromkeys(row.task for row in rows))
     videos = [row.video for row in rows]
@@ -88,7 +88,7 @@ def accuracy(rows: Sequence[ScoredRow], mean: Mean = "questions") -> Accuracy:
         value = float(np.mean((scores_N @ member_NS) / member_NS.sum(axis=0)))
         draws_DC = draws_of_means(np.concatenate([scores_N[:, None] * member_NS, member_NS], axis=1), videos)
         right_DS, all_DS = draws_DC[:, : len(tasks)], draws_DC[:, len(tasks) :]
-        # A draw may hold no row of a small subtask: it is then the mean of the others.
+        # A draw may hold no row of a small subtask; it is then the mean of the other subtasks.
         there_DS = all_DS > 0
         shares_DS = np.divide(right_DS, all_DS, out=np.zeros_like(right_DS), where=there_DS)
         draws_D = shares_DS.sum(axis=1) / there_DS.sum(axis=1)
@@ -116,13 +116,13 @@ def benchmark_scores(rows: Mapping[Task, Sequence[ScoredRow]]) -> list[Benchmark
                 benchmark=benchmark,
                 overall=accuracy(together, benchmark.mean),
                 tasks={task.name: accuracy(rows[task]) for task in ran},
-                groups=_parts(together, lambda row: row.group),
+                groups=_by_value(together, lambda row: row.group),
                 left_out=tuple(task.name for task in benchmark.tasks if task not in ran),
             )
         )
     return scores
 
 
-def _parts(rows: Sequence[ScoredRow], key: Callable[[ScoredRow], str | None]) -> dict[str, Accuracy]:
+def _by_value(rows: Sequence[ScoredRow], key: Callable[[ScoredRow], str | None]) -> dict[str, Accuracy]:
     values = [value for value in dict.fromkeys(map(key, rows)) if value is not None]
     return {value: accuracy([row for row in rows if key(row) == value]) for value in values}

@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 from video_opd.errors import UserError
 
-LMMS_EVAL = "0.7.3"  # the release whose prompts and scoring the suite repeats
-PREFIX = "vopd_"  # of our task files: a name that lmms-eval has already would silently lose
+LMMS_EVAL = "0.7.3"  # the release whose prompts and scoring are used
+# The names of our task files begin with it: lmms-eval silently prefers its own file of the same name.
+PREFIX = "vopd_"
 
 Mean: TypeAlias = Literal["subtasks", "questions"]
 
@@ -25,9 +26,9 @@ class Task:
 
     name: str
     benchmark: str
-    subset: str  # the name of its rows: a file's stem, a configuration on the hub
-    stock: str  # its task file, within lmms-eval's folder of tasks
-    hook: str  # of hooks.py: scores a row
+    subset: str  # the name of its rows: the stem of a file, a configuration on the hub
+    stock: str  # lmms-eval's task file, relative to its folder of tasks
+    hook: str  # the function of hooks.py that scores a row
     judged: bool = False  # only a judge model can score it
 
     @property
@@ -37,8 +38,11 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """``keys`` are those a row must have, with what they hold; ``metric`` is the accuracy that lmms-eval
-    makes of them. ``group_by`` is a key whose values are told apart in the results."""
+    """``keys`` are the keys that a row must have, with the type of each value.
+
+    ``metric`` is lmms-eval's name of the accuracy, ``mean`` says what it is averaged over. ``group_by`` is a
+    key: the results hold the accuracy of each of its values, too.
+    """
 
     name: str
     title: str
@@ -158,24 +162,24 @@ CAPTIONING_KEYS: Mapping[str, type] = {
 
 
 def keys_of(task: Task) -> Mapping[str, type]:
-    """What a row of the task must hold."""
+    """The keys that a row of the task must have, with the type of each value."""
     return CAPTIONING_KEYS if task.judged else BENCHMARKS[task.benchmark].keys
 
 
 def choose_tasks(
     only: Sequence[str] | None = None, skip: Sequence[str] = (), *, judge: bool = False
 ) -> list[Task]:
-    """The tasks that ``only`` names (all, without it) less those that ``skip`` names, in a fixed order.
+    """The tasks that ``only`` names (all if it is None) without those that ``skip`` names, in a fixed order.
 
-    Names are of benchmarks or of tasks. A task that needs a judge is left out without one. Raises
-    :class:`UserError` for an unknown name, and where nothing is left.
+    A name is that of a benchmark or of a task. A task that needs a judge is left out without ``judge``.
+    Raises :class:`UserError` for an unknown name, and if no task is left.
     """
     every = [task for benchmark in BENCHMARKS.values() for task in benchmark.tasks]
     known = {*BENCHMARKS, *(task.name for task in every)}
     for name in (*(only or ()), *skip):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0)
-            raise UserError(f"no benchmark or task {name!r}; do you mean {near[0]!r}?")
+            raise UserError(f"no benchmark or task {name!r}; did you mean {near[0]!r}?")
     named = {task.name for task in every if task.judged and task.name in (only or ())}
     if named and not judge:
         raise UserError(f"{', '.join(sorted(named))}: only a judge model can score it; add --judge")
@@ -194,8 +198,7 @@ def choose_tasks(
 
 
 def check_row(row: Mapping[str, Any], keys: Mapping[str, type], where: str) -> None:
-    """Raises :class:`UserError` beginning with ``where`` for a row that lacks something or holds another
-    kind of value."""
+    """Raises :class:`UserError`, beginning with ``where``, for a missing key or a value of another type."""
     for key, kind in keys.items():
         value = row.get(key)
         right = isinstance(value, kind) and (

@@ -1,11 +1,12 @@
-"""What lmms-eval calls for each row of our task files: the video's path, and the score of an answer.
+"""The functions that lmms-eval calls for each row of our task files: the video's path, and the score.
 
-An answer is read first (letters.py), then lmms-eval's own function of the task scores what was read. Three
-things are kept from it: an answer in which nothing was read (MVBench would take an empty one out of the
-denominator, TempCompass would send it to a judge over the network), a row without an answer because its video
-failed, and a judge that failed (which the stock code counts as a wrong answer).
+A response is read first (letters.py); lmms-eval's own function of the task then scores the letter that was
+read. Three cases never reach that function. A response in which nothing was read: MVBench would take it out
+of the denominator, TempCompass would send it to a judge over the network. A row without a response, because
+its video failed. And a judge that failed, which the stock code counts as a wrong response: here it is an
+error.
 
-Imported by name from the task files, where lmms-eval is installed.
+The task files name these functions, and lmms-eval imports them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from video_opd.suites.letters import UNREAD, Reading, after_thinking, read_choice, read_yes_no
+from video_opd.suites.letters import UNREAD, Choice, after_thinking, read_choice, read_yes_no
 
 Doc: TypeAlias = Mapping[str, Any]
 Scored: TypeAlias = dict[str, Any]
 
-VIDEO_KEY = "vopd_video"  # of a row: the path of its video
-ROW_KEY = "vopd_row"  # of a scored row: what our results are made of
+VIDEO_KEY = "vopd_video"  # the key of a row that holds the path of its video
+ROW_KEY = "vopd_row"  # the key of a scored row that holds what our results are made of
 NO_VIDEO = "[no answer: the video could not be read]"
-# Handed to a stock scorer for an answer in which nothing was read; it holds no letter that one could match.
+# Stands for a response in which nothing was read; no stock scorer finds a letter in it.
 NOTHING_READ = "unread"
 
-_MISSING = Reading(choice=None, rule="missing")
+_MISSING = Choice(option=None, rule="missing")
 
 
 class JudgeError(RuntimeError):
@@ -41,45 +42,45 @@ def mvbench(doc: Doc, results: Sequence[str]) -> Scored:
     from lmms_eval.tasks.mvbench.utils import mvbench_process_results
 
     options = dict(zip(string.ascii_uppercase, doc["candidates"], strict=False))
-    reading = _read(results[0], lambda text: read_choice(text, options))
-    scored = mvbench_process_results(doc, [reading.choice or NOTHING_READ])
-    return _with_row(scored, scored["mvbench_accuracy"]["score"], reading)
+    choice = _read(results[0], lambda text: read_choice(text, options))
+    scored = mvbench_process_results(doc, [choice.option or NOTHING_READ])
+    return _with_row(scored, scored["mvbench_accuracy"]["score"], choice)
 
 
 def videomme(doc: Doc, results: Sequence[str]) -> Scored:
     from lmms_eval.tasks.videomme.utils import videomme_process_results
 
     options = lettered(doc["options"])
-    reading = _read(results[0], lambda text: read_choice(text, options))
-    scored = videomme_process_results(doc, [reading.choice or NOTHING_READ])
-    return _with_row(scored, scored["videomme_perception_score"]["score"], reading)
+    choice = _read(results[0], lambda text: read_choice(text, options))
+    scored = videomme_process_results(doc, [choice.option or NOTHING_READ])
+    return _with_row(scored, scored["videomme_perception_score"]["score"], choice)
 
 
 def tempcompass_multi_choice(doc: Doc, results: Sequence[str], *, judge: bool = False) -> Scored:
     from lmms_eval.tasks.tempcompass.utils import tempcompass_process_results_multi_choice as stock
 
-    options = lettered(doc["question"].split("\n"))
-    options = {letter: options[letter] for letter in options if letter in "ABCD"}  # those that stock knows
-    reading = _read(results[0], lambda text: read_choice(text, options))
-    return _tempcompass(stock, doc, results[0], reading, reading.choice, judge)
+    found = lettered(doc["question"].split("\n"))
+    options = {letter: found[letter] for letter in found if letter in "ABCD"}  # the stock scorer's letters
+    choice = _read(results[0], lambda text: read_choice(text, options))
+    return _tempcompass(stock, doc, results[0], choice, choice.option, judge)
 
 
 def tempcompass_yes_no(doc: Doc, results: Sequence[str], *, judge: bool = False) -> Scored:
     from lmms_eval.tasks.tempcompass.utils import tempcompass_process_results_yes_no as stock
 
-    reading = _read(results[0], read_yes_no)
-    return _tempcompass(stock, doc, results[0], reading, reading.choice, judge)
+    choice = _read(results[0], read_yes_no)
+    return _tempcompass(stock, doc, results[0], choice, choice.option, judge)
 
 
 def tempcompass_caption_matching(doc: Doc, results: Sequence[str], *, judge: bool = False) -> Scored:
     from lmms_eval.tasks.tempcompass.utils import tempcompass_process_results_caption_matching as stock
 
-    # "Sentence A: …" or "Option 1: …", a line each, after the question's first line.
+    # After the first line of the question, each line is "Sentence A: …" or "Option 1: …".
     lines = [line.partition(": ") for line in doc["question"].split("\n")[1:]]
     labels = {label.split()[-1]: label for label, _, _ in lines if label}
     options = {label.split()[-1]: wording for label, _, wording in lines if label}
-    reading = _read(results[0], lambda text: read_choice(text, options))
-    return _tempcompass(stock, doc, results[0], reading, labels.get(reading.choice or ""), judge)
+    choice = _read(results[0], lambda text: read_choice(text, options))
+    return _tempcompass(stock, doc, results[0], choice, labels.get(choice.option or ""), judge)
 
 
 def tempcompass_multi_choice_judged(doc: Doc, results: Sequence[str]) -> Scored:
@@ -101,20 +102,20 @@ def tempcompass_captioning_judged(doc: Doc, results: Sequence[str]) -> Scored:
         return _tempcompass_wrong(doc, results[0], _MISSING)
     caption = after_thinking(results[0])
     if not caption:
-        return _tempcompass_wrong(doc, results[0], Reading(choice=None, rule=UNREAD))
+        return _tempcompass_wrong(doc, results[0], Choice(option=None, rule=UNREAD))
     scored = stock(doc, [caption])
     if scored["avg_accuracy"]["rating"] < 0:
         raise JudgeError(f"the judge gave no verdict on the caption of {doc['video_id']}")
-    return _with_row(scored, scored["avg_accuracy"]["rating"], Reading(choice=caption, rule="judged"))
+    return _with_row(scored, scored["avg_accuracy"]["rating"], Choice(option=caption, rule="judged"))
 
 
 def lettered(lines: Sequence[str]) -> dict[str, str]:
-    """``{"A": "left", …}`` of the lines that begin with ``A.`` or ``A)``."""
+    """``{"A": "left", …}``, from the lines that begin with ``A.`` or ``A)``."""
     found = [re.match(r"\s*\(?([A-Z])[.)]\s*(.*)", line) for line in lines]
     return {match[1]: match[2] for match in found if match is not None}
 
 
-def _read(text: str, read: Callable[[str], Reading]) -> Reading:
+def _read(text: str, read: Callable[[str], Choice]) -> Choice:
     return _MISSING if text == NO_VIDEO else read(text)
 
 
@@ -122,27 +123,27 @@ def _tempcompass(
     stock: Callable[[Doc, list[str]], Scored],
     doc: Doc,
     text: str,
-    reading: Reading,
+    choice: Choice,
     read: str | None,
     judge: bool,
 ) -> Scored:
-    """``read`` is what the stock scorer recognises; without it there is a judge, or nothing."""
-    if read is None and (reading is _MISSING or not judge):
-        return _tempcompass_wrong(doc, text, reading)
+    """``read`` is the word that the stock scorer recognises. Without one, a judge decides, or it is wrong."""
+    if read is None and (choice is _MISSING or not judge):
+        return _tempcompass_wrong(doc, text, choice)
     scored = stock(doc, [read if read is not None else text])
     rated = scored["avg_accuracy"]
     if read is None:
         if not rated["match_success"] and not rated.get("chatgpt_response"):
             raise JudgeError(f"the judge gave no verdict on an answer about {doc['video_id']}")
-        reading = Reading(choice=text, rule="judged")
-    return _with_row(scored, rated["rating"], reading)
+        choice = Choice(option=text, rule="judged")
+    return _with_row(scored, rated["rating"], choice)
 
 
-def _tempcompass_wrong(doc: Doc, text: str, reading: Reading) -> Scored:
-    """A row that counts as wrong, in the form of the stock code."""
+def _tempcompass_wrong(doc: Doc, text: str, choice: Choice) -> Scored:
+    """The score of a row that counts as wrong, in the form of the stock code."""
     rated = {"video_id": doc["video_id"], "video-llm-prediction": text, "rating": 0, "dim": doc["dim"]}
-    return _with_row({"avg_accuracy": rated, f"{doc['dim']}_accuracy": rated}, 0, reading)
+    return _with_row({"avg_accuracy": rated, f"{doc['dim']}_accuracy": rated}, 0, choice)
 
 
-def _with_row(scored: Scored, score: float, reading: Reading) -> Scored:
-    return {**scored, ROW_KEY: {"score": float(score), "read": reading.choice, "rule": reading.rule}}
+def _with_row(scored: Scored, score: float, choice: Choice) -> Scored:
+    return {**scored, ROW_KEY: {"score": float(score), "read": choice.option, "rule": choice.rule}}

@@ -1,4 +1,4 @@
-"""What a run of the suite needs on this machine, and how to get what is not there. Loads no model."""
+"""What a run of the suite needs on this machine, and how to get what is missing. No model is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JUDGE_KEY, JUDGE_URL = "OPENAI_API_KEY", "OPENAI_API_URL"  # lmms-eval's own
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """``missing`` is None where it is there; ``get`` says what to do about it.
+    """``missing`` is None if the thing is there; ``get`` is the remedy if it is not.
 
     Example: ``Need(what="videomme", missing="3 of 900 videos, first videomme/data/x.mp4",
     get="video-opd suite --download --tasks videomme", videos_only=True)``.
@@ -29,7 +29,7 @@ class Need:
     found: str = ""
     missing: str | None = None
     get: str = ""
-    videos_only: bool = False  # a run that counts those rows as wrong is possible
+    videos_only: bool = False  # --allow-missing can count the rows of these videos as wrong
 
     def to_json(self) -> dict[str, Any]:
         return {"what": self.what, "found": self.found, "missing": self.missing, "get": self.get}
@@ -38,7 +38,7 @@ class Need:
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     needs: tuple[Need, ...]
-    rows: dict[Task, list[Row]]  # of the tasks whose rows were found
+    rows: dict[Task, list[Row]]  # only the tasks whose rows were found
 
     @property
     def missing(self) -> list[Need]:
@@ -53,7 +53,7 @@ def survey(
     if judge:
         needs.append(_judge())
     rows: dict[Task, list[Row]] = {}
-    failed: set[str] = set()  # benchmarks whose data set cannot be loaded: it is not tried for every task
+    failed: set[str] = set()  # benchmarks whose data set cannot be loaded: one try is enough for all tasks
     if needs[0].missing is None:
         for task in tasks:
             if data_root is None and task.benchmark in failed:
@@ -68,7 +68,7 @@ def survey(
 
 
 def require(found: Survey, *, allow_missing: bool = False) -> None:
-    """Raises :class:`UserError` for the first thing that is missing; with ``allow_missing`` videos may be."""
+    """Raises :class:`UserError` for the first missing thing; ``allow_missing`` lets videos be missing."""
     missing = [need for need in found.missing if not (allow_missing and need.videos_only)]
     if not missing:
         return

@@ -1,7 +1,7 @@
-"""The rows of a task and where their videos are: of a local folder, or of what the hub's clients keep here.
+"""The rows of a task and the places of their videos, from a local folder or from the hub's copies here.
 
-A local folder (``--data-root DIR``) holds each benchmark under its name, rows in the benchmark's own schema
-and videos where lmms-eval has them::
+A local folder (``--data-root DIR``) holds each benchmark under its name: rows in the benchmark's own schema,
+and videos in the folders that lmms-eval uses::
 
     DIR/tempcompass/yes_no.jsonl            DIR/tempcompass/videos/<video_id>.mp4
     DIR/mvbench/action_count.jsonl          DIR/mvbench/perception/videos/<video>
@@ -40,7 +40,7 @@ class Row:
 
 
 def stock_folder() -> Path | None:
-    """lmms-eval's folder of tasks, or None where it is not installed. Imports nothing of it."""
+    """lmms-eval's folder of tasks, or None if it is not installed. Nothing of lmms-eval is imported."""
     spec = importlib.util.find_spec("lmms_eval")
     locations = spec.submodule_search_locations if spec is not None else None
     return Path(locations[0]) / "tasks" if locations else None
@@ -48,12 +48,12 @@ def stock_folder() -> Path | None:
 
 def stock_file(task: Task) -> Path:
     folder = stock_folder()
-    assert folder is not None, "lmms-eval is there: check.py looked"
+    assert folder is not None, "requirements.py found lmms-eval"
     return folder / task.stock
 
 
 def stock_config(task: Task) -> dict[str, Any]:
-    """The task file of lmms-eval with what it includes; functions are their names."""
+    """lmms-eval's task file together with the files that it includes. A function is given by its name."""
     return _read_task_file(stock_file(task))
 
 
@@ -62,9 +62,9 @@ def hub_home() -> Path:
 
 
 def read_rows(task: Task, data_root: Path | None, limit: int | None = None) -> list[Row]:
-    """The first ``limit`` rows of a task, all without it.
+    """The first ``limit`` rows of a task, or all of them.
 
-    Raises :class:`UserError` where there are none, or one lacks something that the schema asks for.
+    Raises :class:`UserError` if there are none, and for a row that does not fit the schema.
     """
     if data_root is None:
         base = hub_home() / stock_config(task)["dataset_kwargs"]["cache_dir"]
@@ -90,7 +90,7 @@ def read_rows(task: Task, data_root: Path | None, limit: int | None = None) -> l
 
 
 def annotation_file(task: Task, data_root: Path) -> Path:
-    """The file of the task's rows: the first that is there, else where it should be."""
+    """The file of the task's rows: the first that is there, else the place where it should be."""
     folder = data_root / task.benchmark
     names = (f"{task.subset}.jsonl", f"{task.subset}.json", f"json/{task.subset}.json")
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
@@ -120,7 +120,7 @@ def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows = datasets.load_dataset(
             stock["dataset_path"], stock.get("dataset_name"), split=stock["test_split"], **options
         )
-    except Exception as error:  # many kinds: no network, no access, not there
+    except Exception as error:  # many kinds: no network, no access, no such data set
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{stock['dataset_path']}: its rows cannot be loaded ({reason})") from error
     for number, row in enumerate(rows):
@@ -128,7 +128,7 @@ def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _video(task: Task, doc: Mapping[str, Any], base: Path) -> Path:
-    """The first place of those where lmms-eval looks that has the video, else the first of all."""
+    """The first of lmms-eval's places that has the video, else the first place of all."""
     places = list(_places(task, doc, base))
     return next((place for place in places if place.is_file()), places[0])
 
@@ -138,7 +138,9 @@ def _places(task: Task, doc: Mapping[str, Any], base: Path) -> Iterator[Path]:
         folder = _mvbench_folders()[task.subset]
         for root in (base, base / "data0613", base / "video"):
             yield root / folder / doc["video"]
-            if not Path(doc["video"]).suffix:  # a folder of frames upstream: as a video, if it was made one
+            if not Path(
+                doc["video"]
+            ).suffix:  # published as a folder of frames; somebody may have made a video
                 yield from (root / folder / f"{doc['video']}{suffix}" for suffix in VIDEO_SUFFIXES)
         return
     name, folder = (
@@ -149,9 +151,9 @@ def _places(task: Task, doc: Mapping[str, Any], base: Path) -> Iterator[Path]:
 
 @lru_cache(maxsize=1)
 def _mvbench_folders() -> Mapping[str, str]:
-    """Where lmms-eval has the videos of each subset. Its file alone is run, not the package around it."""
+    """The folder of each subset's videos, from lmms-eval's utils.py, without importing lmms-eval."""
     folder = stock_folder()
-    assert folder is not None, "lmms-eval is there: check.py looked"
+    assert folder is not None, "requirements.py found lmms-eval"
     spec = importlib.util.spec_from_file_location("vopd_mvbench_utils", folder / "mvbench" / "utils.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -160,7 +162,7 @@ def _mvbench_folders() -> Mapping[str, str]:
 
 
 class _TaskLoader(yaml.SafeLoader):
-    """YAML of lmms-eval: ``!function`` is a name to us."""
+    """Loads lmms-eval's YAML. ``!function`` becomes the name of the function."""
 
 
 _TaskLoader.add_constructor("!function", lambda loader, node: str(node.value))

@@ -1,7 +1,8 @@
-"""The general suite from a model to a record: what is there is checked, lmms-eval asks and scores, we sum up.
+"""The general suite, from a model folder to a record of accuracies.
 
-lmms-eval runs inside this process, so what fails there fails here (its own command says 0 even then). Answers
-are on disk as soon as they are made: a run that was killed continues with the same command.
+The requirements are checked, then lmms-eval asks and scores, then we sum up. lmms-eval runs inside this
+process, so an error there is an error here (its own command exits with 0 even then). Responses are on disk as
+soon as they are made: a run that was killed continues with the same command.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from video_opd.suites.benchmarks import BENCHMARKS, Task, choose_tasks
 from video_opd.suites.rows import Row, hub_home, stock_file
 
 if TYPE_CHECKING:
-    from video_opd.suites.answering import Answerer
+    from video_opd.suites.responder import Responder
 
 MAX_NEW_TOKENS = 64
-TASK_FILES = "lmms-eval"  # the folder of task files in ``out``
-AGREE = 1e-6  # percent: our sums and lmms-eval's
+TASK_FILES = "lmms-eval"  # the folder of the task files, in ``out``
+TOLERANCE = 1e-6  # percent, between our accuracy and lmms-eval's
 PACKAGES = ("lmms-eval", "torch", "torchvision", "transformers", "av")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteSettings:
-    """What is asked, of what data. ``out`` is the folder of answers, task files and ``results.json``."""
+    """The tasks and their rows. ``out`` is the folder of responses, task files and ``results.json``."""
 
     out: Path
     data_root: Path | None = None
     only: Sequence[str] | None = None
     skip: Sequence[str] = ()
-    limit: int | None = None  # rows a task, from the first
+    limit: int | None = None  # run only the first rows of each task
     judge: bool = False
     allow_missing: bool = False
 
@@ -65,7 +66,7 @@ class SuiteResult:
 
     @property
     def mean(self) -> float:
-        """Over the benchmarks that were run, each counting the same."""
+        """The mean accuracy of the benchmarks that were run, each counting the same."""
         return sum(score.overall.accuracy for score in self.scores) / len(self.scores)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,21 +99,21 @@ def run(
 ) -> SuiteResult:
     """Runs the suite and writes ``results.json``.
 
-    Raises :class:`UserError` before anything is loaded where something is missing, and RuntimeError where
-    lmms-eval failed, no video of a benchmark could be read, or its sums are not ours.
+    Raises :class:`UserError` before a model is loaded if something is missing. Raises RuntimeError if
+    lmms-eval fails, if no video of a task can be read, or if lmms-eval's accuracy is not ours.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "the general suite runs in one process: share out --tasks instead, each with its own --out"
+            "the general suite runs in one process: give each process its own --tasks and its own --out"
         )
     found = survey(settings)
     requirements.require(found, allow_missing=settings.allow_missing)
 
     from video_opd.models.fingerprint import model_fingerprint
-    from video_opd.suites.answering import Answerer
+    from video_opd.suites.responder import Responder
     from video_opd.suites.task_files import write_task_files
 
-    answerer = Answerer(
+    responder = Responder(
         model=model,
         out=settings.out / "answers.jsonl",
         overrides=overrides,
@@ -123,12 +124,12 @@ def run(
         seed=seed,
         overwrite=overwrite,
     )
-    config, answers = answerer.config, answerer.settings  # a wrong setting is an error now
+    config, answers = responder.config, responder.settings  # raises now for a wrong setting
     digests = write_task_files(
         settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
     )
     rehearse(found.rows)
-    scored = _ask(answerer, settings.out / TASK_FILES, found.rows)
+    scored = _run_lmms_eval(responder, settings.out / TASK_FILES, found.rows)
     result = SuiteResult(
         model=model,
         scores=benchmark_scores(scored),
@@ -153,13 +154,13 @@ def run(
 
 
 def survey(settings: SuiteSettings) -> requirements.Survey:
-    """What the suite needs here, and what of it is missing."""
+    """What the suite needs on this machine, and what of it is missing."""
     _quiet_libraries()
     return requirements.survey(settings.tasks, settings.data_root, judge=settings.judge, limit=settings.limit)
 
 
 def rehearse(rows: Mapping[Task, Sequence[Row]]) -> None:
-    """Scores every row once with some answer: what lmms-eval cannot score is known before a model is loaded.
+    """Scores every row once with a made-up response: a row that lmms-eval cannot score is found early.
 
     No judge is asked. Raises :class:`UserError` that names the row.
     """
@@ -172,14 +173,14 @@ def rehearse(rows: Mapping[Task, Sequence[Row]]) -> None:
                     getattr(hooks, task.hook)(row.doc, ["A"])
                 if task.benchmark == "videomme":
                     _check_categories(row.doc)
-            except Exception as error:  # whatever the stock code stumbles over
+            except Exception as error:  # the stock code raises many kinds
                 raise UserError(
                     f"{task.name}, row {number}: lmms-eval cannot score it ({_reason(error)}); mend the row"
                 ) from error
 
 
 def _check_categories(doc: Mapping[str, Any]) -> None:
-    """Video-MME is summed up in known categories only: any other would fail, after all answers."""
+    """lmms-eval knows a fixed list of Video-MME's categories; another one would fail after all responses."""
     from lmms_eval.tasks.videomme import utils
 
     known = {
@@ -193,9 +194,11 @@ def _check_categories(doc: Mapping[str, Any]) -> None:
             raise ValueError(f'"{key}" is {doc[key]!r}, none of {", ".join(values)}')
 
 
-def _ask(answerer: Answerer, folder: Path, rows: Mapping[Task, Sequence[Row]]) -> dict[Task, list[ScoredRow]]:
-    """What lmms-eval made of every row."""
-    from lmms_eval import evaluator
+def _run_lmms_eval(
+    responder: Responder, folder: Path, rows: Mapping[Task, Sequence[Row]]
+) -> dict[Task, list[ScoredRow]]:
+    """Lets lmms-eval ask every question and score every response."""
+    from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
     from tenacity import RetryError
 
@@ -203,28 +206,24 @@ def _ask(answerer: Answerer, folder: Path, rows: Mapping[Task, Sequence[Row]]) -
     from video_opd.suites.task_files import QWEN
 
     _quiet_logs()
-    bars = evaluator.tqdm
-    evaluator.tqdm = lambda *items, **options: bars(*items, **{**options, "disable": True})
     manager = TaskManager(include_path=str(folder), include_defaults=False, model_name=QWEN)
     try:
-        results = evaluator.simple_evaluate(
-            model=VideoOPD(answerer=answerer),
+        results = simple_evaluate(
+            model=VideoOPD(responder=responder),
             tasks=[task.prefixed for task in rows],
             task_manager=manager,
-            bootstrap_iters=0,  # intervals are ours: over videos
+            bootstrap_iters=0,  # our own intervals draw videos
         )
-    except RetryError as error:  # its retries hide what went wrong
+    except RetryError as error:  # lmms-eval's retries hide the error itself
         cause = error.last_attempt.exception()
         raise (cause if cause is not None else error) from error
-    finally:
-        evaluator.tqdm = bars
     if results is None:
         raise RuntimeError("lmms-eval gave no results")
     return {task: _scored(task, rows[task], results) for task in rows}
 
 
 def _scored(task: Task, rows: Sequence[Row], results: Mapping[str, Any]) -> list[ScoredRow]:
-    """The rows of a task in their order, after they agree with lmms-eval's own sum of them."""
+    """The scored rows of a task, in order. Raises RuntimeError if lmms-eval's own accuracy differs."""
     from video_opd.suites.hooks import ROW_KEY
 
     benchmark = BENCHMARKS[task.benchmark]
@@ -243,7 +242,7 @@ def _scored(task: Task, rows: Sequence[Row], results: Mapping[str, Any]) -> list
     ]
     ours = PERCENT * sum(row.score for row in scored) / len(scored)
     theirs = results["results"][task.prefixed][f"{benchmark.metric},none"]
-    if abs(ours - theirs) > AGREE:
+    if abs(ours - theirs) > TOLERANCE:
         raise RuntimeError(f"{task.name}: its rows make {ours:.4f}%, lmms-eval says {theirs:.4f}%")
     if all(row.rule == MISSING for row in scored):
         raise RuntimeError(
@@ -253,10 +252,10 @@ def _scored(task: Task, rows: Sequence[Row], results: Mapping[str, Any]) -> list
 
 
 def download(settings: SuiteSettings) -> None:
-    """Lets lmms-eval get rows and videos, as its stock tasks do: hundreds of gigabytes for all of them.
+    """Lets lmms-eval download rows and videos, as its stock tasks do: hundreds of gigabytes for all of them.
 
-    It skips a folder of videos that is there. Raises :class:`UserError` without lmms-eval, and RuntimeError
-    where it fails.
+    lmms-eval skips a folder of videos that is there. Raises :class:`UserError` if lmms-eval is not installed,
+    and RuntimeError if the download fails.
     """
     if settings.data_root is not None:
         raise UserError("--download gets what lmms-eval takes from the hub: leave out --data-root")
@@ -276,7 +275,7 @@ def download(settings: SuiteSettings) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that a score depends on besides the model."""
+    """The versions of everything that a score depends on besides the model."""
 
     def of(package: str) -> str | None:
         try:
@@ -292,14 +291,17 @@ def versions() -> dict[str, str | None]:
 
 
 def _quiet_libraries() -> None:
-    """Before they are imported: bars of theirs would stand between ours."""
-    os.environ.setdefault("HF_HOME", str(hub_home()))  # lmms-eval's tasks ask for it
+    """Turns off the libraries' progress bars, which would mix with ours. Called before they are imported.
+
+    lmms-eval shows one short bar a task all the same, when the responses are there and it scores them.
+    """
+    os.environ.setdefault("HF_HOME", str(hub_home()))  # lmms-eval's tasks need it to be set
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _quiet_logs() -> None:
-    """lmms-eval's log, warnings and worse, in our lines."""
+    """Prints lmms-eval's warnings and errors as our own lines, and leaves the rest of its log out."""
     from loguru import logger
 
     logger.remove()

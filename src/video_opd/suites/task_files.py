@@ -1,8 +1,8 @@
-"""Task files for lmms-eval, made for one run: its own, by ``include``, pointed at our rows and hooks.
+"""Task files for lmms-eval, written for one run. Each includes a stock task file and replaces a few settings.
 
-What stays stock is the wording of the question and the scoring of what was read. What we set: the rows (a
-copy beside the task file, with each video's path), the prompt of Qwen3-VL whatever a model's name is, greedy
-answers of one length, and the hooks. The folder serves lmms-eval's own command as well::
+The wording of the questions and the scoring stay stock. We set the rows (a copy beside the task file, with
+the path of each video), the prompt for Qwen3-VL whatever the model is called, greedy responses of one length,
+and the hooks. lmms-eval's own command can use the folder, too::
 
     lmms-eval --model video_opd --model_args pretrained=MODEL --include_path DIR --tasks vopd_videomme
 """
@@ -27,15 +27,15 @@ from video_opd.suites.rows import Row, stock_config, stock_file
 QWEN = "qwen3_vl"  # lmms-eval's name for the family whose prompts are used
 HOOKS = "video_opd.suites.hooks"
 SPLIT = "test"
-CACHE = "cache"  # what the datasets library makes of the rows
+CACHE = "cache"  # the folder in which the datasets library keeps its copy of the rows
 
 
 def write_task_files(
     folder: Path, rows: Mapping[Task, Sequence[Row]], *, max_new_tokens: int, judge: bool
 ) -> dict[Task, str]:
-    """Writes a ``.yaml`` and a ``.jsonl`` for each task; those of an earlier run are gone.
+    """Writes a ``.yaml`` and a ``.jsonl`` for each task; the files of an earlier run are removed.
 
-    Returns a digest of each task's rows, without the folder that the videos are in.
+    Returns a digest of each task's rows, which does not depend on the folder of the videos.
     """
     folder = folder.absolute()
     for file in folder.glob(f"{PREFIX}*"):
@@ -69,7 +69,7 @@ def write_task_files(
 
 
 def prompt_settings(task: Task) -> dict[str, Any]:
-    """What the task's prompt is made with for Qwen3-VL: by the family, not by what a model is called."""
+    """The settings of the task's prompt for Qwen3-VL. lmms-eval would choose them by the model's name."""
     stock = stock_config(task)["lmms_eval_specific_kwargs"]
     return stock.get(QWEN, stock["default"])
 

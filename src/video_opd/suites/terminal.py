@@ -1,4 +1,4 @@
-"""The suite's results and what it still needs, for people. No torch."""
+"""The suite's results and requirements, printed. No torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from video_opd.suites.requirements import Survey
     from video_opd.suites.suite import SuiteResult
 
-MOST_NAMES = 2  # of subtasks left out, before they are counted
+MOST_NAMES = 2  # more subtasks that were left out are counted, not named
 HEADER = ("", "accuracy", "rows", "videos", "notes")
 
 
 def print_suite(result: SuiteResult, console: Console | None = None) -> None:
-    """A row for each benchmark, its subtasks and groups below it, to stdout by default."""
+    """Prints a row for each benchmark, with its subtasks and groups below it; to stdout by default."""
     console = console or stdout()
     rows: list[tuple[str, ...]] = []
     for score in result.scores:
         mean = "mean of subtasks" if score.benchmark.mean == "subtasks" and len(score.tasks) > 1 else ""
         rows.append(_row(score.benchmark.title, score.overall, mean, _without(score.left_out)))
         if len(score.tasks) > 1:
-            rows += [_row(f"  {name}", part) for name, part in score.tasks.items()]
-        rows += [_row(f"  {score.benchmark.group_by}: {name}", part) for name, part in score.groups.items()]
+            rows += [_row(f"  {name}", accuracy) for name, accuracy in score.tasks.items()]
+        rows += [
+            _row(f"  {score.benchmark.group_by}: {name}", accuracy) for name, accuracy in score.groups.items()
+        ]
     if len(result.scores) > 1:
         rows.append(("mean of benchmarks", f"{result.mean:.1f}", "", "", ""))
     print_rows(console, HEADER, rows)
@@ -44,23 +46,23 @@ def print_suite(result: SuiteResult, console: Console | None = None) -> None:
 
 
 def print_survey(found: Survey, console: Console | None = None) -> None:
-    """A line for each thing that the suite needs, and below what is missing the way to get it."""
+    """Prints a line for each thing that the suite needs, and below a missing one the way to get it."""
     console = console or stdout()
     for need, after in itertools.zip_longest(found.needs, found.needs[1:]):
         say(console, f"{need.what}: {', '.join(filter(None, (need.found, need.missing or 'ok')))}")
-        if need.missing is not None and (after is None or after.get != need.get):  # once for several
+        if need.missing is not None and (after is None or after.get != need.get):  # said once for several
             say(console, f"    {need.get}")
 
 
-def _row(name: str, part: Accuracy, *notes: str) -> tuple[str, ...]:
-    low, high = part.ci95
-    counts = (("unparsed", part.unparsed), ("missing", part.missing))
+def _row(name: str, accuracy: Accuracy, *notes: str) -> tuple[str, ...]:
+    low, high = accuracy.ci95
+    counts = (("unparsed", accuracy.unparsed), ("missing", accuracy.missing))
     told = [*(note for note in notes if note), *(f"{count} {what}" for what, count in counts if count)]
     return (
         name,
-        f"{part.accuracy:.1f} [{low:.1f}, {high:.1f}]",
-        str(part.n),
-        str(part.videos),
+        f"{accuracy.accuracy:.1f} [{low:.1f}, {high:.1f}]",
+        str(accuracy.n),
+        str(accuracy.videos),
         ", ".join(told),
     )
 

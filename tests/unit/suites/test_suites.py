@@ -28,7 +28,7 @@ OPTIONS = {"A": "left", "B": "to the right", "C": "a man walks", "D": "up"}
 
 
 @pytest.mark.parametrize(
-    ("text", "choice", "rule"),
+    ("text", "option", "rule"),
     [
         ("B", "B", "alone"),
         (" b.\n", "B", "alone"),
@@ -64,17 +64,17 @@ OPTIONS = {"A": "left", "B": "to the right", "C": "a man walks", "D": "up"}
         ("<think>It is surely B", None, UNREAD),
     ],
 )
-def test_letters(text: str, choice: str | None, rule: str) -> None:
-    reading = read_choice(text, OPTIONS)
-    assert (reading.choice, reading.rule) == (choice, rule)
+def test_letters(text: str, option: str | None, rule: str) -> None:
+    found = read_choice(text, OPTIONS)
+    assert (found.option, found.rule) == (option, rule)
 
 
 def test_digits_are_labels_of_options_not_numbers() -> None:
     options = {"1": "a cup falls", "2": "a cup stands"}
     for text in ("2", "Option 2", "Option 2: a cup stands", "(2)", "the answer is 2", "a cup stands"):
-        assert read_choice(text, options).choice == "2", text
-    assert read_choice("2 cups fall", options).choice is None
-    assert read_choice("2", {}).choice is None
+        assert read_choice(text, options).option == "2", text
+    assert read_choice("2 cups fall", options).option is None
+    assert read_choice("2", {}).option is None
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,17 @@ def test_digits_are_labels_of_options_not_numbers() -> None:
     ],
 )  # fmt: skip
 def test_yes_or_no(text: str, word: str | None) -> None:
-    assert read_yes_no(text).choice == word
+    assert read_yes_no(text).option == word
 
 
 @given(st.text(alphabet="ABCDEab12 .():*\n-<>/think", max_size=30), st.booleans())
 def test_reading_never_raises_and_makes_nothing_up(text: str, digits: bool) -> None:
     options = {"1": "x", "2": "y"} if digits else OPTIONS
-    reading = read_choice(text, options)
-    assert reading.choice is None or reading.choice in options
-    assert (reading.choice is None) == (reading.rule == UNREAD)
-    if reading.choice is not None and reading.rule != "wording":
-        assert reading.choice in text.upper()
+    found = read_choice(text, options)
+    assert found.option is None or found.option in options
+    assert (found.option is None) == (found.rule == UNREAD)
+    if found.option is not None and found.rule != "wording":
+        assert found.option in text.upper()
     read_yes_no(text)
 
 

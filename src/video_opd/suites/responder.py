@@ -1,4 +1,4 @@
-"""Answers to questions about videos, through the clip and prompt of training; kept as they are made."""
+"""A model folder that answers questions about videos, as in training: the same clips, the same prompt."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from video_opd.types import Rollout, Sample
 if TYPE_CHECKING:
     from video_opd.models.inference import InferenceModel
 
-STYLE = "question"  # of data.prompts: the benchmark's own words, nothing around them
+STYLE = "question"  # the prompt style of data.prompts that adds nothing to the benchmark's own words
 
 
 @dataclass(kw_only=True)
-class Answerer:
-    """``model`` is a checkpoint folder, opened when the first question is asked; ``out`` the file of answers.
+class Responder:
+    """``model`` is a model folder, loaded when the first question comes; ``out`` is the file of responses.
 
     ``overrides`` are those of the command line (``--video.*``, ``--model.*``, ``--prompt.*``).
     """
@@ -34,11 +34,11 @@ class Answerer:
     max_new_tokens: int = 64
     seed: int = 0
     overwrite: bool = False
-    opened: InferenceModel | None = None
+    loaded: InferenceModel | None = None
 
     @property
     def config(self) -> InferenceConfig:
-        """How the model is run and what it sees."""
+        """How the model is run and what it is shown. Raises :class:`UserError` for a wrong override."""
         overrides = [*self.overrides, "--prompt.style", STYLE]
         return read_inference_config(self.model, overrides, device=self.device)
 
@@ -48,27 +48,28 @@ class Answerer:
             max_new_tokens=self.max_new_tokens, seed=self.seed, thinking=self.config.prompt.thinking
         )
 
-    def answer(self, samples: Sequence[Sample]) -> dict[str, str]:
-        """The text written to each sample, by id; none where the video could not be read.
+    def respond(self, samples: Sequence[Sample]) -> dict[str, str]:
+        """The response to each sample, by id. A sample whose video cannot be read is left out.
 
         Rows ``{"id", "video", "query", "responses", "truncated"}`` are appended to ``out`` as they are
-        finished, and those that are there are not made again. Queries on one video go together, also those
-        of different tasks. Raises :class:`UserError` where another model or other settings wrote ``out``.
+        finished; rows that are there already are not made again. Queries on one video are answered together,
+        also if they belong to different tasks. Raises :class:`UserError` if another model or other settings
+        wrote ``out``.
         """
-        if self.opened is None:
-            self.opened = replace(load_inference_model(self.config, self.device), workers=self.workers)
+        if self.loaded is None:
+            self.loaded = replace(load_inference_model(self.config, self.device), workers=self.workers)
         predict(
-            self.opened.policy,
+            self.loaded.policy,
             samples,
-            self.opened.prompts,
+            self.loaded.prompts,
             self.out,
-            provenance=self.opened.provenance(),
+            provenance=self.loaded.provenance(),
             settings=self.settings,
             batch_size=self.batch_size,
             overwrite=self.overwrite,
             make_row=_row,
         )
-        rows = read_jsonl(self.out) if self.out.exists() else ()  # no video could be read: no file
+        rows = read_jsonl(self.out) if self.out.exists() else ()  # there is no file if no video could be read
         return {row["id"]: row["responses"][0] for _, row in rows}
 
 
