@@ -166,7 +166,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The record of ``video-opd evaluate --json``."""
-        from video_opd.evaluation.terminal import evaluation_record
+        from video_opd.evaluation.metrics import evaluation_record
 
         return evaluation_record(self.metrics, self.best_constant, self.query_swap)
 

@@ -25,6 +25,7 @@ BASE = {
     "seeds",
     "processes",
     "progress",
+    "terminal",
     "",
 }
 PATH_OF_A_RUN = {"data", "models", "algorithms", "evaluation", "curriculum", "training"}
@@ -65,6 +66,7 @@ NO_TORCH = (
     "evaluation.metrics",
     "evaluation.predictions",
     "evaluation.terminal",
+    "terminal",
     "suites.requirements",
     "suites.entry",
     "suites.suite",

@@ -271,7 +271,7 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
         print_json(record)
         return
     table = comparison_formats.make_table(
-        compared, published=arguments.published, intervals=not arguments.no_intervals
+        compared, with_published=arguments.published, intervals=not arguments.no_intervals
     )
     writers = {
         "markdown": comparison_formats.as_markdown,
@@ -286,9 +286,10 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
     elif _is_single(compared) and not arguments.published:
         _print_single(compared)
     else:
-        from rich.console import Console
+        from video_opd.evaluation.terminal import print_table
+        from video_opd.terminal import stdout
 
-        comparison_formats.print_table(table, Console())
+        print_table(table, stdout())
 
 
 def _is_single(compared: Comparison) -> bool:
@@ -312,10 +313,10 @@ def _print_single(compared: Comparison) -> None:
 def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, Any]:
     """For one model on one data set the metrics themselves, else a tree of them."""
     from video_opd.evaluation import comparison_formats
-    from video_opd.evaluation.terminal import evaluation_record
+    from video_opd.evaluation.metrics import evaluation_record
 
     if not _is_single(compared):
-        return comparison_formats.as_json(compared, published=arguments.published)
+        return comparison_formats.as_json(compared, with_published=arguments.published)
     ((data, constant),) = compared.constants.items()
     *_, model = compared.results
     result = compared.results[model][data]
@@ -331,5 +332,5 @@ def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, An
             "difference": {name: rise.to_json() for name, rise in result.difference.items()},
         }
     if arguments.published:
-        record["published"] = comparison_formats.as_json(compared, published=True)["published"]
+        record["published"] = comparison_formats.as_json(compared, with_published=True)["published"]
     return record

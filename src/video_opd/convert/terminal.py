@@ -7,6 +7,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from video_opd.convert.formats import FORMATS
+from video_opd.terminal import bar
 
 if TYPE_CHECKING:
     from video_opd.convert.outcome import Conversion
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 MOST_SHOWN = 10  # most problems that are shown of one reason; --json has all
 MOST_NAMED = 3  # most names in a line
 _BAR_WIDTH = 40
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def format_lines() -> Iterator[str]:
@@ -89,12 +89,6 @@ def _problem_line(problem: dict[str, Any]) -> str:
     if problem["video"] is None:
         return str(problem["problem"])  # names the file, the line and the row
     return f"{problem['id']}: {problem['problem']} ({problem['video']})"
-
-
-def bar(share: float, width: int = _BAR_WIDTH) -> str:
-    """A bar of ``share`` of the width, in eighths of a character."""
-    whole, eighths = divmod(round(share * width * 8), 8)
-    return "█" * whole + _EIGHTHS[eighths].strip()
 
 
 def stats_lines(record: dict[str, Any]) -> Iterator[str]:
@@ -187,7 +181,7 @@ def histogram_lines(title: str, histogram: dict[str, Any]) -> Iterator[str]:
         labels[-1] = f"{_short(edges[-2])}–"
     width = max(map(len, labels))
     for label, count in zip(labels, counts, strict=True):
-        yield f"  {label:>{width}} {count:8,} {bar(count / max(counts))}".rstrip()
+        yield f"  {label:>{width}} {count:8,} {bar(count / max(counts), _BAR_WIDTH)}".rstrip()
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""A selection for people, in the terminal. No torch."""
+"""A selection on a terminal. No torch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from video_opd.curriculum.tvdf import Summary, ThresholdRow, histogram_edges
+from video_opd.terminal import bar, print_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _BAR_WIDTH = 30
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Says what was chosen from what, with δ's histogram before and after; to stdout by default."""
-    _print(summary_lines(summary), console)
+    """Prints the counts of a selection and δ's histogram before and after it, to stdout by default."""
+    print_lines(summary_lines(summary), console)
 
 
 def print_explanation(rows: Sequence[ThresholdRow], k: int, console: Console | None = None) -> None:
-    """A table to choose the threshold and k by: what each gate would leave."""
-    _print(explanation_lines(rows, k), console)
+    """Prints what each gate would leave: a table by which to choose the threshold and k."""
+    print_lines(explanation_lines(rows, k), console)
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:
@@ -61,13 +61,8 @@ def _histogram_lines(summary: Summary) -> Iterator[str]:
     most = max(summary.delta_before)
     for i in range(shown[-1], shown[0] - 1, -1):  # descending, as they are ranked
         before, after = summary.delta_before[i], summary.delta_after[i]
-        bar = _bar(before / most)
-        yield f"{edges[i]:+.1f} to {edges[i + 1]:+.1f}  {before:7d} {after:7d}  {bar}".rstrip()
-
-
-def _bar(share: float) -> str:
-    whole, eighths = divmod(round(share * _BAR_WIDTH * 8), 8)
-    return "█" * whole + _EIGHTHS[eighths].strip()
+        bin_bar = bar(before / most, _BAR_WIDTH)
+        yield f"{edges[i]:+.1f} to {edges[i + 1]:+.1f}  {before:7d} {after:7d}  {bin_bar}".rstrip()
 
 
 def explanation_lines(rows: Sequence[ThresholdRow], k: int) -> Iterator[str]:
@@ -77,12 +72,3 @@ def explanation_lines(rows: Sequence[ThresholdRow], k: int) -> Iterator[str]:
         mean = f"{row.mean_delta:+.3f}" if row.passed else "–"
         yield f"{row.min_teacher_iou:5.1f} {row.passed:8d} {row.positive:8d} {mean:>8} {kth:>14}"
     yield "choose the highest gate that still leaves k rows whose δ is well above 0"
-
-
-def _print(lines: Iterator[str], console: Console | None) -> None:
-    if console is None:
-        from rich.console import Console
-
-        console = Console()
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -15,12 +15,12 @@ from video_opd.evaluation.metrics import (
     QuerySwap,
     best_constant,
     evaluate,
+    evaluation_record,
     paired_difference,
     query_swap,
 )
 from video_opd.evaluation.predictions import ModelPredictions, file_deviations, read_model_predictions
 from video_opd.evaluation.protocols import Protocol, get_protocol
-from video_opd.evaluation.terminal import evaluation_record
 from video_opd.types import Sample
 
 

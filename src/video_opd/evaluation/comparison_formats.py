@@ -1,24 +1,21 @@
 """A comparison as a table: models × (R@0.3, R@0.5, R@0.7, mIoU) of each data set, as in the paper's table 1.
 
-One :class:`Table` of plain cells, and a writer for each format: a terminal, plain lines, Markdown, LaTeX.
-What was measured and what was published stand in sections of their own, and every published name has a
-dagger. No torch.
+One :class:`Table` of plain cells, and a writer for each format of a file: plain lines, Markdown, LaTeX.
+The rows that were measured and those that were published stand in sections of their own, and every published
+name has a dagger. No torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import Comparison, Result
 from video_opd.evaluation.metrics import METRICS, Difference, Metrics
-from video_opd.evaluation.published import ROWS, SOURCE, published_columns
-from video_opd.evaluation.terminal import notes_of, protocol_lines
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from video_opd.evaluation.notes import count_notes, deviation_lines, protocol_line, rule_notes, swap_note
+from video_opd.evaluation.published import published, published_columns
 
 FORMATS = ("text", "markdown", "latex", "json")
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json", ".txt": "text"}
@@ -42,6 +39,10 @@ class Row:
     name: str
     cells: Mapping[str, tuple[Cell, ...]]  # by data set, one for each of METRICS
 
+    def figures(self, data_set: str) -> tuple[Cell, ...]:
+        """Returns the cells of a data set, dashes if the row has none."""
+        return self.cells.get(data_set, (Cell(value=NONE),) * len(METRICS))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -54,11 +55,14 @@ class Table:
 
     @property
     def published_title(self) -> str:
-        return f"{DAGGER} published in {SOURCE}; not measured here"
+        return f"{DAGGER} published in {published().source}; not measured here"
 
 
-def make_table(comparison: Comparison, *, published: bool = False, intervals: bool = True) -> Table:
-    """The cells. Raises :class:`UserError` where ``published`` finds none of the paper's data sets."""
+def make_table(comparison: Comparison, *, with_published: bool = False, intervals: bool = True) -> Table:
+    """Makes the cells.
+
+    Raises :class:`UserError` if ``with_published`` finds none of the data sets that the paper reports.
+    """
     rows: list[Row] = []
     for model, results in comparison.results.items():
         rows.append(Row(name=model, cells={n: _figures(r.metrics, intervals) for n, r in results.items()}))
@@ -73,13 +77,13 @@ def make_table(comparison: Comparison, *, published: bool = False, intervals: bo
     return Table(
         data_sets=comparison.data_sets,
         measured=tuple(rows),
-        published=published_rows(comparison.data_sets) if published else (),
+        published=published_rows(comparison.data_sets) if with_published else (),
         notes=tuple(_notes(comparison)),
     )
 
 
 def published_rows(data_sets: Sequence[str]) -> tuple[Row, ...]:
-    """The paper's rows for the data sets that it reports."""
+    """Returns the paper's rows for the data sets that it reports."""
     columns = published_columns(data_sets)
     if not columns:
         raise UserError(
@@ -94,7 +98,7 @@ def published_rows(data_sets: Sequence[str]) -> tuple[Row, ...]:
                 for mine, paper in columns.items()
             },
         )
-        for row in ROWS
+        for row in published().rows
     )
 
 
@@ -119,9 +123,9 @@ def _rise(rise: Mapping[str, Difference], intervals: bool) -> tuple[Cell, ...]:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """The protocol, then what is to be known about each model on each data set."""
+    """Returns the protocol, then the facts of each model on each data set."""
     everything = [result for results in comparison.results.values() for result in results.values()]
-    lines = protocol_lines(everything[0].metrics.protocol or {})[:1]
+    lines = [protocol_line(everything[0].metrics.protocol or {})]
     for model, results in comparison.results.items():
         for name, result in results.items():
             lines.append(f"{model}, {name}: {_facts(result)}")
@@ -130,18 +134,17 @@ def _notes(comparison: Comparison) -> list[str]:
 
 def _facts(result: Result) -> str:
     metrics = result.metrics
-    facts = [f"{metrics.n} rows", *notes_of(metrics)]
+    facts = [f"{metrics.n} rows", *count_notes(metrics), *rule_notes(metrics)]
     if result.swap is not None:
-        low, high = result.swap.ci95
-        facts.append(f"query swap {result.swap.share:.1f}% [{low:.1f}, {high:.1f}] (chance 50%)")
-    return "; ".join([*facts, *protocol_lines(metrics.protocol or {})[1:]])
+        facts.append(swap_note(result.swap))
+    return "; ".join([*facts, *deviation_lines(metrics.protocol or {})])
 
 
 # --- writers -----------------------------------------------------------------------------------------
 
 
 def as_markdown(table: Table) -> str:
-    """A table of what was measured, one of what was published, and the notes."""
+    """Returns a table of the measured rows, one of the published rows, and the notes."""
     parts = [_markdown_rows(table, table.measured)]
     if table.published:
         parts.append(f"{table.published_title}:\n\n{_markdown_rows(table, table.published)}")
@@ -153,13 +156,13 @@ def _markdown_rows(table: Table, rows: Sequence[Row]) -> str:
     header = [f"{_escaped(n, '|')} {m}" if m == METRICS[0] else m for n in table.data_sets for m in METRICS]
     lines = ["| | " + " | ".join(header) + " |", "|---|" + "---|" * len(header)]
     for row in rows:
-        cells = [str(cell) for name in table.data_sets for cell in _cells(row, name)]
+        cells = [str(cell) for name in table.data_sets for cell in row.figures(name)]
         lines.append(f"| {_escaped(row.name, '|')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def as_latex(table: Table) -> str:
-    """A ``tabular`` for the package booktabs; the notes are comments below it."""
+    """Returns a ``tabular`` for the package booktabs; the notes are comments below it."""
     width = len(METRICS)
     columns = 1 + width * len(table.data_sets)
     spans = [rf"\multicolumn{{{width}}}{{c}}{{{_latex(name)}}}" for name in table.data_sets]
@@ -185,7 +188,7 @@ def _latex_row(table: Table, row: Row) -> str:
         value = _latex(cell.value)
         return f"{value} {{\\scriptsize ${cell.interval}$}}" if cell.interval else value
 
-    cells = [text(cell) for name in table.data_sets for cell in _cells(row, name)]
+    cells = [text(cell) for name in table.data_sets for cell in row.figures(name)]
     return " & ".join([_latex(row.name), *cells]) + r" \\"
 
 
@@ -209,12 +212,12 @@ def _latex(text: str) -> str:
 
 
 def as_text(table: Table) -> str:
-    """A line for each model and data set, then the notes."""
+    """Returns a line for each model and data set, then the notes."""
     lines = []
     for rows, mark in ((table.measured, ""), (table.published, " (published)")):
         for row in rows:
             for name in row.cells:
-                figures = zip(METRICS, _cells(row, name), strict=True)
+                figures = zip(METRICS, row.figures(name), strict=True)
                 said = ", ".join(f"{metric} {cell}" for metric, cell in figures)
                 lines.append(f"{row.name}{mark}, {name}: {said}")
     if table.published:
@@ -222,69 +225,17 @@ def as_text(table: Table) -> str:
     return "\n".join([*lines, *table.notes]) + "\n"
 
 
-def print_table(table: Table, console: Console) -> None:
-    """On a terminal a table (one a data set where one for all is too wide), elsewhere :func:`as_text`."""
-    if not console.is_terminal:
-        console.print(as_text(table), end="", markup=False, highlight=False, soft_wrap=True)
-        return
-    whole = _rich_table(table, table.data_sets)
-    options = console.options.update(max_width=10_000)  # how wide it would like to be
-    fits = console.measure(whole, options=options).maximum <= console.width
-    for part in [whole] if fits else [_rich_table(table, (name,)) for name in table.data_sets]:
-        console.print(part)
-    for note in table.notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
-def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    alone = len(data_sets) == 1
-    shown = RichTable(
-        title=Text(data_sets[0]) if alone else None,
-        caption=table.published_title if table.published else None,
-    )
-    shown.add_column("", overflow="fold")
-    for name in data_sets:
-        for metric in METRICS:
-            above = name if metric == METRICS[0] else ""
-            shown.add_column(Text(metric if alone else f"{above}\n{metric}"), justify="right")
-    for row in table.measured:
-        if any(name in row.cells for name in data_sets):
-            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
-    if table.published:
-        shown.add_section()
-        for row in table.published:
-            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
-    return shown
-
-
-def _rich_cells(row: Row, data_sets: Sequence[str]) -> list[Any]:
-    from rich.text import Text
-
-    return [
-        Text("\n".join(filter(None, (cell.value, cell.interval))))
-        for name in data_sets
-        for cell in _cells(row, name)
-    ]
-
-
-def _cells(row: Row, data_set: str) -> tuple[Cell, ...]:
-    return row.cells.get(data_set, (Cell(value=NONE),) * len(METRICS))
-
-
 def _escaped(text: str, characters: str) -> str:
     return "".join(f"\\{character}" if character in characters else character for character in text)
 
 
-def as_json(comparison: Comparison, *, published: bool = False) -> dict[str, Any]:
-    """The record; what was published under a key of its own, with its source."""
+def as_json(comparison: Comparison, *, with_published: bool = False) -> dict[str, Any]:
+    """Returns the record. The published rows have a key of their own, with their source."""
     record = comparison.to_json()
-    if published:
+    if with_published:
         columns = published_columns(comparison.data_sets)
         record["published"] = {
-            "source": SOURCE,
+            "source": published().source,
             "note": "not measured here",
             "models": {
                 row.name: {
@@ -295,7 +246,7 @@ def as_json(comparison: Comparison, *, published: bool = False) -> dict[str, Any
                         for mine, paper in columns.items()
                     },
                 }
-                for row in ROWS
+                for row in published().rows
             },
         }
     return record

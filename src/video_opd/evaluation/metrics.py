@@ -359,3 +359,17 @@ def _nearer_own(own: RowScore, other: RowScore) -> float:
         min(abs(centre_s(own.span) - centre_s(span)) for span in row.sample.spans) for row in (own, other)
     )
     return 0.5 if own_s == other_s else float(own_s < other_s)
+
+
+# --- the record --------------------------------------------------------------------------------------
+
+
+def evaluation_record(
+    metrics: Metrics, constant: ConstantPrediction | None = None, swap: QuerySwap | None = None
+) -> dict[str, Any]:
+    """The record of ``evaluate --json``: the metrics, and beside them what they are worth."""
+    return {
+        **metrics.to_json(),
+        "best_constant": None if constant is None else constant.to_json(),
+        "query_swap": None if swap is None else swap.to_json(),
+    }

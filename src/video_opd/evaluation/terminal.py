@@ -1,25 +1,17 @@
-"""Results for people: a table on a terminal, one plain line a row elsewhere. No torch."""
+"""Results on a terminal: tables there, one plain line a row elsewhere. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from video_opd.evaluation.comparison_formats import Row, Table, as_text
 from video_opd.evaluation.metrics import METRICS, ConstantPrediction, Difference, Metrics, QuerySwap
+from video_opd.evaluation.notes import count_notes, deviation_lines, protocol_line, rule_notes, swap_note
+from video_opd.terminal import print_lines, print_rows, say, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-def evaluation_record(
-    metrics: Metrics, constant: ConstantPrediction | None = None, swap: QuerySwap | None = None
-) -> dict[str, Any]:
-    """The record of ``evaluate --json``: the metrics, and beside them what they are worth."""
-    return {
-        **metrics.to_json(),
-        "best_constant": None if constant is None else constant.to_json(),
-        "query_swap": None if swap is None else swap.to_json(),
-    }
 
 
 def print_metrics(
@@ -49,63 +41,13 @@ def print_metrics(
         if swap is not None:
             say(
                 console,
-                f"{name}: query swap {swap.share:.1f}% [{swap.ci95[0]:.1f}, {swap.ci95[1]:.1f}] "
-                f"(chance 50%), the same answer to both queries {swap.same_answer:.1f}%, "
+                f"{name}: {swap_note(swap)}, the same answer to both queries {swap.same_answer:.1f}%, "
                 f"{swap.comparisons} comparisons",
             )
-    told: list[str] = []
-    for name, metrics in results.items():
-        if metrics.rules:
-            say(console, f"{name}: {_rules(metrics)}")
-        if metrics.protocol is not None:
-            first, *others = protocol_lines(metrics.protocol)
-            told += [line for line in (*(f"{name}: {other}" for other in others), first) if line not in told]
-    for line in sorted(told, key=lambda line: not line.startswith("protocol ")):
-        say(console, line)
-
-
-def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
-    """What a result's ``protocol`` says, in a line; a second one says what the answers were made with
-    otherwise, or that nobody knows."""
-    video = protocol["video"]
-    lines = [
-        f"protocol {protocol['name']}: prompt {protocol['prompt']}; {video['fps']:g} fps, at most "
-        f"{video['max_frames']} frames and {video['max_video_tokens']} video tokens; at most "
-        f"{protocol['max_new_tokens']} new tokens, {protocol['decoding']}; parser {protocol['parser']}, "
-        f"rounding {protocol['rounding']}; 95% by {protocol['ci95']}"
-    ]
-    deviations = protocol.get("deviations")
-    if deviations is None:
-        return [*lines, "how its answers were made is not known: there is no note beside the file"]
-    if deviations:
-        said = (f"{key} {value} (protocol: {_asked(protocol, key)})" for key, value in deviations.items())
-        lines.append(f"made with other settings: {', '.join(said)}")
-    return lines
-
-
-def _asked(protocol: Mapping[str, Any], key: str) -> Any:
-    """What a protocol's record says about a key of its deviations."""
-    section, _, name = key.rpartition(".")
-    if section == "video":
-        return protocol["video"][name]
-    return {"prompt.style": protocol["prompt"], "prompt.thinking": False, "temperature": 0}.get(
-        key, protocol.get(key)
-    )
-
-
-def notes_of(metrics: Metrics) -> list[str]:
-    """Counts that are not 0, and how many answers each rule of the parser read."""
-    counts = {
-        "unparsed": metrics.unparsed,
-        "missing": metrics.missing,
-        "unannotated": metrics.unannotated,
-    }
-    notes = [f"{count} {what}" for what, count in counts.items() if count]
-    return [*notes, _rules(metrics)] if metrics.rules else notes
-
-
-def _rules(metrics: Metrics) -> str:
-    return "parse rules " + ", ".join(f"{rule} {count}" for rule, count in metrics.rules.items())
+    protocols = {name: m.protocol for name, m in results.items() if m.protocol is not None}
+    print_lines((f"{name}: {note}" for name, m in results.items() for note in rule_notes(m)), console)
+    print_lines(dict.fromkeys(map(protocol_line, protocols.values())), console)
+    print_lines((f"{name}: {line}" for name, p in protocols.items() for line in deviation_lines(p)), console)
 
 
 def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
@@ -113,8 +55,7 @@ def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
         f"{metrics.values[key]:.1f} [{metrics.ci95[key][0]:.1f}, {metrics.ci95[key][1]:.1f}]"
         for key in METRICS
     ]
-    notes = ", ".join(note for note in notes_of(metrics) if not note.startswith("parse rules"))
-    return (name, *cells, str(metrics.n), notes)
+    return (name, *cells, str(metrics.n), ", ".join(count_notes(metrics)))
 
 
 def _signed(difference: Difference) -> str:
@@ -122,28 +63,48 @@ def _signed(difference: Difference) -> str:
     return f"{difference.value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def print_rows(console: Console, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table on a terminal; elsewhere a line a row, ``name: column cell, …`` with what is empty left out."""
-    if console.is_terminal:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
+def print_table(table: Table, console: Console) -> None:
+    """Prints a table on a terminal, one a data set if one for all is too wide; elsewhere plain lines."""
+    if not console.is_terminal:
+        print_lines(as_text(table).splitlines(), console)
         return
-    for name, *cells in rows:
-        named = ", ".join(f"{key} {cell}" for key, cell in zip(header[1:], cells, strict=True) if cell)
-        say(console, f"{name.strip()}: {named}")
+    whole = _rich_table(table, table.data_sets)
+    options = console.options.update(max_width=10_000)  # how wide it would like to be
+    fits = console.measure(whole, options=options).maximum <= console.width
+    for part in [whole] if fits else [_rich_table(table, (name,)) for name in table.data_sets]:
+        console.print(part)
+    print_lines(table.notes, console)
 
 
-def say(console: Console, line: str) -> None:
-    """One line as it is: not wrapped, nothing in it read as markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    alone = len(data_sets) == 1
+    shown = RichTable(
+        title=Text(data_sets[0]) if alone else None,
+        caption=table.published_title if table.published else None,
+    )
+    shown.add_column("", overflow="fold")
+    for name in data_sets:
+        for metric in METRICS:
+            above = name if metric == METRICS[0] else ""
+            shown.add_column(Text(metric if alone else f"{above}\n{metric}"), justify="right")
+    for row in table.measured:
+        if any(name in row.cells for name in data_sets):
+            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
+    if table.published:
+        shown.add_section()
+        for row in table.published:
+            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
+    return shown
 
 
-def stdout() -> Console:
-    from rich.console import Console
+def _rich_cells(row: Row, data_sets: Sequence[str]) -> list[Any]:
+    from rich.text import Text
 
-    return Console()
+    return [
+        Text("\n".join(filter(None, (cell.value, cell.interval))))
+        for name in data_sets
+        for cell in row.figures(name)
+    ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from video_opd.reports.runs import Run
 from video_opd.reports.story import interval
+from video_opd.terminal import columns
 
 
 def before_after(run: Run) -> list[str]:
@@ -18,15 +17,3 @@ def before_after(run: Run) -> list[str]:
         rows.append([testset, *("–" if e is None else interval(e) for e in found), constant])
     protocols = dict.fromkeys(e.protocol for e in run.evaluations if e.protocol)
     return [*columns(rows), *(f"protocol {protocol}" for protocol in protocols)]
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as aligned lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

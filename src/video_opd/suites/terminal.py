@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from video_opd.evaluation.terminal import print_rows, say, stdout
 from video_opd.suites.accuracy import Accuracy
+from video_opd.terminal import print_rows, say, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,7 +19,8 @@ from video_opd.evaluation.comparison import Comparison, by_source, compare
 from video_opd.evaluation.metrics import METRICS
 from video_opd.evaluation.predictions import ModelPredictions, PredictionsFile
 from video_opd.evaluation.protocols import PROTOCOLS
-from video_opd.evaluation.published import DATA_SETS, ROWS, published_name
+from video_opd.evaluation.published import published, published_name
+from video_opd.evaluation.terminal import print_table
 from video_opd.types import Prediction, Sample
 
 PAPER = PROTOCOLS["paper"]
@@ -161,8 +162,8 @@ def cells(line: str, between: str) -> list[str]:
 
 
 def test_markdown_holds_every_figure() -> None:
-    text = comparison_formats.as_markdown(comparison_formats.make_table(compared(), published=True))
-    measured, published, notes = text.split("\n\n", 1)[0], text.split("not measured here:\n\n")[1], text
+    text = comparison_formats.as_markdown(comparison_formats.make_table(compared(), with_published=True))
+    measured, printed_rows, notes = text.split("\n\n", 1)[0], text.split("not measured here:\n\n")[1], text
     lines = measured.splitlines()
     assert cells(lines[0], "|")[1:-1] == [
         "",
@@ -179,8 +180,8 @@ def test_markdown_holds_every_figure() -> None:
     assert rows["student − base"][3] == "+44.4 [+44.4, +44.4]"
     assert rows["other"] == ["–"] * 4 + ["100.0 [100.0, 100.0]"] * 4
     # What the paper printed stands apart, and only for its own data sets.
-    assert "†" not in measured and all("†" in line for line in published.split("\n\n")[0].splitlines()[2:])
-    line = next(line for line in published.splitlines() if line.startswith("| Video-OPD"))
+    assert "†" not in measured and all("†" in line for line in printed_rows.split("\n\n")[0].splitlines()[2:])
+    line = next(line for line in printed_rows.splitlines() if line.startswith("| Video-OPD"))
     assert cells(line, "|")[2:-1] == ["73.1", "45.8", "32.4", "52.0", *"––––"]
     assert (
         "- protocol paper: prompt paper" in notes
@@ -189,12 +190,12 @@ def test_markdown_holds_every_figure() -> None:
 
 
 def test_latex_is_a_whole_tabular() -> None:
-    table = comparison_formats.make_table(compared(), published=True)
+    table = comparison_formats.make_table(compared(), with_published=True)
     text = comparison_formats.as_latex(table)
     body = text[text.index(r"\begin{tabular}{lcccccccc}") : text.index(r"\end{tabular}")]
     rows = [line for line in body.splitlines() if line.endswith(r" \\") and r"\multicolumn" not in line]
     assert {line.count("&") for line in rows} == {8}
-    assert len(rows) == 1 + len(table.measured) + len(ROWS)
+    assert len(rows) == 1 + len(table.measured) + len(published().rows)
     assert r"student $-$ base & $+0.0$" in body
     assert r"33.3 {\scriptsize $[33.3, 33.3]$}" in body
     assert r"\multicolumn{9}{l}{\textit{$^\dagger$ published in" in body
@@ -211,23 +212,23 @@ def test_latex_names_are_escaped(name: str, written: str) -> None:
 
 
 def test_json_keeps_published_rows_apart() -> None:
-    record = json.loads(json.dumps(comparison_formats.as_json(compared(), published=True)))
+    record = json.loads(json.dumps(comparison_formats.as_json(compared(), with_published=True)))
     assert set(record["models"]) == {"base", "student", "other"}
     student = record["models"]["student"]["mine"]
     assert student["difference"]["mIoU"]["value"] == pytest.approx(100 * (7 / 9 - 6 / 10))
     assert {"n", *METRICS, "ci95", "rules", "protocol", "unparsed", "missing"} <= set(student)
     assert record["protocol"]["name"] == "paper" and record["baseline"] == "base"
-    published = record["published"]
-    assert published["note"] == "not measured here" and "2602.02994" in published["source"]
-    assert published["models"]["Video-OPD [Qwen3-VL-8B]"]["Charades-TimeLens"]["R@0.7"] == 32.4
-    assert "mine" not in published["models"]["Video-OPD [Qwen3-VL-8B]"]
+    theirs = record["published"]
+    assert theirs["note"] == "not measured here" and "2602.02994" in theirs["source"]
+    assert theirs["models"]["Video-OPD [Qwen3-VL-8B]"]["Charades-TimeLens"]["R@0.7"] == 32.4
+    assert "mine" not in theirs["models"]["Video-OPD [Qwen3-VL-8B]"]
     assert "published" not in comparison_formats.as_json(compared())
 
 
 def printed(width: int, terminal: bool = True) -> str:
     file = io.StringIO()
     console = Console(file=file, force_terminal=terminal, width=width, color_system=None)
-    comparison_formats.print_table(comparison_formats.make_table(compared(), published=True), console)
+    print_table(comparison_formats.make_table(compared(), with_published=True), console)
     return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
 
 
@@ -261,15 +262,16 @@ def test_figures_alone_on_request() -> None:
 
 
 def test_published_rows_are_whole_and_plausible() -> None:
-    assert len(ROWS) == 17 == len({row.name for row in ROWS})
-    for row in ROWS:
-        assert tuple(row.scores) == DATA_SETS
+    rows = published().rows
+    assert len(rows) == 17 == len({row.name for row in rows})
+    for row in rows:
+        assert tuple(row.scores) == published().data_sets
         for r3, r5, r7, miou in row.scores.values():
             assert 0 < r7 < r5 < r3 < 100 and (miou is None or r7 < miou < r3)
     # Two rows of table 1, and the mIoU of table 4, read off again.
-    base = next(row for row in ROWS if row.name == "Qwen3-VL-8B-Instruct")
+    base = next(row for row in rows if row.name == "Qwen3-VL-8B-Instruct")
     assert base.reproduced and base.scores["QVHighlights-TimeLens"] == (46.6, 38.2, 29.5, 36.9)
-    gemini = next(row for row in ROWS if row.name == "Gemini-2.5-Pro")
+    gemini = next(row for row in rows if row.name == "Gemini-2.5-Pro")
     assert gemini.scores["ActivityNet-TimeLens"] == (72.3, 64.2, 47.1, None)
 
 

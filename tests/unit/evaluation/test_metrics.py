@@ -20,6 +20,7 @@ from video_opd.evaluation.metrics import (
     METRICS,
     best_constant,
     evaluate,
+    evaluation_record,
     metric_values,
     paired_difference,
     query_swap,
@@ -27,7 +28,7 @@ from video_opd.evaluation.metrics import (
 )
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.protocols import get_protocol
-from video_opd.evaluation.terminal import evaluation_record, print_metrics
+from video_opd.evaluation.terminal import print_metrics
 from video_opd.types import Prediction, Sample
 
 

@@ -16,9 +16,9 @@ from video_opd.config import VideoConfig
 from video_opd.data.prompts import STYLES, build_messages
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import evaluate_file
+from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.predictions import file_deviations, read_model_predictions
 from video_opd.evaluation.protocols import PARSERS, PROTOCOLS, deviations, get_protocol, protocol_of
-from video_opd.evaluation.terminal import protocol_lines
 from video_opd.evaluation.timelens import parse_timelens
 from video_opd.models.inference import read_inference_config
 from video_opd.temporal import is_proper
@@ -185,14 +185,14 @@ def test_deviations_stand_in_the_result(tmp_path: Path) -> None:
     made = note(max_new_tokens=16)
     record = evaluate_file(SAMPLES, write_answers(tmp_path / "p.jsonl", made, a="5.00 to 10.00"))
     assert record["protocol"]["deviations"] == {"max_new_tokens": 16}
-    assert "max_new_tokens 16 (protocol: 64)" in protocol_lines(record["protocol"])[1]
+    assert "max_new_tokens 16 (protocol: 64)" in deviation_lines(record["protocol"])[0]
     record = evaluate_file(SAMPLES, write_answers(tmp_path / "q.jsonl", None, a="5.00 to 10.00"))
     assert record["protocol"]["deviations"] is None
-    assert "not known" in protocol_lines(record["protocol"])[1]
+    assert "not known" in deviation_lines(record["protocol"])[0]
     record = evaluate_file(SAMPLES, write_answers(tmp_path / "r.jsonl", note(), a="5.00 to 10.00"))
-    (line,) = protocol_lines(record["protocol"])
+    assert deviation_lines(record["protocol"]) == []
     for said in ("protocol paper", "8192 video tokens", "64 new tokens", "parser paper", "rounding none"):
-        assert said in line
+        assert said in protocol_line(record["protocol"])
 
 
 def test_answers_of_another_protocol_are_refused_without_the_flag(tmp_path: Path) -> None:

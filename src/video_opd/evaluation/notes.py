@@ -1,0 +1,62 @@
+"""The notes that stand beside figures, in every format: protocol, deviations and counts. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from video_opd.evaluation.metrics import Metrics, QuerySwap
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """Returns the settings of a result's ``protocol``."""
+    video = protocol["video"]
+    return (
+        f"protocol {protocol['name']}: prompt {protocol['prompt']}; {video['fps']:g} fps, at most "
+        f"{video['max_frames']} frames and {video['max_video_tokens']} video tokens; at most "
+        f"{protocol['max_new_tokens']} new tokens, {protocol['decoding']}; parser {protocol['parser']}, "
+        f"rounding {protocol['rounding']}; 95% by {protocol['ci95']}"
+    )
+
+
+def deviation_lines(protocol: Mapping[str, Any]) -> list[str]:
+    """Returns a line on how the responses deviate from a result's ``protocol``; none if they do not."""
+    deviations = protocol.get("deviations")
+    if deviations is None:
+        return ["how its responses were made is not known: no .meta.json stands beside the file"]
+    if not deviations:
+        return []
+    said = (f"{key} {value} (protocol: {_asked(protocol, key)})" for key, value in deviations.items())
+    return [f"made with other settings: {', '.join(said)}"]
+
+
+def _asked(protocol: Mapping[str, Any], key: str) -> Any:
+    """Returns the protocol's own value for a key of its deviations."""
+    section, _, name = key.rpartition(".")
+    if section == "video":
+        return protocol["video"][name]
+    return {"prompt.style": protocol["prompt"], "prompt.thinking": False, "temperature": 0}.get(
+        key, protocol.get(key)
+    )
+
+
+def count_notes(metrics: Metrics) -> list[str]:
+    """Returns the counts of rows without a figure of their own; those that are 0 are left out."""
+    counts = {
+        "unparsed": metrics.unparsed,
+        "missing": metrics.missing,
+        "unannotated": metrics.unannotated,
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def rule_notes(metrics: Metrics) -> list[str]:
+    """Returns how many of the responses each rule of the parser read, in one note; none without responses."""
+    rules = ", ".join(f"{rule} {count}" for rule, count in metrics.rules.items())
+    return [f"parse rules {rules}"] if rules else []
+
+
+def swap_note(swap: QuerySwap) -> str:
+    """Returns the share of the query swap with its interval."""
+    low, high = swap.ci95
+    return f"query swap {swap.share:.1f}% [{low:.1f}, {high:.1f}] (chance 50%)"
