@@ -1,5 +1,8 @@
-"""What a user can get wrong."""
+"""The error for what a user can get wrong."""
 
 
 class UserError(ValueError):
-    """Wrong arguments or input files: one line that says what, where, and the remedy (exit code 2)."""
+    """Wrong arguments or input files. The message is one line: what is wrong, where, and the remedy.
+
+    The command prints it and exits with 2.
+    """

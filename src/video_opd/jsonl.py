@@ -1,8 +1,7 @@
-"""Line-wise JSON files that survive a kill and a full disk.
+"""JSON Lines files that survive a kill and a full disk: UTF-8, one object a line.
 
-One object a line, UTF-8. Every line that was written whole stays; a line that was cut short by a kill was
-never reported to anyone and is repaired away when the file is next appended to. Numbers that are not finite
-are written as ``null``: ``NaN`` is not JSON.
+Every line that was written whole stays. A kill can cut the last line short: nobody was told of that row, and
+the next append removes it. Numbers that are not finite are written as ``null``, because ``NaN`` is not JSON.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _TAIL_BLOCK_BYTES = 1 << 16
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields ``(line number, row)``, 1-based; blank lines are skipped.
+    """Yields ``(line number, row)``. Line numbers begin with 1; blank lines are skipped.
 
-    Raises UserError, naming ``path:line``, for a missing file, a line that is not UTF-8 or not JSON, and a
+    Raises UserError that names ``path:line`` for a missing file, a line that is not UTF-8 or not JSON, and a
     row that is not an object.
     """
     for number, row in read_lines(path):
@@ -33,7 +32,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
-    """As :func:`read_jsonl`, but a line that is wrong is yielded as its error, and the next ones follow.
+    """Yields the same as :func:`read_jsonl`, but a wrong line is yielded as its error, and reading goes on.
 
     Raises UserError for a file that cannot be opened.
     """
@@ -64,10 +63,10 @@ def _parsed(raw: bytes, where: str) -> dict[str, Any] | UserError:
 
 
 def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends whole lines, in one write that is undone if the disk is full.
+    """Appends whole lines in one write, which is undone if the disk is full.
 
-    Makes the folder when it is not there, and repairs a half last line first. Raises UserError that names
-    the file when it cannot be written; what it held before is untouched then.
+    The folder is made if it is not there, and a last line that was cut short is repaired first. Raises
+    UserError that names the file if it cannot be written; what it held before is untouched then.
     """
     path = Path(path)
     blob = b"".join(encode_row(row) for row in rows)
@@ -87,10 +86,10 @@ def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def repair_jsonl(path: str | Path) -> bool:
-    """Mends a last line that was cut short: completes it if it is a whole row, else removes it.
+    """Repairs a last line that was cut short: completes it if it is a whole row, and removes it otherwise.
 
-    Returns whether anything was mended. For commands that read their own output before they go on with it;
-    a file that is not there is left so.
+    Returns whether anything was repaired; a missing file needs no repair. Commands call it before they read
+    their own output to continue it.
     """
     path = Path(path)
     if not path.exists() or path.stat().st_size == 0:
@@ -113,7 +112,7 @@ def repair_jsonl(path: str | Path) -> bool:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the file atomically: readers see the old content or all of the new, never a part.
+    """Replaces the file: readers see all of the old content or all of the new.
 
     Raises UserError as :func:`video_opd.files.replacing_file` does; the old content is untouched then.
     """
@@ -123,12 +122,12 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def encode_row(row: Mapping[str, Any]) -> bytes:
-    """One line, newline included. Paths become strings, NumPy and torch scalars numbers."""
+    """The row as one line with its newline. Paths become strings; NumPy and torch scalars become numbers."""
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_plain)
-    except ValueError:  # a number that is not finite, somewhere in it
+    except ValueError:  # the row holds a number that is not finite
         text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
-    # A lone surrogate (a broken file name, say) has no UTF-8 form; its escape has.
+    # A lone surrogate, from a broken file name for example, has no UTF-8 form; its escape has one.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
@@ -153,7 +152,7 @@ def _finite(value: Any) -> Any:
 
 
 def _last_line_start(file: Any) -> int | None:
-    """Where an unfinished last line begins, or None if the file ends with a newline."""
+    """The position at which an unfinished last line begins, or None if the file ends with a newline."""
     end = file.seek(0, os.SEEK_END)
     file.seek(end - 1)
     if file.read(1) == b"\n":

@@ -1,10 +1,10 @@
-"""What is being done and how long it will take: bars on a terminal, plain lines elsewhere, always on stderr.
+"""Progress on stderr: bars on a terminal, plain lines elsewhere.
 
-In a run of several processes only the first one speaks (``RANK`` as torchrun and Accelerate set it).
+Of several processes only the first prints anything. torchrun and Accelerate say in ``RANK`` which one it is.
 
 Example::
 
-    for batch in track(batches, "answering", total=len(batches)):
+    for batch in track(batches, "predicting", total=len(batches)):
         ...
     with task("training", total=40) as bar:
         bar.advance(note="reverse KL 0.31")
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LINE_EVERY_S = 10.0  # between plain lines of one task
+LINE_EVERY_S = 10.0  # the time between two plain lines of one task
 
 
 def log(message: str) -> None:
-    """One line on stderr; above the bars while there are any."""
+    """Prints one line on stderr, above the bars if there are any."""
     if not is_first_process():
         return
     if _Bars.live is not None:
@@ -39,7 +39,7 @@ def log(message: str) -> None:
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yields the items and shows how far it is. ``total`` is asked of the iterable when it is not given."""
+    """Yields the items and shows how many are done. ``total`` defaults to the length of the iterable."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with task(description, total) as bar:
@@ -50,7 +50,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 
 @contextmanager
 def task(description: str, total: int | None = None) -> Iterator[Task]:
-    """A task that is advanced by hand."""
+    """A task whose progress the caller reports with :meth:`Task.advance`."""
     if not is_first_process():
         yield Task(lambda done, note: None)
     elif sys.stderr.isatty():
@@ -63,7 +63,7 @@ def task(description: str, total: int | None = None) -> Iterator[Task]:
 
 
 class Task:
-    """Counts what is done; ``note`` is shown beside the count (a loss, a file name)."""
+    """Counts the items that are done. ``note`` is shown beside the count, a loss for example."""
 
     def __init__(self, report: Callable[[int, str], None]) -> None:
         self.done = 0
@@ -85,12 +85,12 @@ def duration(seconds: float) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that speaks."""
+    """Whether this process is the one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class _Lines:
-    """A line when a task starts having something to say, every ten seconds, and when it ends."""
+    """Prints a line about a task every ten seconds and when it ends."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total = description, total
@@ -117,7 +117,7 @@ class _Lines:
 
 
 class _Bars:
-    """One rich display for all tasks that are open at a time: rich allows a single one a terminal."""
+    """One rich display for all open tasks, because rich allows one display a terminal."""
 
     live: Progress | None = None
     open_tasks = 0

@@ -21,7 +21,7 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; argparse leaves by SystemExit for ``--help``."""
+    """Runs one command and returns its exit code. For ``--help``, argparse raises SystemExit."""
     # Threads that spin while they wait slow each other tenfold when several processes share few cores. torch
     # reads this when it starts its threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_words(words)
         code = arguments.command.run(arguments)
-        sys.stdout.flush()  # here, so that a reader who left is noticed inside the try
+        sys.stdout.flush()  # raises here, inside the try, if the reader has left
         return DONE if code is None else int(code)
     except UserError as error:
         return _fail(str(error), WRONG_INPUT, debug)

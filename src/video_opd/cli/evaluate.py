@@ -134,9 +134,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def named_files(words: Sequence[str], option: str) -> dict[str, list[str]]:
-    """``[NAME=]FILE`` → the files of each name, in order.
+    """Turns words ``[NAME=]FILE`` into ``{name: files}``, in order.
 
-    A file without a name is called by its stem, or by its path where two stems are the same. Raises
+    A file without a name gets its stem as the name, or its path if two stems are the same. Raises
     :class:`UserError` for an empty name or file.
     """
     pairs = [_split_name(word) for word in words]
@@ -159,19 +159,19 @@ def _split_name(word: str) -> tuple[str | None, str]:
 
 
 def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """The format of the table and the file that it goes to (none: stdout).
+    """The format of the table, and the file that it is written to (None: stdout).
 
-    The ending of the file decides the format, unless it is said; a file without an ending is text.
+    Without ``--format``, the ending of the file decides; a file without an ending is text.
     """
     out = arguments.out
     if out is not None and arguments.model and out.endswith(".jsonl"):  # the older spelling of --answers
         if arguments.answers not in (None, out):
             raise UserError(
-                f"--out {out} and --answers {arguments.answers}: both keep answers, leave out one"
+                f"--out {out} and --answers {arguments.answers}: both keep predictions, leave out one"
             )
         arguments.answers, out = out, None
     if arguments.answers and not arguments.model:
-        raise UserError("--answers keeps what --model answers: leave it out with --predictions")
+        raise UserError("--answers keeps the predictions of --model: leave it out with --predictions")
     return arguments.format or _format_of(out), out
 
 
@@ -233,18 +233,18 @@ def _models(
         if len(arguments.predictions) == 1 and "=" not in arguments.predictions[0]:
             named = {arguments.predictions[0]: [arguments.predictions[0]]}
         return [_read(paths, name, arguments, protocol) for name, paths in named.items()]
-    return [_answer(arguments, protocol, data_sets)]
+    return [_predict(arguments, protocol, data_sets)]
 
 
-def _answer(
+def _predict(
     arguments: argparse.Namespace, protocol: Protocol, data_sets: Mapping[str, list[Sample]]
 ) -> ModelPredictions:
     from video_opd.evaluation.prediction_cache import cached_predictions_path
     from video_opd.models.inference import load_inference_model, read_inference_config
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would answer everything
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would predict everything
         raise UserError(
-            "evaluate --model answers on one process: use video-opd predict, then evaluate --predictions"
+            "evaluate --model runs in one process: use video-opd predict, then evaluate --predictions"
         )
     if arguments.answers and len(data_sets) > 1:
         raise UserError("--answers is one file: evaluate one data set at a time, or leave it out")
@@ -255,7 +255,7 @@ def _answer(
     for name, samples in data_sets.items():
         provenance = {**model.provenance(), "answers": asdict(settings)}
         out = arguments.answers or str(cached_predictions_path(provenance, samples))
-        log(f"{name}: the answers are kept in {out}")
+        log(f"{name}: the predictions are kept in {out}")
         predict.respond(arguments, model, samples, out, settings)
         files.append(out)
     return _read(files, arguments.model, arguments, protocol)
@@ -293,7 +293,7 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
 
 
 def _is_single(compared: Comparison) -> bool:
-    """One model on one data set; it may have a baseline."""
+    """Whether there is one model on one data set, with or without a baseline."""
     return len(compared.data_sets) == 1 and len(compared.results) == 1 + (compared.baseline is not None)
 
 
@@ -311,7 +311,7 @@ def _print_single(compared: Comparison) -> None:
 
 
 def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, Any]:
-    """For one model on one data set the metrics themselves, else a tree of them."""
+    """The metrics themselves for one model on one data set, otherwise a tree of them."""
     from video_opd.evaluation import comparison_formats
     from video_opd.evaluation.metrics import evaluation_record
 

@@ -20,7 +20,7 @@ from video_opd.progress import log
 if TYPE_CHECKING:
     from video_opd.grounding.ground import GroundedAnswer
 
-HELP = "where in one video does it happen"
+HELP = "find when something happens in one video"
 EXAMPLE = 'video-opd ground runs/a/model video.mp4 "the cup falls" --view answers.html'
 SETTINGS = MODEL_SETTINGS
 
@@ -111,8 +111,8 @@ def run(arguments: argparse.Namespace) -> None:
                 log(f"no cue for {answer.query!r}: {answer.line()}")
     if answers[0].thinned and window_s is None:
         log(
-            f"{video}: {info.duration_s:.1f} s are more than the video budget holds: {answers[0].frames} "
-            "frames were seen; --window SECONDS searches it piece by piece"
+            f"{video}: {info.duration_s:.1f} s are more than the video budget holds, so the model was shown "
+            f"{answers[0].frames} frames; --window SECONDS searches the video in windows"
         )
     if arguments.view:
         from video_opd.api import write_page
@@ -139,7 +139,7 @@ def _queries(arguments: argparse.Namespace, video: Path) -> list[str]:
 def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]:
     window_s, overlap_s = arguments.window, arguments.overlap
     if overlap_s is not None and window_s is None:
-        raise UserError("--overlap is that of windows: give --window SECONDS as well")
+        raise UserError("--overlap is the overlap of windows: give --window SECONDS as well")
     if window_s is not None and not 0 <= (overlap_s or 0.0) < window_s < math.inf:
         raise UserError(
             f"--window {window_s:g} with --overlap {overlap_s or 0.0:g}: a window must be longer than the "

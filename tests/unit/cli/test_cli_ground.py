@@ -144,7 +144,7 @@ def test_subtitles_and_tables(video: Path, asked: list, capsys: Any) -> None:
 
 def test_a_thinned_video_is_said(video: Path, asked: list, capsys: Any) -> None:
     assert run(video, "a long one") == 0
-    assert "more than the video budget holds: 8 frames" in capsys.readouterr().err
+    assert "more than the video budget holds, so the model was shown 8 frames" in capsys.readouterr().err
     assert run(video, "a long one", "--window", "2") == 0
     assert "budget" not in capsys.readouterr().err
 
