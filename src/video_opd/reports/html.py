@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log
-from video_opd.reports import story
+from video_opd.reports import story, tables
 from video_opd.reports.charts import Chart, Interval, Series, histogram, line_chart, number, stack_chart
 from video_opd.reports.runs import Run, read_run, round_number
 from video_opd.temporal import best_iou
@@ -154,7 +154,7 @@ def render(runs: Sequence[Run]) -> str:
     single = len(runs) == 1
     return template.render(
         title=runs[0].name if single else f"{len(runs)} runs",
-        comparison=None if single else story.compare(runs),
+        comparison=None if single else tables.compare(runs),
         overlay=[] if single else curves(runs),
         sections=[_section(run, curves([run]) if single else []) for run in runs],
         legend=[(f"{r:+g}" if r else "0", _strength(r)) for r in (-2, -1, -0.5, 0, 0.5, 1, 2)],
@@ -181,11 +181,13 @@ def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
         "method": story.METHODS.get(run.method, run.method),
         "headline": story.headline(run),
         "tiles": story.tiles(run),
-        "blocks": story.blocks(run),
-        "facts": story.selection_facts(run.selection or {}),
+        "outcome": story.outcome(run),
+        "outcome_header": story.OUTCOME_HEADER,
+        "blocks": tables.blocks(run),
+        "facts": tables.selection_facts(run.selection or {}),
         "histogram": selection_chart(run.selection or {}),
-        "rounds": story.rounds_table(run),
-        "round_header": story.ROUND_HEADER,
+        "rounds": tables.rounds_table(run),
+        "round_header": tables.ROUND_HEADER,
         "round_charts": [*round_curves(run), *round_selections(run)],
         "charts": charts,
         "timelines": [timeline(row) for row in run.timelines[:MOST_TIMELINES]],
@@ -193,7 +195,7 @@ def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
         "token_help": TOKEN_HELP.get(run.method, TOKEN_HELP["video-opd"]),
         "early": early,
         "late": late,
-        "environment": story.table(run.environment),
+        "environment": tables.table(run.environment),
     }
 
 

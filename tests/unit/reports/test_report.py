@@ -18,9 +18,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from video_opd.errors import UserError
-from video_opd.reports import charts, story
+from video_opd.reports import charts, story, tables
 from video_opd.reports.html import rollouts, timeline, write_report
-from video_opd.reports.runs import Evaluation, read_run
+from video_opd.reports.runs import Evaluation, Run, read_run
 from video_opd.reports.terminal import before_after
 
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
@@ -142,57 +142,94 @@ def page(out: Path) -> Page:
 # --- what it says ------------------------------------------------------------------------------------
 
 
-def test_the_headline_is_computed_from_the_numbers(folder: Path) -> None:
-    text = " ".join(story.headline(read_run(folder)))
+def outcome(run: Run) -> dict[str, dict[str, str]]:
+    """Cells of the outcome's table by test set and column."""
+    return {row[0]: dict(zip(story.OUTCOME_HEADER[1:], row[1:], strict=True)) for row in story.outcome(run)}
+
+
+def tiles(run: Run) -> dict[str, str]:
+    return {tile.label: f"{tile.value}; {tile.note}" for tile in story.tiles(run)}
+
+
+def test_headline_and_outcome_are_computed_from_the_numbers(folder: Path) -> None:
+    run = read_run(folder)
+    text = story.headline(run)
     # Means over the two test sets; (46 − 40) / (50 − 40).
     assert "After 40 steps of Video-OPD" in text
-    assert "by 46.0%, up from 40.0%; its teacher's by 50.0%" in text and "60% of the way" in text
-    assert "above the base's on one of the two test sets" in text
-    assert "ignores the video would score 21.0%" in text
+    assert "by 46.0%, up from 40.0%; its teacher's by 50.0%" in text
+    found = outcome(run)
+    assert found["mean"] == {
+        "base": "40.0",
+        "student": "46.0",
+        "change": "+6.0",
+        "student's interval": "",
+        "way to the teacher": "60%",
+        "best constant": "",
+    }
+    assert found["short"]["base"] == "50.0 [48.0, 52.0]" and found["short"]["student"] == "56.0 [54.0, 58.0]"
+    assert [found[name]["student's interval"] for name in ("short", "long")] == [
+        "above the base's",
+        "overlaps",
+    ]
+    assert found["short"]["best constant"] == "21.0"
     # First and last tenth: means of 0.488…0.452 and of 0.056…0.020.
-    assert "fell from 0.47 to 0.038 nats" in text and "2 min 00 s" in text
+    assert tiles(run)["Reverse KL"].startswith("0.47 → 0.038; nats a token")
+    assert tiles(run)["Steps"] == "40; 2 min 00 s in all"
 
 
 def test_a_run_that_made_it_worse_is_told_so(folder: Path) -> None:
     for testset in ("short", "long"):
         path = folder / "eval" / f"student-{testset}.json"
         path.write_text(json.dumps(metrics_record("student", testset, 30.0)))
-    text = " ".join(story.headline(read_run(folder)))
-    assert "by 30.0%, down from 40.0%" in text and "-100% of the way" in text
+    run = read_run(folder)
+    assert "by 30.0%, down from 40.0%" in story.headline(run)
+    assert outcome(run)["mean"]["change"] == "-10.0" and outcome(run)["mean"]["way to the teacher"] == "-100%"
 
 
-def student_scores(folder: Path, **mious: float) -> str:
-    """The headline of the run when the student has these scores; the base has 50 (short) and 30 (long)."""
+def with_student(folder: Path, **mious: float) -> Run:
+    """The run when the student has these scores; the base has 50 (short) and 30 (long)."""
     for testset, miou in mious.items():
         path = folder / "eval" / f"student-{testset}.json"
         path.write_text(json.dumps(metrics_record("student", testset, miou)))
-    return " ".join(story.headline(read_run(folder)))
+    return read_run(folder)
 
 
-def test_the_headline_hides_no_test_set_that_went_the_other_way(folder: Path) -> None:
-    text = student_scores(folder, short=53.0, long=29.0)
-    assert "by 41.0%, up from 40.0%" in text
-    assert "on average over two test sets; on long it fell, from 30.0% to 29.0%." in text
-    assert "above the base's on none of the two test sets" in text
-    text = student_scores(folder, short=47.0, long=31.0)
-    assert "by 39.0%, down from 40.0%" in text and "; on long it rose, from 30.0% to 31.0%." in text
-    text = student_scores(folder, short=51.0, long=30.04)  # what is written as no change is none
-    assert "up from 40.0%" in text and "on average over two test sets." in text
+def test_no_test_set_that_went_the_other_way_is_hidden(folder: Path) -> None:
+    run = with_student(folder, short=53.0, long=29.0)
+    assert "by 41.0%, up from 40.0%" in story.headline(run)
+    assert {name: cells["change"] for name, cells in outcome(run).items()} == {
+        "short": "+3.0",
+        "long": "-1.0",
+        "mean": "+1.0",
+    }
+    assert {cells["student's interval"] for cells in outcome(run).values()} == {"overlaps", ""}
+    run = with_student(folder, short=47.0, long=31.0)
+    assert "by 39.0%, down from 40.0%" in story.headline(run)
+    assert [cells["change"] for cells in outcome(run).values()] == ["-3.0", "+1.0", "-1.0"]
 
 
 def test_what_is_written_as_equal_is_called_so(folder: Path) -> None:
-    assert "by 40.0%, as before: 40.0%" in student_scores(folder, short=50.02, long=30.02)
+    assert "by 40.0%, as before: 40.0%" in story.headline(with_student(folder, short=50.02, long=30.02))
     write_rows(folder / "metrics.jsonl", [metrics_row(1, 0.3001), metrics_row(2, 0.3002)])
-    text = " ".join(story.headline(read_run(folder)))
-    assert "(reverse KL) stayed at 0.3 nats a token" in text
+    assert tiles(read_run(folder))["Reverse KL"].startswith("0.3 → 0.3;")
 
 
 def test_intervals_that_lie_below_the_bases_do_not_overlap(folder: Path) -> None:
     for path in (folder / "eval").glob("*-long.json"):
         path.unlink()
-    assert "base and student overlap." in student_scores(folder, short=46.0)  # 43–49 and 48–52
-    text = student_scores(folder, short=40.0)  # 37–43 and 48–52
-    assert "The 95% interval of the student lies below the base's." in text
+    for miou, place in ((46.0, "overlaps"), (40.0, "below the base's")):  # 43–49 and 37–43; base 48–52
+        found = outcome(with_student(folder, short=miou))
+        assert list(found) == ["short"] and found["short"]["student's interval"] == place
+
+
+def test_a_run_without_its_base_has_a_headline_and_no_outcome(folder: Path) -> None:
+    for path in (folder / "eval").glob("base-*.json"):
+        path.unlink()
+    run = read_run(folder)
+    assert story.headline(run).startswith(
+        "40 steps of Video-OPD were made; student reaches 56.0% mIoU on short"
+    )
+    assert story.outcome(run) == []
 
 
 def test_no_way_to_the_teacher_where_there_is_no_gap() -> None:
@@ -205,6 +242,8 @@ def test_no_way_to_the_teacher_where_there_is_no_gap() -> None:
 def test_the_page_holds_every_part(folder: Path, tmp_path: Path) -> None:
     found = page(write_report([folder], tmp_path / "report.html"))
     for part in (
+        "What it changed",
+        "above the base's",
         "Before and after",
         "50.0",
         "91%",
@@ -247,7 +286,7 @@ def test_several_runs_are_compared(folder: Path, tmp_path: Path) -> None:
     (other / "eval" / "student-short.json").write_text(json.dumps(metrics_record("student", "short", 61.0)))
     found = page(write_report([folder, other], tmp_path / "report.html"))
     assert "comparison of 2 runs" in found.text and "Where the recipes differ" in found.text
-    comparison = story.compare([read_run(folder), read_run(other)])
+    comparison = tables.compare([read_run(folder), read_run(other)])
     table = dict(zip(comparison.header, zip(*comparison.rows, strict=True), strict=True))
     assert table["mIoU short"] == ("56.0 [54.0, 58.0]", "61.0 [58.0, 64.0]")
     assert table["mIoU long"] == ("36.0 [32.0, 40.0]", "–")
