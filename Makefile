@@ -1,9 +1,9 @@
-# make install   the command at .venv/bin/video-opd
-# make demo      install, then the main job on embedded defaults
-# make test      install with the tools, then the tests
-# make bench     install, with lmms-eval for "video-opd suite"
-# make test-bench  the tests that need lmms-eval
-# make fuzz      2,800 broken files of every kind (a part of them runs with the tests)
+# make install     the command at .venv/bin/video-opd
+# make demo        install, then run the main job on embedded defaults
+# make test        install with the tools, then run the tests
+# make bench       install with lmms-eval, for "video-opd suite"
+# make test-bench  run the tests that need lmms-eval
+# make fuzz        read 2,800 broken files of every kind (make test reads some of them)
 # make lint, make types
 
 PYTHON ?= python3
