@@ -26,6 +26,7 @@ from video_opd.models.inference import SETTINGS_FILE
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of
+from video_opd.training.model_card import CARD
 
 ADAPTER = "adapter"
 _PREFIX = "step-"
@@ -49,15 +50,21 @@ class Checkpoint:
         return adapter if adapter.is_dir() else self.model
 
 
-def save_model_folder(model: Any, processor: Any, path: str | Path, recipe: Recipe) -> None:
-    """A folder for ``from_pretrained`` with the processor, and ``video_opd.json``: the video budget, the
-    prompt and the precision that the model was trained with, so that prediction uses the same. Replaces
-    ``path`` atomically.
+def save_model_folder(
+    model: Any, processor: Any, path: str | Path, recipe: Recipe, card: str | None = None
+) -> None:
+    """Writes a folder for ``from_pretrained``, with the processor, ``video_opd.json`` and the model card.
+
+    ``video_opd.json`` holds the video budget, the prompt and the precision that the model was trained with,
+    so that prediction uses the same. ``card`` is the text of ``README.md``, if it is given one. ``path`` is
+    replaced atomically.
 
     Raises :class:`UserError` when the disk is full; what was at ``path`` is then still there.
     """
     with _replacing(path) as folder:
         _fill_model_folder(model, processor, folder, recipe)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def save_adapter_folder(model: Any, path: str | Path) -> None:

@@ -33,6 +33,7 @@ from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
 from video_opd.training.components import Components, build_components
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
+from video_opd.training.model_card import CARD, model_card
 from video_opd.training.rollout_records import rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
@@ -296,8 +297,10 @@ def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, compone
         merge_adapters(components.model, save_dtype)
         cast_weights(components.model, save_dtype)
         if not folder.model.is_dir():
-            checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe)
+            card = model_card(recipe, folder, components.samples)
+            checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe, card)
         evaluate_model(recipe, components, folder)
+        write_text(folder.model / CARD, model_card(recipe, folder, components.samples))  # with its metrics
         write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
         log(f"wrote {folder.model}")
     accelerator.wait_for_everyone()

@@ -1,0 +1,149 @@
+"""The ``README.md`` of a model folder: what the model is, in the form that hubs read.
+
+The metadata at its top (YAML) are those of the Hugging Face Hub, so that the folder can be uploaded as it is.
+Nothing in the card names a folder of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import video_opd
+from video_opd.config import Recipe, dump_recipe
+from video_opd.evaluation.metrics import METRICS
+from video_opd.evaluation.terminal import protocol_lines
+from video_opd.training.run_folder import RunFolder
+from video_opd.types import Sample
+
+CARD = "README.md"
+OURS = "this model"
+METHODS = {
+    "video-opd": "Video-OPD, on-policy distillation: the student samples responses to its training queries, "
+    "and every token is rewarded by how much likelier the teacher finds it than the student.",
+    "grpo": "GRPO: the student samples a group of responses to each query, and learns from how much better "
+    "than its group each response's reward is.",
+    "sft": "Supervised fine-tuning on the annotated spans.",
+    "op-rkd": "Off-policy distillation by the reverse KL: the teacher scores the annotated spans token by "
+    "token.",
+    "op-fkd": "Off-policy distillation by the forward KL: the student learns the teacher's distribution over "
+    "the whole vocabulary at every token of the annotated spans.",
+}
+# Keys of a recipe that name folders of this machine and nothing about the model.
+LOCAL = (
+    ("run", "dir"),
+    ("data", "cache_dir"),
+    ("data", "video_root"),
+    ("evaluate", "video_root"),
+)
+
+
+def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> str:
+    """The text of the card, with the metrics of whatever ``eval/*.json`` of the run holds.
+
+    ``samples`` are the rows that the run trained on.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("video_opd.training"),
+        undefined=StrictUndefined,
+        autoescape=False,  # the card is Markdown
+        keep_trailing_newline=True,
+    )
+    sources = Counter(sample.source or Path(recipe.data.train).stem for sample in samples)
+    evaluations = _evaluations(recipe, folder)
+    name = _name(folder.path)
+    about = _metadata(name, recipe, list(sources), evaluations)
+    mine = [record for record in evaluations if record["model"] == OURS]
+    protocols = [line for record in mine for line in protocol_lines(record["protocol"])]
+    return environment.get_template("model_card.md.j2").render(
+        name=name,
+        metadata=yaml.safe_dump(about, sort_keys=False, allow_unicode=True),
+        base=public_name(recipe.model.path),
+        teacher=public_name(recipe.teacher.path) if recipe.teacher.path else None,
+        method=METHODS[recipe.method],
+        version=video_opd.__version__,
+        data=dict(sources),
+        steps=folder.last_metrics().get("step", 0),
+        recipe=yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True),
+        metrics=METRICS,
+        evaluations=evaluations,
+        protocol_lines=list(dict.fromkeys(protocols)),
+    )
+
+
+def public_name(path: str) -> str:
+    """A name on a hub as it is; the name of a local folder without where it lies."""
+    if not Path(path).exists():
+        return path if not Path(path).is_absolute() else Path(path).name
+    return _name(Path(path).parent) if Path(path).name == "model" else Path(path).name
+
+
+def _name(run: Path) -> str:
+    """The name of a run's folder; a round is named after the run, too."""
+    run = Path(run).absolute()
+    return f"{run.parent.name}-{run.name}" if run.name.startswith("round-") else run.name
+
+
+def _public(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a tree, without folders of this machine; files are named without where they lie."""
+    tree: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
+    for section, key in LOCAL:
+        tree.get(section, {}).pop(key, None)
+    return _named(tree)
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _named(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_named(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    path, colon, function = value.partition(":") if ".py:" in value else (value, "", "")
+    return public_name(path) + colon + function if "/" in path or "\\" in path else value
+
+
+def _evaluations(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
+    """The records of ``eval/MODEL-DATA.json``, each with ``model`` and ``data``; the run's own come first."""
+    found = []
+    for who in ("student", "base", "teacher"):
+        for data in [Path(path).stem for path in recipe.evaluate.data]:
+            path = folder.evaluations / f"{who}-{data}.json"
+            if path.exists():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                found.append({**record, "model": OURS if who == "student" else who, "data": data})
+    return found
+
+
+def _metadata(
+    name: str, recipe: Recipe, datasets: Sequence[str], evaluations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """See https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
+    about: dict[str, Any] = {
+        "base_model": public_name(recipe.model.path),
+        "pipeline_tag": "video-text-to-text",
+        "library_name": "transformers",
+        "tags": list(dict.fromkeys(["video-opd", "temporal-grounding", recipe.method])),
+        "datasets": list(datasets),
+    }
+    results = [
+        {
+            "task": {"type": "video-text-to-text", "name": "Temporal grounding"},
+            "dataset": {"type": record["data"], "name": record["data"]},
+            "metrics": [
+                {"type": metric, "name": metric, "value": round(record[metric], 2)} for metric in METRICS
+            ],
+        }
+        for record in evaluations
+        if record["model"] == OURS
+    ]
+    if results:
+        about["model-index"] = [{"name": name, "results": results}]
+    return about
