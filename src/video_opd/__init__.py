@@ -1,7 +1,7 @@
 """Video-OPD: post-training of video MLLMs for temporal grounding by on-policy distillation.
 
-``load``, ``ground`` and ``evaluate`` (:mod:`video_opd.api`) are imported when they are first used: importing
-the package alone costs nothing.
+``load``, ``ground``, ``evaluate`` and ``train`` (:mod:`video_opd.api`) are imported when they are first used:
+importing the package alone costs nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from video_opd.api import evaluate, ground, load
+    from video_opd.api import evaluate, ground, load, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "ground", "load"]
+__all__ = ["__version__", "evaluate", "ground", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

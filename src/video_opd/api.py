@@ -1,6 +1,6 @@
 """What a notebook needs: load a model, find events in a video, measure answers.
 
-``from video_opd import load, ground, evaluate`` is the same; it imports this module when they are first used.
+``from video_opd import load, ground, evaluate, train`` imports this module when one of them is first used.
 Nothing here imports torch before a model is loaded.
 
 Example::
@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, overload
 from video_opd.errors import UserError
 
 if TYPE_CHECKING:
+    from video_opd.config import Recipe
     from video_opd.evaluation.metrics import ConstantPrediction, Metrics, QuerySwap
     from video_opd.grounding.ground import GroundedAnswer
     from video_opd.models.inference import InferenceModel
+    from video_opd.training.loop import RunResult
     from video_opd.types import Prediction, Sample
 
-__all__ = ["Evaluation", "evaluate", "ground", "load", "write_page"]
+__all__ = ["Evaluation", "evaluate", "ground", "load", "train", "write_page"]
 
 PAGE_FRAMES = 48  # of a page: they stand in for a video that a browser does not play
 
@@ -53,10 +55,16 @@ def load(
     """
     from video_opd.models.inference import load_inference_model, read_inference_config
 
+    words = _overrides(settings)
+    return load_inference_model(read_inference_config(str(path), words, device=device), device)
+
+
+def _overrides(settings: Mapping[str, Any] | None) -> list[str]:
+    """``settings`` as the words of a command line."""
     words = []
     for key, value in (settings or {}).items():
         words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return load_inference_model(read_inference_config(str(path), words, device=device), device)
+    return words
 
 
 @overload
@@ -293,6 +301,46 @@ def _predicted(
             batch_size=batch_size,
         )
         return _read(out, samples, protocol)
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path, settings: Mapping[str, Any] | None = None
+) -> RunResult:
+    """Trains a model as a recipe says, or continues a run that was interrupted (docs/methods.md).
+
+    A run that is finished returns at once.
+
+    Args:
+        recipe: a YAML file, its content as nested mappings, or a :class:`~video_opd.config.Recipe`.
+        settings: keys that replace those of the recipe.
+
+    Returns:
+        Where the run left its results: ``path`` (the run's folder), ``model`` (a folder for :func:`load`),
+        ``steps`` and ``metrics`` (of the last step).
+
+    Raises:
+        UserError: an unknown key, settings that cannot work together, models or data that cannot be read, a
+            folder that holds a run of another recipe.
+
+    Example::
+
+        result = train("recipes/tiny/video-opd.yaml", settings={"optim.max_steps": 20})
+        answer = ground(result.model, "kitchen.mp4", "the cup falls")
+    """
+    import yaml
+
+    from video_opd.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
+    from video_opd.strict import apply_overrides
+
+    words = _overrides(settings)
+    if isinstance(recipe, str | Path):
+        chosen = load_recipe(recipe, words)
+    else:
+        tree = yaml.safe_load(dump_recipe(recipe)) if isinstance(recipe, Recipe) else dict(recipe)
+        chosen = recipe_from_dict(apply_overrides(tree, words))
+    from video_opd.training.loop import train as run  # imports torch: a wrong recipe is found before
+
+    return run(chosen)
 
 
 def write_page(

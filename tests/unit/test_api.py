@@ -1,4 +1,4 @@
-"""``from video_opd import load, ground, evaluate``."""
+"""``from video_opd import load, ground, evaluate, train``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from places import SRC
 from video_cases import write_video
 
 import video_opd
-from video_opd import evaluate, ground, load
+from video_opd import evaluate, ground, load, train
+from video_opd.config import recipe_from_dict
 from video_opd.errors import UserError
 from video_opd.models.inference import InferenceModel
 from video_opd.types import Prediction, Sample
@@ -37,10 +39,10 @@ def test_importing_the_package_imports_nothing_else() -> None:
     run_python(
         "import sys; before = set(sys.modules)\n"
         "import video_opd\n"
-        "assert {'load', 'ground', 'evaluate'} <= set(dir(video_opd))\n"
+        "assert {'load', 'ground', 'evaluate', 'train'} <= set(dir(video_opd))\n"
         "assert {n for n in sys.modules if n.startswith('video_opd')} == {'video_opd'}\n"
         "heavy = {'torch', 'transformers', 'numpy', 'av', 'yaml', 'rich'}\n"
-        "from video_opd import load, ground, evaluate\n"
+        "from video_opd import load, ground, evaluate, train\n"
         "assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)\n"
     )
 
@@ -65,7 +67,7 @@ def test_other_names_are_attribute_errors() -> None:
         exec("from video_opd import grond", run)
 
 
-@pytest.mark.parametrize("function", [load, ground, evaluate])
+@pytest.mark.parametrize("function", [load, ground, evaluate, train])
 def test_docstrings_name_every_argument_and_have_an_example(function: Any) -> None:
     text = inspect.getdoc(function) or ""
     names = list(inspect.signature(function).parameters)
@@ -129,6 +131,32 @@ def test_a_query_has_an_answer_and_a_list_a_list(folder: Path, model: InferenceM
     for queries in ("", [], ["a", ""]):
         with pytest.raises(UserError, match="empty query"):
             ground(model, folder / "v.mp4", queries)
+
+
+def test_a_run_is_trained_from_a_file_a_tree_or_a_recipe(folder: Path, tmp_path: Path) -> None:
+    tree = {
+        "method": "sft",
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "d.jsonl"), "workers": 0},
+        "video": {"max_video_tokens": 64, "min_frame_tokens": 4},
+        "optim": {"lr": 1e-3, "batch_size": 2, "max_steps": 2},
+        "run": {"dir": str(tmp_path / "tree"), "trackers": []},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    one = {"optim.max_steps": 1}
+    results = {
+        "file": train(tmp_path / "recipe.yaml", settings={**one, "run.dir": str(tmp_path / "file")}),
+        "tree": train(tree, settings=one),
+        "recipe": train(recipe_from_dict(tree), settings={**one, "run.dir": str(tmp_path / "recipe")}),
+    }
+    for name, result in results.items():
+        assert result.path == tmp_path / name and result.steps == result.metrics["step"] == 1
+        assert result.metrics["loss"] == results["tree"].metrics["loss"]
+    assert train(tree, settings=one) == results["tree"]  # it is finished
+    assert load(results["tree"].model, device="cpu").budget.max_video_tokens == 64
+    for wrong in (tree, {**tree, "optim": {"step": 1}}):  # another recipe in that folder; an unknown key
+        with pytest.raises(UserError, match="optim"):
+            train(wrong)
 
 
 def test_evaluating_a_model_is_evaluating_its_predictions(

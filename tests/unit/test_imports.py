@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "reports": set[str](),
     "world": {"data", "models", "evaluation"},
     "bench": {"data", "models", "algorithms", "training"},
-    "api": {"data", "models", "evaluation", "grounding", "reports"},
+    "api": {"data", "models", "evaluation", "training", "grounding", "reports"},
     "cli": PATH_OF_A_RUN | {"api", "convert", "grounding", "suites", "reports", "world", "bench"},
     "": {"api"},  # the package itself, lazily
     "__main__": {"cli"},

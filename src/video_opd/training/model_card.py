@@ -17,7 +17,7 @@ import yaml
 import video_opd
 from video_opd.config import Recipe, dump_recipe
 from video_opd.evaluation.metrics import METRICS
-from video_opd.evaluation.terminal import protocol_lines
+from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import Sample
 
@@ -60,8 +60,8 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
     evaluations = _evaluations(recipe, folder)
     name = _name(folder.path)
     about = _metadata(name, recipe, list(sources), evaluations)
-    mine = [record for record in evaluations if record["model"] == OURS]
-    protocols = [line for record in mine for line in protocol_lines(record["protocol"])]
+    protocols = [record["protocol"] for record in evaluations if record["model"] == OURS]
+    notes = [line for each in protocols for line in (protocol_line(each), *deviation_lines(each))]
     return environment.get_template("model_card.md.j2").render(
         name=name,
         metadata=yaml.safe_dump(about, sort_keys=False, allow_unicode=True),
@@ -74,7 +74,7 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
         recipe=yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True),
         metrics=METRICS,
         evaluations=evaluations,
-        protocol_lines=list(dict.fromkeys(protocols)),
+        notes=list(dict.fromkeys(notes)),
     )
 
 
