@@ -1,7 +1,7 @@
 """Intervals in time: their overlap, and their form as text, which is written and parsed.
 
 An interval is ``(start_s, end_s)`` in seconds, ``start_s < end_s``. A pair that is empty, reversed or not
-finite overlaps with nothing. This module imports only the standard library.
+finite overlaps with nothing. Nothing here imports more than the standard library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
+from video_opd.answer_numbers import Number, are_seconds, find_numbers
 from video_opd.errors import UserError
 
 Interval: TypeAlias = tuple[float, float]
@@ -92,17 +93,6 @@ def clock(time_s: float) -> str:
     return f"{minutes:02d}:{seconds}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{seconds}"
 
 
-def clock_time_s(text: str) -> float | None:
-    """The seconds of ``mm:ss`` or ``hh:mm:ss``, with or without decimals; None for any other text."""
-    match = _CLOCK.fullmatch(text)
-    if match is None:
-        return None
-    hours, minutes, seconds = match.groups()
-    if float(seconds) >= 60 or (hours is not None and int(minutes) >= 60):
-        return None
-    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ParsedAnswer:
     """The span that an answer states, and the ``rule`` that matched (``"none"`` if none did).
@@ -116,35 +106,6 @@ class ParsedAnswer:
     rule: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Number:
-    """A number in a text, up to ``end`` with its unit; ``value_s`` is None if it cannot be a time."""
-
-    start: int
-    end: int
-    value_s: float | None
-    clock: bool
-    bare: bool  # digits without a unit: if a noun follows, they count things
-
-
-_NUMBER = re.compile(r"(?:[0-9]+|(?<![\w.])\.[0-9]+)(?:[.,:/][0-9]+)*")
-_PLAIN = re.compile(r"[0-9]{1,7}(?:\.[0-9]+)?|\.[0-9]+")  # short enough to stay finite
-_CLOCK = re.compile(r"(?:([0-9]{1,3}):)?([0-9]{1,3}):([0-9]{2}(?:\.[0-9]+)?)")
-# Thousands: "1,234.5" and "1.234,5".
-_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+")
-_UNIT = re.compile(
-    r"\s*\(\s*s(?:ec(?:ond)?s?)?\s*\)|\s*second\(s\)|\s*秒钟?"
-    r"|(?:\s*(?:seconds?|secs?|s)|-(?:seconds?|secs?))(?![^\W_])(?:\.(?=\s+(?:to|and|[-–—])))?",
-    re.I,
-)
-_OTHER_UNIT = re.compile(
-    r"\s*(?:%|°|(?:percent|hours?|hrs?|h|minutes?|mins?|m|ms|milliseconds?|frames?|fps|[ap]m)\b|[ap]\.m\.)",
-    re.I,
-)
-_LETTER = r"[^\W\d_]"
-# Matches after a number that is part of a word, a rank or a share; not in "12to17" and "_12_".
-_GLUED_AFTER = re.compile(rf"(?!(?:to|and)(?!{_LETTER}|_))_*{_LETTER}|[/%]", re.I)
-_WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
 _SIGN = re.compile(r"(?:^|[\s(\[{=:,\"'])[-−]\Z")
 # "3 people" is a count; "12 and" and "12 the moment" are not.
 _COUNTED = re.compile(
@@ -161,63 +122,23 @@ _DASHES = "-‐‑‒–—―−﹣－~～〜"
 _HEDGES = ("about", "around", "approximately", "approx", "approx.", "roughly", "nearly", "~", "≈")
 _HEDGE = f"(?: (?:{'|'.join(map(re.escape, _HEDGES))}))?"
 _TIME_WORDS = {*_HEDGES, "the", "time", "timestamp", "mark", "second", "seconds", "at", "t=", "t", "="}
-_TO = re.compile(rf"to{_HEDGE}", re.I)
+_CJK_HEDGE = r"(?: ?(?:第|大?[约約]|약|ほぼ))*"
+# "to", and its plain forms in Chinese, Japanese and Korean: "12.54秒到17.83秒", "12.54秒から17.83秒".
+_TO = re.compile(
+    rf"to{_HEDGE}|(?:(?:开始|開始|起|持续|持續|一直)?[,，、]? ?(?:到|至)|から|부터|에서){_CJK_HEDGE}", re.I
+)
 _DASH = re.compile(rf"[{_DASHES}]{{1,3}}{_HEDGE}", re.I)
 _TIGHT_DASH = re.compile(r"[-‐‑‒–—−]")  # 2026-11-22 is a date
 _FROM = re.compile(r"\bfrom\b[^.!?\n]{0,80}$", re.I)
 _UP_TO = re.compile(r"\bto\b", re.I)
 _SENTENCE_END = re.compile(r"[.!?\n]")
-_BOUND = re.compile(r"(?<![a-z])(?:(start|begin)|(end|finish|stop))", re.I)
+_BOUND = re.compile(
+    r"(?<![a-z])(?:(start|begin)|(end|finish|stop))|(开始|開始|起始|시작)|(结束|結束|終了|종료)", re.I
+)
+# "between A and B": "在A和B之间", "AとBの間", "A와 B 사이".
+_CJK_AND = re.compile(rf"(?:和|与|與|及|と|와|과){_CJK_HEDGE}")
+_CJK_BETWEEN = re.compile(r"\s*(?:之?[间間]|の間|사이)")
 _EXACT = re.compile(r"([0-9]{1,7}(?:\.[0-9]+)?)\s+to\s+([0-9]{1,7}(?:\.[0-9]+)?)", re.I)
-
-
-def _value_s(text: str) -> tuple[float | None, bool]:
-    if _PLAIN.fullmatch(text):
-        return float(text), False
-    time_s = clock_time_s(text)
-    return time_s, time_s is not None
-
-
-def _values(text: str) -> list[tuple[str, float | None, bool]]:
-    """``(text, seconds, is a clock time)`` of each number in digits without a space between them.
-
-    "12.54,17.83" and "00:12,00:17" are lists of two. "12,54" may be a list or a decimal comma, and "1,234" a
-    thousand: they are no times.
-    """
-    parts = text.split(",")
-    if len(parts) > 1 and not _GROUPED.fullmatch(text) and not all(part.isdigit() for part in parts):
-        values = [(part, *_value_s(part)) for part in parts]
-        if all(value_s is not None for _, value_s, _ in values):
-            return values
-    return [(text, *_value_s(text))]
-
-
-def _numbers(text: str) -> list[_Number]:
-    """Every number of the text, in order. Those that cannot be times count: they keep others apart."""
-    found = []
-    for match in _NUMBER.finditer(text):
-        values = _values(match.group())
-        start = match.start()
-        for part, value_s, clock in values:
-            end = start + len(part)
-            unit = _UNIT.match(text, end)
-            if unit:
-                end = unit.end()
-            elif _OTHER_UNIT.match(text, end) or _GLUED_AFTER.match(text, end):
-                value_s = None
-            if _is_glued(text[max(start - 4, 0) : start]):
-                value_s = None
-            bare = not unit and part.isdigit()
-            found.append(_Number(start=start, end=end, value_s=value_s, clock=clock, bare=bare))
-            start += len(part) + 1
-    return found
-
-
-def _is_glued(before: str) -> bool:
-    """Whether the number after ``before`` belongs to a word or is a rank; not in "12to17", nor in "_12_"."""
-    if word := _WORD_BEFORE.search(before):
-        return bool(word[2]) or word[1].lower() not in ("to", "and")
-    return before.endswith(("/", "#", "%"))
 
 
 def _plain_words(text: str) -> str:
@@ -225,8 +146,10 @@ def _plain_words(text: str) -> str:
     return " ".join(text.translate(_MARKUP).split())
 
 
-def _is_from_and(before: str, between: str) -> bool:
+def _is_from_and(before: str, between: str, after: str) -> bool:
     """Whether "from A … to B", "between A and B" or "start … A … end … B" stands around two numbers."""
+    if _CJK_AND.fullmatch(_plain_words(between)) and _CJK_BETWEEN.match(after):
+        return True
     if _FROM.search(before) and (tos := list(_UP_TO.finditer(between))):
         head, tail = between[: tos[-1].start()], between[tos[-1].end() :]
         if not _SENTENCE_END.search(head) and set(_plain_words(tail).lower().split()) <= _TIME_WORDS:
@@ -239,10 +162,10 @@ def _is_from_and(before: str, between: str) -> bool:
         if named[-1:] == ["between"]:
             return True
     starts, ends = list(_BOUND.finditer(before)), list(_BOUND.finditer(between))
-    return bool(starts and starts[-1][1] and ends and ends[-1][2])
+    return bool(starts and (starts[-1][1] or starts[-1][3]) and ends and (ends[-1][2] or ends[-1][4]))
 
 
-def _shape(text: str, numbers: list[_Number], i: int) -> str | None:
+def _shape(text: str, numbers: list[Number], i: int) -> str | None:
     """The tie between the i-th number and the next: ``to``, ``dash``, ``list``, ``from_and``, or None."""
     a, b = numbers[i], numbers[i + 1]
     between = text[a.end : b.start]
@@ -263,19 +186,19 @@ def _shape(text: str, numbers: list[_Number], i: int) -> str | None:
         return "list"
     if any(number.bare and _COUNTED.match(text, number.end) for number in (a, b)):
         return None
-    return "from_and" if _is_from_and(before_a[-_REACH:], between) else None
+    return "from_and" if _is_from_and(before_a[-_REACH:], between, text[b.end : b.end + _REACH]) else None
 
 
 def _match(text: str) -> tuple[Interval, str] | None:
     if exact := _EXACT.fullmatch(text):
         return (float(exact.group(1)), float(exact.group(2))), "exact"
-    numbers = _numbers(text)
+    numbers = find_numbers(text)
     found: dict[str, Interval] = {}
     for i, (a, b) in enumerate(pairwise(numbers)):
         if a.value_s is None or b.value_s is None or a.clock != b.clock or b.start - a.end > _REACH:
             continue
         shape = _shape(text, numbers, i)
-        if shape is None or (shape == "list" and not a.clock):
+        if shape is None or (shape == "list" and not a.clock) or not are_seconds(text, a, b):
             continue
         found["clock" if a.clock else shape] = (a.value_s, b.value_s)  # the last one counts
     for rule in ("to", "dash", "clock", "from_and"):
@@ -296,12 +219,13 @@ def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
     The first rule that matches counts, and within a rule the last place where it does:
 
     1. ``exact``: the whole text is "A to B";
-    2. ``to``: "A to B", with or without a unit of seconds;
+    2. ``to``: "A to B", with or without a unit of seconds ("12.54秒到17.83秒" as well);
     3. ``dash``: "A - B", "A – B";
     4. ``clock``: a pair of mm:ss or hh:mm:ss in any of these shapes, or with a comma between;
     5. ``from_and``: "from A … to B", "between A and B", "start … A … end … B".
 
-    Two numbers that are not tied together by one of them are no answer. With ``thinking`` only the text
+    Two numbers that are not tied together by one of them are no answer, and neither are two numbers with a
+    unit that is not seconds, before or after them ("frames 120 to 180"). With ``thinking`` only the text
     after ``</think>`` is read, and a text without it holds no answer.
     """
     answer = after_thinking(text) if thinking else text

@@ -17,6 +17,7 @@ PACKAGE = SRC / "video_opd"
 BASE = {
     "types",
     "temporal",
+    "answer_numbers",
     "config",
     "strict",
     "errors",

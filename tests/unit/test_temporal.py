@@ -189,6 +189,10 @@ LONG_TEXTS = {
     "signs": "- " * (LONG // 2) + "1 to 2",
     "a unit far away": "1 (" + " " * LONG + "s",
     "brackets": "(" * LONG + "1 to 2",
+    "units": ("unit: " * 12 + "frame " * 9 + "1 to 2 ") * (LONG // 133),
+    "units behind": "1 to 2 in (" * (LONG // 11),
+    "shares": ("0.1 to 0.2 of the " + " " * 200) * (LONG // 218),
+    "chinese": "帧第1到" * (LONG // 4),
     "thoughts": "<think>" * (LONG // 7) + "</think>1 to 2",
 }
 

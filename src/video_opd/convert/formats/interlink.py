@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from video_opd.answer_numbers import clock_time_s
 from video_opd.convert.formats import fields, values
 from video_opd.convert.formats.cleaning import timelens_query
 from video_opd.convert.formats.format import Entry, Format, Question, Unusable, all_records
-from video_opd.temporal import clock_time_s
 
 
 def read(entry: Entry) -> Iterator[Question]:

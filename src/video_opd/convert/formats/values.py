@@ -16,7 +16,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from video_opd.temporal import clock_time_s
+from video_opd.answer_numbers import clock_time_s
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ABSENT = ("", "nan", "none", "null")

@@ -1,0 +1,183 @@
+"""The numbers of an answer's text, with their units: which of them may be times, and in which form.
+
+Only seconds and clock times are times. A unit may stand before its number ("frames 120 to 180") or after it,
+in English and, because answers mix languages, in plain Chinese, Japanese and Korean.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A number in a text, up to ``end`` with its unit; ``value_s`` is None if it cannot be a time."""
+
+    start: int
+    end: int
+    value_s: float | None
+    clock: bool
+    unit: bool  # a unit of seconds follows
+    bare: bool  # digits without a unit: if a noun follows, they count things
+
+
+_NUMBER = re.compile(r"(?:[0-9]+|(?<![\w.])\.[0-9]+)(?:[.,:/][0-9]+)*")
+_PLAIN = re.compile(r"[0-9]{1,7}(?:\.[0-9]+)?|\.[0-9]+")  # short enough to stay finite
+_CLOCK = re.compile(r"(?:([0-9]{1,3}):)?([0-9]{1,3}):([0-9]{2}(?:\.[0-9]+)?)")
+# Thousands: "1,234.5" and "1.234,5".
+_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+")
+
+_UNIT = re.compile(
+    r"\s*\(\s*s(?:ec(?:ond)?s?)?\s*\)|\s*second\(s\)|\s*秒[钟鐘間]?|\s*초"
+    r"|(?:\s*(?:seconds?|secs?|s)|-(?:seconds?|secs?))(?![^\W_])(?:\.(?=\s+(?:to|and|[-–—])))?",
+    re.I,
+)
+_OTHER = (
+    r"(?:[%％‰°]|(?:percent(?:age)?|per\s?cent|hours?|hrs?|h|minutes?|mins?|m|ms|msecs?|milliseconds?|frames?|fps"
+    r"|[ap]m)(?![^\W_])|[ap]\.m\.|毫秒|ミリ秒|밀리초|分|분|小[时時]|[时時]|시간|帧|幀|フレーム|コマ|프레임|パーセント|퍼센트)"
+)
+_OTHER_UNIT = re.compile(
+    rf"(?:\s*|-){_OTHER}"  # "2 minutes", "2-minute"
+    rf"|\s*[(\[]\s*(?:in\s+)?{_OTHER}(?:\(?s\)?)?\s*[)\]]"  # "2 (minutes)"
+    r"|\s*,?\s*in\s+(?:frames|minutes|mins|hours|ms|milliseconds|percent)(?![^\W_])",
+    re.I,
+)
+
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # no spaces between words
+_LETTER = r"[^\W\d_]"
+_CJK_AFTER = r"[到至和与與及跟之间間左起開开結结]|から|まで|と|の間|で|부터|에서|까지|와|과|사이"
+# Matches after a number that is part of a word, a rank, a share or a count; not in "12to17" and "_12_".
+_GLUED_AFTER = re.compile(
+    rf"(?!(?:to|and)(?!{_LETTER}|_))(?!{_CJK_AFTER})_*{_LETTER}|[/%]|['’′](?=[0-9])", re.I
+)
+_WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
+_MINUTES_BEFORE = re.compile(r"[0-9]['’′]\Z")  # 1'05"
+_ENDS_IN_CJK = re.compile(rf"[{_CJK}]\Z")
+
+# A unit before its numbers: "Frames 120 to", "start frame: 120", "frame numbers from 120", "time (ms) = 120".
+_BEFORE_REACH = 60  # characters
+_TOKEN = re.compile(r"[a-z]+|%|[^\sa-z]|\n")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_COLON_LINE = re.compile(r":\s*\n")
+_NUMBER_SIGN = re.compile(r"\bnos?\.", re.I)
+_SHARE_WORD = re.compile(r"%|percent(?:ages?)?|pct|fractions?|proportion|ratio")
+_UNIT_WORD = re.compile(
+    rf"{_SHARE_WORD.pattern}|frames?|frameno|minutes?|mins?|hours?|hrs?|milliseconds?|msecs?|ms|normali[sz]ed"
+)
+# What may stand between such a unit and its number: "frame numbers from 120", "start_frame: 120".
+_LINK = re.compile(
+    r"[:：=#()~≈]|numbers?|num|nos?|index|indices|idx|ids?|range|interval|window|span|from|between|start(?:s|ing)?"
+    r"|begin(?:s|ning)?|end(?:s|ing)?|stops?|times?|timestamps?|is|are|to|and|about|around|approximately|approx"
+    r"|roughly|nearly"
+)
+_WHOLE = "video|clip|duration|length|total|movie|film|footage|recording"
+_CJK_UNIT_BEFORE = re.compile(
+    r"(?:帧|幀|フレーム|프레임|毫秒|ミリ秒|밀리초|分[钟鐘間]|小[时時]|百分比|パーセント|퍼센트)"
+    r"(?:[号號数數番是为為はの:：=\s第]|번호|范围|範圍|从|從|在){0,6}\Z"
+)
+# "0.2-0.8 of the video": numbers up to 1 are a share of it.
+_SHARE_AFTER = re.compile(
+    r"\s*\(?\s*(?:of\s+(?:the\s+|its\s+)?(?:whole\s+|entire\s+|full\s+|total\s+)?"
+    rf"(?:{_WHOLE})|(?:in\s+)?(?:normali[sz]ed|relative)(?![^\W_]))",
+    re.I,
+)
+# A field or a note that names the unit of both numbers: '{"start": 120, "end": 180, "unit": "frames"}'.
+_NAMED_REACH = 80  # characters
+_UNIT_NAMED = re.compile(rf"\bunits?[\s\"'*`]{{0,3}}(?:[:=]|\bis\b|\bare\b)[\s\"'*`]{{0,3}}{_OTHER}", re.I)
+
+
+def clock_time_s(text: str) -> float | None:
+    """The seconds of ``mm:ss`` or ``hh:mm:ss``, with or without decimals; None for any other text."""
+    match = _CLOCK.fullmatch(text)
+    if match is None:
+        return None
+    hours, minutes, seconds = match.groups()
+    if float(seconds) >= 60 or (hours is not None and int(minutes) >= 60):
+        return None
+    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+
+
+def find_numbers(text: str) -> list[Number]:
+    """Every number of the text, in order. Those that cannot be times count: they keep others apart."""
+    found = []
+    for match in _NUMBER.finditer(text):
+        values = _values(match.group())
+        start = match.start()
+        for part, value_s, clock in values:
+            end = start + len(part)
+            unit = _UNIT.match(text, end)
+            if unit:
+                end = unit.end()
+            elif _OTHER_UNIT.match(text, end) or _GLUED_AFTER.match(text, end):
+                value_s = None
+            if _is_glued(text[max(start - 4, 0) : start], has_unit=bool(unit)):
+                value_s = None
+            bare = not unit and part.isdigit()
+            found.append(
+                Number(start=start, end=end, value_s=value_s, clock=clock, unit=bool(unit), bare=bare)
+            )
+            start += len(part) + 1
+    return found
+
+
+def are_seconds(text: str, a: Number, b: Number) -> bool:
+    """Whether two numbers that are tied together are seconds: they say so, or nothing says otherwise."""
+    if a.clock or a.unit or b.unit:
+        return True
+    if any(_follows_other_unit(text[max(n.start - _BEFORE_REACH, 0) : n.start]) for n in (a, b)):
+        return False
+    if _UNIT_NAMED.search(text, max(a.start - _NAMED_REACH, 0), b.end + _NAMED_REACH):
+        return False
+    is_share = a.value_s is not None and b.value_s is not None and max(a.value_s, b.value_s) <= 1
+    return not (is_share and _SHARE_AFTER.match(text, b.end))
+
+
+def _follows_other_unit(before: str) -> bool:
+    """Whether ``before`` ends in a unit that is not seconds and belongs to the number behind it."""
+    if _CJK_UNIT_BEFORE.search(before):
+        return True
+    plain = _CAMEL.sub(" ", _NUMBER_SIGN.sub(" no ", _COLON_LINE.sub(":", before)))
+    tokens = _TOKEN.findall(plain.translate(_MARKUP).lower())
+    while tokens and _LINK.fullmatch(tokens[-1]):
+        tokens.pop()
+    if re.fullmatch(rf".*(?:{_SHARE_WORD.pattern}|frames) of the (?:{_WHOLE})", " ".join(tokens[-4:])):
+        return True  # "percentage of the video: 20 to 80"
+    if not tokens or not _UNIT_WORD.fullmatch(tokens.pop()):
+        return False
+    while tokens and tokens[-1] in "-(":
+        tokens.pop()
+    return not (tokens and tokens[-1].isdigit())  # "90%: 12 to 17", "2 minutes (12 to 17)"
+
+
+_MARKUP = str.maketrans(dict.fromkeys("*_`\"'“”‘’[]{}<>$", " "))
+
+
+def _values(text: str) -> list[tuple[str, float | None, bool]]:
+    """``(text, seconds, is a clock time)`` of each number in digits without a space between them.
+
+    "12.54,17.83" and "00:12,00:17" are lists of two. "12,54" may be a list or a decimal comma, and "1,234" a
+    thousand: they are no times.
+    """
+    parts = text.split(",")
+    if len(parts) > 1 and not _GROUPED.fullmatch(text) and not all(part.isdigit() for part in parts):
+        values = [(part, *_value_s(part)) for part in parts]
+        if all(value_s is not None for _, value_s, _ in values):
+            return values
+    return [(text, *_value_s(text))]
+
+
+def _value_s(text: str) -> tuple[float | None, bool]:
+    if _PLAIN.fullmatch(text):
+        return float(text), False
+    time_s = clock_time_s(text)
+    return time_s, time_s is not None
+
+
+def _is_glued(before: str, *, has_unit: bool) -> bool:
+    """Whether the number after ``before`` belongs to a word or is a rank; not in "12to17", nor in "_12_"."""
+    if word := _WORD_BEFORE.search(before):
+        if _ENDS_IN_CJK.search(word[1]) and not word[2]:
+            return word[1][-1] in "第제" and not has_unit  # "第12秒" is a time, "第12" a rank
+        return bool(word[2]) or word[1].lower() not in ("to", "and")
+    return before.endswith(("/", "#", "%")) or bool(_MINUTES_BEFORE.search(before))
