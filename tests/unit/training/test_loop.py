@@ -24,6 +24,7 @@ from training_cases import (
     kill_later,
     make_recipe,
     rows_of,
+    sample,
     start,
 )
 
@@ -32,6 +33,7 @@ from video_opd.data.annotations import write_rows
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.loading import load_model
+from video_opd.training.batches import BatchPlan
 from video_opd.training.components import prompt_loader
 from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.loss_batch import RatioError
@@ -258,6 +260,42 @@ def test_the_checks_pass_and_the_reduction_scales_the_loss(tmp_path: Path, reduc
     total = row["reverse_kl/sampled"] * row["tokens/response"]
     count = row["rollouts"] if reduction == "sum" else row["tokens/response"]
     assert math.isclose(row["loss"], total / count, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("broken", [(), ("s3",)])
+def test_the_gradient_is_that_of_the_loss_over_the_real_count(tmp_path: Path, broken: tuple[str, ...]):
+    """Neither the number of tokens nor that of the rollouts of a broken batch is known beforehand."""
+    norms = {}
+    for reduction in ("sum", "token_mean"):
+        row = run(
+            tmp_path / reduction,
+            Build(rows=4, broken=broken),
+            optim={"max_steps": 1, "max_grad_norm": 1e9},
+            loss={"reduction": reduction},
+        ).metrics
+        norms[reduction] = row["update/grad_norm"]
+        assert row["rollouts"] == 4 - len(broken) and row["tokens/response"] > 4
+    total = norms["sum"] * row["rollouts"]
+    assert math.isclose(total, norms["token_mean"] * row["tokens/response"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "rollouts"), [("video-opd", 1), ("grpo", 3)])
+def test_the_first_rollouts_of_the_batch_are_logged(tmp_path: Path, method: str, rollouts: int):
+    """Micro-batches are cut by length, and a broken video leaves its place empty."""
+    recipe = make_recipe(
+        tmp_path / "run",
+        method,
+        optim={"max_steps": 1, "batch_size": 8},
+        sampling={"rollouts": rollouts},
+        run={"log_rollouts": 4},
+        **({"reward": {"function": "training_cases:a_reward"}} if method == "grpo" else {}),
+    )
+    (batch,) = BatchPlan.of(recipe, [sample(i) for i in range(8)]).batches()
+    broken = batch[1].id
+    there = [row.id for row in batch if row.id != broken]
+    path = train(recipe, Build(rows=8, broken=(broken,))).path
+    logged = [(row["id"], row["rollout"]) for row in rows_of(path / "rollouts.jsonl")]
+    assert logged == [(name, index) for name in there for index in range(rollouts)][:4]
 
 
 def test_what_is_evaluated_is_what_was_saved(tmp_path: Path):
