@@ -1,4 +1,7 @@
-"""The processes of one command, as torchrun and ``accelerate launch`` start them. torch only for several."""
+"""The processes of one command, as torchrun and ``accelerate launch`` start them.
+
+torch is imported only if there are several.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from datetime import timedelta
 from video_opd.errors import UserError
 from video_opd.types import Sample
 
-# The first to finish waits for the last; a collective's own patience is some ten minutes.
+# Processes wait for each other for as long as a stage takes; torch's own limit is some ten minutes.
 LONGEST_WAIT = timedelta(days=30)
 
 
@@ -23,9 +26,9 @@ class Processes:
 
     @classmethod
     def of_environment(cls) -> Processes:
-        """As ``RANK`` and ``WORLD_SIZE`` say. Several are connected, by gloo: all they do is wait for others.
+        """The processes that ``RANK`` and ``WORLD_SIZE`` name. Several are connected by gloo.
 
-        A command that only the first process runs must not ask: it would wait for the others.
+        A command that runs on the first process alone must not call this: it would wait for the others.
         """
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if count > 1:
@@ -40,11 +43,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Every ``count``-th video's rows, video by video: every row is some process's, and one's alone."""
+        """The rows of every ``count``-th video, video by video. Each row belongs to exactly one process."""
         return [sample for rows in by_video(samples)[self.rank :: self.count] for sample in rows]
 
     def wait(self) -> None:
-        """Until all are here. Raises :class:`UserError` where one of them has stopped."""
+        """Waits until all processes are here. Raises :class:`UserError` if one of them has stopped."""
         if self.count == 1:
             return
         from torch import distributed
@@ -59,7 +62,7 @@ class Processes:
 
 
 def by_video(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """The rows of each video, videos in the order of their first rows."""
+    """The rows of each video; videos are in the order of their first rows."""
     rows_of: dict[str, list[Sample]] = {}
     for sample in samples:
         rows_of.setdefault(str(sample.video), []).append(sample)

@@ -185,9 +185,9 @@ class Steps:
 def checkpointed(model: Any, engine: Engine) -> Any:
     """A copy with gradient checkpointing, of the vision tower alone for the prefix engine."""
     model = copy.deepcopy(model)
-    part = model.model.visual if engine == "prefix" else model
-    old_name = part.gradient_checkpointing_enable  # before transformers 5.23
-    getattr(part, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    module = model.model.visual if engine == "prefix" else model
+    old_name = module.gradient_checkpointing_enable  # before transformers 5.23
+    getattr(module, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     return model.train()
 
 

@@ -1,7 +1,7 @@
-"""Which samples a step takes, and in which order: functions of the recipe, never of what happened before.
+"""The rows of each step, and their order. Both are functions of the recipe alone.
 
-So step k sees the same rows whether the run was killed, resumed, or split over processes. A sample whose
-video cannot be decoded leaves its place empty: that batch is one smaller, all others are as they were.
+Step k therefore has the same rows whether the run was killed, resumed, or split over processes. A row whose
+video cannot be decoded leaves its place empty: its batch is one smaller, and all others stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BatchPlan:
     samples: Sequence[Sample]
     batch_size: int  # prompts, over all processes
     total_steps: int  # optimiser steps
-    updates_per_batch: int  # of them, on one batch
+    updates_per_batch: int  # optimiser steps on one batch
     seed: int
     shuffle: bool
 
@@ -47,7 +47,7 @@ class BatchPlan:
         )
 
     def order(self, epoch: int) -> list[int]:
-        """Positions of ``samples`` in the order of ``epoch``: a function of (seed, epoch)."""
+        """The positions in ``samples`` in the order of ``epoch``, a function of (seed, epoch)."""
         count = len(self.samples)
         if not self.shuffle:
             return list(range(count))
@@ -58,8 +58,8 @@ class BatchPlan:
         )
 
     def batches(self, start: int = 0) -> Iterator[list[Sample]]:
-        """The global batches from step ``start`` (the first on its batch) up to the last."""
-        assert start % self.updates_per_batch == 0, "a batch is sampled and used up whole"
+        """The global batches from step ``start`` to the last; ``start`` is the first step on its batch."""
+        assert start % self.updates_per_batch == 0, "a resume starts with a new batch"
         batches_an_epoch = -(-len(self.samples) // self.batch_size)
         order: list[int] = []
         for step in range(start, self.total_steps, self.updates_per_batch):
@@ -80,17 +80,17 @@ class Row:
 
 
 class BatchStream:
-    """This process's rows of each step, from a loader that runs ahead over all of them.
+    """This process's rows of each batch, from a loader that decodes ahead.
 
-    ``loader`` yields ``(sample, prompt)`` for the samples of :meth:`wanted`, in order, leaving out those
-    whose video could not be decoded.
+    The loader yields ``(sample, prompt)`` for the samples of :meth:`wanted`, in order, without those whose
+    video could not be decoded.
     """
 
     def __init__(self, plan: BatchPlan, start: int, rank: int = 0, world: int = 1) -> None:
         self.plan, self.start, self.rank, self.world = plan, start, rank, world
 
     def wanted(self) -> list[Sample]:
-        """Every sample that this process will ask for, in order."""
+        """Every sample that this process will need, in order."""
         return [
             sample for batch in self.plan.batches(self.start) for sample in batch[self.rank :: self.world]
         ]
@@ -102,7 +102,7 @@ class BatchStream:
         for batch in self.plan.batches(self.start):
             rows = []
             for position in range(self.rank, len(batch), self.world):
-                # Looked up only when it is needed: the wait for decoding belongs to the step that waits.
+                # Taken from the loader only now, so that the wait for decoding counts for this step.
                 head = next(source, None) if head is None else head
                 if head is not None and head[0].id == batch[position].id:
                     rows.append(Row(position=position, sample=head[0], prompt=head[1]))
@@ -111,9 +111,9 @@ class BatchStream:
 
 
 def micro_batches(rows: Sequence[Row], planned: int, world: int, size: int) -> list[Sequence[Row]]:
-    """``rows`` in pieces of ``size``, as many pieces on every rank.
+    """``rows`` in micro-batches of ``size``, as many on every process.
 
-    Ranks step in lockstep; one with fewer rows (end of an epoch, undecodable videos) gets empty ones.
+    A process with fewer rows than others (end of an epoch, videos that cannot be decoded) gets empty ones.
     """
-    pieces = math.ceil(math.ceil(planned / world) / size)
-    return [rows[i * size : (i + 1) * size] for i in range(pieces)]
+    count = math.ceil(math.ceil(planned / world) / size)
+    return [rows[i * size : (i + 1) * size] for i in range(count)]

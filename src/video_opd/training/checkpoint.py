@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there, and model folders that anyone can load.
+"""Checkpoints that are either complete or not there, and model folders that anyone can load.
 
-``checkpoints/step-N/``: ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser and
-random states), ``state.json`` (step, sizes of all files). With LoRA, ``adapter/`` (what is trained, and
-nothing of the base) stands in place of ``model/``. Folders are replaced whole or not at all
-(:mod:`video_opd.files`), so a kill or a full disk leaves the checkpoints that were there.
+``checkpoints/step-N/`` holds ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser
+and random states) and ``state.json`` (the step, and the sizes of all files). With LoRA, ``adapter/`` stands
+in place of ``model/``: it holds what is trained, and nothing of the base. Folders are replaced whole or not
+at all (:mod:`video_opd.files`), so a kill or a full disk leaves the earlier checkpoints.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> Path:
-        """The folder that a resume loads: a whole model, or what is put on the base."""
+        """The folder that a resume loads: a whole model, or the adapters for the base."""
         adapter = self.path / ADAPTER
         return adapter if adapter.is_dir() else self.model
 
@@ -68,7 +68,7 @@ def save_model_folder(
 
 
 def save_adapter_folder(model: Any, path: str | Path) -> None:
-    """The adapter in peft's format. Replaces ``path`` atomically; raises as :func:`save_model_folder`."""
+    """Writes the adapters in peft's format. It replaces and raises as :func:`save_model_folder` does."""
     with _replacing(path) as folder:
         save_adapter(model, folder)
 
@@ -85,9 +85,10 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Writes ``root/step-N`` and deletes all but the newest ``run.keep_checkpoints``.
 
-    ``weights`` is the model's state dict, where it does not hold that itself.
+    ``training`` goes into ``training.pt``. ``weights`` is the model's state dict if the model does not hold
+    it itself.
 
-    Raises :class:`UserError` when the disk is full; older checkpoints are untouched then.
+    Raises :class:`UserError` when the disk is full; earlier checkpoints are then untouched.
     """
     path = root / f"{_PREFIX}{step}"
     with _replacing(path) as folder:
@@ -114,8 +115,8 @@ def find_checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was given as ``training``, on the CPU."""
-    # Our own file, in our own run folder; random states of numpy and Python are not tensors.
+    """The ``training`` of :func:`save_checkpoint`, on the CPU."""
+    # weights_only refuses the random states of numpy and Python. The file is this run's own.
     return torch.load(checkpoint.path / "training.pt", map_location="cpu", weights_only=False)
 
 

@@ -32,18 +32,18 @@ from video_opd.types import EncodedPrompt, Sample
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# From samples to ``(sample, prompt)`` in the same order, without those whose video cannot be decoded.
+# A loader turns samples into ``(sample, prompt)``, in order, without those whose video cannot be decoded.
 Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What a run trains, with what, on what. ``policy`` and ``teacher`` may be anything of that protocol."""
+    """The objects that a run is built from. Tests and other engines give their own policy or teacher."""
 
-    model: torch.nn.Module  # the student's bare module; what is trained of it is float32
-    forward_module: torch.nn.Module  # what Accelerate wrapped around it
-    policy: Policy
-    plain: Policy  # the same weights through the plain engine, for checks
+    model: torch.nn.Module  # the student's bare module; its trained weights are float32
+    forward_module: torch.nn.Module  # the wrapper that Accelerate put around ``model``, or ``model`` itself
+    policy: Policy  # the student
+    plain: Policy  # the student's weights through the plain engine, for checks
     teacher: Teacher | None
     reference: Teacher | None  # the initial student, frozen
     method: Method
@@ -61,16 +61,18 @@ class Components:
 def build_components(
     recipe: Recipe, accelerator: Accelerator, folder: RunFolder, weights: str | Path
 ) -> Components:
-    """Loads everything that a run needs; ``weights`` is the student's folder (a checkpoint's, on a resume;
-    the run's own ``model/``, when only its evaluation is left).
+    """Loads everything that a run needs.
+
+    ``weights`` is the student's folder. On a resume it is a checkpoint's; if only the evaluation is left, it
+    is the run's own ``model/``.
 
     Raises :class:`UserError` for models that cannot be loaded or do not share their tokens, and for data
     files that cannot be read.
     """
     if recipe.method == "grpo":
-        make_reward(recipe)  # a function that cannot be imported is found before any model is loaded
+        make_reward(recipe)  # finds a function that cannot be imported before any model is loaded
     samples = read_samples(recipe.data.train, recipe.data.video_root)
-    if recipe.teacher.path:  # before minutes are spent on reading the student
+    if recipe.teacher.path:  # finds a missing teacher before minutes are spent on loading the student
         for path in (recipe.teacher.path, *recipe.teacher.by_source.values()):
             read_config(path)
     device = accelerator.device
@@ -111,7 +113,7 @@ def build_components(
         loader=prompt_loader(
             recipe, processor, skipped_path=folder.skipped, max_failed_share=recipe.data.max_failed_share
         ),
-        # An evaluation counts what is missing; it does not stop for it.
+        # An evaluation counts rows whose video cannot be decoded; it does not stop for them.
         evaluation_loader=prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0),
     )
 
@@ -119,7 +121,7 @@ def build_components(
 def prepare(
     recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """(what forwards with gradients go through, optimiser), for one process or several."""
+    """(the module that forwards with gradients go through, the optimiser), for one process or several."""
     if sharding_asked(recipe):
         shard(model, DTYPES[recipe.model.dtype], accelerator.device)
     elif recipe.model.sharding is not None:
@@ -133,25 +135,25 @@ def prepare(
 def load_student(
     recipe: Recipe, weights: str | Path, device: torch.device, *, merged: bool = False
 ) -> tuple[Any, Any]:
-    """(model, processor), in which exactly what is to be trained requires gradients, and is float32.
+    """(model, processor). Only the weights that are trained require gradients; they are float32.
 
-    With LoRA ``weights`` is the base, or a checkpoint's ``adapter/``; ``merged`` says that it is a finished
+    With LoRA, ``weights`` is the base or a checkpoint's ``adapter/``. ``merged`` says that it is a finished
     model, which needs no adapters.
     """
     if not recipe.lora.parts or merged:
         model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
         freeze(model, recipe.model)
         return model, processor
-    # On the CPU in float32, until it is known which weights are trained; the device never holds that.
+    # The base stays on the CPU in float32 until its frozen weights are cast: the device may have no room.
     model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn)
     adapt(model, recipe, weights)
     return model.to(device), processor
 
 
 def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path) -> None:
-    """Puts adapters on the base: a checkpoint's where ``weights`` is its ``adapter/``, else new ones.
+    """Puts adapters on the base: a checkpoint's if ``weights`` is its ``adapter/``, otherwise new ones.
 
-    Weights that are then not trained are held in ``model.dtype``; no update has to be seen in them.
+    Weights that are not trained are then held in ``model.dtype``: they need not represent small updates.
     """
     if is_adapter(weights):
         load_adapter(model, weights)
@@ -162,7 +164,10 @@ def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path) -> None:
 
 
 def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> list[Sample]:
-    """Without the rows that the method cannot learn from; they are counted."""
+    """The rows that the method can learn from. It logs how many are left out.
+
+    Raises :class:`UserError` if none is left.
+    """
     if not method.needs.annotation:
         return samples
     kept = [sample for sample in samples if sample.spans]
@@ -179,10 +184,10 @@ def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> lis
 def load_teachers(
     recipe: Recipe, samples: Sequence[Sample], student: tuple[Any, Any], device: torch.device
 ) -> Teacher:
-    """The teacher, or one for each source that ``teacher.by_source`` names. A folder is loaded once.
+    """The teacher, or a teacher for each source that ``teacher.by_source`` names. A folder is loaded once.
 
-    Raises :class:`UserError` for one that does not share the student's tokens, and for a source that no row
-    has.
+    Raises :class:`UserError` for a teacher that does not share the student's tokens, and for a source that no
+    row has.
     """
     settings = recipe.teacher
     sources = {sample.id: sample.source for sample in samples}
@@ -210,9 +215,10 @@ def load_teachers(
 
 
 def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Teacher:
-    """The student before its first step, in the precision that it is trained in, whatever was resumed.
+    """The reference: the student as it was before its first step, also after a resume.
 
-    Where only adapters are trained, that is the student itself without them; otherwise a copy.
+    If only adapters are trained, it is the student itself with its adapters switched off, otherwise a copy in
+    the precision that the student is trained in.
     """
     if has_adapters(policy.model) and not trained_in_full(policy.model):
         return AdaptersOffReference(policy, nonfinite=recipe.loss.nonfinite)
@@ -223,7 +229,11 @@ def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Te
 def prompt_loader(
     recipe: Recipe, processor: Any, *, skipped_path: Path | None, max_failed_share: float
 ) -> Loader:
-    """Decodes and encodes in the background, as the recipe says."""
+    """A loader that decodes and encodes in the background with the recipe's settings.
+
+    ``skipped_path`` gets the rows whose videos cannot be decoded; more than ``max_failed_share`` of them stop
+    the run.
+    """
     data, encoder = recipe.data, PromptEncoder(processor, recipe.prompt)
     a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
 
@@ -244,7 +254,7 @@ def prompt_loader(
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW. Vectors (biases, norms) are not decayed, as is usual."""
+    """AdamW. Weight decay leaves out vectors (biases, norms), as is usual."""
     assert all(p.dtype == torch.float32 for p in parameters), "a bfloat16 weight loses updates of lr 1e-6"
     decayed = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
@@ -258,7 +268,10 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig)
 
 
 def freeze(model: torch.nn.Module, settings: ModelConfig) -> None:
-    """Takes the parts that ``model.freeze`` names out of training."""
+    """Freezes the parts of the model that ``model.freeze`` names.
+
+    Raises :class:`UserError` if nothing is left to train.
+    """
     parts = part_modules(model)
     for part in settings.freeze:
         for _, module in parts[part]:

@@ -1,4 +1,4 @@
-"""What a run has learned: greedy answers of its final model on the data files that ``evaluate`` names."""
+"""The evaluation of a run: greedy predictions of its final model on the files of ``evaluate.data``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from video_opd.training.run_folder import RunFolder
 
 
 def check_evaluation_files(recipe: Recipe) -> None:
-    """Reads every data file before the first step: a wrong path must not be found after days of training."""
+    """Reads every data file, so that a wrong path is found before the first step.
+
+    Raises :class:`UserError` for a file that cannot be read or has no annotated row, and for two of one name.
+    """
     names = [Path(path).stem for path in recipe.evaluate.data]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.data names two files of one name ({sorted(names)}): rename one")
@@ -34,19 +37,19 @@ def check_evaluation_files(recipe: Recipe) -> None:
 
 
 def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
-    """Whether :func:`evaluate_base` and its like have nothing left to do."""
+    """Whether all evaluations of ``name`` (``base``, ``teacher``) are written."""
     return all((out / f"{name}-{Path(path).stem}.json").exists() for path in recipe.evaluate.data)
 
 
 def evaluate_model(recipe: Recipe, components: Components, folder: RunFolder) -> None:
-    """Writes ``eval/student-<data>.json`` and the answers beside it; goes on where a kill left off."""
+    """Writes ``eval/student-<data>.json`` and the predictions beside it; goes on where a kill left off."""
     _evaluate(
         "student", recipe, components.policy, components.evaluation_loader, folder.model, folder.evaluations
     )
 
 
 def evaluate_base(recipe: Recipe, out: Path) -> None:
-    """The same for the student as it was, ``base-<data>.json``; measured as the trained one is."""
+    """The same for the initial student, ``base-<data>.json``, in the trained student's precision."""
     computed = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
     _evaluate_frozen("base", recipe, "float32", computed, out)
 
@@ -79,12 +82,12 @@ def _evaluate(
     settings = recipe.evaluate
     for path in settings.data:
         samples = read_samples(path, settings.video_root)[: settings.limit]
-        answered = out / f"{name}-{Path(path).stem}.jsonl"
+        predictions = out / f"{name}-{Path(path).stem}.jsonl"
         predict(
             policy,
             samples,
             loader,
-            answered,
+            predictions,
             provenance={
                 "model": model_fingerprint(model),
                 "dtype": recipe.model.dtype,
@@ -98,7 +101,7 @@ def _evaluate(
             batch_size=settings.batch_size,
             repeatable=True,
         )
-        record = evaluate_file(samples, answered, recipe.prompt.style)  # a protocol is a prompt and its rules
-        written = answered.with_suffix(".json")
+        record = evaluate_file(samples, predictions, recipe.prompt.style)  # the protocol of that name
+        written = predictions.with_suffix(".json")
         write_text(written, json.dumps({**record, "data": path}, indent=2) + "\n")
         log(f"{path}: mIoU {record['mIoU']:.1f} (wrote {written})")

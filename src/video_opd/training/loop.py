@@ -1,8 +1,9 @@
-"""A training run, from a recipe to a model folder. Killed at any moment and repeated, it ends the same.
+"""A training run, from a recipe to a model folder. If it is killed and repeated, it ends the same.
 
-    plan → (rows → trajectories → teacher → signal → (update → metrics)+ → checkpoint)* → model/
+    plan → (rows → trajectories → scores → signal → (update → metrics)+ → checkpoint)* → model/
 
-What is the same on every process: the plan, the weights, the step. What is split: the rows of a batch.
+Every process has the same plan and weights and makes the same steps. The rows of a batch are split between
+them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class RunResult:
 
 
 def train(recipe: Recipe, build: Build = build_components) -> RunResult:
-    """Trains, or continues what was killed, or returns at once when it is finished.
+    """Trains a model. A run that was killed is continued; one that is finished returns at once.
 
     ``build`` makes the components; tests and other engines give their own. Raises :class:`UserError` for
     what a user can get wrong, at the earliest moment.
@@ -93,7 +94,7 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
 
 
 class Run:
-    """The steps of a run; holds what they share."""
+    """The steps of a run, and the objects that they share."""
 
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, components: Components
@@ -106,7 +107,7 @@ class Run:
         self.probe = WeightProbe(self.stepper.shards.parameters, derive_seed(recipe.run.seed, "weights"))
 
     def steps(self, start: int) -> None:
-        """Steps ``start`` … to the last, each with its metrics row and, where one is due, a checkpoint."""
+        """Makes the steps from ``start`` to the last, with their rows of metrics and their checkpoints."""
         accelerator, plan, every = self.accelerator, self.plan, self.recipe.run.save_every
         stream = BatchStream(plan, start, accelerator.process_index, accelerator.num_processes)
         batches = stream.batches(self.components.loader(stream.wanted()))
@@ -197,7 +198,7 @@ class Run:
 
 
 def _progress(row: Mapping[str, Any]) -> str:
-    """The figure that tells how the method is doing."""
+    """The number beside the progress bar: the first of PROGRESS that the method has, or the loss."""
     for key, name in PROGRESS.items():
         if math.isfinite(row[key]):
             return f"{name} {row[key]:.3f}"
@@ -205,10 +206,11 @@ def _progress(row: Mapping[str, Any]) -> str:
 
 
 def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
-    """Of step ``step`` (from 0) of ``total``: a function of the step alone, so a resume needs no scheduler.
+    """The learning rate of step ``step`` (from 0) of ``total``. It needs no scheduler that a resume would
+    have to restore.
 
-    Warm-up is linear and reaches ``optim.lr`` at step ``warmup_steps``; ``linear`` and ``cosine`` then fall
-    towards 0, which the step after the last would have.
+    The warm-up is linear and reaches ``optim.lr`` at step ``warmup_steps``. ``linear`` and ``cosine`` then
+    fall towards 0, which the step after the last would have.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / (optim.warmup_steps + 1)
@@ -221,7 +223,7 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Raises :class:`UserError` for one that is not installed."""
+    """Raises :class:`UserError` if one of ``run.trackers`` is not installed."""
     from accelerate.tracking import get_available_trackers
 
     available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
@@ -233,7 +235,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """One process or many, as ``accelerate launch`` or torchrun says."""
+    """Joins the processes that ``accelerate launch`` or torchrun started, or makes the single one ready."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import set_seed
 
@@ -241,11 +243,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     sharding_asked(recipe)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        # Under torchrun without an accelerator, Accelerate would start as many runs as there are processes.
+        # Without an accelerator, Accelerate would make each of torchrun's processes a run of its own.
         cpu=asked > 1 and not torch.accelerator.is_available(),
-        # The others wait while the first process saves a checkpoint, or evaluates the finished model.
+        # All processes wait while the first one saves a checkpoint or evaluates the finished model.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-        # The policy casts by itself, so that sampling, scoring and training are cast alike.
+        # The policy casts by itself, so that sampling, scoring and training compute alike.
         mixed_precision="no",
         log_with=list(recipe.run.trackers) or None,
         project_dir=recipe.run.dir,
@@ -266,18 +268,18 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
             key: value if isinstance(value, int | float | str) else json.dumps(value)
             for key, value in flatten(to_dict(recipe))
         }
-        # Steps that a resume makes again replace the first ones.
+        # A resume makes the steps after its checkpoint again; their rows replace the earlier ones.
         kwargs = {"tensorboard": {"purge_step": start + 1}} if "tensorboard" in recipe.run.trackers else {}
         accelerator.init_trackers("video-opd", config=settings, init_kwargs=kwargs)
     try:
         yield
     finally:
-        for tracker in accelerator.trackers:  # not end_training: it would part the processes, too
+        for tracker in accelerator.trackers:  # end_training would also disconnect the processes
             tracker.finish()
 
 
 def _resume(saved: checkpoints.Checkpoint | None, components: Components, accelerator: Accelerator) -> int:
-    """Optimiser and random states from a checkpoint (the weights are already loaded): the steps done."""
+    """Restores the optimiser and the random states, and returns the steps done. Weights are loaded before."""
     if saved is None:
         return 0
     state = checkpoints.load_training_state(saved)
@@ -289,6 +291,7 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
 
 
 def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, components: Components) -> RunResult:
+    """Writes and evaluates the model, on the first process; a LoRA run's adapters are merged into it."""
     Shards(components.model).dissolve()
     if accelerator.is_main_process:
         if has_adapters(components.model):  # before model/, which says that all is there

@@ -1,7 +1,7 @@
-"""Whether what a backward needs fits into memory, or is to be computed again.
+"""Whether the activations that a backward needs fit into memory, or are recomputed.
 
-Shapes: ``P`` prompt tokens of a micro-batch; ``D`` hidden size, ``F`` width of the feed-forward part (of an
-expert, where there are some, ``K`` for each token), ``A`` heads times head size, ``C`` the same of keys.
+Shapes: ``P`` prompt tokens of a micro-batch; ``D`` hidden size, ``F`` width of the feed-forward layer (in a
+mixture, of one of a token's ``K`` experts), ``A`` query heads × head size, ``C`` key heads × head size.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from video_opd.config import Recipe
 from video_opd.progress import log
 from video_opd.types import Sample
 
-SHARE = 0.8  # of the free memory that a graph may take: responses, workspaces and fragments need the rest
-TEXT_TOKENS = 256  # of a prompt that are neither video nor time stamps: an upper bound for most
-STAMP_TOKENS = 10  # of the time before each frame pair, "<12.3 seconds>" with its borders
+SHARE = 0.8  # share of the free memory for the graph; responses, workspaces and fragmentation need the rest
+TEXT_TOKENS = 256  # tokens of a prompt beside video and time stamps: an upper bound for most prompts
+STAMP_TOKENS = 10  # tokens of the time stamp before each frame pair, "<12.3 seconds>" with its borders
 
 
 def recomputes(recipe: Recipe, model: Any, samples: Sequence[Sample], device: torch.device) -> bool:
-    """``model.gradient_checkpointing``, or where it says none, what the estimate says, which is logged.
+    """``model.gradient_checkpointing``; if it is not set, whether an estimate of memory asks for it.
 
-    Called when every model is loaded; gradients, the optimiser's state and autocast's copies of the weights
-    are not there yet, and are reckoned with.
+    The estimate is logged. It is made when every model is loaded. Gradients, the optimiser's state and
+    autocast's copies of the weights do not exist yet, so it adds them.
     """
     asked = recipe.model.gradient_checkpointing
     if asked is not None:
@@ -39,19 +39,19 @@ def recomputes(recipe: Recipe, model: Any, samples: Sequence[Sample], device: to
     free = free_bytes(device) - (12 + casts) * trained  # a float32 gradient and Adam's two moments
     again = needed > SHARE * free
     log(
-        f"reading {tokens:,} prompt tokens keeps about {needed / 2**30:.1f} GiB for the backward, "
-        f"{max(0, free) / 2**30:.1f} GiB are free: it {'is computed again' if again else 'is kept'} "
+        f"prefilling {tokens:,} prompt tokens keeps about {needed / 2**30:.1f} GiB for the backward, "
+        f"{max(0, free) / 2**30:.1f} GiB are free: activations are {'recomputed' if again else 'kept'} "
         "(model.gradient_checkpointing)"
     )
     return again
 
 
 def graph_bytes(text_config: Any, tokens: int, dtype: str) -> int:
-    """What autograd keeps of P = ``tokens`` prompt tokens in the decoder layers.
+    """The bytes that autograd keeps of P = ``tokens`` prompt tokens in the decoder layers.
 
-    Counted from what the layers of Qwen3 save: 6.5 D in float32, whatever the computation is in (residual
-    stream and norms), 4 F, and 4 (A + C), of which norms and rotations of queries and keys a part in float32.
-    With experts K (2 D + 4 F), in float32, in place of 4 F: autocast leaves their products alone.
+    The layers of Qwen3 save, for each token: 6.5 D numbers for the residual stream and norms, which are
+    float32 in any precision; 4 F; and 4 (A + C), some of which (norms and rotations of queries and keys) are
+    float32. A mixture saves K (2 D + 4 F) in place of 4 F, in float32: autocast does not cast its products.
     """
     c = text_config
     attention = c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
@@ -65,7 +65,7 @@ def graph_bytes(text_config: Any, tokens: int, dtype: str) -> int:
 
 
 def prompt_tokens(recipe: Recipe, samples: Sequence[Sample]) -> int:
-    """Of the longest prompt: the video budget's bound for the longest video."""
+    """An upper bound for the tokens of the longest prompt, from the video budget and the longest video."""
     video = recipe.video
     longest_s = max((math.inf if s.duration_s is None else s.duration_s for s in samples), default=math.inf)
     pairs = math.ceil(min(longest_s * video.fps, video.max_frames) / 2)

@@ -2,9 +2,9 @@
 
     (score → gate → rank → select → train → evaluate)*, in RUN/round-1, RUN/round-2, …
 
-Every stage is the one that the command of the same name runs, and is skipped when its files are there. A
-round is a run folder with three more files: ``scores.jsonl``, ``selected.jsonl`` and, when both are complete,
-``select.json``. Killed at any moment and repeated, the rounds end the same.
+Every stage does what the command of the same name does, and is skipped if its files are there. A round is a
+run folder with three more files: ``scores.jsonl``, ``selected.jsonl`` and, when both are complete,
+``select.json``. If the rounds are killed and repeated, they end the same.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ POLL_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsResult:
-    """Where the rounds left their results. ``summary`` is what ``rounds.json`` holds."""
+    """Where the rounds left their results. ``summary`` is the content of ``rounds.json``."""
 
     path: Path
-    model: Path  # of the last round
+    model: Path  # the last round's
     summary: dict[str, Any]
 
 
 def run_rounds(
     recipe: Recipe, build: Build = build_components, after_round: Callable[[Path], object] | None = None
 ) -> RoundsResult:
-    """Runs all rounds, or continues what was killed, or returns at once when they are finished.
+    """Runs all rounds. Rounds that were killed are continued; finished ones return at once.
 
-    ``after_round`` is given the folder whenever there is something new to report. Raises :class:`UserError`
-    for what a user can get wrong, at the earliest moment, and when the first selection is empty; a later one
-    that is empty ends the rounds, and ``rounds.json`` says so.
+    ``after_round`` is called with the folder after each round. Raises :class:`UserError` for what a user can
+    get wrong, at the earliest moment, and if the first selection is empty. A later empty selection ends the
+    rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
     rounds = Rounds(recipe, build)
@@ -80,7 +80,7 @@ def run_rounds(
 
 
 class Rounds:
-    """The rounds of one folder; holds what they share."""
+    """The rounds of one folder, and the objects that they share."""
 
     def __init__(self, recipe: Recipe, build: Build) -> None:
         self.recipe, self.build = recipe, build
@@ -111,7 +111,7 @@ class Rounds:
                 log(f"round {number} of {count}: training")
                 settings = self.round_recipe(number)
                 if is_first_process():
-                    # It follows from the run's recipe, which was checked; the folder may have been moved.
+                    # Written anew, because the folder may have been moved. It follows from the run's recipe.
                     write_text(folder.recipe, dump_recipe(settings))
                 train(settings, self.build)
                 _release_memory()
@@ -125,7 +125,7 @@ class Rounds:
         log(f"{done} of {count} rounds are done" + (f"; {ended}" if ended else ""))
 
     def round_recipe(self, number: int) -> Recipe:
-        """What ``train`` is given: the last student, the round's rows, seeds of its own."""
+        """The recipe of a round for ``train``: the last student, and rows and a seed of its own."""
         recipe, folder = self.recipe, self.folder.round(number)
         return replace(
             recipe,
@@ -139,7 +139,7 @@ class Rounds:
         return self.recipe.model.path if number == 1 else str(self.folder.round(number - 1) / "model")
 
     def _evaluate_others(self) -> None:
-        """The base and the teacher, between which the rounds are seen."""
+        """Evaluates the base and the teacher, which the rounds are compared with."""
         recipe, out = self.recipe, self.folder.evaluations
         models = {"base": evaluate_base, "teacher": evaluate_teacher}
         for name, evaluate in models.items():
@@ -151,7 +151,7 @@ class Rounds:
                 _release_memory()
 
     def _select(self, number: int) -> None:
-        """``scores.jsonl``, then ``selected.jsonl``, then ``select.json``."""
+        """Writes ``scores.jsonl``, then ``selected.jsonl``, then ``select.json``."""
         recipe, tvdf, folder = self.recipe, self.recipe.tvdf, self.folder.round(number)
         used = set() if recipe.rounds.reuse else self._used(number)
         wanted = [s for s in self.samples if s.id not in used and (s.spans or not tvdf.gated)]
@@ -167,7 +167,7 @@ class Rounds:
                 student_k=tvdf.student_k,
                 temperature=tvdf.temperature,
                 max_new_tokens=recipe.sampling.max_new_tokens,
-                seed=recipe.run.seed,  # in all rounds, so that the teacher's answers stay the same
+                seed=recipe.run.seed,  # in all rounds, so that the teacher's responses stay the same
                 thinking=recipe.prompt.thinking,
                 reverse_kl=tvdf.rank_by == "reverse_kl",
             ),
@@ -199,12 +199,12 @@ class Rounds:
         write_text(folder / "select.json", json.dumps(summary.to_json(), indent=2) + "\n")
 
     def _used(self, number: int) -> set[str]:
-        """Ids that were trained on before a round."""
+        """The ids that earlier rounds trained on."""
         files = [self.folder.round(n) / "selected.jsonl" for n in range(1, number)]
         return {row["id"] for file in files for _, row in read_jsonl(file)}
 
     def _write_summary(self, done: int, ended: str | None, *, finished: bool) -> None:
-        """``rounds.json``: a function of the other files."""
+        """Writes ``rounds.json``, which is a function of the other files."""
         out = self.folder.evaluations
         summary = {
             "base": self._figures("base", out),
@@ -235,7 +235,7 @@ class Rounds:
         }
 
     def _figures(self, name: str, folder: Path) -> dict[str, Any]:
-        """What table 6 shows of a model, by test set."""
+        """The figures that table 6 shows of a model, by data file."""
         keys = ("n", *METRICS, "ci95", "unparsed", "missing")
         figures = {}
         for path in map(Path, self.recipe.evaluate.data):
@@ -247,7 +247,7 @@ class Rounds:
 
 
 def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:
-    """Why a round has nothing to train on; None where it has."""
+    """The reason why a round has nothing to train on; None if it has rows."""
     if chosen["selected"]:
         return None
     reasons = {
@@ -272,8 +272,7 @@ def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]
 
 
 def _on_first_process(work: Callable[[], None], is_done: Callable[[], bool]) -> None:
-    """Does on one process what is not split; the others wait for its files, for hours if need be, which a
-    collective would not."""
+    """Does ``work`` on the first process. The others wait for its files; a collective might time out."""
     if is_done():
         return
     if is_first_process():
@@ -284,7 +283,7 @@ def _on_first_process(work: Callable[[], None], is_done: Callable[[], bool]) -> 
 
 
 def _release_memory() -> None:
-    """Of the models that a stage had loaded: the next one loads its own."""
+    """Releases the memory of the models that a stage had loaded, before the next stage loads its own."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

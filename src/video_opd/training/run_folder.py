@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, whose it is, and how it is rewound to a checkpoint."""
+"""The folder of a run: its files, the recipe that it belongs to, and its return to a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torch
 
 
 class RunFolder:
-    """Paths of a run, and the little state that they hold. One folder belongs to one recipe."""
+    """The paths of a run. One folder belongs to one recipe."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -41,15 +41,15 @@ class RunFolder:
         self.done = self.path / "done.json"  # written last of all
 
     def claim(self, recipe: Recipe) -> None:
-        """Makes the folder this recipe's, or finds that it already is.
+        """Writes the recipe into the folder, unless a run of this recipe is already there.
 
-        Raises :class:`UserError` naming the first key that differs when a run of another recipe is in it, and
-        when the folder cannot be written. A start that failed before its first step leaves it free.
+        Raises :class:`UserError` if the folder holds a run of another recipe (the message names the first key
+        that differs), and if it cannot be written. A start that failed before its first step leaves it free.
         """
         if self.round(1).exists():
             raise UserError(f"{self.path} holds the rounds of video-opd rounds: choose another run.dir")
         if self.recipe.exists() and (self.metrics.exists() or self.model.exists()):
-            self._check_same(recipe, ("tvdf.", "rounds."))  # which train ignores
+            self._check_same(recipe, ("tvdf.", "rounds."))  # train ignores these sections
             return
         write_text(self.recipe, dump_recipe(recipe))
 
@@ -63,7 +63,7 @@ class RunFolder:
         write_text(self.recipe, dump_recipe(recipe))
 
     def round(self, number: int) -> Path:
-        """The folder of a round, from 1: itself a run's."""
+        """The folder of round ``number`` (from 1), which is a run folder itself."""
         return self.path / f"round-{number}"
 
     def _check_same(self, recipe: Recipe, ignored: tuple[str, ...] = ()) -> None:
@@ -85,7 +85,7 @@ class RunFolder:
         return self.done.exists() and self.model.is_dir()
 
     def rewind(self, step: int) -> None:
-        """Takes back every row of a step after ``step``: it is made again, the same."""
+        """Removes the rows of all steps after ``step``; the run makes these steps again."""
         for path in (self.metrics, self.rollouts):
             if path.exists():
                 repair_jsonl(path)
@@ -102,7 +102,7 @@ class RunFolder:
         return row
 
     def write_environment(self, facts: Mapping[str, Any]) -> None:
-        """Versions, code, machine and command of this start; of the last one, when a run was resumed."""
+        """Writes versions, commit, machine and command of this start. A resume replaces them."""
         environment = {
             "video_opd": video_opd.__version__,
             "commit": _git_commit(Path(video_opd.__file__).parent),

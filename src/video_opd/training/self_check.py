@@ -1,4 +1,4 @@
-"""Before the first step: does the machinery agree with itself on this model and these prompts?"""
+"""Checks before the first step: sampling, scoring and both engines must agree on this model and prompts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PROMPTS = 2
 
 
 class CheckError(AssertionError):
-    """A check before the first step failed: training would compare two different things."""
+    """A check before the first step failed: two ways to compute the same log-probs disagree."""
 
 
 def check_first_prompts(recipe: Recipe, components: Components, rows: Sequence[Row]) -> dict[str, float]:
-    """Samples an answer to each of the first prompts and scores it again, in two ways.
+    """Samples a response to each of the first prompts and scores it again, in two ways.
 
-    Self-distillation gate: a student that is its own teacher must get |r_t| ≈ 0 for every token. Parity: so
-    must it from the plain engine, one ordinary forward of prompt and answer. Returns the largest deviations;
-    raises :class:`CheckError` for one above the tolerance. (That sampling and the forward with gradients
-    agree is checked on every step: see ``policy/ratio_off_max``.)
+    The self-distillation gate scores it by the student's own engine: a student that is its own teacher must
+    get |r_t| ≈ 0 for every token. Parity scores it by the plain engine, in one ordinary forward of prompt and
+    response. Returns the largest deviations; raises :class:`CheckError` for one above the tolerance. (Every
+    step checks that sampling and the forward with gradients agree: see ``policy/ratio_off_max``.)
     """
     prompts = [row.prompt for row in rows[:PROMPTS]]
     if not prompts:
@@ -50,7 +50,7 @@ def check_first_prompts(recipe: Recipe, components: Components, rows: Sequence[R
                 f"{recipe.ratio_tolerance:g}; try model.engine plain, or (low precision) a larger "
                 "loss.ratio_tolerance"
             )
-        log(f"check: {name} at most {gap:.1e} nats on {len(rollouts)} answers")
+        log(f"check: {name} at most {gap:.1e} nats on {len(rollouts)} responses")
     return measured
 
 

@@ -1,4 +1,4 @@
-"""Did the update arrive? The share of weights that a step changed, on a fixed random subset of them."""
+"""The share of weights that a step changed, measured on a fixed random subset."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SUBSET = 100_000
 class WeightProbe:
     """Reads the same ``size`` weights before and after a step.
 
-    The positions are drawn once, uniformly over all trainable weights, from ``seed``; of a model with no more
-    than ``size`` weights, every one is read. Of weights in shards, each process has its own.
+    ``seed`` draws their positions once, uniformly over all trained weights. All are read if the model has no
+    more than ``size``. Each process reads its own shards of a sharded model.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], seed: int, size: int = SUBSET) -> None:
@@ -37,8 +37,7 @@ class WeightProbe:
         return torch.cat([self.weights[i].detach().flatten()[where].cpu() for i, where in self.picks])
 
     def changed(self, before: torch.Tensor) -> tuple[int, int, int]:
-        """How many of the subset differ now: as they are held, and as rounded to bfloat16; how many there
-        are."""
+        """(weights that changed as they are held, weights that changed in bfloat16, weights read)."""
         now = self.read()
         as_held = int((now != before).sum())
         as_bf16 = int((now.bfloat16() != before.bfloat16()).sum())
