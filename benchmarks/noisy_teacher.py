@@ -25,8 +25,9 @@ from typing import Any
 from common import BASE, TEACHER, machine, make_pools, run_all, train_command, video_opd, write_result
 
 from video_opd.data.annotations import read_samples, write_rows
-from video_opd.evaluation.metrics import evaluate, score_rows
+from video_opd.evaluation.metrics import evaluate
 from video_opd.evaluation.predictions import read_predictions
+from video_opd.evaluation.rows import score_rows
 from video_opd.jsonl import read_jsonl
 from video_opd.types import Sample
 from video_opd.world.demo import shipped

@@ -24,7 +24,9 @@ from video_opd.errors import UserError
 
 if TYPE_CHECKING:
     from video_opd.config import Recipe
-    from video_opd.evaluation.metrics import ConstantPrediction, Metrics, QuerySwap
+    from video_opd.evaluation.best_constant import ConstantPrediction
+    from video_opd.evaluation.metrics import Metrics
+    from video_opd.evaluation.query_swap import QuerySwap
     from video_opd.grounding.ground import GroundedAnswer
     from video_opd.models.inference import InferenceModel
     from video_opd.training.loop import RunResult
@@ -225,6 +227,8 @@ def evaluate(
     """
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation import metrics
+    from video_opd.evaluation.best_constant import best_constant
+    from video_opd.evaluation.query_swap import query_swap
 
     if (predictions is None) == (model is None):
         raise UserError("evaluate needs either predictions or a model")
@@ -236,8 +240,8 @@ def evaluate(
         found, otherwise = _given(predictions, samples, protocol)
     return Evaluation(
         metrics=metrics.evaluate(samples, found, protocol, deviations=otherwise),
-        best_constant=metrics.best_constant(samples),
-        query_swap=metrics.query_swap(samples, found, protocol),
+        best_constant=best_constant(samples),
+        query_swap=query_swap(samples, found, protocol),
     )
 
 

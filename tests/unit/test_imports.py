@@ -188,7 +188,9 @@ def test_files_are_evaluated_without_torch(tmp_path: Path) -> None:
     out = run_python(
         "import sys\n"
         "from video_opd.data.annotations import read_samples\n"
-        "from video_opd.evaluation.metrics import best_constant, evaluate, query_swap\n"
+        "from video_opd.evaluation.best_constant import best_constant\n"
+        "from video_opd.evaluation.metrics import evaluate\n"
+        "from video_opd.evaluation.query_swap import query_swap\n"
         "from video_opd.evaluation.predictions import read_predictions\n"
         "from video_opd.evaluation.terminal import print_metrics\n"
         f"samples = read_samples({str(tmp_path / 'd.jsonl')!r})\n"

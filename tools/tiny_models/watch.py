@@ -12,7 +12,8 @@ import torch
 from tiny_models.auxiliary import Pretrainer
 from tiny_models.examples import Example, by_size
 from tiny_models.packing import ANSWER_TOKENS, Batch, Packer
-from video_opd.evaluation.metrics import evaluate, query_swap
+from video_opd.evaluation.metrics import evaluate
+from video_opd.evaluation.query_swap import query_swap
 from video_opd.temporal import parse_answer
 from video_opd.types import Prediction, Sample
 

@@ -1,8 +1,8 @@
 """Bootstrap intervals over videos.
 
-Queries on one video share its frames and their difficulty, so rows are not independent; videos are what is
-drawn again (a cluster bootstrap). Videos have different numbers of rows, so a metric of a draw is the ratio
-of two sums: of the rows' values over the number of rows.
+Queries on one video share its frames and their difficulty, so rows are not independent: the videos are drawn
+again (a cluster bootstrap). Videos have different numbers of rows, so a metric of a draw is the ratio of two
+sums: the rows' values over the number of rows.
 
 Shapes: ``N`` rows, ``V`` videos, ``M`` metrics, ``D`` draws.
 """
@@ -14,6 +14,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 DRAWS = 2000
+MOST_MULTINOMIAL = 10_000  # videos; drawing their counts takes 0.4 µs each, which is 13 times counting draws
 _CHUNK = 4_000_000  # weights held at a time
 
 
@@ -33,26 +34,39 @@ def draws_of_means(
     values_NM = np.asarray(values_NM, dtype=np.float64)
     index_N = group_index(groups)
     assert values_NM.ndim == 2 and len(values_NM) == len(index_N) > 0, "one group for each row"
-    videos = int(index_N.max()) + 1
-    sums_VM = np.zeros((videos, values_NM.shape[1]))
-    np.add.at(sums_VM, index_N, values_NM)
-    rows_V = np.bincount(index_N, minlength=videos).astype(np.float64)
+    rows_V = np.bincount(index_N).astype(np.float64)
+    sums = [np.bincount(index_N, weights=values_N, minlength=len(rows_V)) for values_N in values_NM.T]
+    return draws_of_ratios(np.stack(sums, axis=-1), rows_V, draws=draws, seed=seed)
 
+
+def draws_of_ratios(
+    sums_VM: np.ndarray, rows_V: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> np.ndarray:
+    """Ratios [D, M] of the sums of ``sums_VM`` and of ``rows_V`` over V videos drawn with replacement."""
+    videos = len(rows_V)
+    both_VM = np.concatenate([sums_VM, rows_V[:, None]], axis=1)
     rng = np.random.default_rng(seed)
-    means = []
-    chunk = max(1, _CHUNK // videos)
-    for done in range(0, draws, chunk):
-        size = min(chunk, draws - done)
-        # How often each video was drawn: multinomial counts are the draws, without their order.
-        weights_DV = rng.multinomial(videos, np.full(videos, 1.0 / videos), size=size).astype(np.float64)
-        means.append((weights_DV @ sums_VM) / (weights_DV @ rows_V)[:, None])
-    return np.concatenate(means)
+    if videos <= MOST_MULTINOMIAL:
+        totals = []
+        chunk = max(1, _CHUNK // videos)
+        for done in range(0, draws, chunk):
+            size = min(chunk, draws - done)
+            # How often each video was drawn: multinomial counts are the draws, without their order.
+            weights_DV = rng.multinomial(videos, np.full(videos, 1.0 / videos), size=size)
+            totals.append(weights_DV.astype(np.float64) @ both_VM)
+        totals_DM = np.concatenate(totals)
+    else:
+        totals_DM = np.empty((draws, both_VM.shape[1]))
+        for d in range(draws):
+            drawn_V = rng.integers(0, videos, size=videos, dtype=np.uint32)
+            totals_DM[d] = np.bincount(drawn_V, minlength=videos).astype(np.float64) @ both_VM
+    return totals_DM[:, :-1] / totals_DM[:, -1:]
 
 
 def interval95(
     values_NM: np.ndarray, groups: Sequence[Hashable], *, draws: int = DRAWS, seed: int = 0
 ) -> np.ndarray:
-    """Percentile intervals [M, 2] of the means of ``values_NM`` [N, M]; NaN where there are no rows."""
+    """Percentile intervals [M, 2] of the means of ``values_NM`` [N, M]; NaN without rows."""
     if len(groups) == 0:
         return np.full((np.asarray(values_NM).shape[1], 2), np.nan)
     means_DM = draws_of_means(values_NM, groups, draws=draws, seed=seed)

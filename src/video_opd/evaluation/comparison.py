@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.evaluation.best_constant import ConstantPrediction, best_constant
 from video_opd.evaluation.metrics import (
-    ConstantPrediction,
     Difference,
     Metrics,
-    QuerySwap,
-    best_constant,
-    evaluate,
+    difference_of_rows,
     evaluation_record,
-    paired_difference,
-    query_swap,
+    metrics_of_rows,
 )
 from video_opd.evaluation.predictions import ModelPredictions, file_deviations, read_model_predictions
 from video_opd.evaluation.protocols import Protocol, get_protocol
+from video_opd.evaluation.query_swap import QuerySwap, swap_of_rows
+from video_opd.evaluation.rows import RowScore, score_rows
 from video_opd.types import Sample
 
 
@@ -83,8 +82,8 @@ def compare(
 ) -> Comparison:
     """Evaluates every model on every data set, and its paired difference from ``baseline``.
 
-    Raises :class:`UserError` where a model answered nothing of any data set, where two data sets have a row
-    in common or two models the same name, and where a data set has no annotated row.
+    Raises :class:`UserError` if a model has no prediction for any data set, if two data sets have a row in
+    common or two models the same name, and if a data set has no annotated row.
     """
     _check_ids(data_sets)
     everyone = [*([] if baseline is None else [baseline]), *models]
@@ -92,7 +91,21 @@ def compare(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two models are called {name!r}: write NAME=FILE for each")
-    results = {model.name: _results(data_sets, model, protocol, baseline) for model in everyone}
+    results: dict[str, dict[str, Result]] = {}
+    before: dict[str, Sequence[RowScore]] = {}  # the baseline's rows of each data set
+    for model in everyone:
+        found = results[model.name] = {}
+        for name, samples in data_sets.items():
+            result, rows = _result(samples, model, protocol, before.get(name))
+            if result is not None:
+                found[name] = result
+                if model is baseline and not all(row.missing for row in rows):
+                    before[name] = rows
+        if not found:
+            raise UserError(
+                f"{model.files[0].path}: none of its ids is that of an annotated row: check that the "
+                "predictions were made from this data file"
+            )
     return Comparison(
         protocol=protocol,
         constants={name: best_constant(samples) for name, samples in data_sets.items()},
@@ -101,41 +114,36 @@ def compare(
     )
 
 
-def _results(
-    data_sets: Mapping[str, Sequence[Sample]],
+def _result(
+    samples: Sequence[Sample],
     model: ModelPredictions,
     protocol: Protocol,
-    baseline: ModelPredictions | None,
-) -> dict[str, Result]:
-    found: dict[str, Result] = {}
+    before: Sequence[RowScore] | None,
+) -> tuple[Result | None, Sequence[RowScore]]:
+    """Scores a model on a data set. No result if it has predictions, but none for these annotated rows."""
+    predictions, files = model.of(samples)
+    rows = score_rows(samples, predictions, protocol)
     nothing = not any(file.predictions for file in model.files)  # every video failed, say
-    for name, samples in data_sets.items():
-        predictions, files = model.of(samples)
-        if not nothing and not any(sample.spans and sample.id in predictions for sample in samples):
-            continue
-        difference = None
-        if baseline is not None and model is not baseline:
-            before, answered = baseline.of(samples)
-            difference = paired_difference(samples, before, predictions, protocol) if answered else None
-        deviations = file_deviations(files or model.files, protocol)
-        found[name] = Result(
-            metrics=evaluate(samples, predictions, protocol, deviations=deviations),
-            swap=query_swap(samples, predictions, protocol),
-            difference=difference,
-            files=tuple(file.path for file in files or model.files),
-        )
-    if not found:
-        raise UserError(
-            f"{model.files[0].path}: none of its ids is that of an annotated row: check that the answers "
-            "were made from this data file"
-        )
-    return found
+    if not nothing and all(row.missing for row in rows):
+        return None, rows
+    result = Result(
+        metrics=metrics_of_rows(
+            rows,
+            protocol,
+            unannotated=len(samples) - len(rows),
+            deviations=file_deviations(files or model.files, protocol),
+        ),
+        swap=swap_of_rows(rows),
+        difference=None if before is None else difference_of_rows(before, rows),
+        files=tuple(file.path for file in files or model.files),
+    )
+    return result, rows
 
 
 def evaluate_file(
     samples: Sequence[Sample], path: str | Path, protocol: str | Protocol = "paper"
 ) -> dict[str, Any]:
-    """The record of ``video-opd evaluate --json`` for one predictions file."""
+    """Returns the record of ``video-opd evaluate --json`` for one predictions file."""
     protocol = get_protocol(protocol)
     answers = read_model_predictions([path], protocol, name="model")
     compared = compare({"data": samples}, [answers], protocol)

@@ -13,9 +13,10 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import Comparison, Result
-from video_opd.evaluation.metrics import METRICS, Difference, Metrics
+from video_opd.evaluation.metrics import Difference, Metrics
 from video_opd.evaluation.notes import count_notes, deviation_lines, protocol_line, rule_notes, swap_note
 from video_opd.evaluation.published import published, published_columns
+from video_opd.evaluation.rows import METRICS
 
 FORMATS = ("text", "markdown", "latex", "json")
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json", ".txt": "text"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from video_opd.evaluation.metrics import Metrics, QuerySwap
+from video_opd.evaluation.metrics import Metrics
+from video_opd.evaluation.query_swap import QuerySwap
 
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from video_opd.evaluation.best_constant import ConstantPrediction
 from video_opd.evaluation.comparison_formats import Row, Table, as_text
-from video_opd.evaluation.metrics import METRICS, ConstantPrediction, Difference, Metrics, QuerySwap
+from video_opd.evaluation.metrics import Difference, Metrics
 from video_opd.evaluation.notes import count_notes, deviation_lines, protocol_line, rule_notes, swap_note
+from video_opd.evaluation.query_swap import QuerySwap
+from video_opd.evaluation.rows import METRICS
 from video_opd.terminal import print_lines, print_rows, say, stdout
 
 if TYPE_CHECKING:

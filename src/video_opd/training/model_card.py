@@ -16,8 +16,8 @@ import yaml
 
 import video_opd
 from video_opd.config import Recipe, dump_recipe
-from video_opd.evaluation.metrics import METRICS
 from video_opd.evaluation.notes import deviation_lines, protocol_line
+from video_opd.evaluation.rows import METRICS
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import Sample
 

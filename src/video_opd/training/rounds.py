@@ -31,7 +31,7 @@ from video_opd.curriculum.terminal import summary_lines
 from video_opd.curriculum.tvdf import select_file
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
-from video_opd.evaluation.metrics import METRICS
+from video_opd.evaluation.rows import METRICS
 from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
 from video_opd.progress import is_first_process, log

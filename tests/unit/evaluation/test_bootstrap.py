@@ -7,13 +7,22 @@ import math
 import numpy as np
 import pytest
 
+from video_opd.evaluation import bootstrap
 from video_opd.evaluation.bootstrap import draws_of_means, group_index, interval95
+
+
+@pytest.fixture(params=["few videos", "many videos"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of few videos are drawn at once, those of many are counted from draws."""
+    if request.param == "many videos":
+        monkeypatch.setattr(bootstrap, "MOST_MULTINOMIAL", 0)
 
 
 def test_group_index_numbers_in_order_of_appearance() -> None:
     assert group_index(["b", "a", "b", "c"]).tolist() == [0, 1, 0, 2]
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_draws_resample_whole_videos_with_replacement() -> None:
     values = np.array([[1.0], [3.0], [10.0]])
     groups = ["v", "v", "w"]
@@ -25,6 +34,7 @@ def test_draws_resample_whole_videos_with_replacement() -> None:
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_spread_is_that_of_resampling_one_by_one() -> None:
     rng = np.random.default_rng(0)
     groups = [f"v{i}" for i in range(30) for _ in range(1 + i % 4)]
@@ -54,6 +64,7 @@ def test_rows_of_one_video_do_not_count_as_independent() -> None:
     assert copied.tolist() == pytest.approx(single.tolist(), abs=1e-9)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_equal_seeds_draw_equal_videos_whatever_the_values() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 50, 1))

@@ -16,10 +16,10 @@ from video_opd.cli.evaluate import named_files
 from video_opd.errors import UserError
 from video_opd.evaluation import comparison_formats
 from video_opd.evaluation.comparison import Comparison, by_source, compare
-from video_opd.evaluation.metrics import METRICS
 from video_opd.evaluation.predictions import ModelPredictions, PredictionsFile
 from video_opd.evaluation.protocols import PROTOCOLS
 from video_opd.evaluation.published import published, published_name
+from video_opd.evaluation.rows import METRICS
 from video_opd.evaluation.terminal import print_table
 from video_opd.types import Prediction, Sample
 

@@ -16,18 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from video_opd.errors import UserError
-from video_opd.evaluation.metrics import (
-    METRICS,
-    best_constant,
-    evaluate,
-    evaluation_record,
-    metric_values,
-    paired_difference,
-    query_swap,
-    score_rows,
-)
+from video_opd.evaluation import best_constant as best_constant_module
+from video_opd.evaluation.best_constant import best_constant
+from video_opd.evaluation.metrics import evaluate, evaluation_record, paired_difference
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.protocols import get_protocol
+from video_opd.evaluation.query_swap import query_swap
+from video_opd.evaluation.rows import METRICS, metric_values, score_rows
 from video_opd.evaluation.terminal import print_metrics
 from video_opd.types import Prediction, Sample
 
@@ -325,6 +320,22 @@ def test_best_constant_equals_trying_every_answer() -> None:
     highest = max(found, key=lambda ab: found[ab]["mIoU"])
     assert (best.start_fraction, best.end_fraction) == highest
     assert best.values == pytest.approx(found[highest])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mean_iou_of_every_constant_is_that_of_its_rows(seed: int) -> None:
+    """Spans that begin and end on the grid, between its points, and outside of the video."""
+    rng = np.random.default_rng(seed)
+    spans = np.sort(rng.uniform(-0.1, 1.1, (300, 2)), axis=1)
+    on_grid = rng.random((300, 2)) < 0.3
+    spans = np.where(on_grid, np.round(spans * 20) / 20, spans)
+    spans = spans[spans[:, 0] < spans[:, 1]]
+    totals = best_constant_module._single_totals(spans, steps=20)
+    for i, j in itertools.combinations(range(21), 2):
+        shared = [max(0.0, min(j / 20, v) - max(i / 20, u)) for u, v in spans.tolist()]
+        lengths = [(j - i) / 20 + v - u for u, v in spans.tolist()]
+        ious = [s / (length - s) for s, length in zip(shared, lengths, strict=True)]
+        assert totals[i, j] == pytest.approx(sum(ious), abs=1e-9)
 
 
 def test_best_constant_finds_a_planted_prior() -> None:
