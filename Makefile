@@ -5,6 +5,7 @@
 # make test-bench  run the tests that need lmms-eval
 # make fuzz        read 2,800 broken files of every kind (make test reads some of them)
 # make lint, make types
+# make schema    recipes/schema.json, which completes recipes in an editor
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 # Threads that spin while they wait slow each other tenfold when several processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install bench demo test fuzz test-bench lint types clean
+.PHONY: install bench demo test fuzz test-bench lint types schema clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.stamp-package
@@ -62,6 +63,9 @@ lint: install $(VENV)/.stamp-dev
 
 types: install $(VENV)/.stamp-dev
 	$(BIN)/mypy
+
+schema: install
+	$(BIN)/python -m video_opd.config > recipes/schema.json
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

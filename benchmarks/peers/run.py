@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import BASE, TEACHER, machine, write_result
 
 from video_opd.bench.timing import quartiles
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.data.prompts import build_messages
 from video_opd.data.video import load_clip
 from video_opd.jsonl import write_jsonl
@@ -149,9 +149,9 @@ def write_video(path: Path, plan: Plan, seed: int) -> None:
         container.mux(stream.encode())
 
 
-def budget_of(plan: Plan) -> VideoBudget:
+def budget_of(plan: Plan) -> VideoConfig:
     cells = (plan.side_px // CELL_PX) ** 2
-    return VideoBudget(fps=FPS, min_frame_tokens=cells, max_frame_tokens=cells)
+    return VideoConfig(fps=FPS, min_frame_tokens=cells, max_frame_tokens=cells)
 
 
 def write_data(folder: Path, plan: Plan, videos: int) -> Data:

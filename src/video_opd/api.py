@@ -331,16 +331,14 @@ def train(
         result = train("recipes/tiny/video-opd.yaml", settings={"optim.max_steps": 20})
         answer = ground(result.model, "kitchen.mp4", "the cup falls")
     """
-    import yaml
-
-    from video_opd.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
-    from video_opd.strict import apply_overrides
+    from video_opd.config import Recipe, load_recipe, recipe_from_dict
+    from video_opd.config.tree import apply_overrides
 
     words = _overrides(settings)
     if isinstance(recipe, str | Path):
         chosen = load_recipe(recipe, words)
     else:
-        tree = yaml.safe_load(dump_recipe(recipe)) if isinstance(recipe, Recipe) else dict(recipe)
+        tree = recipe.to_dict() if isinstance(recipe, Recipe) else dict(recipe)
         chosen = recipe_from_dict(apply_overrides(tree, words))
     from video_opd.training.loop import train as run  # imports torch: a wrong recipe is found before
 

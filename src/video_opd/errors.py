@@ -1,4 +1,4 @@
-"""The error for what a user can get wrong."""
+"""The error for what a user can get wrong, and a check that raises it."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     The command prints it and exits with 2.
     """
+
+
+def need(condition: bool, message: str) -> None:
+    """Raises :class:`UserError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Strategy: TypeAlias = Literal["topk", "dsus", "bbds", "gwds", "gaussian", "random"]  # curriculum/samplers.py
 RankBy: TypeAlias = Literal["iou_gap", "reverse_kl"]
 UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # no TVDF, so no gate unless it is asked for
+MIN_TEACHER_IOU = 0.5  # the gate of the other strategies; the paper leaves it open (sec. 3.2, step 1)
 
 
 @dataclass(frozen=True, kw_only=True)

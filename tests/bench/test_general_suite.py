@@ -147,7 +147,6 @@ def test_questions_are_worded_as_lmms_eval_words_them_for_qwen(data: Path, finis
 
 def test_answers_are_those_of_the_clip_and_prompt_of_training(model: Path, finished: Path) -> None:
     from video_opd.config import PromptConfig, VideoConfig
-    from video_opd.data.budget import VideoBudget
     from video_opd.data.encode import PromptEncoder
     from video_opd.data.video import load_clip
     from video_opd.models.loading import load_model
@@ -157,7 +156,7 @@ def test_answers_are_those_of_the_clip_and_prompt_of_training(model: Path, finis
     encoder = PromptEncoder(processor, PromptConfig(style="question"))
     policy = HFPolicy(loaded, processor, engine="plain")
     for row in lines(finished / "answers.jsonl")[::7]:
-        clip = load_clip(Path(row["video"]), VideoBudget.of(VideoConfig()))
+        clip = load_clip(Path(row["video"]), VideoConfig())
         prompt = encoder.encode(clip, row["query"], row["id"])
         assert "system\n" not in prompt.text and prompt.text.count(row["query"]) == 1
         [[rollout]] = policy.sample([prompt], n=1, max_new_tokens=1, temperature=0.0)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from video_opd.config import MethodName, Recipe, dump_recipe, load_recipe, recipe_from_dict
+from video_opd.config.__main__ import schema
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 from video_opd.training.loop import train
@@ -43,6 +44,27 @@ def test_there_are_recipes():
     assert all(load_recipe(path).method in path.stem for path in RECIPES if path.stem != "rounds")
     for size in ("tiny", "qwen3-vl-8b"):
         load_recipe(ROOT / "recipes" / size / "rounds.yaml").check_rounds()
+
+
+def test_the_schema_that_editors_complete_recipes_by_is_current():
+    assert (ROOT / "recipes" / "schema.json").read_text() == schema(), "run make schema"
+    properties = json.loads(schema())["$defs"]["OptimConfig"]["properties"]
+    assert properties["lr"] == {
+        "default": 1e-6,
+        "description": "learning rate; sec. 4.1",
+        "exclusiveMinimum": 0,
+        "title": "Lr",
+        "type": "number",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_it_names_the_schema(path: Path):
+    first, _ = path.read_text().split("\n", 1)
+    mark, _, name = first.partition("$schema=")
+    assert mark == "# yaml-language-server: " and (path.parent / name).samefile(
+        ROOT / "recipes" / "schema.json"
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
@@ -78,7 +100,7 @@ def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
     result = train(recipe)
     rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert [row["step"] for row in rows] == [1, 2]
-    rollouts = 2 * recipe.sampling.rollouts
+    rollouts = 2 * recipe.rollouts
     assert all(row["update/done"] == 1 and row["rollouts"] == rollouts for row in rows)
     assert result.model.joinpath("config.json").exists()
     record = json.loads((tmp_path / "run" / "eval" / "student-short.json").read_text())

@@ -289,12 +289,12 @@ class Videos:
 
 
 def read_video(path: Path) -> None:
-    from video_opd.data.budget import VideoBudget
+    from video_opd.config import VideoConfig
     from video_opd.data.video import load_clip, probe
 
     info = probe(path)
     assert info.frame_count > 0 and info.duration_s > 0
-    clip = load_clip(path, VideoBudget(min_frame_tokens=4, max_frame_tokens=16, max_video_tokens=64))
+    clip = load_clip(path, VideoConfig(min_frame_tokens=4, max_frame_tokens=16, max_video_tokens=64))
     assert len(clip.frames) == len(clip.times_s) > 0 and len(clip.frames) % 2 == 0
 
 

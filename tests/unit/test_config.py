@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video_opd.config import DataConfig, Recipe, TeacherConfig, dump_recipe, load_recipe, recipe_from_dict
+from video_opd.config import (
+    METHODS,
+    GRPORecipe,
+    ModelConfig,
+    PromptConfig,
+    Recipe,
+    VideoConfig,
+    VideoOPDRecipe,
+    dump_recipe,
+    load_recipe,
+    read_settings,
+    recipe_from_dict,
+)
+from video_opd.config.tree import flatten
 from video_opd.errors import UserError
-from video_opd.strict import flatten, to_dict
 
 SMALLEST = {"teacher": {"path": "teacher"}, "data": {"train": "train.jsonl"}}
 
@@ -34,6 +49,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_the_defaults_are_the_papers_values():
     recipe = make()
+    assert isinstance(recipe, VideoOPDRecipe)
     assert recipe.optim.lr == 1e-6 and recipe.optim.batch_size == 32 and recipe.optim.epochs == 1
     assert recipe.sampling.rollouts == 1 and recipe.sampling.temperature == 1.0
     assert recipe.video.fps == 2.0 and recipe.video.max_frames == 768
@@ -115,8 +131,6 @@ def test_wrong_types_are_refused(tree: dict, expected: str):
         ("loss", {"kl_beta": 0.1}, "means nothing to method video-opd"),
         ("loss", {"max_importance_weight": 0.5}, "at least 1"),
         ("reward", {"function": "mine.py:reward"}, "means nothing to method video-opd"),
-        ("reward", {"function": "mine"}, "file.py:function"),
-        ("reward", {"iou_weight": 0.0}, "not both 0"),
         ("lora", {"rank": 0}, "at least 1"),
     ],
 )
@@ -221,9 +235,9 @@ def test_a_recipe_survives_yaml(lr, micro, times, tolerance, trackers, train):
 
 
 def test_a_dumped_recipe_holds_every_key():
-    recipe = Recipe(teacher=TeacherConfig(path="t"), data=DataConfig(train="d"))
+    recipe = make()
     keys = [key for key, _ in flatten(yaml.safe_load(dump_recipe(recipe)))]
-    assert keys == [key for key, _ in flatten(to_dict(recipe))] and len(keys) > 50
+    assert keys == [key for key, _ in flatten(recipe.to_dict())] and len(keys) > 50
     assert "optim.lr" in keys and "method" in keys
 
 
@@ -231,6 +245,105 @@ def test_float32_asks_for_a_tighter_ratio():
     assert make().ratio_tolerance == 1e-3
     assert make(model={"dtype": "bfloat16"}).ratio_tolerance == 0.5
     assert make(loss={"ratio_tolerance": 0.1}).ratio_tolerance == 0.1
+
+
+OLD = """\
+method: METHOD
+model: {path: base, dtype: float32, attn: sdpa, engine: prefix, gradient_checkpointing: null, freeze: [], sharding: null}
+lora: {parts: [], rank: 16, alpha: 32.0}
+teacher: {path: teacher, by_source: {}, dtype: float32, micro_batch_size: null, distributions: true, reward_scale: 1.0}
+data: {train: d, video_root: null, limit: null, shuffle: true, workers: 2, prefetch: null, max_failed_share: 0.05,
+  cache_dir: null}
+video: {fps: 2.0, min_frames: 4, max_frames: 768, min_frame_tokens: 128, max_frame_tokens: 768, max_video_tokens: 8192,
+  backend: pyav}
+prompt: {style: paper, thinking: false}
+sampling: {temperature: 1.0, top_p: 1.0, top_k: 0, max_new_tokens: 64, rollouts: ROLLOUTS, micro_batch_size: null}
+reward: {iou: timestamp_aware, iou_weight: 1.0, format_weight: 0.0, function: null, normalise_std: true}
+optim: {lr: 1.0e-06, batch_size: 32, micro_batch_size: 1, epochs: 1, updates_per_batch: 1, max_steps: null,
+  weight_decay: 0.0, betas: [0.9, 0.999], eps: 1.0e-08, max_grad_norm: .inf, warmup_steps: 0, schedule: constant}
+loss: {reduction: sum, nonfinite: raise, ratio_tolerance: null, estimator: sampled, top_k: 64, baseline: none,
+  clip_low: null, clip_high: null, kl_beta: 0.0, max_importance_weight: null}
+run: {dir: run, seed: 0, save_every: 10, keep_checkpoints: 2, save_dtype: float32, log_rollouts: 4, analytic_kl: true,
+  trackers: [tensorboard], check: true}
+evaluate: {data: [], video_root: null, limit: null, batch_size: 8, max_new_tokens: 64}
+tvdf: {k: 2500, strategy: topk, rank_by: iou_gap, min_teacher_iou: 0.5, buckets: 5, center: null, sigma: null,
+  teacher_k: 4, student_k: null, temperature: 1.0, batch_size: 8}
+rounds: {count: 3, reuse: false}
+"""  # noqa: E501
+SMALL = {
+    "model": {"path": "base"},
+    "teacher": {"path": "teacher"},
+    "data": {"train": "d"},
+    "run": {"dir": "run"},
+}
+
+
+def old_recipe(method: str) -> dict[str, Any]:
+    """``recipe.yaml`` as it was when every recipe had the keys of every method."""
+    text = OLD.replace("METHOD", method).replace("ROLLOUTS", "8" if method == "grpo" else "1")
+    return yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_with_the_neutral_keys_of_other_methods_is_the_same_recipe(method: str):
+    new = recipe_from_dict({"method": method, **SMALL, "optim": {"max_grad_norm": math.inf}})
+    assert recipe_from_dict(old_recipe(method)) == new
+    kept, before = dict(flatten(new.to_dict())), dict(flatten(old_recipe(method)))
+    assert kept.items() <= before.items()
+    assert ("reward.iou" in kept) == (method == "grpo")
+    assert ("sampling.temperature" in kept) == (method in ("video-opd", "grpo"))
+    assert ("teacher.reward_scale" in kept) == (method in ("video-opd", "op-rkd"))
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "expected"),
+    [
+        ("video-opd", "loss.kl_beta", 0.1, r"kl_beta means nothing to method video-opd \(only to grpo\)"),
+        ("op-fkd", "loss.clip_low", 0.2, r"\(only to video-opd, grpo, op-rkd\)"),
+        ("op-rkd", "loss.max_importance_weight", 2.0, r"\(only to video-opd, grpo\)"),
+        ("grpo", "teacher.by_source", {"web": "w"}, r"\(only to video-opd, op-rkd, op-fkd\)"),
+        ("op-fkd", "teacher.reward_scale", 2.0, r"\(only to video-opd, op-rkd\)"),
+        ("sft", "reward.function", "a:b", r"reward.function means nothing to method sft \(only to grpo\)"),
+        ("sft", "sampling.rollouts", 8, "an annotation is one trajectory"),
+        ("sft", "reward.functoin", "a:b", "reward.functoin is not a known key; did you mean reward.function"),
+        ("sft", "reward", 3, "reward must be a section of keys, not 3"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_method_must_be_neutral(method: str, key: str, value: object, expected: str):
+    tree = old_recipe(method)
+    section, _, name = key.partition(".")
+    tree[section] = {**tree[section], name: value} if name else value
+    with pytest.raises(UserError, match=expected):
+        recipe_from_dict(tree)
+
+
+def test_settings_in_files_are_what_they_were():
+    """Rows of a file are continued only under the same note: keys, their order, and the numbers' spelling."""
+    model = ModelConfig(path="m", freeze=("vision",))
+    assert json.dumps(model.model_dump()) == (
+        '{"path": "m", "dtype": "float32", "attn": "sdpa", "engine": "prefix", '
+        '"gradient_checkpointing": null, "freeze": ["vision"], "sharding": null}'
+    )
+    video = read_settings(VideoConfig, {"fps": 1, "max_frames": 64})
+    budget = (
+        '{"fps": 1.0, "min_frames": 4, "max_frames": 64, "min_frame_tokens": 128, "max_frame_tokens": 768, '
+        '"max_video_tokens": 8192'
+    )
+    assert json.dumps(video.model_dump()) == budget + ', "backend": "pyav"}'
+    assert json.dumps(video.without_decoder()) == budget + "}"
+    assert json.dumps(PromptConfig().model_dump()) == '{"style": "paper", "thinking": false}'
+
+
+def test_a_change_is_checked():
+    recipe = make()
+    other = recipe.changed(**{"model.path": "m", "optim.betas": (0.5, 0.6), "data.limit": None})
+    assert (other.model.path, other.optim.betas) == ("m", (0.5, 0.6)) and type(other) is type(recipe)
+    assert other.changed(**{"model.path": recipe.model.path, "optim.betas": recipe.optim.betas}) == recipe
+    assert VideoConfig().changed(fps=1).fps == 1.0
+    with pytest.raises(UserError, match=r"optim.lr must be above 0, not -1.0 \(learning rate; sec. 4.1\)"):
+        recipe.changed(**{"optim.lr": -1.0})
+    with pytest.raises(UserError, match=r"did you mean optim.lr"):
+        recipe.changed(**{"optim.rl": 1.0})
 
 
 def test_the_settings_import_no_torch():
@@ -265,6 +378,9 @@ def test_the_settings_import_no_torch():
         ({"method": "op-rkd", "teacher": {}}, "method op-rkd learns from a teacher"),
         ({"method": "sft", "loss": {"baseline": "kl"}}, "means nothing to method sft"),
         ({"method": "grpo", "loss": {"estimator": "full"}}, "means nothing to method grpo"),
+        ({"method": "grpo", "reward": {"function": "mine"}}, "file.py:function"),
+        ({"method": "grpo", "reward": {"iou_weight": 0.0}}, "not both 0"),
+        ({"method": "grpo", "reward": {"iou_weight": -1.0}}, "reward.iou_weight must be at least 0"),
         ({"loss": {"estimator": "full", "clip_low": 0.2}}, "belongs to loss.estimator sampled"),
         (
             {"loss": {"baseline": "kl"}, "teacher": {"path": "t", "reward_scale": 2}},
@@ -284,6 +400,7 @@ def test_what_a_method_cannot_do_is_refused_before_anything_is_loaded(tree: dict
 
 def test_defaults_follow_the_method_and_the_prompt():
     grpo = recipe_from_dict({"method": "grpo", "data": {"train": "d"}})
+    assert isinstance(grpo, GRPORecipe)
     assert grpo.sampling.rollouts == 8 and grpo.loss.kl_beta == 0 and grpo.loss.clip is None  # sec. 4.1
     assert grpo.reward.iou == "timestamp_aware" and grpo.reward.normalise_std
     assert recipe_from_dict({"method": "grpo", "data": {"train": "d"}, "sampling": {"temperature": 0.9}})
@@ -292,5 +409,5 @@ def test_defaults_follow_the_method_and_the_prompt():
     assert make(loss={"clip_low": 0.2}).loss.clip == (0.2, 0.2)
     assert make(loss={"clip_low": 0.2, "clip_high": 0.28}).loss.clip == (0.2, 0.28)
     routed = make(teacher={"by_source": {"web": "w"}})
-    assert routed.teacher.by_source == {"web": "w"}
+    assert isinstance(routed, VideoOPDRecipe) and routed.teacher.by_source == {"web": "w"}
     assert recipe_from_dict(yaml.safe_load(dump_recipe(routed))) == routed

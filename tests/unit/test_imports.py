@@ -19,7 +19,6 @@ BASE = {
     "temporal",
     "answer_numbers",
     "config",
-    "strict",
     "errors",
     "jsonl",
     "files",
@@ -177,6 +176,20 @@ def test_light_modules_import_no_torch() -> None:
         for name in NO_TORCH
     )
     run_python(code)
+
+
+def test_help_is_given_without_pydantic_and_torch() -> None:
+    """They take most of a second, and records and spans need neither."""
+    run_python(
+        "import contextlib, sys\n"
+        "import video_opd.types, video_opd.temporal\n"
+        "from video_opd.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['--help'])\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['select', '--help'])\n"
+        "assert not {'pydantic', 'torch', 'yaml', 'numpy'} & set(sys.modules)\n"
+    )
 
 
 def test_files_are_evaluated_without_torch(tmp_path: Path) -> None:

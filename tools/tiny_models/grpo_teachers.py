@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from video_opd.config import load_recipe
-from video_opd.curriculum.samplers import SamplerSettings
+from video_opd.config import SelectionConfig, load_recipe
 from video_opd.curriculum.scores import ScoreSettings, score
 from video_opd.curriculum.tvdf import select_file
 from video_opd.data.annotations import read_samples
@@ -42,9 +41,7 @@ def post_train(pretrained: Path, recipe: str, work: Path) -> Path:
     select_file(
         pool,
         work / "scores.jsonl",
-        "gaussian",
-        SELECTED,
-        settings=SamplerSettings(seed=0),
+        SelectionConfig(strategy="gaussian", k=SELECTED),
         out=work / "selected.jsonl",
     )
     changes = {

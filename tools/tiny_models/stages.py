@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import yaml
+from pydantic import Field
 
 from tiny_models.auxiliary import Pretrainer
 from tiny_models.examples import (
@@ -32,11 +32,12 @@ from tiny_models.grpo_teachers import post_train
 from tiny_models.muon import Muon
 from tiny_models.packing import Packer
 from tiny_models.watch import check
-from video_opd.errors import UserError
+from video_opd.config import Settings, read_settings
+from video_opd.config.settings import Number, several
+from video_opd.errors import UserError, need
 from video_opd.files import write_text
 from video_opd.models.loading import load_model
 from video_opd.progress import log, task
-from video_opd.strict import TreeReader, need
 from video_opd.world.measure import evaluate_model, make_test_sets
 from video_opd.world.tiny import SIZES, build_model, build_processor
 
@@ -46,8 +47,7 @@ VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
 TRAIN_SEED, CHECK_SEED = 1000, 7
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(Settings):
     """One stretch of training.
 
     ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
@@ -62,22 +62,21 @@ class Stage:
     batch_size: int = 10
     kind: str = "answers"
     pairs: int | None = None
-    lr: float = 1.5e-3
-    muon_lr: float = 0.02
-    vision_lr: float = 0.3  # of the vision tower, as a factor, while the answers are trained
+    lr: Number = 1.5e-3
+    muon_lr: Number = 0.02
+    vision_lr: Number = 0.3  # of the vision tower, as a factor, while the answers are trained
     warmup: int = 30
-    decay: float = 0.0  # share of the steps at the end over which the rate falls to a hundredth
-    blur: float = 0.0
-    auxiliary: float = 1.0  # weight of the auxiliary losses
+    decay: Number = 0.0  # share of the steps at the end over which the rate falls to a hundredth
+    blur: Number = 0.0
+    auxiliary: Number = 1.0  # weight of the auxiliary losses
     start_from: str | None = None  # an earlier stage's weights instead of the one just before
     grow: str | None = None  # a size of world/tiny.py
-    long_share: float | None = None
+    long_share: Number | None = Field(default=None, ge=0, le=1)
     save_as: str | None = None  # write the model folder of this name at the end
     grpo: str | None = None  # a recipe beside this one: post-train by it before the folder is written
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pretraining:
+class Pretraining(Settings):
     """A recipe: the pool, the model's size, the stages."""
 
     size: str = "tiny"
@@ -85,8 +84,8 @@ class Pretraining:
     videos: int = 7500
     check_videos: int = 40
     questions: int = 4  # a video
-    weight_decay: float = 0.1
-    stages: tuple[Stage, ...] = ()
+    weight_decay: Number = 0.1
+    stages: Annotated[tuple[Stage, ...], several] = ()
 
 
 def read_pretraining(path: str | Path) -> Pretraining:
@@ -94,12 +93,11 @@ def read_pretraining(path: str | Path) -> Pretraining:
     tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a pretraining recipe; see world/recipes/pretraining.yaml")
-    stages = tuple(TreeReader(Stage, {}).read(stage) for stage in tree.pop("stages", []))
-    recipe = Pretraining(**{**asdict(TreeReader(Pretraining, {}).read(tree)), "stages": stages})
+    try:
+        recipe = read_settings(Pretraining, tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     sizes(recipe)
-    for stage in stages:
-        share = stage.long_share
-        need(share is None or 0 <= share <= 1, f"{stage.name}: long_share is {share}; it lies in 0 to 1")
     return recipe
 
 
@@ -186,7 +184,7 @@ class Trainer:
     def export(self, stage: Stage, name: str) -> None:
         """Writes the stage's model folder, post-trained if it says so, and measures it as a user would."""
         folder = self.out / name
-        facts: dict[str, Any] = {"stage": stage.name, "recipe": asdict(self.recipe)}
+        facts: dict[str, Any] = {"stage": stage.name, "recipe": self.recipe.to_dict()}
         if stage.grpo is None:
             export(self.module.model, self.processor, folder)
         else:

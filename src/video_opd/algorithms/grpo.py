@@ -17,7 +17,7 @@ from video_opd.algorithms.policy_gradient import policy_gradient_loss
 from video_opd.algorithms.rewards import Reward, checked_reward
 from video_opd.algorithms.signals import group_advantages
 from video_opd.algorithms.trajectories import SampledTrajectories
-from video_opd.config import LossConfig, SamplingConfig
+from video_opd.config import GRPOLossConfig, GRPOSamplingConfig
 from video_opd.types import TokenLogprobs
 
 
@@ -26,15 +26,15 @@ class GRPO:
 
     def __init__(
         self,
-        sampling: SamplingConfig,
+        sampling: GRPOSamplingConfig,
         reward: Reward,
-        settings: LossConfig | None = None,
+        settings: GRPOLossConfig | None = None,
         *,
         normalise_std: bool = True,
         annotated: bool = True,
     ) -> None:
         self.trajectories = SampledTrajectories(sampling)
-        self.rollouts, self.reward, self.settings = sampling.rollouts, reward, settings or LossConfig()
+        self.rollouts, self.reward, self.settings = sampling.rollouts, reward, settings or GRPOLossConfig()
         self.normalise_std = normalise_std
         self.needs = Needs(sampling=True, reference=self.settings.kl_beta > 0, annotation=annotated)
 

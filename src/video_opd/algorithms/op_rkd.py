@@ -15,7 +15,7 @@ import torch
 from video_opd.algorithms.method import Needs, Signal, Trajectories
 from video_opd.algorithms.policy_gradient import policy_gradient_loss, teacher_rewards
 from video_opd.algorithms.trajectories import AnnotatedTrajectories
-from video_opd.config import LossConfig
+from video_opd.config import SurrogateLossConfig
 from video_opd.types import TokenLogprobs
 
 
@@ -23,14 +23,11 @@ class OPRKD:
     def __init__(
         self,
         trajectories: AnnotatedTrajectories,
-        settings: LossConfig | None = None,
+        settings: SurrogateLossConfig | None = None,
         reward_scale: float = 1.0,
     ) -> None:
-        self.trajectories, self.settings, self.reward_scale = (
-            trajectories,
-            settings or LossConfig(),
-            reward_scale,
-        )
+        self.trajectories, self.settings = trajectories, settings or SurrogateLossConfig()
+        self.reward_scale = reward_scale
         self.needs = Needs(teacher=True, annotation=True, reference=reward_scale != 1)
 
     def signal(self, batch: Trajectories) -> Signal:

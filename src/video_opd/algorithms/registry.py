@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from video_opd.algorithms.grpo import GRPO
@@ -13,15 +12,32 @@ from video_opd.algorithms.rewards import IoUReward, Reward, load_reward
 from video_opd.algorithms.sft import SFT
 from video_opd.algorithms.trajectories import AnnotatedTrajectories
 from video_opd.algorithms.video_opd import VideoOPD
-from video_opd.config import Recipe
+from video_opd.config import GRPORecipe, OPFKDRecipe, OPRKDRecipe, Recipe, SFTRecipe, VideoOPDRecipe
 
 
 def make_method(recipe: Recipe, tokenizer: Any) -> Method:
-    """The method that ``recipe.method`` names. Off-policy methods encode annotations with ``tokenizer``."""
-    return _METHODS[recipe.method](recipe, tokenizer)
+    """The method of a recipe. Off-policy methods encode annotations with ``tokenizer``."""
+    match recipe:
+        case VideoOPDRecipe():
+            return VideoOPD(recipe.sampling, recipe.loss, recipe.teacher.reward_scale)
+        case GRPORecipe():
+            return GRPO(
+                recipe.sampling,
+                make_reward(recipe),
+                recipe.loss,
+                normalise_std=recipe.reward.normalise_std,
+                annotated=recipe.reward.function is None,
+            )
+        case SFTRecipe():
+            return SFT(_annotated(recipe, tokenizer))
+        case OPRKDRecipe():
+            return OPRKD(_annotated(recipe, tokenizer), recipe.loss, recipe.teacher.reward_scale)
+        case OPFKDRecipe():
+            return OPFKD(_annotated(recipe, tokenizer))
+    raise AssertionError(f"no method {recipe.method}")
 
 
-def make_reward(recipe: Recipe) -> Reward:
+def make_reward(recipe: GRPORecipe) -> Reward:
     """The reward that ``recipe.reward`` describes.
 
     Raises :class:`~video_opd.errors.UserError` if it is a user's function that cannot be imported.
@@ -39,20 +55,3 @@ def make_reward(recipe: Recipe) -> Reward:
 
 def _annotated(recipe: Recipe, tokenizer: Any) -> AnnotatedTrajectories:
     return AnnotatedTrajectories(tokenizer, recipe.prompt.style)
-
-
-_METHODS: dict[str, Callable[[Recipe, Any], Method]] = {
-    "video-opd": lambda recipe, _: VideoOPD(recipe.sampling, recipe.loss, recipe.teacher.reward_scale),
-    "grpo": lambda recipe, _: GRPO(
-        recipe.sampling,
-        make_reward(recipe),
-        recipe.loss,
-        normalise_std=recipe.reward.normalise_std,
-        annotated=recipe.reward.function is None,
-    ),
-    "sft": lambda recipe, tokenizer: SFT(_annotated(recipe, tokenizer)),
-    "op-rkd": lambda recipe, tokenizer: OPRKD(
-        _annotated(recipe, tokenizer), recipe.loss, recipe.teacher.reward_scale
-    ),
-    "op-fkd": lambda recipe, tokenizer: OPFKD(_annotated(recipe, tokenizer)),
-}

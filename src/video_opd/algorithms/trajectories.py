@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from video_opd.config import SamplingConfig
+from video_opd.config import OnPolicySamplingConfig
 from video_opd.data.prompts import STYLES
 from video_opd.models.interfaces import Policy
 from video_opd.types import Rollout, Sample
@@ -14,7 +14,7 @@ from video_opd.types import Rollout, Sample
 class SampledTrajectories:
     """eq 4: τ ~ π_θ(·|v, q), ``sampling.rollouts`` for each prompt, with the log-prob of every token."""
 
-    def __init__(self, sampling: SamplingConfig) -> None:
+    def __init__(self, sampling: OnPolicySamplingConfig) -> None:
         self.sampling = sampling
 
     def __call__(

@@ -20,16 +20,19 @@ from video_opd.algorithms.method import Needs, Signal, Trajectories
 from video_opd.algorithms.policy_gradient import policy_gradient_loss, teacher_rewards
 from video_opd.algorithms.signals import kl_baseline
 from video_opd.algorithms.trajectories import SampledTrajectories
-from video_opd.config import LossConfig, SamplingConfig
+from video_opd.config import OnPolicySamplingConfig, VideoOPDLossConfig
 from video_opd.types import TokenLogprobs
 
 
 class VideoOPD:
     def __init__(
-        self, sampling: SamplingConfig, settings: LossConfig | None = None, reward_scale: float = 1.0
+        self,
+        sampling: OnPolicySamplingConfig,
+        settings: VideoOPDLossConfig | None = None,
+        reward_scale: float = 1.0,
     ) -> None:
         self.trajectories = SampledTrajectories(sampling)
-        self.settings, self.reward_scale = settings or LossConfig(), reward_scale
+        self.settings, self.reward_scale = settings or VideoOPDLossConfig(), reward_scale
         self.needs = Needs(
             sampling=True,
             teacher=True,

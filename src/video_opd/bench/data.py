@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from video_opd.bench.timing import Work, summary, take_turns
-from video_opd.data.budget import CELL_PX, VideoBudget
+from video_opd.config import VideoConfig
+from video_opd.data.budget import CELL_PX
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.data.prompts import build_messages
@@ -51,7 +52,7 @@ def make_videos(folder: Path, seconds: Sequence[int], size_px: tuple[int, int], 
 
 
 def bench_data(
-    processor: Any, videos: Sequence[Path], *, budget: VideoBudget, repeats: int = 5, workers: int = 2
+    processor: Any, videos: Sequence[Path], *, budget: VideoConfig, repeats: int = 5, workers: int = 2
 ) -> list[dict[str, Any]]:
     """A record for each video: from the file to a prompt, by qwen-vl-utils and the processor, and by ours;
     then one for all of them, with ``workers`` in the background.
@@ -105,7 +106,7 @@ def library_backend() -> str:
     return backend
 
 
-def by_library(processor: Any, path: Path, budget: VideoBudget) -> dict[str, torch.Tensor]:
+def by_library(processor: Any, path: Path, budget: VideoConfig) -> dict[str, torch.Tensor]:
     """As the documentation of Qwen3-VL says."""
     from qwen_vl_utils import process_vision_info
 
@@ -135,7 +136,7 @@ def by_library(processor: Any, path: Path, budget: VideoBudget) -> dict[str, tor
     )
 
 
-def by_ours(processor: Any, path: Path, budget: VideoBudget) -> EncodedPrompt:
+def by_ours(processor: Any, path: Path, budget: VideoConfig) -> EncodedPrompt:
     return PromptEncoder(processor).encode(load_clip(path, budget), QUERY, "q")
 
 

@@ -16,7 +16,7 @@ import torch
 from video_opd.algorithms.grpo import GRPO
 from video_opd.algorithms.method import Method, Signal, Trajectories
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import WITH_TEACHER, Recipe, SamplingConfig, recipe_from_dict
+from video_opd.config import WITH_TEACHER, GRPORecipe, GRPOSamplingConfig, Recipe, recipe_from_dict
 from video_opd.data.encode import PromptEncoder
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
@@ -154,8 +154,8 @@ class Steps:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         made: Method
-        if method == "grpo" and rollouts == 1:
-            made = OneRollout(SamplingConfig(max_new_tokens=tokens, rollouts=1), make_reward(recipe))
+        if isinstance(recipe, GRPORecipe) and rollouts == 1:
+            made = OneRollout(GRPOSamplingConfig(max_new_tokens=tokens, rollouts=1), make_reward(recipe))
         else:
             made = make_method(recipe, processor.tokenizer)
         components = Components(

@@ -34,9 +34,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when a row cannot be used."""
+    from video_opd.config import VideoConfig
     from video_opd.convert.check import CheckSettings, check, default_out
     from video_opd.convert.terminal import check_lines
-    from video_opd.data.budget import VideoBudget
 
     record = check(
         arguments.data,
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         video_root=arguments.video_root,
         settings=CheckSettings(
             tolerance_s=arguments.tolerance,
-            decode=VideoBudget() if arguments.decode else None,
+            decode=VideoConfig() if arguments.decode else None,
             workers=arguments.workers,
         ),
         good=arguments.write_good,

@@ -189,10 +189,10 @@ def _last_words(prefixes: tuple[str, ...]) -> dict[str, str]:
     """``{"lr": "--optim.lr", …}``: the last word of each setting, and other trainers' words for it."""
     if not prefixes:
         return {}
-    from video_opd.config import SYNONYMS, Recipe
-    from video_opd.strict import leaves
+    from video_opd.config import METHODS
+    from video_opd.config.messages import SYNONYMS, leaves
 
-    keys = [key for key in leaves(Recipe) if key.startswith(prefixes)]
+    keys = [key for key in leaves(*METHODS.values()) if key.startswith(prefixes)]
     words = {key.rpartition(".")[2]: key for key in reversed(keys)}
     words |= {word: key for word, key in SYNONYMS.items() if key.startswith(prefixes)}
     return {word: f"--{key}" for word, key in words.items()}

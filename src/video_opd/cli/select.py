@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.progress import log
+from video_opd.types import MIN_TEACHER_IOU, UNGATED, RankBy, Strategy
 
 HELP = "choose training rows by their scores"
 EXAMPLE = (
     "video-opd select --data pool.jsonl --scores scores.jsonl --strategy topk --k 2500 --out train.jsonl"
 )
 SETTINGS = NO_SETTINGS
-STRATEGIES = ("topk", "dsus", "bbds", "gwds", "gaussian", "random")
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--data", required=True, metavar="D.jsonl", help="the candidates")
     parser.add_argument("--scores", required=True, metavar="S.jsonl", help="made by video-opd score")
-    parser.add_argument("--strategy", choices=STRATEGIES, help="needed with --out")
+    parser.add_argument("--strategy", choices=get_args(Strategy), help="needed with --out")
     parser.add_argument("--k", required=True, type=positive, metavar="N", help="rows to choose")
     target = parser.exclusive(required=True)
     target.add_argument("--out", metavar="OUT.jsonl", help="the chosen data rows")
     target.add_argument(
         "--explain", action="store_true", help="choose nothing: show what each gate would leave"
     )
-    parser.add_argument(
-        "--rank-by", choices=("iou_gap", "reverse_kl"), default="iou_gap", help="default: %(default)s"
-    )
+    parser.add_argument("--rank-by", choices=get_args(RankBy), default="iou_gap", help="default: %(default)s")
     parser.add_argument(
         "--min-teacher-iou",
         type=float,
         metavar="X",
-        help="the gate: rows below it are no candidates; default: 0.5, or none for gaussian and random",
+        help=f"the gate: rows below it are no candidates; default: {MIN_TEACHER_IOU:g}, or none for "
+        f"{' and '.join(UNGATED)}",
     )
     parser.add_argument("--buckets", type=positive, default=5, metavar="N", help="bbds: how many; default: 5")
     parser.add_argument("--no-fill", action="store_true", help="bbds: leave short buckets short (eq 20)")
@@ -52,25 +52,19 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.strategy is None:
         raise UserError("select --out needs a --strategy; see video-opd select --help")
-    from video_opd.curriculum.samplers import SamplerSettings
+    from video_opd.config import SelectionConfig, read_settings
     from video_opd.curriculum.terminal import print_summary
     from video_opd.curriculum.tvdf import select_file
 
-    settings = SamplerSettings(
-        rank_by=arguments.rank_by,
-        buckets=arguments.buckets,
-        fill=not arguments.no_fill,
-        center=arguments.center,
-        sigma=arguments.sigma,
-        seed=arguments.seed,
-    )
+    names = ("k", "strategy", "rank_by", "min_teacher_iou", "buckets", "center", "sigma")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    settings = read_settings(SelectionConfig, given)
     _, summary = select_file(
         arguments.data,
         arguments.scores,
-        arguments.strategy,
-        arguments.k,
-        settings=settings,
-        min_teacher_iou=arguments.min_teacher_iou,
+        settings,
+        seed=arguments.seed,
+        fill=not arguments.no_fill,
         video_root=arguments.video_root,
         out=arguments.out,
     )

@@ -19,8 +19,8 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+from video_opd.config import VideoConfig
 from video_opd.data.annotations import Annotations, misspelt_keys, read_annotations, write_rows
-from video_opd.data.budget import VideoBudget
 from video_opd.data.prompts import CONTROL_TOKEN
 from video_opd.errors import UserError
 from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
@@ -69,7 +69,7 @@ class CheckedVideo:
 @dataclass(frozen=True, kw_only=True)
 class CheckSettings:
     tolerance_s: float = 1.0  # containers round durations; some leave the last frame out
-    decode: VideoBudget | None = None  # decode the frames that this budget chooses, too
+    decode: VideoConfig | None = None  # decode the frames that this budget chooses, too
     workers: int = 4
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ def check_videos(
     return checked
 
 
-def open_video(video: Path, decode: VideoBudget | None) -> dict[str, Any]:
+def open_video(video: Path, decode: VideoConfig | None) -> dict[str, Any]:
     """The facts of one video, or ``{"error": reason}`` if it cannot be read."""
     from video_opd.data.video import VideoError, load_clip, probe
 

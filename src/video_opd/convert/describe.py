@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from video_opd.config import VideoConfig
+from video_opd.config import Settings, VideoConfig, read_settings
+from video_opd.config.tree import apply_overrides
 from video_opd.convert.check import CheckedVideo
 from video_opd.data.annotations import Annotations
-from video_opd.data.budget import VideoBudget, plan
-from video_opd.strict import TreeReader, apply_overrides
+from video_opd.data.budget import plan
 from video_opd.types import Sample
 
 BINS = 12
@@ -48,19 +48,18 @@ class Spread:
     histogram: Histogram
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    video: VideoConfig = field(default_factory=VideoConfig)
+class _VideoSettings(Settings):
+    video: VideoConfig = VideoConfig()
 
 
-def read_budget(overrides: Sequence[str]) -> VideoBudget:
+def read_budget(overrides: Sequence[str]) -> VideoConfig:
     """The paper's budget, changed by ``--video.key value``. Raises UserError for any other key."""
-    return VideoBudget.of(TreeReader(_Settings, {}).read(apply_overrides({}, overrides)).video)
+    return read_settings(_VideoSettings, apply_overrides({}, overrides)).video
 
 
 def describe(
     annotations: Annotations,
-    budget: VideoBudget,
+    budget: VideoConfig,
     *,
     size_px: tuple[int, int] | None = None,
     checked: Mapping[Path, CheckedVideo] | None = None,
@@ -112,7 +111,7 @@ def _duration(
 def _tokens(
     by_video: Mapping[Path, Sequence[Sample]],
     lengths: Mapping[Path, float],
-    budget: VideoBudget,
+    budget: VideoConfig,
     size_px: tuple[int, int] | None,
     checked: Mapping[Path, CheckedVideo] | None,
 ) -> dict[str, Any] | None:
@@ -134,7 +133,7 @@ def _tokens(
     if not tokens:
         return None
     return {
-        "budget": asdict(budget),
+        "budget": budget.without_decoder(),
         "size": None if size_px is None else list(size_px),
         "videos": len(tokens),  # those that were counted
         "a_video": spread(tokens, whole=True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,8 @@ def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, InferenceConfig 
     student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
     if not recipe.teacher.path:
         return student, None
-    return student, replace(
-        student, model=replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
+    return student, student.changed(
+        **{"model.path": recipe.teacher.path, "model.dtype": recipe.teacher.dtype}
     )
 
 

@@ -1,8 +1,8 @@
-"""Which k of the ranked candidates to train on (appendix B; GRPO's choice of D.1). No torch.
+"""Which k of the ranked candidates are selected (appendix B; GRPO's selection by difficulty, D.1). No torch.
 
-Every sampler sees the candidates in the order of eq 13: descending in what they are ranked by, ties by id.
-Random ones draw a number for each (seed, strategy, id), so a choice depends neither on the order of the file
-nor on the machine.
+Every sampler gets the candidates in the order of eq 13: descending in the value that they are ranked by,
+ties by id. Random samplers draw a number for each (seed, strategy, id), so a selection depends neither on
+the order of the file nor on the machine.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
-from video_opd.errors import UserError
+from video_opd.config import SelectionConfig
 from video_opd.seeds import derive_uniform
-from video_opd.types import RankBy, Score, Strategy
+from video_opd.types import Score, Strategy
 
-BUCKETS = 5  # sec. B.3
 GWDS_CENTER, GWDS_SIGMA = 0.9, 0.2  # sec. B.4
 GAUSSIAN_CENTER, GAUSSIAN_SIGMA = 0.3, 0.2  # sec. D.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What a sampler chose: ``ids`` in rank order, with their ``ranks`` (1 is the first of all candidates).
+    """The selected candidates: ``ids`` in rank order, with their ``ranks`` (1 is the best candidate).
 
     Example: ``Selection(ids=("b", "c"), ranks=(1, 3), strategy="dsus", candidates=3, excluded=0, filled=0)``.
     """
@@ -32,101 +31,78 @@ class Selection:
     ids: tuple[str, ...]
     ranks: tuple[int, ...]
     strategy: Strategy
-    candidates: int  # that had a finite value to rank by
-    excluded: int  # that had none
-    filled: int  # of BBDS: chosen to make up for buckets with too few members
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
-    """What else a sampler needs. ``center`` and ``sigma`` default to the paper's for the strategy."""
-
-    rank_by: RankBy = "iou_gap"
-    buckets: int = BUCKETS
-    fill: bool = True
-    center: float | None = None
-    sigma: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank_by not in get_args(RankBy):
-            raise UserError(f"unknown ranking {self.rank_by!r}; choose one of: {', '.join(get_args(RankBy))}")
-        if self.buckets < 1:
-            raise UserError(f"buckets is {self.buckets}: choose at least 1")
-        if self.sigma is not None and not self.sigma > 0:
-            raise UserError(f"sigma is {self.sigma}: choose a number above 0")
+    candidates: int  # scores with a finite value to rank by
+    excluded: int  # scores without one
+    filled: int  # BBDS: selected in place of members that small buckets lack
 
 
 def select(
-    scores: Iterable[Score], strategy: Strategy, k: int, settings: SamplerSettings | None = None
+    scores: Iterable[Score], settings: SelectionConfig, *, seed: int = 0, fill: bool = True
 ) -> Selection:
-    """Chooses min(k, candidates) of ``scores`` (fewer only for BBDS with ``fill=False``).
+    """Selects min(k, candidates) of ``scores``; fewer only for BBDS without ``fill`` (eq 20 taken literally).
 
     Candidates are the scores with a finite value to rank by: δ (eq 12) or the reverse KL; for ``gaussian``
-    the student's IoU, with rank 1 nearest to the centre. Raises :class:`UserError` for an unknown strategy
-    and for k below 1.
+    the student's IoU, with rank 1 nearest to the centre. The gate is not applied here.
     """
-    settings = settings or SamplerSettings()
-    if strategy not in SAMPLERS:
-        raise UserError(f"unknown strategy {strategy!r}; choose one of: {', '.join(SAMPLERS)}")
-    if k < 1:
-        raise UserError(f"k is {k}: choose at least 1 sample")
     scores = list(scores)
-    valued = [(rank_value(score, strategy, settings), score.id) for score in scores]
+    valued = [(rank_value(score, settings), score.id) for score in scores]
     ranked = sorted((pair for pair in valued if math.isfinite(pair[0])), key=lambda pair: (-pair[0], pair[1]))
     values, ids = [value for value, _ in ranked], [identity for _, identity in ranked]
-    positions, filled = SAMPLERS[strategy](values, ids, min(k, len(ids)), settings)
-    positions = sorted(positions)
+    k = min(settings.k, len(ids))
+    positions = SAMPLERS[settings.strategy](values, ids, k, settings, seed)
+    others = sorted(set(range(len(ids))) - set(positions)) if fill else []
+    filled = others[: k - len(positions)]
+    positions = sorted([*positions, *filled])
     return Selection(
         ids=tuple(ids[i] for i in positions),
         ranks=tuple(i + 1 for i in positions),
-        strategy=strategy,
+        strategy=settings.strategy,
         candidates=len(ids),
         excluded=len(scores) - len(ids),
-        filled=filled,
+        filled=len(filled),
     )
 
 
-def rank_value(score: Score, strategy: Strategy, settings: SamplerSettings) -> float:
-    """What the candidates are ranked by, descending; NaN where it was not measured."""
-    if strategy == "gaussian":
+def rank_value(score: Score, settings: SelectionConfig) -> float:
+    """The value that candidates are ranked by, descending; NaN where it was not measured."""
+    if settings.strategy == "gaussian":
         return -abs(score.student_iou - _or(settings.center, GAUSSIAN_CENTER))
     if settings.rank_by == "reverse_kl":
         return math.nan if score.reverse_kl is None else score.reverse_kl
     return score.delta
 
 
-# A sampler gets descending values, their ids, how many to choose (at most all), and returns their positions
-# and how many of them were filled in.
-Sampler: TypeAlias = Callable[[Sequence[float], Sequence[str], int, SamplerSettings], tuple[list[int], int]]
+# A sampler gets descending values, their ids, the number to select (at most all of them), the settings and
+# the seed. It returns positions in the values, at most that many.
+Sampler: TypeAlias = Callable[[Sequence[float], Sequence[str], int, SelectionConfig, int], list[int]]
 
 
 def _topk(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SamplerSettings
-) -> tuple[list[int], int]:
+    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
+) -> list[int]:
     """eq 16."""
-    return list(range(k)), 0
+    return list(range(k))
 
 
 def uniform_positions(n: int, k: int) -> list[int]:
-    """eq 14, 0-based: ⌊(n−1)·t/(k−1)⌋ for t = 0 … k−1, in integers. k = 1 takes the first."""
+    """eq 14 counted from 0: ⌊(n−1)·t/(k−1)⌋ for t = 0 … k−1, in integers. k = 1 gives the first position."""
     assert 0 <= k <= n
     return [0] * k if k <= 1 else [(n - 1) * t // (k - 1) for t in range(k)]
 
 
 def _dsus(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SamplerSettings
-) -> tuple[list[int], int]:
+    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
+) -> list[int]:
     """eq 13–15."""
-    return uniform_positions(len(values), k), 0
+    return uniform_positions(len(values), k)
 
 
 def _bbds(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SamplerSettings
-) -> tuple[list[int], int]:
-    """eq 17–20; what small buckets leave open is filled in descending order."""
+    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
+) -> list[int]:
+    """eq 17–20. A bucket with fewer members than its share gives them all."""
     if not values:
-        return [], 0
+        return []
     count, highest, lowest = settings.buckets, values[0], values[-1]
     # eq 18: bucket b holds lower_b ≤ δ < lower_{b+1}, and the last one δ_max as well.
     edges = [lowest + b * (highest - lowest) / count for b in range(1, count)]
@@ -137,35 +113,29 @@ def _bbds(
     for b, members in enumerate(buckets):
         share = k // count + (b < k % count)  # eq 19; b counts from 0 here
         chosen += [members[i] for i in uniform_positions(len(members), min(share, len(members)))]
-    if not settings.fill:
-        return chosen, 0
-    taken = set(chosen)
-    rest = [position for position in range(len(values)) if position not in taken][: k - len(chosen)]
-    return chosen + rest, len(rest)
+    return chosen
 
 
 def _gwds(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SamplerSettings
-) -> tuple[list[int], int]:
+    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
+) -> list[int]:
     """eq 21–22."""
     center, sigma = _or(settings.center, GWDS_CENTER), _or(settings.sigma, GWDS_SIGMA)
-    return _draw(
-        [-((value - center) ** 2) / (2 * sigma**2) for value in values], ids, k, "gwds", settings.seed
-    ), 0
+    return _draw([-((value - center) ** 2) / (2 * sigma**2) for value in values], ids, k, "gwds", seed)
 
 
 def _gaussian(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SamplerSettings
-) -> tuple[list[int], int]:
-    """eq 30–31; ``values`` are negated distances of the student's IoU from the centre."""
+    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
+) -> list[int]:
+    """eq 30–31. ``values`` are negated distances of the student's IoU from the centre."""
     sigma = _or(settings.sigma, GAUSSIAN_SIGMA)
-    return _draw([-(value**2) / (2 * sigma**2) for value in values], ids, k, "gaussian", settings.seed), 0
+    return _draw([-(value**2) / (2 * sigma**2) for value in values], ids, k, "gaussian", seed)
 
 
 def _random(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SamplerSettings
-) -> tuple[list[int], int]:
-    return _draw([0.0] * len(ids), ids, k, "random", settings.seed), 0
+    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
+) -> list[int]:
+    return _draw([0.0] * len(ids), ids, k, "random", seed)
 
 
 def _draw(log_weights: Sequence[float], ids: Sequence[str], k: int, purpose: str, seed: int) -> list[int]:
@@ -186,7 +156,7 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[Strategy, Sampler] = {
     "topk": _topk,
     "dsus": _dsus,
     "bbds": _bbds,

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from video_opd.curriculum.gate import MIN_TEACHER_IOU, passes
-from video_opd.curriculum.samplers import SamplerSettings, Selection, rank_value, select
+from video_opd.config import SelectionConfig
+from video_opd.curriculum.gate import passes
+from video_opd.curriculum.samplers import Selection, rank_value, select
 from video_opd.curriculum.score_files import read_scores
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, write_jsonl
-from video_opd.types import UNGATED, Score, Strategy
+from video_opd.types import Score, Strategy
 
 HISTOGRAM_BINS = 20  # of δ over [−1, 1]
 
@@ -78,33 +79,28 @@ class _Pool:
 def select_file(
     data: str | Path,
     scores: str | Path,
-    strategy: Strategy,
-    k: int,
+    settings: SelectionConfig,
     *,
-    settings: SamplerSettings | None = None,
-    min_teacher_iou: float | None = None,
+    seed: int = 0,
+    fill: bool = True,
     exclude: Collection[str] = (),
     video_root: str | Path | None = None,
     out: str | Path | None = None,
 ) -> tuple[list[dict[str, Any]], Summary]:
-    """Chooses k rows of a data file by a scores file.
+    """Selects k rows of a data file by a scores file.
 
-    Returns the chosen data rows with a ``"tvdf"`` block, in rank order, and a summary; writes the rows to
-    ``out`` where it is given. ``min_teacher_iou`` defaults to 0.5, and to no gate for ``gaussian`` and
-    ``random``; ``exclude`` are ids that may not be chosen again. Raises :class:`UserError` for what is
-    wrong in the files or the settings.
+    Returns the selected data rows with a ``"tvdf"`` block, in rank order, and a summary; writes the rows to
+    ``out`` if it is given. ``exclude`` are ids that may not be selected again; ``seed`` and ``fill`` are
+    those of :func:`~video_opd.curriculum.samplers.select`. Raises :class:`UserError` for a mistake in the
+    files.
     """
-    settings = settings or SamplerSettings()
-    if min_teacher_iou is None:
-        min_teacher_iou = 0.0 if strategy in UNGATED else MIN_TEACHER_IOU
-    data_rows = _read_rows(data)
-    known = read_scores(scores)
-    pool = _pool(data_rows, known, strategy, settings, min_teacher_iou, frozenset(exclude))
-    selection = select(pool.candidates, strategy, k, settings)
-    summary = _summarise(data_rows, known, pool, selection, settings, k, max(min_teacher_iou, 0.0))
+    data_rows, scores_by_id = _read_rows(data), read_scores(scores)
+    pool = _pool(data_rows, scores_by_id, settings, frozenset(exclude))
+    selection = select(pool.candidates, settings, seed=seed, fill=fill)
+    summary = _summarise(data_rows, scores_by_id, pool, selection, settings)
     move = _Mover(Path(data), out, video_root)
     rows = [
-        {**move(data_rows[identity]), "tvdf": _block(known[identity], strategy, rank)}
+        {**move(data_rows[identity]), "tvdf": _block(scores_by_id[identity], settings.strategy, rank)}
         for identity, rank in zip(selection.ids, selection.ranks, strict=True)
     ]
     if out is not None:
@@ -113,7 +109,7 @@ def select_file(
 
 
 def _read_rows(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The rows of a data file by id. What a choice does not need is checked when they are trained on."""
+    """The rows of a data file by id. Keys that a selection does not need are checked by training."""
     rows: dict[str, dict[str, Any]] = {}
     for number, row in read_jsonl(path):
         identity = row.get("id")
@@ -127,23 +123,20 @@ def _read_rows(path: str | Path) -> dict[str, dict[str, Any]]:
 
 def _pool(
     rows: Mapping[str, Mapping[str, Any]],
-    known: Mapping[str, Score],
-    strategy: Strategy,
-    settings: SamplerSettings,
-    min_teacher_iou: float,
+    scores: Mapping[str, Score],
+    settings: SelectionConfig,
     exclude: frozenset[str],
 ) -> _Pool:
-    gated = min_teacher_iou > 0
     fresh = [identity for identity in rows if identity not in exclude]
-    annotated = [identity for identity in fresh if rows[identity].get("spans") or not gated]
-    scored = [known[identity] for identity in annotated if identity in known]
+    annotated = [identity for identity in fresh if rows[identity].get("spans") or not settings.gated]
+    scored = [scores[identity] for identity in annotated if identity in scores]
     measured = [
         score
         for score in scored
-        if math.isfinite(rank_value(score, strategy, settings))
-        and not (gated and math.isnan(score.teacher_iou))
+        if math.isfinite(rank_value(score, settings))
+        and not (settings.gated and math.isnan(score.teacher_iou))
     ]
-    candidates = passes(measured, min_teacher_iou)
+    candidates = passes(measured, settings.min_teacher_iou)
     return _Pool(
         candidates=candidates,
         used_before=len(rows) - len(fresh),
@@ -155,21 +148,23 @@ def _pool(
 
 
 def _block(score: Score, strategy: Strategy, rank: int) -> dict[str, Any]:
-    def known(value: float | None) -> float | None:
-        return None if value is None or math.isnan(value) else value
-
+    """The ``"tvdf"`` block of a selected row; a value that was not measured is null."""
+    measured = {
+        "delta": score.delta,
+        "teacher_iou": score.teacher_iou,
+        "student_iou": score.student_iou,
+        "reverse_kl": score.reverse_kl,
+    }
     return {
-        "delta": known(score.delta),
-        "teacher_iou": known(score.teacher_iou),
-        "student_iou": known(score.student_iou),
-        "reverse_kl": known(score.reverse_kl),
+        **{key: None if value is None or math.isnan(value) else value for key, value in measured.items()},
         "strategy": strategy,
         "rank": rank,
     }
 
 
 class _Mover:
-    """Data rows as they were read; a video path that is relative to the data file follows to ``out``."""
+    """Gives data rows as they were read, except that a video path which is relative to the data file is made
+    relative to ``out``."""
 
     def __init__(self, data: Path, out: str | Path | None, video_root: str | Path | None) -> None:
         self.base = data.parent
@@ -180,7 +175,7 @@ class _Mover:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         row = dict(row)
         video = Path(row["video"])
-        # Where the file is not there, the paths are meant for a --video-root: they stay.
+        # A file that is not there was meant for a --video-root, so its path stays.
         if self.moves and not video.is_absolute() and (self.base / video).exists():
             assert self.target is not None
             row["video"] = Path(os.path.relpath(self.base / video, self.target)).as_posix()
@@ -189,22 +184,20 @@ class _Mover:
 
 def _summarise(
     data_rows: Mapping[str, Mapping[str, Any]],
-    known: Mapping[str, Score],
+    scores: Mapping[str, Score],
     pool: _Pool,
     selection: Selection,
-    settings: SamplerSettings,
-    k: int,
-    min_teacher_iou: float,
+    settings: SelectionConfig,
 ) -> Summary:
     sources = {identity: str(row.get("source") or "none") for identity, row in data_rows.items()}
     rows = Counter(sources.values())
     candidates = Counter(sources[score.id] for score in pool.candidates)
-    chosen = Counter(sources[identity] for identity in selection.ids)
+    selected = Counter(sources[identity] for identity in selection.ids)
     return Summary(
         strategy=selection.strategy,
         rank_by="student_iou" if selection.strategy == "gaussian" else settings.rank_by,
-        k=k,
-        min_teacher_iou=min_teacher_iou,
+        k=settings.k,
+        min_teacher_iou=max(settings.min_teacher_iou, 0.0),
         rows=len(data_rows),
         used_before=pool.used_before,
         unannotated=pool.unannotated,
@@ -214,11 +207,11 @@ def _summarise(
         candidates=len(pool.candidates),
         selected=len(selection.ids),
         filled=selection.filled,
-        unknown_scores=sum(identity not in sources for identity in known),
-        delta_before=histogram(score.delta for identity, score in known.items() if identity in sources),
-        delta_after=histogram(known[identity].delta for identity in selection.ids),
+        unknown_scores=sum(identity not in sources for identity in scores),
+        delta_before=histogram(score.delta for identity, score in scores.items() if identity in sources),
+        delta_after=histogram(scores[identity].delta for identity in selection.ids),
         by_source={
-            source: SourceCount(rows=rows[source], candidates=candidates[source], selected=chosen[source])
+            source: SourceCount(rows=rows[source], candidates=candidates[source], selected=selected[source])
             for source in sorted(rows)
         },
     )

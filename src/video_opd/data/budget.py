@@ -15,52 +15,16 @@ Defaults are the paper's (sec. 4.1).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
-from video_opd.errors import UserError
-
-if TYPE_CHECKING:
-    from video_opd.config import VideoConfig
+from video_opd.config import VideoConfig
 
 CELL_PX = 32  # side of a video token
 PAIR = 2  # frames that a temporal patch merges
 # qwen-vl-utils: a frame may cost this much more than the floor before the total is looked at.
 _FLOOR_SLACK = 1.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoBudget:
-    """Frames at most and at least, and tokens of a frame pair and of the whole video."""
-
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    min_frame_tokens: int = 128  # of a frame pair; gives way to the total
-    max_frame_tokens: int = 768  # of a frame pair
-    max_video_tokens: int = 8192  # of the video; never exceeded
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise UserError(f"video fps is {self.fps}; it must be more than 0")
-        if self.max_frames < PAIR or self.min_frames < 1:
-            raise UserError(
-                f"video frames are {self.min_frames} to {self.max_frames}; at least 1, and room for {PAIR}"
-            )
-        if not 1 <= self.min_frame_tokens <= self.max_frame_tokens:
-            raise UserError(
-                f"tokens of a frame pair are {self.min_frame_tokens} to {self.max_frame_tokens}; "
-                "the least must be 1 or more and not above the most"
-            )
-        if self.max_video_tokens < 1:
-            raise UserError(f"max_video_tokens is {self.max_video_tokens}; it must be 1 or more")
-
-    @classmethod
-    def of(cls, settings: VideoConfig) -> VideoBudget:
-        """The budget that a recipe's ``video`` section asks for."""
-        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +45,7 @@ def count_tokens(n_frames: int, height_px: int, width_px: int) -> int:
     return -(-n_frames // PAIR) * (height_px // CELL_PX) * (width_px // CELL_PX)
 
 
-def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, budget: VideoBudget) -> ClipPlan:
+def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, budget: VideoConfig) -> ClipPlan:
     """Plans frames and size for a video of ``frame_count`` frames at a mean rate of ``source_fps``.
 
     ``video_tokens`` of the plan is at most ``budget.max_video_tokens``, for any input.
@@ -94,7 +58,7 @@ def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, bud
     return ClipPlan(n_frames=n_frames, height_px=height, width_px=width)
 
 
-def plan_frames(frame_count: int, source_fps: float, budget: VideoBudget) -> int:
+def plan_frames(frame_count: int, source_fps: float, budget: VideoConfig) -> int:
     """Returns how many frames to take before the bound of tokens a video is applied: an even number.
 
     This is qwen-vl-utils' ``smart_nframes``. It refuses a video of one frame; here that frame is taken twice.
@@ -108,7 +72,7 @@ def plan_frames(frame_count: int, source_fps: float, budget: VideoBudget) -> int
     return math.floor(min(max(wanted, least), most, frame_count) / PAIR) * PAIR
 
 
-def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoBudget) -> tuple[int, int]:
+def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoConfig) -> tuple[int, int]:
     """Returns (height, width) in px, multiples of 32, of each of ``n_frames`` frames.
 
     The size keeps the bound of tokens a video for as many frames as :func:`plan` allows. The aspect ratio is
@@ -150,7 +114,7 @@ def nearest_indices(times_s: np.ndarray, n_frames: int) -> np.ndarray:
     return np.unique(np.where(nearer_left, left, right)).astype(np.int64)
 
 
-def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoBudget) -> tuple[int, int]:
+def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoConfig) -> tuple[int, int]:
     """The size in cells that qwen-vl-utils' ``fetch_video`` and ``smart_resize`` compute; a side may be 0."""
     area_px = CELL_PX * CELL_PX
     min_px = budget.min_frame_tokens * area_px
@@ -167,7 +131,7 @@ def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoBu
     return height, width
 
 
-def _fits(n_frames: int, cells: tuple[int, int], budget: VideoBudget) -> bool:
+def _fits(n_frames: int, cells: tuple[int, int], budget: VideoConfig) -> bool:
     height, width = cells
     return min(cells) >= 1 and -(-n_frames // PAIR) * height * width <= budget.max_video_tokens
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.data.video import clip_digest, load_clip
 from video_opd.errors import UserError
 from video_opd.files import replacing_file
@@ -42,7 +41,7 @@ class ClipCache:
         self._puts = 0
         self._bytes = 0
 
-    def load(self, path: Path, budget: VideoBudget, backend: str) -> Clip:
+    def load(self, path: Path, budget: VideoConfig, backend: str) -> Clip:
         """Returns the clip, from disk if it is there. Raises VideoError as :func:`load_clip` does."""
         entry = self._entry(path, budget, backend)
         clip = None if entry is None else self._read(entry, path)
@@ -52,13 +51,13 @@ class ClipCache:
                 self._write(entry, clip)
         return clip
 
-    def _entry(self, path: Path, budget: VideoBudget, backend: str) -> Path | None:
+    def _entry(self, path: Path, budget: VideoConfig, backend: str) -> Path | None:
         try:
             stat = path.stat()
         except OSError:
             return None  # load_clip raises the error that names the problem
         file = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
-        known = [FORMAT, *file, backend, dataclasses.asdict(budget)]
+        known = [FORMAT, *file, backend, budget.without_decoder()]
         key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
         return self.folder / f"{key}.npz"
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.data.clip_cache import ClipCache
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.video import VideoError, load_clip
@@ -54,7 +54,7 @@ class PromptLoader:
         self,
         samples: Sequence[Sample],
         encoder: PromptEncoder,
-        budget: VideoBudget,
+        budget: VideoConfig,
         *,
         workers: int = 2,
         prefetch: int = 8,

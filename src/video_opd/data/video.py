@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from video_opd.data.budget import PAIR, VideoBudget, nearest_indices, plan, uniform_indices
+from video_opd.config import VideoConfig
+from video_opd.data.budget import PAIR, nearest_indices, plan, uniform_indices
 from video_opd.data.decode import as_shown, decode_frames
 from video_opd.data.demux import PacketIndex, VideoError, read_index
 from video_opd.errors import UserError
@@ -85,7 +86,7 @@ class Window:
     clip: Clip
 
 
-def load_clip(path: str | Path, budget: VideoBudget, backend: str = "pyav") -> Clip:
+def load_clip(path: str | Path, budget: VideoConfig, backend: str = "pyav") -> Clip:
     """Decodes the frames that ``budget`` allows; always an even number (the last one repeated if need be).
 
     Raises VideoError for a video that cannot be used: missing, empty, truncated, corrupt, without a video
@@ -96,7 +97,7 @@ def load_clip(path: str | Path, budget: VideoBudget, backend: str = "pyav") -> C
 
 def load_windows(
     path: str | Path,
-    budget: VideoBudget,
+    budget: VideoConfig,
     window_s: float | None = None,
     overlap_s: float = 0.0,
     backend: str = "pyav",
@@ -186,7 +187,7 @@ class _Part:
     """A window that is being filled: its frames number ``first`` to ``stop``, this one not included."""
 
     def __init__(
-        self, info: VideoInfo, budget: VideoBudget, number: int, count: int, first: int, stop: int
+        self, info: VideoInfo, budget: VideoConfig, number: int, count: int, first: int, stop: int
     ) -> None:
         self.info, self.number, self.count = info, number, count
         whole = stop - first == info.frame_count

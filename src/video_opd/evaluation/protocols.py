@@ -7,7 +7,7 @@ No torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from video_opd.config import VideoConfig
@@ -46,7 +46,7 @@ class Protocol:
             "name": self.name,
             "prompt": self.prompt_style,
             "thinking": False,
-            "video": video_budget(asdict(self.video)),
+            "video": self.video.without_decoder(),
             "max_new_tokens": self.max_new_tokens,
             "decoding": "greedy, one answer",
             "parser": self.parser,
@@ -129,7 +129,7 @@ def deviations(protocol: Protocol, provenance: Mapping[str, Any] | None) -> dict
     asked = {
         "prompt.style": protocol.prompt_style,
         "prompt.thinking": False,
-        **{f"video.{key}": value for key, value in video_budget(asdict(protocol.video)).items()},
+        **{f"video.{key}": value for key, value in protocol.video.without_decoder().items()},
         "max_new_tokens": protocol.max_new_tokens,
         "temperature": 0.0,
     }

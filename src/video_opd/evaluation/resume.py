@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
-from video_opd.strict import flatten
 
 
 def provenance_path(out: str | Path) -> Path:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_opd.data.budget import PAIR, VideoBudget, plan_frames
+from video_opd.config import VideoConfig
+from video_opd.data.budget import PAIR, plan_frames
 from video_opd.data.video import Window, load_windows
 from video_opd.errors import UserError
 from video_opd.evaluation.predict import GenerationSettings
@@ -193,7 +194,7 @@ class GroundedAnswer:
 def ground(
     policy: ChunkedPolicy,
     encoder: PromptEncoder,
-    budget: VideoBudget,
+    budget: VideoConfig,
     video: str | Path,
     queries: Sequence[str],
     *,
@@ -246,11 +247,11 @@ def check_queries(queries: Sequence[str]) -> None:
         raise UserError("an empty query: say which event to look for")
 
 
-def is_thinned(clip: Clip, budget: VideoBudget) -> bool:
+def is_thinned(clip: Clip, budget: VideoConfig) -> bool:
     """Whether a bound (frames, or tokens in total) left fewer frames than ``budget.fps`` asks for."""
     source_frames = max(1, round(clip.duration_s * clip.source_fps))
     unbounded = plan_frames(
-        source_frames, clip.source_fps, replace(budget, max_frames=max(source_frames, PAIR))
+        source_frames, clip.source_fps, budget.changed(max_frames=max(source_frames, budget.min_frames))
     )
     return len(clip.times_s) + PAIR < unbounded  # the count of the source's frames is one off at times
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.data.video import load_clip
 
 QUALITY = 80  # of the JPEG encoder, 1 to 95
@@ -20,7 +20,7 @@ def stills(video: str | Path, count: int, frame_tokens: int = 60) -> list[tuple[
     A picture has at most ``frame_tokens`` cells of 32×32 px: 60 cells are about 330×185 px. Raises VideoError
     for a video that cannot be decoded.
     """
-    budget = VideoBudget(
+    budget = VideoConfig(
         min_frames=count,
         max_frames=count,
         min_frame_tokens=1,

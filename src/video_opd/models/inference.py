@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from video_opd.config import ModelConfig, PromptConfig, VideoConfig
+from video_opd.config import Dtype, ModelConfig, PromptConfig, Settings, VideoConfig, read_settings
+from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
 from video_opd.progress import log
-from video_opd.strict import TreeReader, apply_overrides
 
 if TYPE_CHECKING:
-    from video_opd.data.budget import VideoBudget
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.policy import HFPolicy
     from video_opd.types import EncodedPrompt, Sample
@@ -28,13 +27,12 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "video_opd.json"  # inside a model folder: how it was shown its videos
 
 
-@dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
+class InferenceConfig(Settings):
     """How a model is run and what it sees: three sections of a recipe."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    video: VideoConfig = field(default_factory=VideoConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
+    model: ModelConfig = ModelConfig()
+    video: VideoConfig = VideoConfig()
+    prompt: PromptConfig = PromptConfig()
 
 
 class PromptAndBudget(Protocol):
@@ -80,13 +78,13 @@ def _read(
     tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
     model = {"path": path} | ({"dtype": facts["dtype"]} if "dtype" in facts else {})
     if protocol is not None:
-        tree.setdefault("video", asdict(protocol.video))
+        tree.setdefault("video", protocol.video.model_dump())
         if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
             tree["prompt"] = {**prompt, "style": protocol.prompt_style}
     tree = apply_overrides({**tree, "model": model}, overrides)
-    config: A = TreeReader(kind, {}).read(tree)
+    config = read_settings(kind, tree)
     if "dtype" not in tree["model"] and _chosen_device(device).startswith("cuda"):
-        config = replace(config, model=replace(config.model, dtype="bfloat16"))
+        config = config.changed(**{"model.dtype": "bfloat16"})
     if protocol is not None and config.prompt.style != protocol.prompt_style:
         raise UserError(
             f"--prompt.style {config.prompt.style} is not how protocol {protocol.name} asks: leave out either"
@@ -94,16 +92,14 @@ def _read(
     return config
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TeacherModel:
+class _TeacherModel(Settings):
     """What the teacher of a score may have of its own."""
 
-    dtype: Literal["float32", "bfloat16"] | None = None  # none: as the student's
+    dtype: Dtype | None = None  # none: as the student's
 
 
-@dataclass(frozen=True, kw_only=True)
 class _PairConfig(InferenceConfig):
-    teacher: _TeacherModel = field(default_factory=_TeacherModel)
+    teacher: _TeacherModel = _TeacherModel()
 
 
 def read_inference_pair(
@@ -118,7 +114,7 @@ def read_inference_pair(
     if teacher is None:
         return own, None
     dtype = pair.teacher.dtype or own.model.dtype
-    return own, replace(own, model=replace(own.model, path=teacher, dtype=dtype))
+    return own, own.changed(**{"model.path": teacher, "model.dtype": dtype})
 
 
 def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
@@ -146,7 +142,7 @@ class InferenceModel:
     config: InferenceConfig
     policy: HFPolicy
     encoder: PromptEncoder
-    budget: VideoBudget
+    budget: VideoConfig
     cache_dir: Path | None = None
     workers: int = 2
 
@@ -157,7 +153,7 @@ class InferenceModel:
         return {
             "model": model_fingerprint(self.config.model.path),
             "dtype": self.config.model.dtype,
-            "input": {"video": asdict(self.config.video), "prompt": asdict(self.config.prompt)},
+            "input": {"video": self.config.video.model_dump(), "prompt": self.config.prompt.model_dump()},
         }
 
     def with_prompt_style(self, style: str) -> InferenceModel:
@@ -166,9 +162,8 @@ class InferenceModel:
 
         if style == self.config.prompt.style:
             return self
-        prompt = replace(self.config.prompt, style=style)  # type: ignore[arg-type]  # the encoder checks it
-        encoder = PromptEncoder(self.policy.processor, prompt)
-        return replace(self, config=replace(self.config, prompt=prompt), encoder=encoder)
+        config = self.config.changed(**{"prompt.style": style})
+        return replace(self, config=config, encoder=PromptEncoder(self.policy.processor, config.prompt))
 
     def prompts(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         """Yields each sample with its prompt, in order; videos are decoded in the background.
@@ -212,7 +207,7 @@ def load_inference_model(
         config=config,
         policy=HFPolicy(model, processor, config.model.engine),
         encoder=PromptEncoder(processor, config.prompt),
-        budget=budget_of(config.video),
+        budget=config.video,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
 
@@ -223,11 +218,3 @@ def _chosen_device(device: str | None) -> str:
     if device is not None:
         return device
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def budget_of(video: VideoConfig) -> VideoBudget:
-    from video_opd.data.budget import VideoBudget
-
-    names = {spec.name for spec in fields(VideoBudget)}
-    settings: Mapping[str, Any] = {name: value for name, value in asdict(video).items() if name in names}
-    return VideoBudget(**settings)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from video_opd.config.tree import flatten
 from video_opd.reports.charts import number
 from video_opd.reports.runs import METRICS, ROLES, Evaluation, Run, round_number
 from video_opd.reports.story import METHODS, REVERSE_KL, STEP_S, interval, score
-from video_opd.strict import flatten
 
 
 @dataclass(frozen=True, kw_only=True)

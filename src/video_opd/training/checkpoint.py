@@ -13,7 +13,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,11 @@ def _fill_model_folder(
     with no_library_bars():
         model.save_pretrained(folder, state_dict=state or state_of(model))
     processor.save_pretrained(folder)
-    video = {name: value for name, value in asdict(recipe.video).items() if name != "backend"}
     facts = {
         "method": recipe.method,
         "dtype": recipe.model.dtype,
-        "video": video,
-        "prompt": asdict(recipe.prompt),
+        "video": recipe.video.without_decoder(),
+        "prompt": recipe.prompt.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -11,9 +11,8 @@ import torch
 
 from video_opd.algorithms.method import Method
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import ModelConfig, OptimConfig, Recipe
+from video_opd.config import DistillationRecipe, GRPORecipe, ModelConfig, OptimConfig, Recipe
 from video_opd.data.annotations import read_samples
-from video_opd.data.budget import VideoBudget
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
@@ -69,11 +68,11 @@ def build_components(
     Raises :class:`UserError` for models that cannot be loaded or do not share their tokens, and for data
     files that cannot be read.
     """
-    if recipe.method == "grpo":
+    if isinstance(recipe, GRPORecipe):
         make_reward(recipe)  # finds a function that cannot be imported before any model is loaded
     samples = read_samples(recipe.data.train, recipe.data.video_root)
     if recipe.teacher.path:  # finds a missing teacher before minutes are spent on loading the student
-        for path in (recipe.teacher.path, *recipe.teacher.by_source.values()):
+        for path in recipe.teacher.paths:
             read_config(path)
     device = accelerator.device
     model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
@@ -81,6 +80,7 @@ def build_components(
     samples = usable_samples(recipe, method, samples)
     teacher = None
     if method.needs.teacher:
+        assert isinstance(recipe, DistillationRecipe), "only these learn from a teacher"
         teacher = load_teachers(recipe, samples, (model, processor), device)
     recompute = recomputes(recipe, model, samples, device)
     if recompute:
@@ -182,7 +182,7 @@ def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> lis
 
 
 def load_teachers(
-    recipe: Recipe, samples: Sequence[Sample], student: tuple[Any, Any], device: torch.device
+    recipe: DistillationRecipe, samples: Sequence[Sample], student: tuple[Any, Any], device: torch.device
 ) -> Teacher:
     """The teacher, or a teacher for each source that ``teacher.by_source`` names. A folder is loaded once.
 
@@ -204,7 +204,7 @@ def load_teachers(
         check_same_tokens(student, loaded)
         return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
 
-    teachers = {path: load(path) for path in dict.fromkeys([settings.path, *settings.by_source.values()])}
+    teachers = {path: load(path) for path in settings.paths}
     if not settings.by_source:
         return teachers[settings.path]
 
@@ -241,7 +241,7 @@ def prompt_loader(
         return PromptLoader(
             samples,
             encoder,
-            VideoBudget.of(recipe.video),
+            recipe.video,
             workers=data.workers,
             prefetch=data.prefetch or a_batch,
             skipped_path=skipped_path,

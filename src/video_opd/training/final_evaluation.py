@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -56,8 +55,8 @@ def evaluate_base(recipe: Recipe, out: Path) -> None:
 
 def evaluate_teacher(recipe: Recipe, out: Path) -> None:
     """The same for the teacher, ``teacher-<data>.json``."""
-    model = replace(recipe.model, path=recipe.teacher.path, dtype=recipe.teacher.dtype)
-    _evaluate_frozen("teacher", replace(recipe, model=model), model.dtype, None, out)
+    as_student = recipe.changed(**{"model.path": recipe.teacher.path, "model.dtype": recipe.teacher.dtype})
+    _evaluate_frozen("teacher", as_student, recipe.teacher.dtype, None, out)
 
 
 def _evaluate_frozen(
@@ -91,7 +90,7 @@ def _evaluate(
             provenance={
                 "model": model_fingerprint(model),
                 "dtype": recipe.model.dtype,
-                "input": {"video": asdict(recipe.video), "prompt": asdict(recipe.prompt)},
+                "input": {"video": recipe.video.model_dump(), "prompt": recipe.prompt.model_dump()},
             },
             settings=GenerationSettings(
                 max_new_tokens=settings.max_new_tokens,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from video_opd.config import OptimConfig, Recipe
+from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.files import discard_unfinished, write_text
 from video_opd.jsonl import append_jsonl
@@ -29,7 +30,6 @@ from video_opd.models.parts import cast_weights
 from video_opd.processes import LONGEST_WAIT
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
-from video_opd.strict import flatten, to_dict
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
 from video_opd.training.components import Components, build_components
@@ -266,7 +266,7 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
     if recipe.run.trackers:
         settings = {
             key: value if isinstance(value, int | float | str) else json.dumps(value)
-            for key, value in flatten(to_dict(recipe))
+            for key, value in flatten(recipe.to_dict())
         }
         # A resume makes the steps after its checkpoint again; their rows replace the earlier ones.
         kwargs = {"tensorboard": {"purge_step": start + 1}} if "tensorboard" in recipe.run.trackers else {}

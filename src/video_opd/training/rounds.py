@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from video_opd.algorithms.registry import make_reward
-from video_opd.config import Recipe, dump_recipe
+from video_opd.config import GRPORecipe, Recipe, dump_recipe
 from video_opd.curriculum.pool import inference_configs, score_pool
-from video_opd.curriculum.samplers import SamplerSettings
 from video_opd.curriculum.score_files import read_scores
 from video_opd.curriculum.scores import ScoreSettings
 from video_opd.curriculum.terminal import summary_lines
@@ -95,7 +94,7 @@ class Rounds:
         recipe, count = self.recipe, self.recipe.rounds.count
         check_evaluation_files(recipe)
         check_trackers(recipe)
-        if recipe.method == "grpo":
+        if isinstance(recipe, GRPORecipe):
             make_reward(recipe)
         self.samples = read_samples(recipe.data.train, recipe.data.video_root)[: recipe.data.limit]
         self._evaluate_others()
@@ -127,11 +126,14 @@ class Rounds:
     def round_recipe(self, number: int) -> Recipe:
         """The recipe of a round for ``train``: the last student, and rows and a seed of its own."""
         recipe, folder = self.recipe, self.folder.round(number)
-        return replace(
-            recipe,
-            model=replace(recipe.model, path=self._student(number)),
-            data=replace(recipe.data, train=str(folder / "selected.jsonl"), limit=None),
-            run=replace(recipe.run, dir=str(folder), seed=recipe.run.seed + number - 1),
+        return recipe.changed(
+            **{
+                "model.path": self._student(number),
+                "data.train": str(folder / "selected.jsonl"),
+                "data.limit": None,
+                "run.dir": str(folder),
+                "run.seed": recipe.run.seed + number - 1,
+            }
         )
 
     def _student(self, number: int) -> str:
@@ -180,16 +182,8 @@ class Rounds:
         _, summary = select_file(
             recipe.data.train,
             folder / "scores.jsonl",
-            tvdf.strategy,
-            tvdf.k,
-            settings=SamplerSettings(
-                rank_by=tvdf.rank_by,
-                buckets=tvdf.buckets,
-                center=tvdf.center,
-                sigma=tvdf.sigma,
-                seed=recipe.run.seed + number - 1,
-            ),
-            min_teacher_iou=tvdf.min_teacher_iou,
+            tvdf,
+            seed=recipe.run.seed + number - 1,
             exclude=used,
             video_root=recipe.data.video_root,
             out=folder / "selected.jsonl",

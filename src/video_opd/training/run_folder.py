@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import video_opd
-from video_opd.config import Recipe, dump_recipe
+from video_opd.config import Recipe, dump_recipe, load_recipe
+from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
-from video_opd.strict import flatten, to_dict
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
@@ -67,8 +65,13 @@ class RunFolder:
         return self.path / f"round-{number}"
 
     def _check_same(self, recipe: Recipe, ignored: tuple[str, ...] = ()) -> None:
-        before = dict(flatten(yaml.safe_load(self.recipe.read_text(encoding="utf-8")) or {}))
-        now = dict(flatten(to_dict(recipe)))
+        try:  # through the reader: an earlier version wrote the keys of other methods, too
+            stored = load_recipe(self.recipe)
+        except UserError as error:
+            raise UserError(
+                f"{self.path} holds a run whose recipe cannot be read: choose another run.dir ({error})"
+            ) from error
+        before, now = dict(flatten(stored.to_dict())), dict(flatten(recipe.to_dict()))
         for key in dict.fromkeys((*now, *before)):
             # The folder may have been moved, or be named from elsewhere; shards change no result.
             if key in ("run.dir", "model.sharding") or key.startswith(ignored):

@@ -72,20 +72,19 @@ class StepSettings:
 
     @classmethod
     def of(cls, recipe: Recipe, needs: Needs) -> StepSettings:
-        measured = recipe.run.analytic_kl and (recipe.teacher.distributions or not needs.teacher)
         return cls(
             seed=recipe.run.seed,
-            rollouts=recipe.sampling.rollouts if needs.sampling else 1,
-            temperature=recipe.sampling.temperature if needs.sampling else 1.0,
+            rollouts=recipe.rollouts,
+            temperature=recipe.temperature,
             micro_batch_size=recipe.optim.micro_batch_size,
-            sampling_micro_batch_size=recipe.sampling.micro_batch_size,
+            sampling_micro_batch_size=recipe.sampling_micro_batch_size,
             teacher_micro_batch_size=recipe.teacher.micro_batch_size,
             prefills=needs.sampling and recipe.model.engine == "prefix",
-            distributions=needs.distributions or measured,
+            distributions=needs.distributions or recipe.measures_analytic_kl,
             reduction=recipe.loss.reduction,
             nonfinite=recipe.loss.nonfinite,
             clip=recipe.loss.clip,
-            max_importance_weight=recipe.loss.max_importance_weight,
+            max_importance_weight=recipe.loss.importance_limit,
             ratio_tolerance=recipe.ratio_tolerance,
             max_grad_norm=recipe.optim.max_grad_norm,
             thinking=recipe.prompt.thinking,

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from video_opd.config import Recipe, load_recipe
+from video_opd.config import Recipe, SelectionConfig, load_recipe
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log, track
@@ -28,7 +28,6 @@ POOL_VIDEOS = 160  # of the training split: about 690 candidates
 SELECTED = 448  # of them, the most that are trained on; a few passes over them
 TRAIN_SEED = 100  # + the demo's seed: other videos for every seed, never those the models were made on
 TEACHER_K, STUDENT_K = 4, 2
-MIN_TEACHER_IOU = 0.5
 SHOWN_VIDEOS, SHOWN_FRAMES = 6, 12
 
 
@@ -48,7 +47,6 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     _claim(out, recipe)
 
     from video_opd.curriculum.pool import inference_configs, score_pool
-    from video_opd.curriculum.samplers import SamplerSettings
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.curriculum.tvdf import select_file
     from video_opd.data.annotations import read_samples
@@ -73,10 +71,8 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     _, summary = select_file(
         pool["train"],
         out / "scores.jsonl",
-        "topk",
-        SELECTED,
-        settings=SamplerSettings(seed=seed),
-        min_teacher_iou=MIN_TEACHER_IOU,
+        SelectionConfig(k=SELECTED),
+        seed=seed,
         out=out / "selected.jsonl",
     )
     log(f"TVDF: {summary.selected} of {summary.rows} candidates; {summary.candidates} passed the gate")
@@ -150,11 +146,11 @@ def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:
 
 
 def _timeline(sample: Sample, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    from video_opd.data.budget import VideoBudget
+    from video_opd.config import VideoConfig
     from video_opd.data.video import load_clip
     from video_opd.grounding.stills import jpeg_uri
 
-    clip = load_clip(sample.video, VideoBudget(min_frame_tokens=9, max_frame_tokens=16))
+    clip = load_clip(sample.video, VideoConfig(min_frame_tokens=9, max_frame_tokens=16))
     pictures, times = [], []
     for i in range(SHOWN_FRAMES):
         k = i * (len(clip.frames) - 1) // (SHOWN_FRAMES - 1)

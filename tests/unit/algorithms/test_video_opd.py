@@ -15,7 +15,7 @@ from training_cases import make_recipe, sample
 
 from video_opd.algorithms.method import Trajectories
 from video_opd.algorithms.video_opd import VideoOPD
-from video_opd.config import ModelConfig, SamplingConfig
+from video_opd.config import ModelConfig, OnPolicySamplingConfig
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
@@ -44,7 +44,7 @@ def test_signal_and_loss_by_hand():
     student = scores([[-1.0, -2.0], [-0.5, 0.0]], [2, 1])
     teacher = scores([[-2.0, -0.5], [-0.25, 0.0]], [2, 1])
     batch = make_trajectories(ROWS, GROUPS, student, teacher)
-    method = VideoOPD(SamplingConfig())
+    method = VideoOPD(OnPolicySamplingConfig())
     signal = method.signal(batch)
     assert signal.token_reward_BT is signal.advantage_BT is not None
     assert signal.advantage_BT.tolist() == [[-1.0, 1.5], [0.25, 0.0]]
@@ -56,7 +56,7 @@ def test_one_step_on_tiny_models_has_the_gradient_of_eq_6():
     """The gradient of the method equals Σ −r_t·∇log π_θ(a_t), with r_t from two stock forwards."""
     student, teacher = model(0, sharpness=4.0), model(1, sharpness=4.0)
     policy = HFPolicy(student, processor())
-    method = VideoOPD(SamplingConfig(max_new_tokens=4, rollouts=2))
+    method = VideoOPD(OnPolicySamplingConfig(max_new_tokens=4, rollouts=2))
     ((a, b),) = groups = method.trajectories(policy, [PROMPT], [sample(0)], [[1, 2]])
     responses = [[a.token_ids, b.token_ids]]
     scored = policy.logprobs([PROMPT], responses, grad=True)
@@ -116,7 +116,7 @@ def test_numbers_that_are_not_finite(which: str, who: str, value: float):
         without_nonfinite(batch, student, "raise")
     masked = without_nonfinite(batch, student, "mask")
     assert masked.mask_BT.tolist() == [[True, True], [False, False]]
-    method = VideoOPD(SamplingConfig())
+    method = VideoOPD(OnPolicySamplingConfig())
     assert math.isclose(method.loss(student, masked, method.signal(masked), 2.0).item(), -(0.0 + 1.0) / 2)
 
 
@@ -131,7 +131,7 @@ def test_a_ratio_off_one_names_the_token():
 def test_a_method_without_a_teacher_says_so():
     batch = make_trajectories(ROWS, GROUPS, scores([[-1.0, -2.0], [-0.5, 0.0]], [2, 1]), None)
     with pytest.raises(AssertionError, match="needs the teacher"):
-        VideoOPD(SamplingConfig()).signal(batch)
+        VideoOPD(OnPolicySamplingConfig()).signal(batch)
 
 
 # ----------------------------------------------------------------------------------------------- batches

@@ -31,7 +31,7 @@ from video_opd.bench.operations import table as operations_table
 from video_opd.bench.timing import peak_bytes, quartiles, summary, take_turns
 from video_opd.bench.work import QUERIES, Steps, prompts_of
 from video_opd.cli import main
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.errors import UserError
 from video_opd.training.step import StepResult
 from video_opd.types import EncodedPrompt, Rollout
@@ -157,15 +157,15 @@ def test_the_data_path_is_compared_on_what_is_the_same(
 ) -> None:
     (path,) = bench.make_videos(tmp_path, [3], (64, 96))
     library_reads(path, monkeypatch)
-    one, all_of_them = bench.bench_data(processor(), [path], budget=VideoBudget(), repeats=2)
+    one, all_of_them = bench.bench_data(processor(), [path], budget=VideoConfig(), repeats=2)
     assert one["video"] == "96x64, 3 s, 30 fps" and one["frames"] == 6
     same = one["differences"]
     assert same["video_tokens"] == same["video_tokens_library"] > 0 and same["pixels"] < 0.02
     assert one["ways"]["qwen-vl-utils"]["speedup"]["median"] == 1
     assert all_of_them["frames"] == 12 and "| all, 2 times |" in bench.table([one, all_of_them])
     # Once more, what is shown is not the same: another budget.
-    theirs = bench.by_library(processor(), path, VideoBudget(max_frames=4))
-    ours = bench.by_ours(processor(), path, VideoBudget())
+    theirs = bench.by_library(processor(), path, VideoConfig(max_frames=4))
+    ours = bench.by_ours(processor(), path, VideoConfig())
     found = bench.differences(theirs, ours)
     assert found["video_tokens"] > found["video_tokens_library"] and "pixels" not in found
 

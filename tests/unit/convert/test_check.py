@@ -18,10 +18,10 @@ from annotation_cases import write
 from video_cases import write_video
 
 from video_opd.cli import main
+from video_opd.config import VideoConfig
 from video_opd.convert import check as module
 from video_opd.convert.check import CheckSettings, check, check_videos, default_out
 from video_opd.data.annotations import read_annotations, read_samples
-from video_opd.data.budget import VideoBudget
 from video_opd.errors import UserError
 
 ROW = {"query": "q", "duration": 4.0, "spans": [[1, 2]]}
@@ -121,7 +121,7 @@ def test_only_what_is_new_or_changed_is_opened_again(videos, monkeypatch):
     os.utime(videos / "w.mp4", ns=(1, 1))
     assert opened(videos, monkeypatch) == ["w.mp4", "broken.mp4", "gone.mp4"]
     # looking closer opens what was only looked at from outside; the other way round nothing is new
-    closer = CheckSettings(decode=VideoBudget(), workers=1)
+    closer = CheckSettings(decode=VideoConfig(), workers=1)
     assert opened(videos, monkeypatch, closer) == ["v.mp4", "w.mp4", "broken.mp4", "gone.mp4"]
     assert opened(videos, monkeypatch, closer) == opened(videos, monkeypatch) == []
 
@@ -165,12 +165,12 @@ def test_decoding_finds_what_opening_does_not(tmp_path):
     data[start : start + len(middle)] = middle
     path.write_bytes(data)
     plain = module.open_video(path, None)
-    closer = module.open_video(path, VideoBudget())
+    closer = module.open_video(path, VideoConfig())
     assert "error" not in plain, plain
     assert "corrupt" in closer["error"]
 
 
-def crash_on_w(video: Path, decode: VideoBudget | None) -> dict[str, Any]:
+def crash_on_w(video: Path, decode: VideoConfig | None) -> dict[str, Any]:
     """Stands for a decoder with a fault."""
     if video.name == "w.mp4":
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from video_cases import write_video
 
 from video_opd.cli import main
+from video_opd.config import VideoConfig
 from video_opd.convert.describe import describe, histogram, read_budget, spread
 from video_opd.data.annotations import read_annotations
-from video_opd.data.budget import VideoBudget
 from video_opd.errors import UserError
 from video_opd.reports.dataset import charts, render
 
@@ -31,7 +31,7 @@ ROWS: list[dict[str, Any]] = [
 
 def record(folder: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> dict[str, Any]:
     annotations = read_annotations(write(folder / "d.jsonl", rows))
-    return {"data": "d.jsonl", **describe(annotations, VideoBudget(), **options)}
+    return {"data": "d.jsonl", **describe(annotations, VideoConfig(), **options)}
 
 
 def test_a_file_is_described(tmp_path):
@@ -85,7 +85,7 @@ def test_tokens_of_the_videos_themselves(tmp_path, capsys, monkeypatch):
 
 
 def test_a_budget_is_changed_by_its_own_keys_only():
-    assert read_budget([]) == VideoBudget()
+    assert read_budget([]) == VideoConfig()
     assert read_budget(["--video.fps", "1"]).fps == 1.0
     for words in (["--video.fsp", "1"], ["--optim.lr", "1"]):
         with pytest.raises(UserError, match="not a known key"):

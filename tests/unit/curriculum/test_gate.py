@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import math
 
-from video_opd.curriculum.gate import MIN_TEACHER_IOU, passes
-from video_opd.types import Score
+from video_opd.curriculum.gate import passes
+from video_opd.types import MIN_TEACHER_IOU, Score
 
 
 def score(identity: str, teacher_iou: float) -> Score:

@@ -6,25 +6,29 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from video_opd.config import SelectionConfig, read_settings
 from video_opd.curriculum.samplers import (
     SAMPLERS,
-    SamplerSettings,
     Selection,
-    Strategy,
     select,
     uniform_positions,
 )
 from video_opd.errors import UserError
-from video_opd.types import Score
+from video_opd.types import Score, Strategy
 
 STRATEGIES = get_args(Strategy)
+
+
+def chosen(scores: list[Score], strategy: Strategy, k: int, *, seed: int = 0, **more: Any) -> Selection:
+    fill = more.pop("fill", True)
+    return select(scores, SelectionConfig(strategy=strategy, k=k, **more), seed=seed, fill=fill)
 
 
 def score(identity: str, teacher_iou: float, student_iou: float, reverse_kl: float | None = None) -> Score:
@@ -110,8 +114,8 @@ def test_topk_and_dsus(deltas: list[float], k: int) -> None:
     scores = with_deltas(*deltas)
     order = reference_order(scores)
     size = min(k, len(order))
-    assert list(select(scores, "topk", k).ids) == order[:k]
-    dsus = select(scores, "dsus", k)
+    assert list(chosen(scores, "topk", k).ids) == order[:k]
+    dsus = chosen(scores, "dsus", k)
     assert list(dsus.ids) == (reference_dsus(order, size) if size else [])
     assert [order[rank - 1] for rank in dsus.ranks] == list(dsus.ids)
 
@@ -124,7 +128,7 @@ def test_bbds(deltas: list[float], k: int, buckets: int, fill: bool) -> None:
     scores = with_deltas(*deltas)
     size = min(k, len(scores))
     expected, filled = reference_bbds(scores, size, buckets, fill)
-    selection = select(scores, "bbds", k, SamplerSettings(buckets=buckets, fill=fill))
+    selection = chosen(scores, "bbds", k, buckets=buckets, fill=fill)
     assert set(selection.ids) == expected
     assert selection.filled == filled
     assert len(selection.ids) == (size if fill else size - reference_bbds(scores, size, buckets, True)[1])
@@ -133,15 +137,15 @@ def test_bbds(deltas: list[float], k: int, buckets: int, fill: bool) -> None:
 def test_bbds_by_hand() -> None:
     # Range 0 to 1 in two buckets; the upper one has a single member, so one of k = 4 is filled in.
     scores = with_deltas(1.0, 0.25, 0.2, 0.1, 0.05, 0.0)
-    literal = select(scores, "bbds", 4, SamplerSettings(buckets=2, fill=False))
+    literal = chosen(scores, "bbds", 4, buckets=2, fill=False)
     assert literal.ids == ("0000", "0001", "0005") and literal.filled == 0
-    filled = select(scores, "bbds", 4, SamplerSettings(buckets=2))
+    filled = chosen(scores, "bbds", 4, buckets=2)
     assert filled.ids == ("0000", "0001", "0002", "0005") and filled.filled == 1
     assert filled.ranks == (1, 2, 3, 6)
 
 
 def test_bbds_of_equal_deltas_fills_from_one_bucket() -> None:
-    selection = select(with_deltas(*[0.5] * 10), "bbds", 7)
+    selection = chosen(with_deltas(*[0.5] * 10), "bbds", 7)
     # All lie in the last bucket, whose share is 7 // 5 = 1: the first of it, and six filled in order.
     assert selection.ids == tuple(f"{i:04d}" for i in range(7)) and selection.filled == 6
 
@@ -153,9 +157,9 @@ def test_reverse_kl_ranks_when_asked() -> None:
         score("c", 0.9, 0.9, 1.0),
         score("d", 1.0, 0.0),
     ]
-    chosen = select(scores, "topk", 2, SamplerSettings(rank_by="reverse_kl"))
-    assert chosen.ids == ("b", "c") and chosen.candidates == 3 and chosen.excluded == 1
-    assert select(scores, "topk", 2).ids == ("d", "a")
+    picked = chosen(scores, "topk", 2, rank_by="reverse_kl")
+    assert picked.ids == ("b", "c") and picked.candidates == 3 and picked.excluded == 1
+    assert chosen(scores, "topk", 2).ids == ("d", "a")
 
 
 # --- random samplers
@@ -164,7 +168,7 @@ def test_reverse_kl_ranks_when_asked() -> None:
 def inclusion(strategy: Strategy, scores: list[Score], k: int, runs: int, **more: float) -> dict[str, float]:
     counts: Counter[str] = Counter()
     for seed in range(runs):
-        counts.update(select(scores, strategy, k, SamplerSettings(seed=seed, **more)).ids)  # type: ignore[arg-type]
+        counts.update(chosen(scores, strategy, k, seed=seed, **more).ids)
     return {s.id: counts[s.id] / runs for s in scores}
 
 
@@ -198,7 +202,7 @@ def test_gaussian_difficulty_is_over_the_students_iou() -> None:
     found = inclusion("gaussian", scores, 2, RUNS)
     weights = np.exp(-((np.array(ious) - 0.3) ** 2) / (2 * 0.2**2))  # eq 30
     assert list(found.values()) == pytest.approx(simulated(weights, 2, RUNS).tolist(), abs=TOLERANCE)
-    assert select(scores, "gaussian", 5).ids == ("2", "1", "0", "3", "4")  # rank 1 is nearest to μ
+    assert chosen(scores, "gaussian", 5).ids == ("2", "1", "0", "3", "4")  # rank 1 is nearest to μ
 
 
 def test_center_and_sigma_move_the_choice() -> None:
@@ -215,7 +219,7 @@ def test_random_is_uniform_without_replacement() -> None:
 
 def test_weights_too_small_for_floats_still_give_a_full_selection() -> None:
     scores = with_deltas(*[-1.0 + i / 100 for i in range(20)])
-    selection = select(scores, "gwds", 5, SamplerSettings(sigma=0.001))
+    selection = chosen(scores, "gwds", 5, sigma=0.001)
     assert len(set(selection.ids)) == 5
     assert selection.ids[0] == "0019"  # the nearest to the centre is all but certain
 
@@ -227,7 +231,7 @@ def test_weights_too_small_for_floats_still_give_a_full_selection() -> None:
 def test_a_selection_is_a_set_of_measured_ids_in_rank_order(
     scores: list[Score], strategy: Strategy, k: int, seed: int, random: object
 ) -> None:
-    selection = select(scores, strategy, k, SamplerSettings(seed=seed))
+    selection = chosen(scores, strategy, k, seed=seed)
     measured = [s for s in scores if math.isfinite(s.student_iou if strategy == "gaussian" else s.delta)]
     assert selection.candidates == len(measured) and selection.excluded == len(scores) - len(measured)
     assert len(set(selection.ids)) == len(selection.ids) == min(k, len(measured))
@@ -235,33 +239,40 @@ def test_a_selection_is_a_set_of_measured_ids_in_rank_order(
     assert list(selection.ranks) == sorted(selection.ranks)
     shuffled = list(scores)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert select(shuffled, strategy, k, SamplerSettings(seed=seed)) == selection
-    for small, large in ((selection, select(scores, strategy, len(scores) + 1, SamplerSettings(seed=seed))),):
+    assert chosen(shuffled, strategy, k, seed=seed) == selection
+    for small, large in ((selection, chosen(scores, strategy, len(scores) + 1, seed=seed)),):
         assert set(small.ids) <= set(large.ids) == {s.id for s in measured}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nothing_to_choose_from(strategy: Strategy) -> None:
     empty = Selection(ids=(), ranks=(), strategy=strategy, candidates=0, excluded=0, filled=0)
-    assert select([], strategy, 5) == empty
+    assert chosen([], strategy, 5) == empty
 
 
 @pytest.mark.parametrize("strategy", ["gwds", "gaussian", "random"])
 def test_seeds_change_random_choices(strategy: Strategy) -> None:
     scores = with_deltas(*[i / 50 for i in range(50)])
-    chosen = {select(scores, strategy, 10, SamplerSettings(seed=seed)).ids for seed in range(5)}
-    assert len(chosen) == 5
+    picked = {chosen(scores, strategy, 10, seed=seed).ids for seed in range(5)}
+    assert len(picked) == 5
 
 
-def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="topk, dsus"):
-        select([], "best", 1)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="k is 0"):
-        select([], "topk", 0)
-    with pytest.raises(UserError, match="sigma"):
-        SamplerSettings(sigma=0.0)
-    with pytest.raises(UserError, match="buckets"):
-        SamplerSettings(buckets=0)
-    with pytest.raises(UserError, match="iou_gap"):
-        SamplerSettings(rank_by="iou")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strategy": "best"}, "strategy is 'best'; choose one of: topk, dsus"),
+        ({"k": 0}, "k must be at least 1, not 0"),
+        ({"strategy": "gwds", "sigma": 0.0}, "sigma must be above 0"),
+        ({"strategy": "bbds", "buckets": 0}, "buckets must be at least 1"),
+        ({"rank_by": "iou"}, "iou_gap"),
+        ({"strategy": "topk", "center": 0.5}, r"center means nothing to strategy topk \(only to gwds"),
+        ({"min_teacher_iou": 50}, "min_teacher_iou must be at most 1"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_settings(SelectionConfig, wrong)
+
+
+def test_every_strategy_has_a_sampler() -> None:
     assert set(SAMPLERS) == set(STRATEGIES)

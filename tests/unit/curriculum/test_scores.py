@@ -12,6 +12,7 @@ import torch
 from answer_cases import FakeLoader, FakePolicy, make_samples
 from model_cases import mixed_prompts, model, processor
 
+from video_opd.config import SelectionConfig
 from video_opd.curriculum.samplers import select
 from video_opd.curriculum.score_files import read_scores
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
@@ -226,8 +227,8 @@ def test_without_a_teacher_only_the_student_is_scored(tmp_path: Path) -> None:
     score(student, None, make_samples(4), FakeLoader(), out, provenance={**PROVENANCE, "teacher": None})
     assert all("teacher_iou" not in row and row["student_iou"] >= 0 for row in rows_of(out).values())
     scores = list(read_scores(out).values())
-    assert select(scores, "gaussian", 2).candidates == 4
-    assert select(scores, "topk", 2).candidates == 0  # δ needs both
+    assert select(scores, SelectionConfig(strategy="gaussian", k=2)).candidates == 4
+    assert select(scores, SelectionConfig(k=2)).candidates == 0  # δ needs both
     for more in ({"settings": ScoreSettings(reverse_kl=True)}, {"teacher_from": out}):
         with pytest.raises(UserError, match="name the teacher"):
             score(student, None, make_samples(4), FakeLoader(), out, provenance=PROVENANCE, **more)

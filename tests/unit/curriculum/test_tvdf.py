@@ -15,13 +15,17 @@ import pytest
 from places import ROOT
 from rich.console import Console
 
-from video_opd.curriculum.samplers import SamplerSettings, Strategy
+from video_opd.config import SelectionConfig
 from video_opd.curriculum.score_files import read_scores
 from video_opd.curriculum.terminal import print_explanation, print_summary
 from video_opd.curriculum.tvdf import explain, explain_file, histogram, histogram_edges, select_file
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
-from video_opd.types import Score
+from video_opd.types import Score, Strategy
+
+
+def topk(k: int, **more: Any) -> SelectionConfig:
+    return SelectionConfig(k=k, **more)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -68,7 +72,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_rows_carry_the_block_of_the_contract(files: tuple[Path, Path], tmp_path: Path) -> None:
-    rows, summary = select_file(*files, "topk", 2, out=tmp_path / "out.jsonl")
+    rows, summary = select_file(*files, topk(2), out=tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["a", "b"]
     tvdf = rows[0].pop("tvdf")
     assert rows[0] == DATA[0]
@@ -87,7 +91,7 @@ def test_rows_carry_the_block_of_the_contract(files: tuple[Path, Path], tmp_path
 
 
 def test_every_row_is_accounted_for(files: tuple[Path, Path]) -> None:
-    _, summary = select_file(*files, "topk", 10, exclude={"b"})
+    _, summary = select_file(*files, topk(10), exclude={"b"})
     assert summary.rows == 8
     assert (summary.used_before, summary.unannotated, summary.unscored) == (1, 1, 1)
     assert (summary.unmeasured, summary.failed_gate, summary.candidates) == (2, 1, 2)
@@ -102,7 +106,7 @@ def test_every_row_is_accounted_for(files: tuple[Path, Path]) -> None:
 
 def test_the_gate_is_on_for_tvdf_and_off_for_the_baselines(files: tuple[Path, Path]) -> None:
     def chosen(strategy: Strategy, **more: Any) -> set[str]:
-        return {row["id"] for row in select_file(*files, strategy, 10, **more)[0]}
+        return {row["id"] for row in select_file(*files, topk(10, strategy=strategy, **more))[0]}
 
     assert chosen("topk") == chosen("gwds") == chosen("bbds") == chosen("dsus") == {"a", "b", "e"}
     assert chosen("topk", min_teacher_iou=0.65) == {"a", "e"}
@@ -110,21 +114,13 @@ def test_the_gate_is_on_for_tvdf_and_off_for_the_baselines(files: tuple[Path, Pa
     assert chosen("random", min_teacher_iou=0.5) == {"a", "b", "e"}
     assert chosen("gaussian") == {"a", "b", "c", "e", "h"}  # needs the student's IoU alone
     assert chosen("gaussian", min_teacher_iou=0.5) == {"a", "b", "e"}
-    by_kl = SamplerSettings(rank_by="reverse_kl")
-    assert chosen("topk", settings=by_kl) == {"a", "b", "e"}
-    assert chosen("topk", settings=by_kl, min_teacher_iou=0) == {
-        "a",
-        "b",
-        "c",
-        "e",
-        "g",
-    }  # without annotation
+    assert chosen("topk", rank_by="reverse_kl") == {"a", "b", "e"}
+    ungated = chosen("topk", rank_by="reverse_kl", min_teacher_iou=0)
+    assert ungated == {"a", "b", "c", "e", "g"}  # g is not annotated
 
 
 def test_unmeasured_values_are_null_in_the_block(files: tuple[Path, Path]) -> None:
-    rows, _ = select_file(
-        *files, "topk", 1, settings=SamplerSettings(rank_by="reverse_kl"), min_teacher_iou=0
-    )
+    rows, _ = select_file(*files, topk(1, rank_by="reverse_kl", min_teacher_iou=0))
     assert rows[0]["id"] == "g"
     assert rows[0]["tvdf"]["delta"] is None and rows[0]["tvdf"]["teacher_iou"] is None
 
@@ -137,11 +133,11 @@ def test_video_paths_follow_to_another_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "videos").mkdir()
     (tmp_path / "in" / "videos" / "a.mp4").touch()
     out = tmp_path / "far" / "away" / "out.jsonl"
-    rows, _ = select_file(data, scores, "topk", 3, out=out)
+    rows, _ = select_file(data, scores, topk(3), out=out)
     videos = {row["id"]: row["video"] for row in rows}
     assert videos == {"a": "../../in/videos/a.mp4", "b": "videos/b.mp4", "c": "/abs/c.mp4"}
     assert os.path.samefile(read_samples(out)[0].video, tmp_path / "in" / "videos" / "a.mp4")
-    rooted, _ = select_file(data, scores, "topk", 3, out=out, video_root=tmp_path / "in")
+    rooted, _ = select_file(data, scores, topk(3), out=out, video_root=tmp_path / "in")
     assert rooted[0]["video"] == "videos/a.mp4"  # the root will be given again
 
 
@@ -181,7 +177,7 @@ def test_a_file_without_any_score_is_no_scores_file(
     path = write(tmp_path / "p.jsonl", [{"id": i, **row} for i in "ab"])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"p\.jsonl: .* video-opd score"):
-        select_file(files[0], path, "topk", 1, out=tmp_path / "out.jsonl")
+        select_file(files[0], path, topk(1), out=tmp_path / "out.jsonl")
     with pytest.raises(UserError, match="video-opd score"):
         explain_file(files[0], path, 1)
     assert sorted(tmp_path.iterdir()) == before
@@ -213,7 +209,7 @@ def test_explain_shows_what_each_gate_leaves() -> None:
 def test_what_is_printed(files: tuple[Path, Path]) -> None:
     file = io.StringIO()
     console = Console(file=file, width=60)
-    _, summary = select_file(*files, "bbds", 5)
+    _, summary = select_file(*files, topk(5, strategy="bbds"))
     print_summary(summary, console)
     print_explanation(explain(read_scores(files[1]).values(), 3), 3, console)
     text = file.getvalue()
@@ -235,12 +231,14 @@ def test_selecting_costs_little_more_than_reading_and_no_torch(tmp_path: Path) -
     )
     code = (
         "import json, sys, time\n"
+        "from video_opd.config import SelectionConfig\n"
         "from video_opd.curriculum.tvdf import select_file\n"
         "from video_opd.curriculum.terminal import print_summary\n"
         "start = time.process_time()\n"
         "plain = [[json.loads(line) for line in open(path)] for path in sys.argv[1:3]]\n"
         "read = time.process_time()\n"
-        "rows, summary = select_file(sys.argv[1], sys.argv[2], 'gwds', 2500, out=sys.argv[3])\n"
+        "settings = SelectionConfig(strategy='gwds', k=2500)\n"
+        "rows, summary = select_file(sys.argv[1], sys.argv[2], settings, out=sys.argv[3])\n"
         "done = time.process_time()\n"
         "print_summary(summary)\n"
         "assert len(rows) == 2500 and 'torch' not in sys.modules\n"

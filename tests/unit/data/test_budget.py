@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video_opd.config import VideoConfig
+from video_opd.config import VideoConfig, read_settings
 from video_opd.data.budget import (
-    VideoBudget,
     count_tokens,
     nearest_indices,
     plan,
@@ -21,15 +20,15 @@ from video_opd.errors import UserError
 
 library = pytest.importorskip("qwen_vl_utils.vision_process")
 library.logger.disabled = True  # it warns of every short video
-PAPER = VideoBudget()
+PAPER = VideoConfig()
 
 
-def library_frames(count: int, fps: float, budget: VideoBudget) -> int:
+def library_frames(count: int, fps: float, budget: VideoConfig) -> int:
     settings = {"fps": budget.fps, "min_frames": budget.min_frames, "max_frames": budget.max_frames}
     return library.smart_nframes(settings, total_frames=count, video_fps=fps)
 
 
-def library_size(n_frames: int, height: int, width: int, budget: VideoBudget) -> tuple[int, int]:
+def library_size(n_frames: int, height: int, width: int, budget: VideoConfig) -> tuple[int, int]:
     """``fetch_video``'s own size for such frames, watched at the moment it resizes."""
     area = 32 * 32
     min_px = budget.min_frame_tokens * area
@@ -38,7 +37,7 @@ def library_size(n_frames: int, height: int, width: int, budget: VideoBudget) ->
     return library.smart_resize(height, width, factor=32, min_pixels=min_px, max_pixels=max_px)
 
 
-def fits(n_frames: int, size: tuple[int, int], budget: VideoBudget) -> bool:
+def fits(n_frames: int, size: tuple[int, int], budget: VideoConfig) -> bool:
     return min(size) >= 32 and count_tokens(n_frames, *size) <= budget.max_video_tokens
 
 
@@ -70,7 +69,7 @@ def test_frame_counts_equal_the_librarys_over_a_grid():
     rate=st.floats(0.25, 8),
 )
 def test_frame_counts_equal_the_librarys(count, fps, least, most, rate):
-    budget = VideoBudget(fps=rate, min_frames=least, max_frames=most)
+    budget = VideoConfig(fps=rate, min_frames=least, max_frames=most)
     assert plan_frames(count, fps, budget) == library_frames(count, fps, budget)
 
 
@@ -98,8 +97,8 @@ SIDES = st.tuples(st.integers(16, 4320), st.floats(0.1, 10)).map(
     lambda p: (p[0], max(1, round(p[0] * p[1])))
 )  # 1:10 to 10:1
 BUDGETS = st.builds(
-    lambda least, more, total: VideoBudget(
-        min_frame_tokens=least, max_frame_tokens=least + more, max_video_tokens=total
+    lambda least, more, total: VideoConfig(
+        min_frames=2, min_frame_tokens=least, max_frame_tokens=least + more, max_video_tokens=total
     ),
     st.integers(1, 256),
     st.integers(0, 800),
@@ -140,7 +139,7 @@ def test_a_frame_keeps_its_shape_when_the_floor_gives_way(size, n_frames):
 
 
 def test_long_and_elongated_videos_are_thinned_evenly():
-    budget = VideoBudget(max_video_tokens=1000)
+    budget = VideoConfig(max_video_tokens=1000)
     made = plan(3 * 3600 * 30, 30.0, 100, 1000, budget)  # 10:1 for three hours
     assert (made.height_px, made.width_px) == (32, 320) and made.n_frames == 200
     gaps = np.diff(uniform_indices(3 * 3600 * 30, made.n_frames))
@@ -176,15 +175,10 @@ def test_nearest_frames_are_the_nearest(gaps, n_frames):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"fps": 0.0}, {"fps": float("nan")}, {"max_frames": 1}, {"min_frame_tokens": 0},
-        {"min_frame_tokens": 9, "max_frame_tokens": 8}, {"max_video_tokens": 0},
+        {"fps": 0.0}, {"fps": float("nan")}, {"fps": float("inf")}, {"max_frames": 1},
+        {"min_frame_tokens": 0}, {"min_frame_tokens": 9, "max_frame_tokens": 8}, {"max_video_tokens": 0},
     ],
 )  # fmt: skip
 def test_an_impossible_budget_is_refused(wrong):
     with pytest.raises(UserError):
-        VideoBudget(**wrong)
-
-
-def test_a_recipes_section_is_a_budget():
-    assert VideoBudget.of(VideoConfig()) == PAPER
-    assert VideoBudget.of(VideoConfig(fps=1.0, max_frames=64)) == VideoBudget(fps=1.0, max_frames=64)
+        read_settings(VideoConfig, wrong)

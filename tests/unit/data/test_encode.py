@@ -1,6 +1,5 @@
 """What the model is given: the processor's own tensors, with our frames and our times."""
 
-import dataclasses
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -13,8 +12,7 @@ import pytest
 import torch
 from places import REAL
 
-from video_opd.config import PromptConfig
-from video_opd.data.budget import VideoBudget
+from video_opd.config import PromptConfig, VideoConfig
 from video_opd.data.encode import PromptEncoder, collate
 from video_opd.data.prompts import CONTROL_TOKEN, build_messages
 from video_opd.data.video import clip_digest, load_clip
@@ -206,7 +204,7 @@ def test_another_family_of_processors_is_refused():
     with pytest.raises(UserError, match="28 px"):
         PromptEncoder(other)
     with pytest.raises(UserError, match="style"):
-        PromptEncoder(real, dataclasses.replace(PromptConfig(), style="none"))  # type: ignore[arg-type]
+        PromptEncoder(real, PromptConfig.model_construct(style="none"))
 
 
 def test_a_batch_is_padded_on_the_left_and_keeps_its_videos_in_order():
@@ -231,7 +229,7 @@ def test_a_batch_is_padded_on_the_left_and_keeps_its_videos_in_order():
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real videos are not here")
 def test_a_real_video_has_seventy_frames_in_thirty_five_pairs():
-    clip = load_clip(REAL / "OHOFG.mp4", VideoBudget())
+    clip = load_clip(REAL / "OHOFG.mp4", VideoConfig())
     prompt = encoder().encode(clip, "a person sits on a chair by a table.", "OHOFG")
     assert len(clip.frames) == 70 and len(prompt.pair_times_s) == 35
     assert prompt.tensors["video_grid_thw"][0, 0] == 35 and prompt.video_tokens <= 8192

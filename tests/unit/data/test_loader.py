@@ -12,8 +12,8 @@ import pytest
 import torch
 from video_cases import write_video
 
+from video_opd.config import VideoConfig
 from video_opd.data import clip_cache, loader
-from video_opd.data.budget import VideoBudget
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.data.video import load_clip
@@ -22,7 +22,7 @@ from video_opd.jsonl import read_jsonl
 from video_opd.types import Sample
 from video_opd.world.tiny import build_processor
 
-SMALL = VideoBudget(max_frames=8, min_frame_tokens=1, max_frame_tokens=3)
+SMALL = VideoConfig(max_frames=8, min_frame_tokens=1, max_frame_tokens=3)
 
 
 @lru_cache(maxsize=1)
@@ -186,7 +186,7 @@ def test_the_cache_knows_another_budget_and_a_changed_file(videos, tmp_path):
     path.write_bytes(videos[0].read_bytes())
     kept = clip_cache.ClipCache(tmp_path / "cache", 1 << 30)
     first = kept.load(path, SMALL, "pyav")
-    assert len(kept.load(path, VideoBudget(max_frames=2), "pyav").frames) == 2
+    assert len(kept.load(path, VideoConfig(min_frames=2, max_frames=2), "pyav").frames) == 2
     path.write_bytes(videos[3].read_bytes())
     assert kept.load(path, SMALL, "pyav").digest != first.digest
 

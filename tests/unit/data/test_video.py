@@ -14,13 +14,14 @@ import torch
 from places import REAL
 from video_cases import numbered_frame, read_number, write_sound, write_video
 
+from video_opd.config import VideoConfig
 from video_opd.data import decode, demux, video
-from video_opd.data.budget import VideoBudget, count_tokens
+from video_opd.data.budget import count_tokens
 from video_opd.data.video import VideoError, clip_digest, load_clip, probe
 from video_opd.errors import UserError
 
-SMALL = VideoBudget(min_frame_tokens=8, max_frame_tokens=16)
-NATIVE = VideoBudget(min_frame_tokens=1)  # frames of 64×192 stay as they are
+SMALL = VideoConfig(min_frame_tokens=8, max_frame_tokens=16)
+NATIVE = VideoConfig(min_frame_tokens=1)  # frames of 64×192 stay as they are
 
 
 def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +82,7 @@ def test_pixels_equal_the_librarys(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "get_video_reader_backend", lambda: "torchvision")
     ele = {"video": str(path), "total_pixels": 8192 * 32 * 32, "max_frames": 768}
     theirs = library.fetch_video(ele, image_patch_size=16)
-    ours = load_clip(path, VideoBudget()).frames
+    ours = load_clip(path, VideoConfig()).frames
     assert ours.shape[0] == 8 and ours.dtype == np.uint8
     assert np.array_equal(ours, theirs.permute(0, 2, 3, 1).numpy().astype(np.uint8))
 
@@ -159,7 +160,7 @@ def test_only_stretches_that_are_needed_are_decoded_and_memory_is_bounded(tmp_pa
 
     monkeypatch.setattr(decode, "decode_packet", counted)
     tracemalloc.start()
-    clip = load_clip(path, VideoBudget(max_frames=12, min_frame_tokens=1))
+    clip = load_clip(path, VideoConfig(max_frames=12, min_frame_tokens=1))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [read_number(f) for f in clip.frames] == clip.frame_indices.tolist()
@@ -171,7 +172,7 @@ def test_only_stretches_that_are_needed_are_decoded_and_memory_is_bounded(tmp_pa
 def test_three_hours_are_planned_from_their_packets(tmp_path):
     times_s = np.arange(271) * 40.0  # a frame every 40 s
     path = write_video(tmp_path / "v.mkv", 271, times_s=times_s, size=(32, 96))
-    clip = load_clip(path, VideoBudget(max_video_tokens=512))
+    clip = load_clip(path, VideoConfig(max_video_tokens=512))
     assert clip.duration_s == pytest.approx(3 * 3600 + 20, abs=41)
     assert count_tokens(*clip.frames.shape[:3]) <= 512
     assert clip.times_s == pytest.approx(times_s[clip.frame_indices])
@@ -179,7 +180,7 @@ def test_three_hours_are_planned_from_their_packets(tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 320), (320, 32), (16, 160)])
 def test_elongated_videos_stay_within_the_bound(tmp_path, size):
-    clip = load_clip(write_video(tmp_path / "v.mp4", 120, size=size), VideoBudget(max_video_tokens=60))
+    clip = load_clip(write_video(tmp_path / "v.mp4", 120, size=size), VideoConfig(max_video_tokens=60))
     assert count_tokens(*clip.frames.shape[:3]) <= 60
 
 
@@ -313,7 +314,7 @@ def test_torchcodec_is_asked_for_the_same_frames(tmp_path, monkeypatch):
 )
 def test_real_videos(name, frames, fps, duration_s):
     path = REAL / f"{name}.mp4"
-    clip = load_clip(path, VideoBudget())
+    clip = load_clip(path, VideoConfig())
     assert len(clip.frames) == frames
     assert count_tokens(*clip.frames.shape[:3]) <= 8192
     assert clip.duration_s == pytest.approx(duration_s, abs=0.1)

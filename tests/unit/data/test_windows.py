@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from video_cases import read_number, write_video
 
+from video_opd.config import VideoConfig
 from video_opd.data import decode
-from video_opd.data.budget import VideoBudget
 from video_opd.data.video import VideoError, load_clip, load_windows, plan_windows
 from video_opd.errors import UserError
 
-NATIVE = VideoBudget(min_frame_tokens=1)
+NATIVE = VideoConfig(min_frame_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_frames_that_windows_share_are_decoded_once(video: Path, monkeypatch: py
 
 def test_memory_is_that_of_the_windows_that_are_open(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", 600, codec_options={"g": "10", "preset": "ultrafast"})
-    dense = VideoBudget(fps=10.0, min_frame_tokens=1)
+    dense = VideoConfig(fps=10.0, min_frame_tokens=1)
     tracemalloc.start()
     for window in load_windows(path, dense, 3.0):
         assert len(window.clip.frames) == 30

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from model_cases import model, processor
 from places import REAL
 from video_cases import write_video
 
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.data.video import VideoError, load_clip
@@ -27,7 +26,7 @@ from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.policy import HFPolicy
 from video_opd.types import Clip, EncodedPrompt, Sample
 
-SMALL = VideoBudget(min_frame_tokens=1)
+SMALL = VideoConfig(min_frame_tokens=1)
 
 
 class FakeEncoder:
@@ -45,7 +44,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("video") / "v.mp4", 40, fps=10.0, size=(64, 64))  # 4 s
 
 
-def answers_to(video: Path, *texts: str, budget: VideoBudget = SMALL) -> list[GroundedAnswer]:
+def answers_to(video: Path, *texts: str, budget: VideoConfig = SMALL) -> list[GroundedAnswer]:
     policy: Any = FakePolicy(lambda identity, seed: texts[int(identity.rpartition(" ")[2])])
     encoder: Any = FakeEncoder()
     return ground(policy, encoder, budget, video, [f"query {i}" for i in range(len(texts))])
@@ -85,15 +84,15 @@ def test_records_are_json(video: Path) -> None:
     ("budget", "thinned"),
     [
         (SMALL, False),
-        (replace(SMALL, fps=10.0), False),  # every frame there is
-        (replace(SMALL, fps=20.0), False),  # the source has no more
-        (replace(SMALL, fps=10.0, max_frames=8), True),
-        (replace(SMALL, fps=10.0, max_video_tokens=5), True),
-        (replace(SMALL, min_frames=16), False),  # more than its rate asks for
+        (SMALL.changed(fps=10.0), False),  # every frame there is
+        (SMALL.changed(fps=20.0), False),  # the source has no more
+        (SMALL.changed(fps=10.0, max_frames=8), True),
+        (SMALL.changed(fps=10.0, max_video_tokens=5), True),
+        (SMALL.changed(min_frames=16), False),  # more than its rate asks for
     ],
 )
 def test_thinned_means_fewer_frames_than_the_rate_asks_for(
-    video: Path, budget: VideoBudget, thinned: bool
+    video: Path, budget: VideoConfig, thinned: bool
 ) -> None:
     clip = load_clip(video, budget)
     assert is_thinned(clip, budget) == thinned
@@ -306,7 +305,7 @@ def test_a_real_video(policy: HFPolicy) -> None:
     answer = ground(
         policy,
         PromptEncoder(processor()),
-        VideoBudget(max_video_tokens=256, min_frame_tokens=1),
+        VideoConfig(max_video_tokens=256, min_frame_tokens=1),
         REAL / "OHOFG.mp4",
         ["a person sits on a chair by a table."],
         settings=GenerationSettings(max_new_tokens=3),

@@ -80,7 +80,7 @@ def test_only_depth_can_grow(tiny):
         (["{name: a, steps: 1, grow: test}"], "a: grow from tiny to test: a model grows in depth alone"),
         (["{name: a, steps: 1, grow: small}", "{name: b, steps: 1, grow: tiny}"], "b: grow from small"),
         (["{name: a, steps: 1, start_from: b}", "{name: b, steps: 1}"], "a: start_from is 'b'; choose"),
-        (["{name: a, steps: 1, long_share: 1.5}"], "a: long_share is 1.5"),
+        (["{name: a, steps: 1, long_share: 1.5}"], r"stages\[0\].long_share must be at most 1, not 1.5"),
         (["{name: a, steps: 1, grow: 6}"], "grow must be text, not 6"),
     ],
 )  # fmt: skip

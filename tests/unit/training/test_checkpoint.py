@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from model_cases import model, processor
 from safetensors.torch import load_file
 from training_cases import make_recipe
@@ -159,6 +160,28 @@ def test_a_run_folder_belongs_to_one_recipe(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be written"):
         (tmp_path / "file").write_text("")
         RunFolder(tmp_path / "file" / "run").claim(make_recipe(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["video-opd", "sft"])
+def test_a_run_that_an_earlier_version_began_continues(tmp_path: Path, method: str):
+    """Its recipe.yaml has the keys of every method, each with the value that changes nothing."""
+    folder, recipe = RunFolder(tmp_path / "run"), make_recipe(tmp_path / "run", method)
+    folder.claim(recipe)
+    folder.metrics.write_text('{"step": 1}\n')
+    tree = yaml.safe_load(folder.recipe.read_text())
+    tree["loss"] |= {"kl_beta": 0.0, "estimator": "sampled", "clip_low": None}
+    tree["sampling"] |= {"temperature": 1.0, "rollouts": 1}
+    tree["reward"] = {"iou": "timestamp_aware", "function": None}
+    folder.recipe.write_text(yaml.safe_dump(tree))
+    folder.claim(recipe)
+    with pytest.raises(UserError, match=r"optim\.lr = 0.001, now it is 0.5"):
+        folder.claim(recipe.changed(**{"optim.lr": 0.5}))
+    tree["loss"]["kl_beta"] = 0.1  # which the method never read
+    folder.recipe.write_text(yaml.safe_dump(tree))
+    with pytest.raises(
+        UserError, match=r"recipe cannot be read: choose another run\.dir .*recipe\.yaml: loss\.kl"
+    ):
+        folder.claim(recipe)
 
 
 def test_a_rewound_folder_ends_at_the_checkpoint(tmp_path: Path):

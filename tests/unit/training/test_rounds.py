@@ -21,9 +21,8 @@ import yaml
 from training_cases import fork, repeatable, rows_of
 
 from video_opd.cli import main
-from video_opd.config import Recipe, dump_recipe, recipe_from_dict
+from video_opd.config import Recipe, SelectionConfig, dump_recipe, recipe_from_dict
 from video_opd.curriculum import pool
-from video_opd.curriculum.samplers import SamplerSettings
 from video_opd.curriculum.scores import ScoreSettings
 from video_opd.curriculum.tvdf import select_file
 from video_opd.errors import UserError
@@ -145,10 +144,8 @@ def test_a_selection_is_that_of_the_command(
         _, summary = select_file(
             world / "pool.jsonl",
             path / "scores.jsonl",
-            "topk",
-            K,
-            settings=SamplerSettings(rank_by="reverse_kl", seed=n - 1),
-            min_teacher_iou=0.3,
+            SelectionConfig(k=K, rank_by="reverse_kl", min_teacher_iou=0.3),
+            seed=n - 1,
             exclude=used,
             out=out,
         )
@@ -488,7 +485,6 @@ def test_the_defaults_are_the_papers() -> None:
         0.5,
     )
     assert recipe.tvdf.teacher_k == recipe.tvdf.answers_of_student == ScoreSettings().k
-    assert recipe.tvdf.buckets == SamplerSettings().buckets
     ungated = recipe_from_dict(
         {"teacher": {"path": "t"}, "data": {"train": "d"}, "tvdf": {"strategy": "random"}}
     )

@@ -1,0 +1,330 @@
+"""The sections of a recipe that are the same for every method, with the paper's values as defaults.
+
+A description ends with the section of the paper that gives the default; "ours" marks a common choice where
+the paper gives none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from video_opd.config.settings import Number, Settings, Texts, number, several
+from video_opd.errors import need
+from video_opd.types import MIN_TEACHER_IOU, UNGATED, RankBy, Strategy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ModelPart = Literal["vision", "merger", "language", "lm_head"]
+AdaptedPart = Literal["vision", "merger", "language"]
+Dtype = Literal["float32", "bfloat16"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Beta = Annotated[float, Field(ge=0, lt=1), number]
+
+
+class ModelConfig(Settings):
+    """The student. Its weights and the optimiser's state are float32 whatever ``dtype`` says, because an
+    update at lr 1e-6 is below the rounding step of bfloat16. (With LoRA, frozen weights are held in
+    ``dtype``.)"""
+
+    path: str = Field(
+        default="Qwen/Qwen3-VL-8B-Instruct",
+        description="a model folder, or a name that transformers resolves; sec. 4.1",
+    )
+    dtype: Dtype = Field(default="float32", description="type of the computation; bfloat16 is autocast; ours")
+    attn: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="implementation of attention; ours"
+    )
+    engine: Literal["prefix", "plain"] = Field(
+        default="prefix", description="prefix: encode a prompt once for everything that is done with it; ours"
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="whether the backward computes again what the forward would have to keep; none: where an "
+        "estimate says that it does not fit (prefix engine; the plain one keeps); ours",
+    )
+    freeze: Annotated[tuple[ModelPart, ...], several] = Field(
+        default=(), description="parts of the model that are not trained; ours"
+    )
+    sharding: Literal["fsdp2"] | None = Field(
+        default=None,
+        description="with several processes, fsdp2 shards the master weights and the optimiser's state; ours",
+    )
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (peft) in place of the full weights of some parts of the model.
+
+    A part is trained in full (the default), through adapters (named here), or not at all (``model.freeze``).
+    There is no dropout: the update would differentiate another policy than the one that sampled.
+    """
+
+    parts: Annotated[tuple[AdaptedPart, ...], several] = Field(
+        default=(), description="parts of the model that get adapters; ours: none, full weights are trained"
+    )
+    rank: int = Field(
+        default=16, ge=1, description="rank of the adapters; without adapters, leave lora.parts empty; ours"
+    )
+    alpha: Number = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank; ours")
+
+
+class DataConfig(Settings):
+    """The training rows. Relative paths start at the current directory."""
+
+    train: str = Field(
+        min_length=1,
+        description="a data file, JSON Lines; the paper trains on 2,500 rows chosen by TVDF, sec. 4.1",
+    )
+    video_root: str | None = Field(default=None, description="folder of the videos; none: the data file's")
+    limit: int | None = Field(default=None, ge=1, description="use only the first rows; none: all rows")
+    shuffle: bool = Field(
+        default=True, description="a new order in every epoch, which depends on run.seed and the epoch alone"
+    )
+    workers: int = Field(
+        default=2, ge=0, description="background workers that decode; 0: decode in the training process"
+    )
+    prefetch: int | None = Field(
+        default=None,
+        ge=1,
+        description="videos that are decoded ahead; none: those of a batch, so that the next one is ready",
+    )
+    max_failed_share: Number = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="a run stops when a larger share of the rows cannot be used; a share is between 0 and 1",
+    )
+    cache_dir: str | None = Field(default=None, description="a folder that keeps decoded clips; none: off")
+
+
+class VideoConfig(Settings):
+    """How much of a video the model sees (sec. 4.1). Frame tokens are those of one pair of frames."""
+
+    fps: Number = Field(
+        default=2.0, gt=0, allow_inf_nan=False, description="sampled frames a second; sec. 4.1"
+    )
+    min_frames: int = Field(default=4, ge=2, description="fewest frames of a video; ours")
+    max_frames: int = Field(default=768, ge=2, description="most frames of a video; sec. 4.1")
+    min_frame_tokens: int = Field(
+        default=128,
+        ge=1,
+        description="fewest tokens of a frame pair; gives way where max_video_tokens could not be kept; ours",
+    )
+    max_frame_tokens: int = Field(default=768, ge=1, description="most tokens of a frame pair; sec. 4.1")
+    max_video_tokens: int = Field(
+        default=8192, ge=1, description="most tokens of a video, a hard bound; sec. 4.1"
+    )
+    backend: Literal["pyav", "torchcodec"] = Field(default="pyav", description="the decoder; ours")
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        need(
+            self.min_frames <= self.max_frames,
+            f"min_frames is {self.min_frames}, max_frames {self.max_frames}: "
+            "a video needs min_frames <= max_frames",
+        )
+        need(
+            self.min_frame_tokens <= self.max_frame_tokens,
+            f"min_frame_tokens is {self.min_frame_tokens}, max_frame_tokens {self.max_frame_tokens}: "
+            "a video needs min_frame_tokens <= max_frame_tokens",
+        )
+        pairs = (self.min_frames + 1) // 2
+        need(
+            self.max_video_tokens >= pairs,
+            f"max_video_tokens {self.max_video_tokens} cannot hold min_frames {self.min_frames} "
+            f"({pairs} pairs of at least one token): raise the first or lower the second",
+        )
+        return self
+
+    def without_decoder(self) -> dict[str, Any]:
+        """The settings that decide which frames are seen, and how large; every decoder gives the same."""
+        return self.model_dump(exclude={"backend"})
+
+
+class PromptConfig(Settings):
+    """How the model is asked."""
+
+    style: Literal["paper", "timelens", "question"] = Field(
+        default="paper", description="wording of the prompt; question: the query alone; figure 7"
+    )
+    thinking: bool = Field(
+        default=False, description="reason before the answer; the paper finds no-thinking better, table 8"
+    )
+
+
+class OptimConfig(Settings):
+    """AdamW on float32 weights."""
+
+    lr: Number = Field(default=1e-6, gt=0, description="learning rate; sec. 4.1")
+    batch_size: int = Field(
+        default=32, ge=1, description="prompts of an optimiser step, over all processes; sec. 4.1"
+    )
+    micro_batch_size: int = Field(
+        default=1, ge=1, description="prompts of a forward and backward; does not change the result"
+    )
+    epochs: int = Field(
+        default=1, ge=1, description="passes over the rows; for less than one, set optim.max_steps; sec. 4.1"
+    )
+    updates_per_batch: int = Field(
+        default=1, ge=1, description="optimiser steps on the same rollouts; the ratio of eq 6 then leaves 1"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps; none: as many as the epochs have"
+    )
+    weight_decay: Number = Field(default=0.0, ge=0, description="of matrices, not of vectors; ours")
+    betas: Annotated[tuple[Beta, Beta], several] = Field(default=(0.9, 0.999), description="of Adam; ours")
+    eps: Number = Field(default=1e-8, gt=0, description="of Adam; ours")
+    max_grad_norm: Number = Field(
+        default=1.0, gt=0, description="gradients are clipped to this norm; .inf turns clipping off; ours"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="steps over which the learning rate rises from 0; ours"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="the learning rate after the warm-up; ours"
+    )
+
+    @model_validator(mode="after")
+    def _check_multiples(self) -> Self:
+        need(
+            self.batch_size % self.micro_batch_size == 0,
+            f"batch_size {self.batch_size} is not a multiple of optim.micro_batch_size "
+            f"{self.micro_batch_size}: choose a divisor of it",
+        )
+        need(
+            (self.max_steps or 0) % self.updates_per_batch == 0,
+            f"max_steps {self.max_steps} is not a multiple of optim.updates_per_batch "
+            f"{self.updates_per_batch}: rollouts would be left half used",
+        )
+        need(
+            self.max_steps is None or self.warmup_steps <= self.max_steps,
+            "warmup_steps is above optim.max_steps: the learning rate would never be reached",
+        )
+        return self
+
+
+class RunConfig(Settings):
+    """Where a run lives, what it keeps, and what is checked before its first step."""
+
+    dir: str = Field(default="runs/video-opd", min_length=1, description="a folder for the run")
+    seed: int = Field(default=0, description="everything random follows from it")
+    save_every: int = Field(default=10, ge=1, description="optimiser steps between two checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept; a resume needs one")
+    save_dtype: Dtype = Field(
+        default="float32", description="type of the final model/; checkpoints are float32"
+    )
+    log_rollouts: int = Field(default=4, ge=0, description="rows of rollouts.jsonl a step")
+    analytic_kl: bool = Field(
+        default=True, description="also measure the reverse KL and the entropy over the whole vocabulary"
+    )
+    trackers: Annotated[tuple[Tracker, ...], several] = Field(
+        default=("tensorboard",), description="where metrics are logged besides metrics.jsonl"
+    )
+    check: bool = Field(
+        default=True, description="check on the first prompts that sampling and scoring agree"
+    )
+
+
+class EvaluateConfig(Settings):
+    """Data files on which the trained model answers greedily at the end; results go to ``eval/*.json``."""
+
+    data: Texts = Field(default=(), description="annotated data files, JSON Lines")
+    video_root: str | None = Field(default=None, description="folder of the videos; none: the data file's")
+    limit: int | None = Field(default=None, ge=1, description="use only the first rows; none: all rows")
+    batch_size: int = Field(default=8, ge=1, description="prompts of a forward")
+    max_new_tokens: int = Field(
+        default=64, ge=1, description="length limit; left out, it is sampling.max_new_tokens"
+    )
+
+
+class SelectionConfig(Settings):
+    """Which k of the scored candidates are selected: gate, ranking, sampler (sec. 3.2, appendix B)."""
+
+    k: int = Field(default=2500, ge=1, description="rows to select, because training needs some; sec. 4.1")
+    strategy: Strategy = Field(default="topk", description="the sampler; eq 16")
+    rank_by: RankBy = Field(
+        default="iou_gap", description="what candidates are ranked by; eq 12, or reverse_kl: sec. 3.2, step 2"
+    )
+    min_teacher_iou: Number = Field(
+        default_factory=lambda given: 0.0 if given.get("strategy") in UNGATED else MIN_TEACHER_IOU,
+        le=1,
+        description=f"the gate, a mean IoU of at most 1; 0: none. Left out, it is {MIN_TEACHER_IOU:g}, and 0 "
+        f"for {' and '.join(UNGATED)}; sec. 3.2, step 1, leaves it open",
+    )
+    buckets: int = Field(default=5, ge=1, description="of bbds; sec. B.3")
+    center: Number | None = Field(
+        default=None, description="none: 0.9 for gwds, sec. B.4, and 0.3 for gaussian, sec. D.1"
+    )
+    sigma: Number | None = Field(
+        default=None, gt=0, description="none: 0.2 for gwds, sec. B.4, and for gaussian, sec. D.1"
+    )
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        only: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "buckets": (self.buckets != 5, ("bbds",)),
+            "center": (self.center is not None, ("gwds", "gaussian")),
+            "sigma": (self.sigma is not None, ("gwds", "gaussian")),
+            "rank_by": (self.rank_by != "iou_gap", ("topk", "dsus", "bbds", "gwds")),
+        }
+        for key, (is_set, strategies) in only.items():
+            need(
+                not is_set or self.strategy in strategies,
+                f"{key} means nothing to strategy {self.strategy} (only to {', '.join(strategies)}): "
+                "take it out",
+            )
+        return self
+
+    @property
+    def gated(self) -> bool:
+        return self.min_teacher_iou > 0
+
+
+class TVDFConfig(SelectionConfig):
+    """How ``video-opd rounds`` scores and selects what a round trains on; ``train`` ignores it."""
+
+    teacher_k: int = Field(
+        default=4, ge=1, description="the teacher's responses to a candidate; sec. 3.2 leaves it open"
+    )
+    student_k: int | None = Field(default=None, description="the student's responses; none: as teacher_k")
+    temperature: Number = Field(default=1.0, ge=0, description="of the responses; 0 is greedy; ours")
+    batch_size: int = Field(default=8, ge=1, description="candidates that are answered together; ours")
+
+    @model_validator(mode="after")
+    def _check_responses(self) -> Self:
+        need(
+            self.answers_of_student >= 1,
+            f"student_k must be at least 1: strategy {self.strategy} reads the student's answers",
+        )
+        need(
+            self.temperature > 0 or self.teacher_k == self.answers_of_student == 1,
+            "temperature 0 makes all answers the same: set tvdf.teacher_k and student_k to 1",
+        )
+        return self
+
+    @property
+    def answers_of_student(self) -> int:
+        return self.teacher_k if self.student_k is None else self.student_k
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the selection depends on the teacher's responses; GRPO's, by difficulty, does not."""
+        return self.gated or self.strategy != "gaussian"
+
+
+class RoundsConfig(Settings):
+    """How often ``video-opd rounds`` scores, selects, trains and evaluates; ``train`` ignores it."""
+
+    count: int = Field(default=3, ge=1, description="rounds; sec. D.4, table 6")
+    reuse: bool = Field(
+        default=False, description="whether a row that was trained on is a candidate again; ours"
+    )
+
+
+def section_keys(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The keys of a section of an unchecked tree; none where it is no section, which the check will say."""
+    section = tree.get(name)
+    return section if isinstance(section, Mapping) else {}
