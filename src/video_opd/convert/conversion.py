@@ -136,7 +136,7 @@ class _Work:
         duration_s = self._duration(question, name, video, clip)
         shift_s = clip[0] if clip and self.settings.clips == "whole" else 0.0
         spans = self._spans(question, identity, shift_s, duration_s)
-        self._count(question, video, clip, duration_s)
+        self._count(question, video, clip, duration_s, spans)
         row: dict[str, Any] = dict(question.extra)
         if clip:
             row["clip"] = list(clip)
@@ -201,7 +201,14 @@ class _Work:
             raise last if last is not None else Unusable("no span")
         return spans
 
-    def _count(self, question: Question, video: str, clip: Clip | None, duration_s: float | None) -> None:
+    def _count(
+        self,
+        question: Question,
+        video: str,
+        clip: Clip | None,
+        duration_s: float | None,
+        spans: list[list[float]],
+    ) -> None:
         result = self.result
         result.videos.add(video)
         result.unannotated += values.is_absent(question.spans)
@@ -213,6 +220,8 @@ class _Work:
             first_s = self._lengths.setdefault(video, duration_s)
             if abs(first_s - duration_s) > SAME_S:
                 result.of_two_lengths.add(video)
+            for _, end_s in spans:
+                result.latest_end = max(result.latest_end or 0.0, end_s / duration_s)
 
     # --- videos --------------------------------------------------------------------------------------
 

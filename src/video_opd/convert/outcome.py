@@ -6,6 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+_MANY = 10  # rows: fewer may all be about the first seconds
+_EARLY = 0.02  # of the duration: spans in minutes and durations in seconds end before 1/60
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -41,6 +44,7 @@ class Conversion:
     written: int = 0
     unannotated: int = 0  # questions written without spans, as in the source
     without_duration: int = 0
+    latest_end: float | None = None  # where the last span ends, as a share of its video's duration
     on_clips: int = 0  # questions whose times count from the start of a clip
     videos: set[str] = field(default_factory=set)
     not_found: set[str] = field(default_factory=set)  # videos that are not under the video root
@@ -51,6 +55,12 @@ class Conversion:
     @property
     def dropped(self) -> int:
         return sum(problem.what == "question" for problem in self.problems)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether all spans end within the first percents of their videos, as if units were mixed up."""
+        enough = self.written - self.without_duration >= _MANY
+        return enough and self.latest_end is not None and self.latest_end < _EARLY
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -71,6 +81,7 @@ class Conversion:
             "unannotated": self.unannotated,
             "without_duration": self.without_duration,
             "on_clips": self.on_clips,
+            "latest_end": self.latest_end,
             "videos": len(self.videos),
             "videos_not_found": sorted(self.not_found),
             "videos_of_two_lengths": sorted(self.of_two_lengths),

@@ -42,6 +42,11 @@ def conversion_lines(result: Conversion) -> Iterator[str]:
     for count, note in notes:
         if count:
             yield f"  {counted(count, note)}"
+    if result.ends_early:
+        yield (
+            f"  all spans end within the first {result.latest_end:.1%} of their videos: "
+            "are durations in milliseconds, or spans in minutes? Both must be seconds"
+        )
 
 
 def _first(names: Sequence[str]) -> str:

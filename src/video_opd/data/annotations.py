@@ -156,6 +156,13 @@ def _sample(row: dict[str, Any], where: str, root: Path) -> tuple[Sample, bool]:
     for key in REQUIRED_KEYS:
         if not isinstance(row[key], str) or not row[key].strip():
             raise UserError(f"{where}: {key!r} is {row[key]!r}; it must be a string that is not empty")
+    for key in ("id", "query"):
+        try:
+            row[key].encode()
+        except UnicodeEncodeError:  # no tokenizer takes it
+            raise UserError(
+                f"{where}: {key!r} is {row[key]!r}, which holds half a surrogate pair; mend the text"
+            ) from None
     source = row.get("source")
     if source is not None and not isinstance(source, str):
         raise UserError(f"{where}: 'source' is {source!r}; it must be a string")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,15 @@ def test_vtimellm(tmp_path):
     assert reasons(result) == {"no event": 1, "no times": 1}
     rows, _ = converted(file, clips="whole")
     assert [row["spans"] for row in rows[:2]] == [[[129.8, 139.2]], [[179.2, 189.8]]]
+
+
+def test_long_answers_of_vtimellm_take_linear_time(tmp_path):
+    """Hundredths of a second of processor time; with a search from every space it was 90 seconds."""
+    start = time.process_time()
+    for answer in ("From <s0> to <e0>, x" + " " * 100_000 + "y", "From <s0> to <e0>, a. " * 5_000):
+        rows, _ = converted(write(tmp_path / "a.json", [vtimellm_row("What?", answer)]))
+        assert len(rows) == 1
+    assert time.process_time() - start < 5
 
 
 def test_howto_interlink(tmp_path):

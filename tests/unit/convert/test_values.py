@@ -300,3 +300,43 @@ def test_truth_as_text(tmp_path):
     source = {"p": {"a.mp4": facts, "b.mp4": facts | {"clip": "False"}}}
     made, result = converted(write(tmp_path / "a.json", source), "hirest")
     assert [row["video"] for row in made] == ["a.mp4"] and result.reasons == {"no moment": 1}
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-0"), "test, train"),
+        (("default/train/0000", "default/train/0001", "default/test/0000"), "test, train"),
+        (("train/part-0", "test/part-0"), "test, train"),
+        (("en/train-0", "fr/train-0"), "en/train, fr/train"),
+        (("a/train/0", "b/train/0"), "a/train, b/train"),
+        (("0000", "0001"), ""),
+        (("train",), ""),
+    ],
+)
+def test_splits_in_a_folder_are_never_mixed(tmp_path, files, splits):
+    for i, file in enumerate(files):
+        write_parquet(tmp_path / "set" / f"{file}.parquet", [FLAT | {"query": f"q{i}"}])
+    if not splits:
+        rows, _ = converted(tmp_path / "set")
+        assert [row["query"] for row in rows] == [f"q{i}" for i in range(len(files))]
+        return
+    with pytest.raises(UserError, match=f"give --split with one of: {splits}$"):
+        converted(tmp_path / "set")
+    read = [converted(tmp_path / "set", split=split)[0] for split in splits.split(", ")]
+    queries = [[row["query"] for row in rows] for rows in read]
+    assert sorted(query for some in queries for query in some) == [f"q{i}" for i in range(len(files))]
+    assert queries[0] == [f"q{len(files) - 1}"] or len(files) == 2
+
+
+def test_mixed_up_units_are_noticed(tmp_path, capsys):
+    from video_opd.convert.terminal import conversion_lines
+
+    note = "are durations in milliseconds, or spans in minutes?"
+    milliseconds = [FLAT | {"duration": 30_000, "span": [1, 2 + i]} for i in range(20)]
+    minutes = [FLAT | {"duration": 120, "span": [0.1, 0.2 + i / 20]} for i in range(20)]
+    early = [FLAT | {"duration": 120, "span": [0, 1]}] * 19 + [FLAT | {"duration": 120, "span": [9, 12]}]
+    for rows, told in ((milliseconds, True), (minutes, True), (early, False), (milliseconds[:5], False)):
+        _, result = converted(write(tmp_path / "a.jsonl", rows))
+        assert any(note in line for line in conversion_lines(result)) == told
+        assert result.latest_end == pytest.approx(max(row["span"][1] / row["duration"] for row in rows))

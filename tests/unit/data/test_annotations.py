@@ -79,6 +79,8 @@ def test_a_span_past_the_end_is_cut_and_counted(tmp_path, caplog):
         ({"duration": "30"}, "must be a number"),
         ({"duration": 10**400}, "must be a number"),
         ({"query": "  "}, "query"),
+        ({"query": "a \ud800 dog"}, "half a surrogate pair"),
+        ({"id": "\udfff"}, "half a surrogate pair"),
         ({"id": 7}, "'id' is 7"),
         ({"video": None}, "video"),
         ({"source": 3}, "source"),

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,9 +238,26 @@ def _folder(path: Path, split: str | None) -> Iterator[Entry]:
     files = sorted(path.rglob("*.parquet"))
     if not files:
         raise UserError(f"{path}: a folder without Parquet files or datasets' state.json; name a file")
-    names = sorted({file.name.split("-")[0].removesuffix(".parquet") for file in files})
-    chosen = _chosen(names, split, path)
-    yield from _parquet([f for f in files if f.name.split("-")[0].removesuffix(".parquet") == chosen])
+    splits_of = _parquet_splits(files, path)
+    yield from _parquet(splits_of[_chosen(sorted(splits_of), split, path)])
+
+
+def _parquet_splits(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """The files of each split: ``train-00000-of-00002.parquet``, or ``train/0000.parquet``.
+
+    A split is called by its short name, or by its path if another folder has a split of that name.
+    """
+    groups: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        folder = file.parent.relative_to(root)
+        name = re.split(r"[-.]", file.name)[0]
+        if re.fullmatch(r"[0-9]+|part|shard|chunk|data", name):  # a number in its folder
+            folder, name = folder.parent, folder.name or root.name
+        groups.setdefault((folder.as_posix(), name), []).append(file)
+    names = Counter(name for _, name in groups)
+    return {
+        name if names[name] == 1 else f"{folder}/{name}": found for (folder, name), found in groups.items()
+    }
 
 
 def _saved_splits(path: Path) -> list[str] | None:

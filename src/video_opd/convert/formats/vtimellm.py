@@ -24,7 +24,8 @@ from video_opd.convert.formats.cleaning import lower_query
 from video_opd.convert.formats.format import Entry, Question, Unusable, row_format
 
 _SPAN = r"from\s+<s(\d{1,6})>\s+to\s+<e(\d{1,6})>"
-_DENSE = re.compile(rf"{_SPAN}\s*,\s*(.+?)(?=\s*\bfrom\s+<s\d{{1,6}}>\s+to\s|\Z)", re.I | re.S)
+_DENSE = re.compile(rf"{_SPAN}\s*,\s*", re.I)
+_NEXT = re.compile(r"\bfrom\s+<s\d{1,6}>\s+to\s|\Z", re.I)
 _ONLY_SPAN = re.compile(rf"\s*{_SPAN}\s*\.?\s*", re.I)
 _ASKS_WHEN = re.compile(r"(?:<video>)?\s*during which frames can we see (.+)", re.I | re.S)
 _ASKS_WHAT = re.compile(r"\b(?:what|describe|description|happen\w*|explain|elaborate|details?|tell)\b", re.I)
@@ -74,11 +75,20 @@ def _events(turns: list[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
             if when := _ASKS_WHEN.fullmatch(asked.strip()):
                 yield only.group(1), only.group(2), when.group(1).rstrip("? \n")
             continue
-        dense = list(_DENSE.finditer(said))
-        yield from ((m.group(1), m.group(2), m.group(3)) for m in dense)
+        dense = list(_dense_events(said))
+        yield from dense
         span = _IN_QUESTION.search(asked)
         if not dense and span and _ASKS_WHAT.search(asked) and len(said.split()) >= _LEAST_WORDS:
             yield span.group(1), span.group(2), said
+
+
+def _dense_events(said: str) -> Iterator[tuple[str, str, str]]:
+    """The events of "From <s0> to <e0>, an event. From <s1> to <e1>, another one."."""
+    for match in _DENSE.finditer(said):
+        following = _NEXT.search(said, match.end())
+        assert following is not None  # the end of the text
+        if text := said[match.end() : following.start()].rstrip():
+            yield match.group(1), match.group(2), text
 
 
 VTIMELLM = row_format(
