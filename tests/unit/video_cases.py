@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def numbers_and_times(path: Path) -> tuple[list[int], list[float]]:
     return [number for number, _ in found], [time_s for _, time_s in found]
 
 
+def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Every frame [T, H, W, 3] and its time [T], the plain way."""
+    with av.open(str(path)) as container:
+        frames = [(f.time, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    times_s = np.array([t for t, _ in frames])
+    return np.stack([f for _, f in frames]), times_s - times_s[0]
+
+
 def write_video(
     path: Path,
     count: int,
@@ -50,25 +59,68 @@ def write_video(
     rotation: int = 0,
     codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
+    first_number: int = 0,
+    matrix: tuple[int, int, int, int] | None = None,
+    streams: int = 1,
+    default: int | None = None,
+    change: Callable[[int, av.Packet], av.Packet | None] | None = None,
 ) -> Path:
-    """Writes ``count`` numbered frames at a constant rate, or at ``times_s``."""
+    """Writes ``count`` numbered frames at a constant rate, or at ``times_s``.
+
+    Numbers begin at ``first_number``, in each further stream 1000 higher. ``matrix`` (a, b, c, d) is a
+    display matrix that shows the stored point (x, y) at (ax + cy, bx + dy). ``default`` is the stream that is
+    marked so. ``change`` may replace each packet, by its place in the file, or leave it out.
+    """
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=rate, options=codec_options or {})
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        if times_s is not None:
-            stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK)
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for number in range(count):
-            frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size), format="rgb24")
+        written: list[av.VideoStream] = []
+        for number in range(streams):
+            stream = container.add_stream(codec, rate=rate, options=codec_options or {})
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width = size
+            stream.pix_fmt = pixel_format(codec)
             if times_s is not None:
-                frame.pts, frame.time_base = round(times_s[number] * CLOCK), Fraction(1, CLOCK)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+                stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK)
+            if rotation:
+                stream.set_display_rotation(rotation)
+            if matrix is not None:
+                stream.set_display_matrix(display_matrix(matrix, *size))
+            if default is not None:
+                marks = av.stream.Disposition
+                stream.disposition = marks.default if number == default else marks(0)
+            written.append(stream)
+        places = itertools.count()
+
+        def mux(packets: list[av.Packet]) -> None:
+            for packet in packets:
+                changed = packet if change is None else change(next(places), packet)
+                if changed is not None:
+                    container.mux(changed)
+
+        for number in range(count):
+            for place, stream in enumerate(written):
+                picture = numbered_frame(first_number + number + 1000 * place, *size)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                if times_s is not None:
+                    frame.pts, frame.time_base = round(times_s[number] * CLOCK), Fraction(1, CLOCK)
+                mux(stream.encode(frame))
+        for stream in written:
+            mux(stream.encode(None))
     return path
+
+
+def display_matrix(abcd: tuple[int, int, int, int], height: int, width: int) -> list[int]:
+    """Nine integers, as ISO/IEC 14496-12 stores them, that also move the picture to where it is seen."""
+    a, b, c, d = abcd
+    corners = [(a * x + c * y, b * x + d * y) for x in (0, width) for y in (0, height)]
+    left, top = min(x for x, _ in corners), min(y for _, y in corners)
+    one = 1 << 16
+    return [a * one, b * one, 0, c * one, d * one, 0, -left * one, -top * one, 1 << 30]
+
+
+def pixel_format(codec: str) -> str:
+    """The pixel format that an encoder likes best."""
+    return (av.codec.Codec(codec, "w").video_formats or [])[0].name
 
 
 def write_sound(path: Path) -> Path:

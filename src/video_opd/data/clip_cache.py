@@ -21,7 +21,7 @@ from video_opd.types import Clip
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1: frames and times of files without presentation times were guesses
 _RESCAN_EVERY = 64  # writes between two looks at the folder, which other processes write to as well
 
 

@@ -1,7 +1,7 @@
-"""What a video file holds, read from its packets: no frame but the first is decoded.
+"""Opens video files, chooses the stream that is shown, and reads its packets without decoding them.
 
-Times are presentation times. The pass is cheap (microseconds a packet) and its memory is a few bytes a
-packet, so that a video of hours can be planned before it is decoded.
+The pass over the packets is cheap (microseconds a packet) and keeps a few bytes a packet, so that a video of
+hours can be planned before it is decoded. ``index.py`` turns the packets into frames and times.
 """
 
 from __future__ import annotations
@@ -9,20 +9,29 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 
 from video_opd.errors import UserError
 
 MAX_PACKETS = 5_000_000  # eleven hours at 120 fps: a file with more is broken, or not a video
-READ_TIMEOUT_S = 60.0  # of one read, so that a dead network disk is an error and not a hang
-# A file that ends this much before its header says is truncated. Headers are off by a frame or two.
-MISSING_SHARE, MISSING_S = 0.05, 0.5
+READ_TIMEOUT_S = 60.0  # for one read, so that a dead network disk is an error and not a hang
+# Flags of FFmpeg's demuxers (AVFMT_… in avformat.h).
+NO_TIMESTAMPS = 0x0080  # a raw stream: the file holds no times at all
+DISCONTINUOUS = 0x0200  # the clock may jump: MPEG streams
+# These demuxers take presentation times from the file. Others may leave them out, and FFmpeg then guesses.
+_TIMED_FORMATS = ("mov", "flv")
+_NOT_FILM = (av.stream.Disposition.attached_pic, av.stream.Disposition.timed_thumbnails)
+_ORDER_PACKETS = 24
+_PACKED = re.compile(rb"DivX\d+(?:Build|b)\d+p")
+# How a file of these formats begins: so many bytes that occur nowhere else in it.
+_SIGNATURE_BYTES = {"flv": 4, "asf": 16, "nut": 24, "mxf": 16, "wtv": 16, "apng": 8, "rm": 8, "swf": 8}
+_TAIL_BYTES, _TAIL_MARGIN = 1 << 20, 64  # read after the last packet, and a little before it
 
 
 class VideoError(UserError):
@@ -33,38 +42,57 @@ class VideoError(UserError):
         self.path = Path(path)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[Any, ...]:  # so that it crosses processes whole
+    def __reduce__(self) -> tuple[Any, ...]:  # keeps both attributes when it is sent to another process
         return type(self), (self.path, self.reason)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PacketIndex:
-    """The video packets of a file, in decode order (``N``), and its frames, in display order (``T``)."""
+@dataclass(kw_only=True)
+class PacketTable:
+    """The packets of a video stream, in the order of the file (``N``), and what the container says of it.
 
-    packet_pts_N: np.ndarray  # int64, in time-base units
-    packet_key_N: np.ndarray  # bool: decoding can start here
-    frame_packet_T: np.ndarray  # int64: the packet of each frame
-    frame_times_s_T: np.ndarray  # float64, from the first frame; strictly increasing
-    timed: bool  # False: the file carries no presentation times; they are frame number / nominal rate
-    skippable: bool  # whether its keyframe marks can be trusted to begin decoding in the middle
-    end_s: float  # when the last frame stops being shown
-    nominal_fps: Fraction | None  # the rate that the container claims
-    size_px: tuple[int, int]  # (height, width) as shown
+    ``pts`` and ``dts`` are those of the file, in units of ``time_base_s``; None where the file has none.
+    """
+
+    stream_index: int
     codec: str
+    intra_only: bool  # every packet can be decoded alone
+    reorders: bool  # the codec may show frames in another order than they are decoded in
+    raw: bool  # the format holds no times
+    discontinuous: bool  # its clock may jump, by the format's rules
+    packed: bool = False  # DivX's two pictures in a packet: the decoder keeps the second when it is flushed
+    time_base: Fraction
+    rate: Fraction | None  # the container's or the codec's claim, never a demuxer's default
+    promised_s: float | None  # the duration that the header states
+    promise_from_zero: bool = False  # whether it counts from 0 and not from the first frame
+    promise_of_all: bool = False  # whether it is that of all streams together
+    furthest_s: float = 0.0  # the latest end of a packet of any stream
+    pts: list[int | None] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
+    durations: list[int] = field(default_factory=list)  # 0 where unknown
+    keys: list[bool] = field(default_factory=list)
+    shown: list[bool] = field(default_factory=list)  # False: a header, or cut away by an edit list
+    headers: list[int] = field(default_factory=list)  # packets that bring new codec headers
+    first: av.VideoFrame | None = None  # the first frame that the decoder gives
+    first_packet: int = 0  # the packet that it was in
+    disordered: bool = False  # whether the first frames came in another order than their times say
 
 
-def open_container(path: Path) -> av.container.InputContainer:
-    """Opens a local file, never a URL that a playlist inside it might name. Raises VideoError."""
+def open_container(path: Path, *, guess_times: bool = True) -> av.container.InputContainer:
+    """Opens a local file, never a URL that a playlist inside it might name. Raises VideoError.
+
+    Without ``guess_times``, packets carry only the times that the file holds.
+    """
     if not path.exists():
         raise VideoError(path, "no such file")
     if not path.is_file():
         raise VideoError(path, "not a file")
     if path.stat().st_size == 0:
         raise VideoError(path, "empty file")
+    options = {"protocol_whitelist": "file"} | ({} if guess_times else {"fflags": "nofillin"})
     try:
         return av.open(
             f"file:{path.absolute()}",
-            container_options={"protocol_whitelist": "file"},
+            container_options=options,
             metadata_errors="replace",
             timeout=(READ_TIMEOUT_S, READ_TIMEOUT_S),
         )
@@ -73,12 +101,15 @@ def open_container(path: Path) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
-    """The video stream, with one decoding thread: videos are decoded in parallel, not their frames."""
-    attached = av.stream.Disposition.attached_pic  # a cover picture of a piece of music is no video
-    streams = [s for s in container.streams.video if not s.disposition & attached]
+    """Returns the stream that players show: the default one, else the largest, else the first.
+
+    It decodes with one thread, because videos are decoded in parallel, not their frames. Cover pictures and
+    thumbnails do not count as video.
+    """
+    streams = [s for s in container.streams.video if not any(s.disposition & flag for flag in _NOT_FILM)]
     if not streams:
         raise VideoError(path, "no video stream")
-    stream = streams[0]
+    stream = max(streams, key=_preference)  # the first of equals
     try:
         stream.codec_context.thread_count = 1
     except (AttributeError, RuntimeError):
@@ -86,151 +117,192 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.Video
     return stream
 
 
-def read_index(path: Path) -> PacketIndex:
-    """One pass over the packets. Raises VideoError if no frame can be shown, or the file is truncated."""
+def _preference(stream: av.VideoStream) -> tuple[bool, int]:
+    context: av.VideoCodecContext | None = stream.codec_context
+    size_px = 0 if context is None else context.width * context.height
+    return bool(stream.disposition & av.stream.Disposition.default), size_px
+
+
+def read_packets(path: Path) -> PacketTable:
+    """Passes over the packets once; decodes up to the first frame. Raises VideoError if there is none."""
     with open_container(path) as container:
         stream = video_stream(container, path)
-        pts: list[int | None] = []
-        keys: list[bool] = []
-        shown: list[bool] = []
-        durations: list[int] = []
-        first: av.VideoFrame | None = None
-        furthest_s = 0.0  # over all streams, for containers that know only their total duration
-        for packet in _packets(container, path):
-            if packet.pts is not None:
-                furthest_s = max(furthest_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream_index != stream.index:
-                continue
-            pts.append(packet.pts)
-            keys.append(packet.is_keyframe)
-            shown.append(not packet.is_discard)  # discarded: cut away by an edit list
-            durations.append(packet.duration or 0)
-            if first is None:
-                first = next(iter(decode_packet(stream, packet)), None)
-        if first is None:
-            first = next(iter(decode_packet(stream, None)), None)
-        if not pts:
-            raise VideoError(path, "its video stream holds no frames")
-        if first is None:
-            raise VideoError(path, f"no frame can be decoded ({stream.codec_context.name})")
-        _check_whole(container, stream, pts, durations, furthest_s, path)
-        turned = first.rotation % 180 == 90
-        return _index(
-            pts,
-            np.array(keys),
-            np.array(shown),
-            durations,
-            stream,
-            (first.width, first.height) if turned else (first.height, first.width),
-            path,
-        )
+        table = _describe_stream(container, stream)
+        sure = table.raw or not table.reorders or container.format.name.startswith(_TIMED_FORMATS)
+        if sure:
+            _fill(table, container, stream, path)
+    if not sure:
+        with open_container(path, guess_times=False) as container:
+            _fill(table, container, video_stream(container, path), path)
+    if not table.pts:
+        raise VideoError(path, "its video stream holds no frames")
+    if table.first is None:
+        raise VideoError(path, f"no frame can be decoded ({table.codec})")
+    return table
 
 
 def decode_packet(stream: av.VideoStream, packet: av.Packet | None) -> list[av.VideoFrame]:
-    """The frames that a packet completes; none if it is damaged. ``None`` drains the decoder."""
-    try:
-        return stream.codec_context.decode(packet)
-    except (av.FFmpegError, ValueError):
-        return []
+    """Returns the frames that a packet completes. ``None`` drains the decoder. Raises av.FFmpegError."""
+    return stream.codec_context.decode(packet)
+
+
+def numbered_packets(packets: Iterator[av.Packet], stream: av.VideoStream) -> Iterator[tuple[int, av.Packet]]:
+    """Yields (number, packet) of a stream's packets; the frames of a packet then carry its number as ``pts``.
+
+    Decoders hand ``pts`` through to the frame, whatever order they put frames out in.
+    """
+    number = 0
+    for packet in packets:
+        if (
+            packet.stream_index == stream.index and packet.size
+        ):  # the mark at the end of a stream has no bytes
+            packet.pts, packet.dts = number, None
+            yield number, packet
+            number += 1
 
 
 def describe(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def _describe_stream(container: av.container.InputContainer, stream: av.VideoStream) -> PacketTable:
+    context = stream.codec_context
+    raw = bool(container.format.flags & NO_TIMESTAMPS)
+    # The demuxer of a raw stream claims 25 fps. The codec's headers may know better, and nothing else does.
+    rate = (context.framerate if raw else stream.average_rate or stream.guessed_rate) or None
+    assert stream.time_base is not None, "every stream of an open file has one"
+    table = PacketTable(
+        stream_index=stream.index,
+        codec=context.name,
+        intra_only=bool(context.codec.intra_only),
+        reorders=bool(context.codec.reorder),
+        raw=raw,
+        discontinuous=bool(container.format.flags & DISCONTINUOUS),
+        time_base=stream.time_base,
+        rate=rate,
+        promised_s=None,
+    )
+    if raw:
+        return table
+    if stream.duration:
+        table.promised_s = float(stream.duration * stream.time_base)
+    elif (tagged := _tagged_duration_s(stream)) is not None:
+        table.promised_s, table.promise_from_zero = tagged, True
+    elif container.duration:
+        table.promised_s, table.promise_of_all = container.duration / av.time_base, True
+    return table
+
+
+def _fill(
+    table: PacketTable, container: av.container.InputContainer, stream: av.VideoStream, path: Path
+) -> None:
+    last = newest = 0
+    for packet in _packets(container, path):
+        last = max(last, packet.pos or 0)
+        clock = packet.pts if packet.pts is not None else packet.dts
+        if clock is not None and packet.time_base:
+            ends_s = float((clock + (packet.duration or 0)) * packet.time_base)
+            table.furthest_s = max(table.furthest_s, ends_s)
+        if packet.stream_index != stream.index:
+            continue
+        number = len(table.pts)
+        table.pts.append(packet.pts)
+        table.dts.append(packet.dts)
+        table.durations.append(packet.duration or 0)
+        table.keys.append(packet.is_keyframe)
+        table.shown.append(not packet.is_discard and not _is_header(packet, table.codec))
+        if number and packet.has_sidedata("new_extradata"):
+            table.headers.append(number)
+        if number == 0 and table.codec == "mpeg4":
+            headers = (stream.codec_context.extradata or b"") + bytes(packet)
+            table.packed = _PACKED.search(headers) is not None
+        if table.first is None or _order_is_open(table, stream):
+            packet.pts, packet.dts = number, None
+            newest = _decode_start(table, stream, packet, newest)
+    if table.first is None:
+        _decode_start(table, stream, None, newest)
+    _check_tail(path, container.format.name, last)
+
+
+def _is_header(packet: av.Packet, codec: str) -> bool:
+    """Whether a packet is a header of Theora: streams that were joined repeat theirs among the frames."""
+    return codec == "theora" and bytes(packet)[1:7] == b"theora"
+
+
+def _order_is_open(table: PacketTable, stream: av.VideoStream) -> bool:
+    """Whether frames may come out of order although the times of their packets, so far, only increase.
+
+    Some files hold decoding times in the place of presentation times. A few more frames are decoded then.
+    """
+    if len(table.pts) > _ORDER_PACKETS or not stream.codec_context.has_b_frames or table.disordered:
+        return False
+    known = [pts for pts in table.pts if pts is not None]
+    return len(known) == len(table.pts) and all(a < b for a, b in pairwise(known))
+
+
+def _decode_start(table: PacketTable, stream: av.VideoStream, packet: av.Packet | None, newest: int) -> int:
+    with contextlib.suppress(av.FFmpegError, ValueError):  # damaged, or the middle of a group of pictures
+        for frame in decode_packet(stream, packet):
+            number = frame.pts or 0
+            if table.first is None:
+                table.first, table.first_packet = frame, number
+            table.disordered |= number < newest
+            newest = max(newest, number)
+    return newest
+
+
 def _packets(container: av.container.InputContainer, path: Path) -> Iterator[av.Packet]:
     count = 0
-    # A file that breaks off raises here; whether enough was read is judged from what was.
+    # A file that breaks off raises here. The caller judges from the packets before that whether they suffice.
     with contextlib.suppress(av.FFmpegError, EOFError):
         for packet in container.demux():
             if packet.size == 0:
-                continue  # the marker at the end of each stream
+                continue  # the mark at the end of each stream
             count += 1
             if count > MAX_PACKETS:
                 raise VideoError(path, f"more than {MAX_PACKETS:,} packets")
             yield packet
 
 
-def _index(
-    pts: list[int | None],
-    keys_N: np.ndarray,
-    shown_N: np.ndarray,
-    durations: list[int],
-    stream: av.VideoStream,
-    size_px: tuple[int, int],
-    path: Path,
-) -> PacketIndex:
-    nominal = stream.average_rate or stream.guessed_rate or None
-    timed = all(p is not None for p, show in zip(pts, shown_N, strict=True) if show)
-    if timed:
-        missing = np.iinfo(np.int64).min
-        pts_N = np.array([missing if p is None else p for p in pts], dtype=np.int64)
-        packets = np.flatnonzero(shown_N)
-        values, first_of = np.unique(pts_N[packets], return_index=True)  # sorted; a repeated time once
-        frames = packets[first_of]
-        base = _time_base(stream)
-    else:
-        if not nominal:
-            raise VideoError(path, "neither frame times nor a frame rate")
-        pts_N = frames = values = np.arange(len(pts), dtype=np.int64)
-        base = Fraction(nominal.denominator, nominal.numerator)
-    if len(frames) == 0:
-        raise VideoError(path, "zero length: no frame is shown")
-    times_s = (values - values[0]) * base.numerator / base.denominator
-    last_s = float(durations[int(frames[-1])] * base) if timed else float(base)
-    if last_s <= 0:
-        last_s = float(times_s[-1]) / (len(times_s) - 1) if len(times_s) > 1 else float(1 / (nominal or 25))
-    # Some writers mark every packet as a keyframe, of codecs where that cannot be meant.
-    skippable = timed and bool(keys_N[0]) and (stream.codec_context.codec.intra_only or not keys_N.all())
-    return PacketIndex(
-        packet_pts_N=pts_N,
-        packet_key_N=keys_N,
-        frame_packet_T=frames.astype(np.int64),
-        frame_times_s_T=times_s.astype(np.float64),
-        timed=timed,
-        skippable=skippable,
-        end_s=float(times_s[-1]) + last_s,
-        nominal_fps=nominal,
-        size_px=size_px,
-        codec=stream.codec_context.name,
-    )
-
-
-def _check_whole(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    pts: list[int | None],
-    durations: list[int],
-    furthest_s: float,
-    path: Path,
-) -> None:
-    """Raises VideoError if the packets end well before the header says."""
-    known = [(p, p + d) for p, d in zip(pts, durations, strict=True) if p is not None]
-    if not known:
-        return
-    base = _time_base(stream)
-    first_s, end_s = (
-        float(min(start for start, _ in known) * base),
-        float(max(end for _, end in known) * base),
-    )
-    if stream.duration:
-        promised_s, read_s = float(stream.duration * base), end_s - first_s
-    elif (promised := _tagged_duration_s(stream)) is not None:
-        promised_s, read_s = promised, max(end_s, end_s - first_s)  # counted from 0, not from the first frame
-    elif container.duration:
-        promised_s, read_s = container.duration / av.time_base, max(furthest_s, furthest_s - first_s)
-    else:
-        return
-    if promised_s - read_s > max(MISSING_S, MISSING_SHARE * promised_s):
-        raise VideoError(path, f"truncated: {max(read_s, 0.0):.1f} of {promised_s:.1f} s can be read")
-
-
-def _time_base(stream: av.VideoStream) -> Fraction:
-    assert stream.time_base is not None, "every stream of an open file has one"
-    return stream.time_base
-
-
 def _tagged_duration_s(stream: av.VideoStream) -> float | None:
-    """Matroska keeps a stream's duration as a tag: "00:01:02.345000000"."""
+    """Matroska keeps the duration of a stream as a tag: "00:01:02.345000000"."""
     tag = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "").strip())
     return None if tag is None else int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+
+
+def _check_tail(path: Path, format_name: str, last: int) -> None:
+    """Raises VideoError if a second file was appended that the demuxer does not read.
+
+    The demuxers of MPEG, Matroska, Ogg and AVI read on when files were joined byte by byte. Those of MP4,
+    FLV, ASF and others stop after the first file, and the rest would be lost in silence. ``last``: where the
+    last packet begins.
+    """
+    with path.open("rb") as file:
+        if format_name.startswith("mov"):
+            joined = _count_movies(file, path.stat().st_size) > 1
+        elif format_name in _SIGNATURE_BYTES:
+            signature = file.read(_SIGNATURE_BYTES[format_name])
+            file.seek(max(len(signature), last - _TAIL_MARGIN))
+            joined = last > 0 and signature in file.read(_TAIL_BYTES)
+        else:
+            return
+    if joined:
+        raise VideoError(
+            path, "several files joined byte by byte, of which only the first can be read: join them anew"
+        )
+
+
+def _count_movies(file: Any, size: int) -> int:
+    """How many ``moov`` boxes an MP4 file has at its top level."""
+    at = count = 0
+    while at + 8 <= size:
+        file.seek(at)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        if length == 1:
+            length = int.from_bytes(header[8:16], "big")
+        count += header[4:8] == b"moov"
+        if length < 8:
+            break  # 0: the box goes on to the end of the file
+        at += length
+    return count

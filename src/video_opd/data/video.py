@@ -1,17 +1,16 @@
-"""A video file becomes a :class:`Clip`: decoded, sampled and resized exactly once.
+"""Turns a video file into a :class:`Clip`, or into windows of it.
 
-Frame choice at a constant rate is qwen-vl-utils' (evenly spread frame *numbers*); at a variable rate it is
-the frames nearest to evenly spread *times*. The rate counts as variable as soon as frame number ÷ mean
-rate is more than half a frame off for any frame. Times are always presentation times, from the first frame.
+At a constant rate, evenly spread frame *numbers* are chosen, as qwen-vl-utils does. At a variable rate, the
+frames nearest to evenly spread *times* are chosen. A rate counts as variable as soon as frame number ÷ mean
+rate is more than half a frame off for any frame. Times are presentation times, counted from the first frame.
 
-Frames are decoded one by one and resized as they come: memory is the chosen frames, after resizing, plus
-one. Only stretches from a keyframe to a chosen frame are decoded.
+Frames are decoded one by one and resized at once, so memory holds the chosen frames, resized, and one more.
+Only the packets from a keyframe to a chosen frame are decoded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import math
 from collections import deque
@@ -23,8 +22,10 @@ import numpy as np
 
 from video_opd.config import VideoConfig
 from video_opd.data.budget import PAIR, nearest_indices, plan, uniform_indices
-from video_opd.data.decode import as_shown, decode_frames
-from video_opd.data.demux import PacketIndex, VideoError, read_index
+from video_opd.data.decode import IndexMismatch, as_shown, decode_frames
+from video_opd.data.demux import VideoError
+from video_opd.data.index import PacketIndex, read_index
+from video_opd.data.torchcodec import check_torchcodec, torchcodec_frames
 from video_opd.errors import UserError
 from video_opd.types import Clip
 
@@ -41,23 +42,23 @@ __all__ = [
 ]
 
 BACKENDS = ("pyav", "torchcodec")
-# So many of the chosen frames may be damaged (a lost packet, a cut at the start) before the video is.
+# A video counts as corrupt when more of its chosen frames than this cannot be decoded.
 MAX_LOST_SHARE = 0.05
-# A claimed rate within this of the measured one is taken: it is what other readers report.
+# A claimed rate this close to the measured one is used in its place, because other readers report it.
 RATE_TOLERANCE = 0.005
-TIME_ROUNDING = 1e-6  # seconds: 2/3 + 1/3 is not 1
+TIME_ROUNDING = 1e-6  # seconds; sums of floats are not exact
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video holds, without decoding it. ``T``: all its frames, in display order."""
+    """Frame times, rate and size of a video. ``T``: all its frames, in display order."""
 
     path: Path
     times_s: np.ndarray  # float64 [T], presentation times from the first frame
     duration_s: float  # until the last frame stops being shown
     fps: float  # mean rate
     variable_rate: bool
-    size_px: tuple[int, int]  # (height, width) as shown, rotation applied
+    size_px: tuple[int, int]  # (height, width) as shown: turned as the file says
     codec: str
 
     @property
@@ -66,7 +67,10 @@ class VideoInfo:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Frame times, rate and size of a video. Raises VideoError."""
+    """Reads frame times, rate and size of a video. Raises VideoError.
+
+    Few frames are decoded, except in files that hold no presentation times: these are decoded as a whole.
+    """
     path = Path(path)
     return _info(path, read_index(path))
 
@@ -87,10 +91,10 @@ class Window:
 
 
 def load_clip(path: str | Path, budget: VideoConfig, backend: str = "pyav") -> Clip:
-    """Decodes the frames that ``budget`` allows; always an even number (the last one repeated if need be).
+    """Decodes the frames that ``budget`` allows. Their number is even: the last is repeated if need be.
 
     Raises VideoError for a video that cannot be used: missing, empty, truncated, corrupt, without a video
-    stream, without frames. Raises UserError for a backend that is unknown or not installed.
+    stream, frames or times. Raises UserError for a backend that is unknown or cannot be loaded.
     """
     return next(load_windows(path, budget, backend=backend)).clip
 
@@ -102,11 +106,11 @@ def load_windows(
     overlap_s: float = 0.0,
     backend: str = "pyav",
 ) -> Iterator[Window]:
-    """Stretches of ``window_s`` seconds (none: the whole video), each with the frames that ``budget`` allows.
+    """Yields windows of ``window_s`` seconds (None: the whole video), each with the frames ``budget`` allows.
 
-    Neighbours overlap by ``overlap_s``, the last two by more where the duration asks for it; a video that is
-    not longer than ``window_s`` is one window. The file is read once and decoded once, as the windows are
-    taken. Raises as :func:`load_clip` does, and UserError for a window that is not longer than its overlap.
+    Neighbours overlap by ``overlap_s``; the last two overlap more where the duration is no multiple. A video
+    that is not longer than ``window_s`` is one window. The file is decoded once, while the caller takes
+    windows. Raises as :func:`load_clip` does, and UserError for a window that is not longer than its overlap.
     """
     if window_s is not None and not (math.isfinite(window_s) and 0 <= overlap_s < window_s):
         raise UserError(
@@ -115,34 +119,50 @@ def load_windows(
         )
     if backend not in BACKENDS:
         raise UserError(f"unknown video backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
-    if backend == "torchcodec" and importlib.util.find_spec("torchcodec") is None:
-        raise UserError("the video backend torchcodec is not installed; install torchcodec, or choose pyav")
+    if backend == "torchcodec":
+        check_torchcodec()
     path = Path(path)
     index = read_index(path)
-    info = _info(path, index)
-    ranges = plan_windows(info.times_s, info.duration_s, window_s, overlap_s)
-    parts = [_Part(info, budget, number, len(ranges), *frames) for number, frames in enumerate(ranges)]
-    wanted = np.unique(np.concatenate([part.wanted for part in parts]))
-    decoded = (
-        _torchcodec_frames(path, wanted) if backend == "torchcodec" else _pyav_frames(path, index, wanted)
-    )
-    waiting = deque(parts)
+    count, done = None, 0
+    while count != done:
+        info = _info(path, index)
+        ranges = plan_windows(info.times_s, info.duration_s, window_s, overlap_s)
+        if count not in (None, len(ranges)):
+            raise VideoError(path, "corrupt: its packets are not its frames; try it in shorter pieces")
+        count = len(ranges)
+        fillers = [
+            _WindowFiller(info, budget, number, count, *ranges[number]) for number in range(done, count)
+        ]
+        wanted = np.unique(np.concatenate([filler.wanted for filler in fillers]))
+        read = torchcodec_frames if backend == "torchcodec" else _pyav_frames
+        try:
+            for window in _fill_windows(fillers, read(path, index, wanted)):
+                yield window
+                done += 1
+        except IndexMismatch:
+            index = read_index(path, decode=True)
+
+
+def _fill_windows(
+    fillers: list[_WindowFiller], decoded: Iterator[tuple[int, np.ndarray]]
+) -> Iterator[Window]:
+    waiting = deque(fillers)
     for number, rgb in decoded:
-        for part in itertools.takewhile(lambda part: part.wanted[0] <= number, waiting):  # noqa: B023
-            part.take(number, rgb)
+        for filler in itertools.takewhile(lambda filler: filler.wanted[0] <= number, waiting):  # noqa: B023
+            filler.take(number, rgb)
         while waiting and waiting[0].wanted[-1] <= number:
             yield waiting.popleft().window()
-    for part in waiting:  # whose last frames are lost
-        yield part.window()
+    for filler in waiting:  # their last frames are lost
+        yield filler.window()
 
 
 def plan_windows(
     times_s: np.ndarray, duration_s: float, window_s: float | None, overlap_s: float
 ) -> list[tuple[int, int]]:
-    """(first frame, first frame after) of each window; ``times_s`` [frame_count] are those of the frames.
+    """Returns (first frame, first frame after) of each window. ``times_s`` [frame_count]: their times.
 
-    Windows begin every ``window_s − overlap_s`` seconds, but the last one so early that it is as long as the
-    others. One in which no new frame is shown is left out.
+    Windows begin every ``window_s − overlap_s`` seconds. The last one begins so early that it is as long as
+    the others. A window in which no frame begins is left out.
     """
     if window_s is None or duration_s <= window_s:
         return [(0, len(times_s))]
@@ -156,7 +176,7 @@ def plan_windows(
 
 
 def clip_digest(frames: np.ndarray, times_s: np.ndarray) -> str:
-    """32 hex digits of the frames' shape and bytes and of their times (blake2b)."""
+    """Returns 32 hex digits (blake2b) of the frames' shape, bytes and times."""
     digest = hashlib.blake2b(repr(frames.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(times_s, dtype="<f8").data)
     digest.update(np.ascontiguousarray(frames).data)
@@ -165,6 +185,7 @@ def clip_digest(frames: np.ndarray, times_s: np.ndarray) -> str:
 
 def _info(path: Path, index: PacketIndex) -> VideoInfo:
     times_s = index.frame_times_s_T
+    assert (np.diff(times_s) > 0).all(), "an index holds increasing times"
     count = len(times_s)
     interval_s = index.end_s if count == 1 else float(times_s[-1]) / (count - 1)
     off_s = np.abs(times_s - np.arange(count) * interval_s).max()
@@ -183,8 +204,8 @@ def _info(path: Path, index: PacketIndex) -> VideoInfo:
     )
 
 
-class _Part:
-    """A window that is being filled: its frames number ``first`` to ``stop``, this one not included."""
+class _WindowFiller:
+    """Collects the frames of a window, which spans the frame numbers from ``first`` to before ``stop``."""
 
     def __init__(
         self, info: VideoInfo, budget: VideoConfig, number: int, count: int, first: int, stop: int
@@ -193,7 +214,7 @@ class _Part:
         whole = stop - first == info.frame_count
         self.start_s = float(info.times_s[first])
         self.end_s = float(info.times_s[stop]) if stop < info.frame_count else info.duration_s
-        local = info.variable_rate and not whole  # the mean rate of the file says little about a part of it
+        local = info.variable_rate and not whole  # the mean rate of the file says little about a window of it
         fps = (stop - first) / (self.end_s - self.start_s) if local else info.fps
         self.plan = plan(stop - first, fps, *info.size_px, budget)
         self.wanted = first + _choose(info, info.times_s[first:stop], self.plan.n_frames)
@@ -201,7 +222,7 @@ class _Part:
         self.kept: list[int] = []
 
     def take(self, number: int, rgb: np.ndarray) -> None:
-        """Keeps the frame if the window wants it; they come in display order."""
+        """Keeps the frame if the window wants it. Frames come in display order."""
         place = np.searchsorted(self.wanted, number)
         if place == len(self.wanted) or self.wanted[place] != number:
             return
@@ -212,7 +233,7 @@ class _Part:
         self.kept.append(number)
 
     def window(self) -> Window:
-        """Raises VideoError where too many of its frames did not come."""
+        """Returns the window. Raises VideoError if too many of its frames did not come."""
         path, lost = self.info.path, len(self.wanted) - len(self.kept)
         if self.frames is None:
             raise VideoError(path, "corrupt: none of its frames can be decoded")
@@ -248,7 +269,7 @@ def _pyav_frames(path: Path, index: PacketIndex, wanted: np.ndarray) -> Iterator
 
 
 def _resize(rgb: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
-    """uint8 [h, w, 3] → uint8 [height_px, width_px, 3], as qwen-vl-utils resizes."""
+    """Resizes uint8 [h, w, 3] to uint8 [height_px, width_px, 3], as qwen-vl-utils does."""
     if rgb.shape[:2] == (height_px, width_px):
         return rgb
     import torch
@@ -258,14 +279,3 @@ def _resize(rgb: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1).contiguous()
     image = resize(image, [height_px, width_px], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return image.permute(1, 2, 0).numpy()
-
-
-def _torchcodec_frames(path: Path, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    from torchcodec.decoders import VideoDecoder
-
-    try:
-        decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, seek_mode="exact", dimension_order="NHWC")
-        for number in wanted:
-            yield int(number), decoder.get_frame_at(int(number)).data.numpy()
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise VideoError(path, f"torchcodec cannot decode it ({str(error).splitlines()[0]})") from None

@@ -16,8 +16,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-from video_opd.data.decode import decode_frames
-from video_opd.data.demux import PacketIndex, VideoError, describe, open_container, read_index, video_stream
+from video_opd.data.decode import IndexMismatch, decode_frames
+from video_opd.data.demux import VideoError, describe, open_container
+from video_opd.data.index import PacketIndex, read_index
+from video_opd.data.orientation import Orientation, orientation_of
 from video_opd.errors import UserError
 from video_opd.files import replacing_file
 from video_opd.progress import log
@@ -41,18 +43,23 @@ def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
     """
     video, out = Path(video), Path(out)
     check_target(video, out)
-    index = read_index(video)
+    try:
+        return _cut(video, read_index(video), span, out)
+    except IndexMismatch:
+        return _cut(video, read_index(video, decode=True), span, out)
+
+
+def _cut(video: Path, index: PacketIndex, span: Interval, out: Path) -> Interval:
     first, stop = nearest_frames(index, span)
     borders_s = _borders_s(index)
-    written = (float(borders_s[first]), float(borders_s[stop]))
     with replacing_file(out) as temporary:  # av raises OSErrors for errors of the disk, too
         _write(video, index, first, stop, temporary)
-    return written
+    return float(borders_s[first]), float(borders_s[stop])
 
 
 def check_target(video: Path, out: Path) -> None:
     """Raises UserError if no clip can be written to ``out``, or if this PyAV is too old to write one."""
-    if not hasattr(av.VideoStream, "set_display_rotation"):
+    if not hasattr(av.VideoStream, "set_display_matrix"):
         raise UserError(
             f"cutting a clip needs PyAV 17.1 or newer, and {av.__version__} is installed: update av"
         )
@@ -86,7 +93,7 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
         raise VideoError(video, "corrupt: none of the frames of the clip can be decoded")
     with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         picture = _picture_stream(container, frame)
-        sound = _Sound(container, video, origin_s=_origin_s(video, index), span=(start_s, end_s))
+        sound = _Sound(container, video, origin_s=index.origin_s, span=(start_s, end_s))
         # A frame that cannot be decoded is left out: the one before is shown for longer.
         number = first
         for following, after in itertools.chain(decoded, [(stop, None)]):
@@ -110,7 +117,7 @@ def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
 
 
 def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame) -> av.VideoStream:
-    """Adds a stream with rotation, colours and size of ``like``; an odd side loses a row: 4:2:0 is even."""
+    """Adds a stream turned, coloured and sized as ``like``; an odd side loses a row: 4:2:0 is even."""
     # Without B-frames, packets are in the order of time, and the file ends exactly where it should.
     stream = container.add_stream("libx264", options={"crf": CRF, "bf": "0"})
     assert isinstance(stream, av.VideoStream)
@@ -121,29 +128,24 @@ def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame
     shown = like.reformat(format="yuv420p")
     context.color_range, context.colorspace = shown.color_range, shown.colorspace
     context.color_primaries, context.color_trc = shown.color_primaries, shown.color_trc
-    if like.rotation:
-        stream.set_display_rotation(like.rotation)
+    if (orientation := orientation_of(like)) != Orientation():
+        stream.set_display_matrix(orientation.matrix(stream.height, stream.width))
     return stream
-
-
-def _origin_s(video: Path, index: PacketIndex) -> float:
-    """The time of the first frame on the clock that sound and picture of the file share."""
-    if not index.timed:
-        return 0.0
-    with open_container(video) as container:
-        base = video_stream(container, video).time_base
-    assert base is not None
-    return float(index.packet_pts_N[index.frame_packet_T[0]] * base)
 
 
 class _Sound:
     """Writes the sound of a span a little at a time, so that it lies beside its pictures in the file."""
 
     def __init__(
-        self, container: av.container.OutputContainer, video: Path, *, origin_s: float, span: Interval
+        self, container: av.container.OutputContainer, video: Path, *, origin_s: float | None, span: Interval
     ) -> None:
+        """``origin_s``: the time of the first frame on the clock that sound and picture of the file share."""
         self.container, self.span = container, span
-        self.chunks = _sound_chunks(video, origin_s, span)
+        if origin_s is None:
+            log(
+                f"{video}: its clock starts again, so sound cannot be matched to pictures; the clip is silent"
+            )
+        self.chunks = iter(()) if origin_s is None else _sound_chunks(video, origin_s, span)
         self.next = next(self.chunks, None)
         self.written = 0  # samples
         self.rate = 1

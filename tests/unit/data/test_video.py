@@ -2,9 +2,7 @@
 
 import pickle
 import struct
-import sys
 import tracemalloc
-import types
 from pathlib import Path
 
 import av
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from places import REAL
-from video_cases import numbered_frame, read_number, write_sound, write_video
+from video_cases import decode_all, numbered_frame, read_number, write_sound, write_video
 
 from video_opd.config import VideoConfig
 from video_opd.data import decode, demux, video
@@ -22,14 +20,6 @@ from video_opd.errors import UserError
 
 SMALL = VideoConfig(min_frame_tokens=8, max_frame_tokens=16)
 NATIVE = VideoConfig(min_frame_tokens=1)  # frames of 64×192 stay as they are
-
-
-def decode_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Every frame [T, H, W, 3] and its time [T], the plain way."""
-    with av.open(str(path)) as container:
-        frames = [(f.time, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
-    times_s = np.array([t for t, _ in frames])
-    return np.stack([f for _, f in frames]), times_s - times_s[0]
 
 
 @pytest.mark.parametrize(
@@ -277,34 +267,10 @@ def test_a_few_damaged_frames_are_left_out_with_their_times(tmp_path, monkeypatc
     assert clip.times_s == pytest.approx(clip.frame_indices / 10)
 
 
-def test_backends_are_checked(tmp_path, monkeypatch):
+def test_backends_are_checked(tmp_path):
     path = write_video(tmp_path / "v.mp4", 8)
     with pytest.raises(UserError, match="pyav, torchcodec"):
         load_clip(path, SMALL, backend="decord")
-    monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed"):
-        load_clip(path, SMALL, backend="torchcodec")
-
-
-def test_torchcodec_is_asked_for_the_same_frames(tmp_path, monkeypatch):
-    """Through a stand-in with torchcodec's interface: the package needs FFmpeg's own libraries."""
-    path = write_video(tmp_path / "v.mp4", 30)
-    frames, _ = decode_all(path)
-
-    class VideoDecoder:
-        def __init__(self, source, **_):
-            assert source == str(path)
-
-        def get_frame_at(self, index):
-            return types.SimpleNamespace(data=torch.from_numpy(frames[index]))
-
-    decoders = types.ModuleType("torchcodec.decoders")
-    decoders.VideoDecoder = VideoDecoder  # type: ignore[attr-defined]
-    package = types.ModuleType("torchcodec")
-    package.__spec__ = types.SimpleNamespace(name="torchcodec")  # type: ignore[assignment]
-    monkeypatch.setitem(sys.modules, "torchcodec", package)
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
-    assert load_clip(path, SMALL, backend="torchcodec").digest == load_clip(path, SMALL).digest
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real videos are not here")
