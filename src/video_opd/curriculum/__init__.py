@@ -1,1 +1,1 @@
-"""What to train on: scores, the gate, samplers, TVDF."""
+"""Selects what to train on: scores, the gate, samplers, TVDF."""

@@ -1,4 +1,4 @@
-"""Scores of a candidate pool by two checkpoints: what ``video-opd score``, the demo and the rounds share."""
+"""Loads a student and a teacher and scores a candidate pool: ``video-opd score``, the demo and the rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from video_opd.config import Recipe
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import InferenceConfig, InferenceModel, load_inference_model
-from video_opd.models.loading import check_same_tokens
+from video_opd.models.loading import check_same_tokens, read_config
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 
 def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, InferenceConfig | None]:
-    """A recipe's student and teacher; both are shown the same. No teacher where the recipe names none."""
+    """(student, teacher) of a recipe, with the same video budget and prompt. A recipe may name no teacher."""
     student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
     if not recipe.teacher.path:
         return student, None
-    return student, student.changed(
-        **{"model.path": recipe.teacher.path, "model.dtype": recipe.teacher.dtype}
-    )
+    teacher = recipe.teacher
+    return student, student.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
 
 
 def score_pool(
@@ -43,33 +42,29 @@ def score_pool(
     repeatable: bool = False,
     processes: Processes | None = None,
 ) -> ScoreResult:
-    """Opens the models and scores ``samples`` (:func:`~video_opd.curriculum.scores.score`).
+    """Loads the models and scores ``samples``, as :func:`~video_opd.curriculum.scores.score` does.
 
-    With ``teacher_from`` the teacher is loaded only if it is asked. ``repeatable``: an output that was killed
-    ends with the same bytes as one that was not; for one process. Of several ``processes`` each scores whole
-    videos. Raises :class:`UserError` for models that do not share their tokens.
+    With ``teacher_from`` the teacher is loaded only when a candidate needs it. ``cache_dir`` keeps decoded
+    clips. Raises :class:`UserError` for models that do not share their tokens, and as ``score`` does.
     """
-    assert not (repeatable and processes is not None and processes.count > 1), "windows are of one output"
     if teacher is not None and teacher_from is None:
-        from video_opd.models.loading import read_config
-
-        read_config(teacher.model.path)  # before minutes are spent on reading the student
-    opened = load_inference_model(student, device, cache_dir)
-    other = None if teacher is None else Opening(lambda: _open_teacher(teacher, opened, device))
-    if other is not None and teacher_from is None:
-        other.load()
+        read_config(teacher.model.path)  # finds a missing teacher before minutes are spent on the student
+    loaded = load_inference_model(student, device, cache_dir)
+    lazy_teacher = None if teacher is None else LazyPolicy(lambda: _load_teacher(teacher, loaded, device))
+    if lazy_teacher is not None and teacher_from is None:
+        lazy_teacher.load()
     provenance: dict[str, Any] = {
-        "student": opened.provenance()["model"],
+        "student": loaded.provenance()["model"],
         "student_dtype": student.model.dtype,
         "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
         "teacher_dtype": None if teacher is None else teacher.model.dtype,
-        "input": opened.provenance()["input"],
+        "input": loaded.provenance()["input"],
     }
     return score(
-        opened.policy,
-        other,
+        loaded.policy,
+        lazy_teacher,
         samples,
-        opened.prompts,
+        loaded.prompts,
         out,
         provenance=provenance,
         settings=settings,
@@ -81,16 +76,16 @@ def score_pool(
     )
 
 
-def _open_teacher(teacher: InferenceConfig, student: InferenceModel, device: str | None) -> Policy:
-    opened = load_inference_model(teacher, device)
+def _load_teacher(teacher: InferenceConfig, student: InferenceModel, device: str | None) -> Policy:
+    loaded = load_inference_model(teacher, device)
     check_same_tokens(
-        (student.policy.model, student.policy.processor), (opened.policy.model, opened.policy.processor)
+        (student.policy.model, student.policy.processor), (loaded.policy.model, loaded.policy.processor)
     )
-    return opened.policy
+    return loaded.policy
 
 
-class Opening:
-    """A policy that is loaded when it is first asked: where all its answers are known, that is never."""
+class LazyPolicy:
+    """A policy that is loaded when it is first used. A teacher whose responses are all known never is."""
 
     def __init__(self, load: Callable[[], Policy]) -> None:
         self._load = load

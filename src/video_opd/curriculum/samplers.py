@@ -47,18 +47,18 @@ def select(
     scores = list(scores)
     valued = [(rank_value(score, settings), score.id) for score in scores]
     ranked = sorted((pair for pair in valued if math.isfinite(pair[0])), key=lambda pair: (-pair[0], pair[1]))
-    values, ids = [value for value, _ in ranked], [identity for _, identity in ranked]
-    k = min(settings.k, len(ids))
-    positions = SAMPLERS[settings.strategy](values, ids, k, settings, seed)
-    others = sorted(set(range(len(ids))) - set(positions)) if fill else []
+    ranking = Ranking(values=[value for value, _ in ranked], ids=[identity for _, identity in ranked])
+    k = min(settings.k, len(ranking))
+    positions = SAMPLERS[settings.strategy](ranking, k, settings, seed)
+    others = sorted(set(range(len(ranking))) - set(positions)) if fill else []
     filled = others[: k - len(positions)]
     positions = sorted([*positions, *filled])
     return Selection(
-        ids=tuple(ids[i] for i in positions),
+        ids=tuple(ranking.ids[i] for i in positions),
         ranks=tuple(i + 1 for i in positions),
         strategy=settings.strategy,
-        candidates=len(ids),
-        excluded=len(scores) - len(ids),
+        candidates=len(ranking),
+        excluded=len(scores) - len(ranking),
         filled=len(filled),
     )
 
@@ -72,14 +72,23 @@ def rank_value(score: Score, settings: SelectionConfig) -> float:
     return score.delta
 
 
-# A sampler gets descending values, their ids, the number to select (at most all of them), the settings and
-# the seed. It returns positions in the values, at most that many.
-Sampler: TypeAlias = Callable[[Sequence[float], Sequence[str], int, SelectionConfig, int], list[int]]
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The candidates in the order of eq 13: their values, descending, and their ids."""
+
+    values: Sequence[float]
+    ids: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
-def _topk(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
-) -> list[int]:
+# A sampler gets the number to select (at most all candidates) and the seed, and returns positions in the
+# ranking, at most that many.
+Sampler: TypeAlias = Callable[[Ranking, int, SelectionConfig, int], list[int]]
+
+
+def _topk(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
     """eq 16."""
     return list(range(k))
 
@@ -90,24 +99,20 @@ def uniform_positions(n: int, k: int) -> list[int]:
     return [0] * k if k <= 1 else [(n - 1) * t // (k - 1) for t in range(k)]
 
 
-def _dsus(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
-) -> list[int]:
+def _dsus(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
     """eq 13–15."""
-    return uniform_positions(len(values), k)
+    return uniform_positions(len(ranking), k)
 
 
-def _bbds(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
-) -> list[int]:
+def _bbds(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
     """eq 17–20. A bucket with fewer members than its share gives them all."""
-    if not values:
+    if not ranking:
         return []
-    count, highest, lowest = settings.buckets, values[0], values[-1]
+    count, highest, lowest = settings.buckets, ranking.values[0], ranking.values[-1]
     # eq 18: bucket b holds lower_b ≤ δ < lower_{b+1}, and the last one δ_max as well.
     edges = [lowest + b * (highest - lowest) / count for b in range(1, count)]
     buckets: list[list[int]] = [[] for _ in range(count)]
-    for position, value in enumerate(values):
+    for position, value in enumerate(ranking.values):
         buckets[bisect_right(edges, value)].append(position)
     chosen: list[int] = []
     for b, members in enumerate(buckets):
@@ -116,26 +121,21 @@ def _bbds(
     return chosen
 
 
-def _gwds(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
-) -> list[int]:
+def _gwds(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
     """eq 21–22."""
     center, sigma = _or(settings.center, GWDS_CENTER), _or(settings.sigma, GWDS_SIGMA)
-    return _draw([-((value - center) ** 2) / (2 * sigma**2) for value in values], ids, k, "gwds", seed)
+    log_weights = [-((value - center) ** 2) / (2 * sigma**2) for value in ranking.values]
+    return _draw(log_weights, ranking.ids, k, "gwds", seed)
 
 
-def _gaussian(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
-) -> list[int]:
-    """eq 30–31. ``values`` are negated distances of the student's IoU from the centre."""
+def _gaussian(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
+    """eq 30–31. The values are negated distances of the student's IoU from the centre."""
     sigma = _or(settings.sigma, GAUSSIAN_SIGMA)
-    return _draw([-(value**2) / (2 * sigma**2) for value in values], ids, k, "gaussian", seed)
+    return _draw([-(value**2) / (2 * sigma**2) for value in ranking.values], ranking.ids, k, "gaussian", seed)
 
 
-def _random(
-    values: Sequence[float], ids: Sequence[str], k: int, settings: SelectionConfig, seed: int
-) -> list[int]:
-    return _draw([0.0] * len(ids), ids, k, "random", seed)
+def _random(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
+    return _draw([0.0] * len(ranking), ranking.ids, k, "random", seed)
 
 
 def _draw(log_weights: Sequence[float], ids: Sequence[str], k: int, purpose: str, seed: int) -> list[int]:

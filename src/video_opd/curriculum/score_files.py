@@ -1,4 +1,4 @@
-"""Scores files: what was measured of each candidate. No torch."""
+"""Reads scores files, which hold the measurements of each candidate. No torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ KEYS = ("teacher_iou", "student_iou", "reverse_kl")
 
 
 def read_scores(path: str | Path) -> dict[str, Score]:
-    """The scores of a file by sample id; what is null, missing or not finite is NaN (reverse KL: None).
+    """The scores of a file by sample id.
 
-    The spans that the scores came from stay in the file. Raises :class:`UserError` with file and line for a
-    row without id, a value that is no number or out of range, and for an id that comes twice; and for a file
-    of rows none of which has any score.
+    A value that is null, missing or not finite becomes NaN, or None if it is the reverse KL. The spans that
+    the scores were computed from stay in the file. Raises :class:`UserError` with file and line for a row
+    without id, for an id that comes twice, and for a value that is no number or out of range; and without a
+    line for a file in which no row has any score.
     """
     scores: dict[str, Score] = {}
     measured = False

@@ -1,9 +1,9 @@
-"""What TVDF needs to know of every candidate: how well the teacher and the student do on it.
+"""Scores every candidate: how well the teacher and the student find its span.
 
-For each row the teacher's k predictions and the student's, their mean IoU with the annotation (τ and σ of
-appendix B; unparsable counts 0), and on request the reverse KL of the student's rollouts under the teacher
-(section 3.2). Answers are kept as text: another threshold, ranking or parser needs no model. Rows are
-appended as they are finished.
+A row of the scores file holds the teacher's k responses and the student's, the spans read in them, their
+mean IoU with the annotation (τ and σ of appendix B; a response without a span counts 0), and on request the
+reverse KL of the student's responses under the teacher (section 3.2). The responses are kept as text, so
+another threshold, ranking or parser needs no model. Rows are appended as soon as they are finished.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import Item, MakeLoader, windows_of_batches
-from video_opd.evaluation.output import Output
+from video_opd.evaluation.batching import Item, MakeLoader
+from video_opd.evaluation.output import Output, append_batches
 from video_opd.evaluation.predict import GenerationSettings, generate_responses, samples_without_rows
 from video_opd.evaluation.resume import read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.processes import Processes
-from video_opd.progress import log, task
+from video_opd.progress import log
 from video_opd.temporal import best_iou, parse_answer
 from video_opd.types import Rollout, Sample
 
 if TYPE_CHECKING:
     from video_opd.models.interfaces import Policy
 
-K = 4  # predictions a model and sample; the paper leaves it open
+K = 4  # responses of a model to a candidate; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
 
 
@@ -37,12 +37,12 @@ TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_respon
 class ScoreSettings:
     """How candidates are scored. ``temperature`` 0 is greedy, with k = 1.
 
-    ``reverse_kl`` also scores the student's answers with the teacher; rows without annotation are then
-    scored, too, with IoUs that are null.
+    ``reverse_kl`` lets the teacher score the student's responses, too. Candidates without an annotation are
+    then scored as well; their IoUs are null.
     """
 
-    k: int = K  # answers of the teacher
-    student_k: int | None = None  # answers of the student; none: k
+    k: int = K  # responses of the teacher
+    student_k: int | None = None  # responses of the student; None: k
     temperature: float = 1.0
     max_new_tokens: int = 64
     seed: int = 0
@@ -51,13 +51,13 @@ class ScoreSettings:
 
     @property
     def teacher(self) -> GenerationSettings:
-        return self._answers(self.k)
+        return self._generation(self.k)
 
     @property
     def student(self) -> GenerationSettings:
-        return self._answers(self.k if self.student_k is None else self.student_k)
+        return self._generation(self.k if self.student_k is None else self.student_k)
 
-    def _answers(self, n: int) -> GenerationSettings:
+    def _generation(self, n: int) -> GenerationSettings:
         return GenerationSettings(
             n=n,
             temperature=self.temperature,
@@ -69,9 +69,11 @@ class ScoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreResult:
-    """Rows of the data file, of all processes together: ``kept`` from before, ``scored`` now, ``failed``
-    because of their video, ``unannotated`` and left out; ``reused`` of the scored ones had the teacher's part
-    from another file."""
+    """Counts rows of the data file, of all processes together.
+
+    ``kept`` rows were scored before, ``scored`` ones now; the videos of ``failed`` ones could not be used.
+    ``unannotated`` rows were left out. The teacher's scores of ``reused`` ones came from another file.
+    """
 
     kept: int
     scored: int
@@ -97,10 +99,10 @@ def score(
 ) -> ScoreResult:
     """Appends a row of the scores file for every sample that has none.
 
-    Without a ``teacher`` only the student responds: all that GRPO's choice by difficulty needs (D.1).
+    Without a ``teacher`` only the student responds: all that GRPO's selection by difficulty needs (D.1).
     ``provenance`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
     (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` is an earlier scores
-    file: the teacher's part of its rows is taken over if the same teacher made them from the same input and
+    file. The teacher's scores of its rows are reused if the same teacher made them from the same input and
     settings. ``repeatable``: a killed output ends with the same bytes as another
     (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
     Raises :class:`UserError` where another teacher made the rows of ``teacher_from``, and where something
@@ -108,36 +110,33 @@ def score(
     """
     settings = settings or ScoreSettings()
     if teacher is None and (settings.reverse_kl or teacher_from is not None):
-        raise UserError("scores without a teacher have no reverse KL and no teacher's part: name the teacher")
-    # Checked now, not after the first video; and what the two parts of a row depend on.
+        raise UserError("without a teacher there is no reverse KL and no teacher's score: name the teacher")
     provenance = {
         **provenance,
-        "teacher_answers": asdict(settings.teacher),
+        "teacher_answers": asdict(settings.teacher),  # checks the settings before the first video
         "student_answers": asdict(settings.student),
         "reverse_kl": settings.reverse_kl,
     }
     output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
-    wanted = [sample for sample in samples if sample.spans or settings.reverse_kl]
-    todo = samples_without_rows(wanted, output.rows, out)
-    known = {} if teacher_from is None else _teacher_rows(teacher_from, provenance, todo)
-    kept = len(wanted) - len(todo)
-    reuse = f", the teacher's part of {len(known)} is reused" if known else ""
-    log(f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score{reuse}")
-    mine = output.processes.share(todo)
-    with task("scoring", len(mine)) as bar:
-        for window in windows_of_batches(make_loader(mine) if mine else (), batch_size):
-            for batch in window:
-                output.append(_score_batch(student, teacher, batch, settings, known))
-                bar.advance(len(batch))
-            output.end_window()
+    candidates = [sample for sample in samples if sample.spans or settings.reverse_kl]
+    todo = samples_without_rows(candidates, output.rows, out)
+    reused = {} if teacher_from is None else _teacher_scores(teacher_from, provenance, todo)
+    kept = len(candidates) - len(todo)
+    reuse = f", the teacher's scores of {len(reused)} are reused" if reused else ""
+    log(f"{out}: {kept} of {len(candidates)} rows are there, {len(todo)} to score{reuse}")
+
+    def rows_of(batch: Sequence[Item]) -> list[dict[str, Any]]:
+        return _score_batch(student, teacher, batch, settings, reused)
+
+    append_batches(output, todo, make_loader, batch_size, rows_of, "scoring")
     output.finish(samples)
     scored = [sample for sample in todo if sample.id in output.ids]
     return ScoreResult(
         kept=kept,
         scored=len(scored),
         failed=len(todo) - len(scored),
-        unannotated=len(samples) - len(wanted),
-        reused=sum(sample.id in known for sample in scored),
+        unannotated=len(samples) - len(candidates),
+        reused=sum(sample.id in reused for sample in scored),
     )
 
 
@@ -146,91 +145,94 @@ def _score_batch(
     teacher: Policy | None,
     batch: Sequence[Item],
     settings: ScoreSettings,
-    known: Mapping[str, dict[str, Any]],
+    reused: Mapping[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The rows of a batch. Each model reads the prompts once, and one model's keys and values are held at a
-    time."""
+    """The rows of a batch. Each model prefills the prompts once, and only one prefix is held at a time."""
     prompts = [prompt for _, prompt in batch]
     prefix = student.prefill(prompts)
-    written = generate_responses(student, prompts, settings.student, "score student", prefix)
-    responses = [[rollout.token_ids for rollout in rollouts] for rollouts in written]
-    flat = [rollout for rollouts in written for rollout in rollouts]
-    own_BT: list[Sequence[float]] = [rollout.recorded for rollout in flat]
-    # At other temperatures what was recorded is not the model's own distribution.
+    groups = generate_responses(student, prompts, settings.student, "score student", prefix)
+    responses = [[rollout.token_ids for rollout in group] for group in groups]
+    student_BT: list[Sequence[float]] = [rollout.recorded for group in groups for rollout in group]
+    # At other temperatures, the recorded log-probs are not those of the model's own distribution.
     if settings.reverse_kl and settings.temperature not in (0.0, 1.0):
-        own_BT = student.logprobs(prefix, responses).logprobs_BT.tolist()
+        student_BT = student.logprobs(prefix, responses).logprobs_BT.tolist()
     del prefix
 
-    parts = {sample.id: known[sample.id] for sample, _ in batch if sample.id in known}
-    unknown = [i for i, (sample, _) in enumerate(batch) if sample.id not in known]
-    asked = list(range(len(batch))) if settings.reverse_kl else unknown
-    gaps: list[dict[str, Any]] = [{} for _ in batch]
-    if teacher is not None and asked:
-        prefix = teacher.prefill([prompts[i] for i in asked])
-        if unknown:
-            part = prefix if len(unknown) == len(asked) else prefix.select(unknown)
-            asked_now = [prompts[i] for i in unknown]
-            taught = generate_responses(teacher, asked_now, settings.teacher, "score teacher", part)
-            for i, rollouts in zip(unknown, taught, strict=True):
-                parts[batch[i][0].id] = _part("teacher", batch[i][0], rollouts, settings)
+    teacher_scores = {sample.id: reused[sample.id] for sample, _ in batch if sample.id in reused}
+    missing = [i for i, (sample, _) in enumerate(batch) if sample.id not in reused]
+    prefilled = list(range(len(batch))) if settings.reverse_kl else missing
+    reverse_kls: list[dict[str, Any]] = [{} for _ in batch]
+    if teacher is not None and prefilled:
+        prefix = teacher.prefill([prompts[i] for i in prefilled])
+        if missing:
+            missing_prefix = prefix if len(missing) == len(prefilled) else prefix.select(missing)
+            teacher_groups = generate_responses(
+                teacher, [prompts[i] for i in missing], settings.teacher, "score teacher", missing_prefix
+            )
+            for i, group in zip(missing, teacher_groups, strict=True):
+                sample = batch[i][0]
+                teacher_scores[sample.id] = _scores_of("teacher", sample, group, settings)
         if settings.reverse_kl:
-            taught_BT = teacher.logprobs(prefix, responses).logprobs_BT.tolist()
-            gaps = _reverse_kl(own_BT, taught_BT, written)
+            teacher_BT = teacher.logprobs(prefix, responses).logprobs_BT.tolist()
+            reverse_kls = _reverse_kls(student_BT, teacher_BT, groups)
     return [
         {"id": sample.id, "query": sample.query}
-        | parts.get(sample.id, {})
-        | _part("student", sample, rollouts, settings)
-        | gap
-        for (sample, _), rollouts, gap in zip(batch, written, gaps, strict=True)
+        | teacher_scores.get(sample.id, {})
+        | _scores_of("student", sample, group, settings)
+        | reverse_kl
+        for (sample, _), group, reverse_kl in zip(batch, groups, reverse_kls, strict=True)
     ]
 
 
-def _part(who: str, sample: Sample, rollouts: Sequence[Rollout], settings: ScoreSettings) -> dict[str, Any]:
+def _scores_of(
+    role: str, sample: Sample, rollouts: Sequence[Rollout], settings: ScoreSettings
+) -> dict[str, Any]:
+    """The keys of a row that one model's responses give."""
     parsed = [parse_answer(rollout.text, thinking=settings.thinking) for rollout in rollouts]
     ious = [best_iou(answer.span, sample.spans) for answer in parsed]
     return {
-        f"{who}_iou": fsum(ious) / len(ious) if sample.spans else None,
-        f"{who}_spans": [answer.span for answer in parsed],
-        f"{who}_rules": [answer.rule for answer in parsed],
-        f"{who}_responses": [rollout.text for rollout in rollouts],
+        f"{role}_iou": fsum(ious) / len(ious) if sample.spans else None,
+        f"{role}_spans": [answer.span for answer in parsed],
+        f"{role}_rules": [answer.rule for answer in parsed],
+        f"{role}_responses": [rollout.text for rollout in rollouts],
     }
 
 
-def _reverse_kl(
-    own_BT: Sequence[Sequence[float]],
-    taught_BT: Sequence[Sequence[float]],
-    written: Sequence[Sequence[Rollout]],
+def _reverse_kls(
+    student_BT: Sequence[Sequence[float]],
+    teacher_BT: Sequence[Sequence[float]],
+    groups: Sequence[Sequence[Rollout]],
 ) -> list[dict[str, Any]]:
     """log π_θ − log π_tea on the student's tokens, in nats (the sampled reverse KL, −r_t of eq 5).
 
-    ``reverse_kl`` is its mean over all tokens of a row, ``reverse_kl_sum`` the mean over the answers of its
-    sum over an answer's tokens.
+    ``reverse_kl`` is its mean over all tokens of a row, ``reverse_kl_sum`` the mean over the responses of its
+    sum over a response's tokens.
     """
-    flat = [rollout for rollouts in written for rollout in rollouts]
-    # Rows of the answers, right-padded: zip would be strict but for that.
-    gaps = [
-        [own - taught for own, taught, _ in zip(own_T, taught_T, rollout.token_ids, strict=False)]
-        for own_T, taught_T, rollout in zip(own_BT, taught_BT, flat, strict=True)
+    rollouts = [rollout for group in groups for rollout in group]
+    # Not strict: log-probs are padded to the longest response.
+    terms = [
+        [own - other for own, other, _ in zip(student_T, teacher_T, rollout.token_ids, strict=False)]
+        for student_T, teacher_T, rollout in zip(student_BT, teacher_BT, rollouts, strict=True)
     ]
     results, done = [], 0
-    for rollouts in written:
-        mine = gaps[done : done + len(rollouts)]
-        done += len(rollouts)
-        total = fsum(gap for answer_gaps in mine for gap in answer_gaps)
+    for group in groups:
+        group_terms = terms[done : done + len(group)]
+        done += len(group)
+        total = fsum(term for response_terms in group_terms for term in response_terms)
         results.append(
             {
-                "reverse_kl": total / sum(map(len, mine)),
-                "reverse_kl_sum": total / len(mine),
-                "reverse_kl_tokens": mine,
+                "reverse_kl": total / sum(map(len, group_terms)),
+                "reverse_kl_sum": total / len(group_terms),
+                "reverse_kl_tokens": group_terms,
             }
         )
     return results
 
 
-def _teacher_rows(
+def _teacher_scores(
     path: str | Path, provenance: Mapping[str, Any], todo: Sequence[Sample]
 ) -> dict[str, dict[str, Any]]:
-    """The teacher's part of an earlier scores file, for the samples to do."""
+    """The teacher's keys of an earlier scores file, by id, for the samples of ``todo``."""
     before = read_provenance(path)
     for key in ("teacher", "teacher_dtype", "input", "teacher_answers"):
         if before.get(key) != json.loads(json.dumps(provenance.get(key))):
@@ -243,5 +245,5 @@ def _teacher_rows(
         for _, row in read_jsonl(path)
         if row["id"] in queries
         and row.get("query") == queries[row["id"]]
-        and all(k in row for k in TEACHER_KEYS)
+        and all(key in row for key in TEACHER_KEYS)
     }

@@ -47,8 +47,8 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield from _histogram_lines(summary)
     if len(summary.by_source) > 1:
         width = max(map(len, summary.by_source))
-        for source, part in summary.by_source.items():
-            counts = f"{part.rows} rows, {part.candidates} candidates, {part.selected} selected"
+        for source, counted in summary.by_source.items():
+            counts = f"{counted.rows} rows, {counted.candidates} candidates, {counted.selected} selected"
             yield f"{source:{width}}  {counts}"
 
 

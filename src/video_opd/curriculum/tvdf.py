@@ -1,7 +1,7 @@
-"""TVDF's choice, from files to a file: gate → rank → sample (section 3.2, appendix B). No torch.
+"""Selects training rows by their scores: gate → rank → sample (section 3.2, appendix B). No torch.
 
-The models have been asked before (:mod:`video_opd.curriculum.scores`), so another threshold, ranking or
-sampler costs seconds.
+The scores file holds all that the models were asked for (:mod:`video_opd.curriculum.scores`), so another
+threshold, ranking or sampler costs seconds.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ class SourceCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was chosen from what. ``rows`` = the five exclusions + ``candidates``."""
+    """Counts the rows of a data file. ``rows`` is the sum of the five exclusions and of ``candidates``."""
 
     strategy: Strategy
     rank_by: str
     k: int
     min_teacher_iou: float  # 0: no gate
     rows: int
-    used_before: int  # excluded by the caller
-    unannotated: int  # no spans, so the teacher cannot be validated; not excluded without a gate
-    unscored: int  # no row in the scores file
-    unmeasured: int  # a value that the gate or the ranking needs is missing or not finite
+    used_before: int  # rows that the caller excludes
+    unannotated: int  # rows without spans: the gate cannot judge the teacher; no gate, no exclusion
+    unscored: int  # rows that the scores file does not have
+    unmeasured: int  # rows whose score lacks a finite value that the gate or the ranking needs
     failed_gate: int
     candidates: int
     selected: int
-    filled: int  # BBDS: made up for buckets with too few members
+    filled: int  # BBDS: rows selected in place of members that small buckets lack
     unknown_scores: int  # rows of the scores file that belong to no data row
-    delta_before: tuple[int, ...]  # histogram of δ of all scored rows
-    delta_after: tuple[int, ...]  # and of the selected ones
+    delta_before: tuple[int, ...]  # histogram of δ over all scored rows
+    delta_after: tuple[int, ...]  # histogram of δ over the selected rows
     by_source: Mapping[str, SourceCount]
 
     @property
@@ -66,7 +66,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pool:
-    """The candidates, and why the other rows are none."""
+    """The candidates of a data file, and how many of its other rows are excluded for which reason."""
 
     candidates: list[Score]
     used_before: int
@@ -218,12 +218,12 @@ def _summarise(
 
 
 def histogram_edges() -> list[float]:
-    """The HISTOGRAM_BINS + 1 edges of δ's histogram; a bin holds its lower edge, the last one both."""
+    """The HISTOGRAM_BINS + 1 edges of δ's histogram. A bin holds its lower edge, and the last bin both."""
     return [round(-1 + 2 * i / HISTOGRAM_BINS, 10) for i in range(HISTOGRAM_BINS + 1)]
 
 
 def histogram(deltas: Iterable[float]) -> tuple[int, ...]:
-    """How many δ fall into each bin; those that are NaN are left out."""
+    """The number of δ in each bin. A δ that is NaN is left out."""
     counts = [0] * HISTOGRAM_BINS
     for delta in deltas:
         if not math.isnan(delta):
@@ -234,29 +234,26 @@ def histogram(deltas: Iterable[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdRow:
-    """What a gate at ``min_teacher_iou`` would leave: to choose a threshold and k by."""
+    """The scores that a gate at ``min_teacher_iou`` would leave. It helps to choose a threshold and k."""
 
     min_teacher_iou: float
     passed: int
-    mean_delta: float  # of those that passed; NaN where none did
-    positive: int  # of those, with δ > 0: something to learn
-    kth_delta: float  # δ of the k-th of them; NaN where there are fewer
+    mean_delta: float  # mean δ of the scores that pass; NaN if none does
+    positive: int  # scores that pass with δ > 0: the student can learn something
+    kth_delta: float  # the k-th largest δ of those that pass; NaN if there are fewer
 
     def to_json(self) -> dict[str, float | None]:
         return {key: None if math.isnan(value) else value for key, value in asdict(self).items()}
 
 
 def explain_file(data: str | Path, scores: str | Path, k: int) -> list[ThresholdRow]:
-    """:func:`explain` for the annotated rows of a data file.
-
-    Raises :class:`UserError` for what is wrong in the files.
-    """
+    """:func:`explain` for the annotated rows of a data file. Raises :class:`UserError` for wrong files."""
     rows, known = _read_rows(data), read_scores(scores)
     return explain((known[i] for i, row in rows.items() if i in known and row.get("spans")), k)
 
 
 def explain(scores: Iterable[Score], k: int) -> list[ThresholdRow]:
-    """One row for each threshold 0.0, 0.1 … 0.9 over the scores with a finite δ."""
+    """A row for each of the thresholds 0.0, 0.1 … 0.9, over the scores with a finite δ."""
     measured = [score for score in scores if math.isfinite(score.delta)]
     table = []
     for tenth in range(10):

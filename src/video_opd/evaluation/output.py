@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from video_opd.evaluation.batching import Batch, MakeLoader, windows_of_batches
 from video_opd.evaluation.resume import (
     merge_process_files,
     open_output,
@@ -16,6 +17,7 @@ from video_opd.evaluation.resume import (
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.processes import Processes
+from video_opd.progress import task
 from video_opd.types import Sample
 
 
@@ -80,6 +82,27 @@ class Output:
             merge_process_files(self.path, [sample.id for sample in samples])
         self.processes.wait()
         self.ids = set(read_rows(self.path))
+
+
+def append_batches(
+    output: Output,
+    samples: Sequence[Sample],
+    make_loader: MakeLoader,
+    batch_size: int,
+    make_rows: Callable[[Batch], Sequence[Mapping[str, Any]]],
+    title: str,
+) -> None:
+    """Loads this process's share of ``samples`` in batches and appends the rows that ``make_rows`` gives.
+
+    ``title`` names the work on the progress bar.
+    """
+    mine = output.processes.share(samples)
+    with task(title, len(mine)) as bar:
+        for window in windows_of_batches(make_loader(mine) if mine else (), batch_size):
+            for batch in window:
+                output.append(make_rows(batch))
+                bar.advance(len(batch))
+            output.end_window()
 
 
 def _cut_to_window(out: Path, window: Path) -> None:

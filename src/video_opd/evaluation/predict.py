@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import MakeLoader, windows_of_batches
-from video_opd.evaluation.output import Output
+from video_opd.evaluation.batching import Item, MakeLoader
+from video_opd.evaluation.output import Output, append_batches
 from video_opd.processes import Processes
-from video_opd.progress import log, task
+from video_opd.progress import log
 from video_opd.seeds import derive_seed
 from video_opd.temporal import parse_answer
 from video_opd.types import EncodedPrompt, Rollout, Sample
@@ -122,20 +122,12 @@ def predict(
     kept = len(samples) - len(todo)
     if kept:
         log(f"{out}: {kept} of {len(samples)} rows are there, {len(todo)} to do")
-    mine = output.processes.share(todo)
-    with task("answering", len(mine)) as bar:
-        for window in windows_of_batches(make_loader(mine) if mine else (), batch_size):
-            for batch in window:
-                prompts = [prompt for _, prompt in batch]
-                groups = generate_responses(policy, prompts, settings, "predict")
-                output.append(
-                    [
-                        make_row(sample, rollouts, settings)
-                        for (sample, _), rollouts in zip(batch, groups, strict=True)
-                    ]
-                )
-                bar.advance(len(batch))
-            output.end_window()
+
+    def make_rows(batch: Sequence[Item]) -> list[dict[str, Any]]:
+        groups = generate_responses(policy, [prompt for _, prompt in batch], settings, "predict")
+        return [make_row(sample, group, settings) for (sample, _), group in zip(batch, groups, strict=True)]
+
+    append_batches(output, todo, make_loader, batch_size, make_rows, "answering")
     output.finish(samples)
     answered = sum(sample.id in output.ids for sample in todo)
     return PredictResult(kept=kept, answered=answered, failed=len(todo) - answered)

@@ -504,7 +504,7 @@ def test_train_ignores_the_two_sections(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "done.json").exists()
 
 
-def test_a_policy_answers_as_the_one_that_is_opened_later() -> None:
+def test_a_lazy_policy_answers_as_the_one_that_it_loads() -> None:
     class Policy:
         def prefill(self, prompts: Any) -> Any:
             return ("prefix", prompts)
@@ -517,7 +517,7 @@ def test_a_policy_answers_as_the_one_that_is_opened_later() -> None:
         loads.append(1)
         return Policy()
 
-    later = pool.Opening(load)
+    later = pool.LazyPolicy(load)
     assert not loads
     assert [later.prefill("p"), later.sample("q"), later.logprobs("r")] == [("prefix", p) for p in "pqr"]
     assert loads == [1]
