@@ -1,6 +1,7 @@
 """The settings of a run: what a recipe file may say, with the paper's values as defaults.
 
-``sections.py`` holds the sections that all methods share, ``recipe.py`` those that depend on the method.
+``sections.py`` holds the sections that all methods share, ``method_sections.py`` those that depend on the
+method, and ``recipe.py`` a class of recipe for each method.
 Unknown keys, wrong types and settings that contradict each other are a
 :class:`~video_opd.errors.UserError` here, before anything is loaded. No torch.
 
@@ -11,27 +12,29 @@ Example::
     recipe.changed(**{"model.path": "runs/a/model"})  # a checked copy
 """
 
+from video_opd.config.method_sections import (
+    GRPOLossConfig,
+    GRPOSamplingConfig,
+    LossConfig,
+    OnPolicySamplingConfig,
+    RewardConfig,
+    SamplingConfig,
+    SurrogateLossConfig,
+    TeacherConfig,
+    VideoOPDLossConfig,
+)
 from video_opd.config.recipe import (
     METHODS,
     WITH_TEACHER,
     DistillationRecipe,
-    GRPOLossConfig,
     GRPORecipe,
-    GRPOSamplingConfig,
-    LossConfig,
     MethodName,
     OffPolicyRecipe,
     OnPolicyRecipe,
-    OnPolicySamplingConfig,
     OPFKDRecipe,
     OPRKDRecipe,
     Recipe,
-    RewardConfig,
-    SamplingConfig,
     SFTRecipe,
-    SurrogateLossConfig,
-    TeacherConfig,
-    VideoOPDLossConfig,
     VideoOPDRecipe,
     dump_recipe,
     load_recipe,

@@ -28,6 +28,7 @@ SYNONYMS = {
 }
 
 Model: TypeAlias = type[BaseModel]
+UNKNOWN = ("extra_forbidden", "invalid_key")  # a key that is a number is no known one either
 KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -50,7 +51,7 @@ def one_line(error: ValidationError, root: Model | Mapping[str, Model]) -> str:
     ``root`` is the class that was read, or the classes of a union by their tags.
     """
     errors = error.errors(include_url=False)
-    unknown = [item for item in errors if item["type"] == "extra_forbidden"]
+    unknown = [item for item in errors if item["type"] in UNKNOWN]
     first = (unknown or errors)[0]
     if not isinstance(root, Mapping):
         return _explain(first, first["loc"], root, [root])
@@ -87,10 +88,10 @@ def section_of(field: FieldInfo) -> Model | None:
 def _explain(error: ErrorDetails, location: Sequence[str | int], model: Model, roots: Sequence[Model]) -> str:
     path, value, kind, facts = _path(location), error["input"], error["type"], error.get("ctx", {})
     _, field = _walk(model, location)
-    if kind == "extra_forbidden":
+    if kind in UNKNOWN:
         section, _ = _walk(model, location[:-1])
         assert section is not None
-        return unknown_key(path, section, roots)
+        return unknown_key(_path([*location[:-1], str(location[-1])]), section, roots)
     if kind == "missing":
         if isinstance(location[-1], int):  # a list of a fixed length
             length, given = len(typing.get_args(field.annotation)), len(value)  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """A recipe: one class a method, so that a setting which means nothing to a method is no field of it.
 
-Who reads a setting of one method has that method's class (``VideoOPDRecipe``, ``GRPORecipe``, …); the
-training loop asks every recipe through the properties of :class:`Recipe`.
+Code for one method takes that method's class (:class:`VideoOPDRecipe`, :class:`GRPORecipe`, …). Code for all
+methods, such as the training loop, takes a :class:`Recipe` and asks its properties.
 """
 
 from __future__ import annotations
@@ -12,12 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from video_opd.config.messages import leaves, one_line, section_of, unknown_key
+from video_opd.config.method_sections import (
+    DistillationTeacherConfig,
+    GRPOLossConfig,
+    GRPOSamplingConfig,
+    LossConfig,
+    OnPolicyLossConfig,
+    OnPolicySamplingConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScaledTeacherConfig,
+    SurrogateLossConfig,
+    TeacherConfig,
+    VideoOPDLossConfig,
+)
 from video_opd.config.sections import (
     DataConfig,
-    Dtype,
     EvaluateConfig,
     LoraConfig,
     ModelConfig,
@@ -27,9 +40,8 @@ from video_opd.config.sections import (
     RunConfig,
     TVDFConfig,
     VideoConfig,
-    section_keys,
 )
-from video_opd.config.settings import Number, Settings, TextByText
+from video_opd.config.settings import Settings
 from video_opd.config.tree import apply_overrides, parse_yaml
 from video_opd.errors import UserError, need
 
@@ -37,210 +49,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MethodName = Literal["video-opd", "grpo", "sft", "op-rkd", "op-fkd"]
-
-
-# ------------------------------------------------------------------------------------------------ teacher
-
-
-class TeacherConfig(Settings):
-    """A frozen teacher. The paper's, Qwen3-VL-32B after GRPO (sec. 4.1), is not public: name yours.
-
-    A method that does not learn from a teacher may name one for TVDF's scores and for comparison.
-    """
-
-    path: str = Field(default="", description="the teacher's folder")
-    dtype: Dtype = Field(default="float32", description="type of its weights and computation; ours")
-    micro_batch_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="prompts that the teacher, or the reference, scores together; none: as "
-        "optim.micro_batch_size",
-    )
-
-    @property
-    def paths(self) -> list[str]:
-        """The folders of all teachers, each once."""
-        return [self.path] if self.path else []
-
-
-class DistillationTeacherConfig(TeacherConfig):
-    """A teacher that the student learns from."""
-
-    by_source: TextByText = Field(
-        default_factory=dict,
-        description="other teachers for rows of these sources: name a folder for each source",
-    )
-    distributions: bool = Field(
-        default=True, description="false: the teacher gives the log-probs of written tokens only"
-    )
-
-    @property
-    def paths(self) -> list[str]:
-        return list(dict.fromkeys([self.path, *self.by_source.values()]))
-
-
-class ScaledTeacherConfig(DistillationTeacherConfig):
-    """A teacher whose reward is taken token by token (eq 5)."""
-
-    reward_scale: Number = Field(
-        default=1.0,
-        ge=1,
-        description="λ of G-OPD, arXiv 2602.12125: above 1 goes beyond the teacher; 1 is the paper's eq 5",
-    )
-
-
-# ----------------------------------------------------------------------------------------------- sampling
-
-
-class SamplingConfig(Settings):
-    """How long the student's responses may be wherever it writes any: in the check before the first step, and
-    when its candidates are scored."""
-
-    max_new_tokens: int = Field(
-        default=64,
-        ge=1,
-        description="length limit; ours: an answer has about a dozen tokens; set it for thinking",
-    )
-
-
-class OnPolicySamplingConfig(SamplingConfig):
-    """How the student samples what it is trained on (eq 4)."""
-
-    temperature: Number = Field(
-        default=1.0, gt=0, description="training needs samples: the log-probs are of the sampled distribution"
-    )
-    top_p: Number = Field(default=1.0, gt=0, le=1, description="1, which turns it off, in training")
-    top_k: int = Field(default=0, ge=0, description="0, which turns it off, in training")
-    rollouts: int = Field(default=1, ge=1, description="rollouts of each prompt; sec. 3.1")
-    micro_batch_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="prompts sampled together; none: as optim.micro_batch_size, and then the prefix engine "
-        "samples from the prefill of the update",
-    )
-
-
-class GRPOSamplingConfig(OnPolicySamplingConfig):
-    """Groups of rollouts, whose rewards are compared."""
-
-    rollouts: int = Field(default=8, ge=1, description="rollouts of each prompt, a group; sec. 4.1")
-
-
-# ------------------------------------------------------------------------------------------ loss and reward
-
-
-class LossConfig(Settings):
-    reduction: Literal["sum", "token_mean"] = Field(
-        default="sum", description="sum over tokens, mean over trajectories: eq 6"
-    )
-    nonfinite: Literal["raise", "mask"] = Field(
-        default="raise", description="what happens to a log-prob that is nan or inf"
-    )
-    ratio_tolerance: Number | None = Field(
-        default=None, gt=0, description="largest |ratio - 1|; none: 1e-3 in float32, 0.5 in bfloat16"
-    )
-
-    @property
-    def clip(self) -> tuple[float, float] | None:
-        """(low, high): how far the ratio may leave 1; None for no clipping."""
-        return None
-
-    @property
-    def importance_limit(self) -> float | None:
-        """Where importance weights between sampler and trainer are cut off; None for no weights."""
-        return None
-
-
-class SurrogateLossConfig(LossConfig):
-    """A loss on the ratio of each token's probability to that before the update."""
-
-    clip_low: Number | None = Field(
-        default=None, gt=0, lt=1, description="the ratio is held above 1 - clip_low; none: eq 6, unclipped"
-    )
-    clip_high: Number | None = Field(
-        default=None, gt=0, description="the ratio is held below 1 + clip_high; none: as clip_low"
-    )
-
-    @model_validator(mode="after")
-    def _check_clip(self) -> Self:
-        need(
-            self.clip_high is None or self.clip_low is not None,
-            "clip_high without loss.clip_low: set both, or clip_low alone for a symmetric clip",
-        )
-        return self
-
-    @property
-    def clip(self) -> tuple[float, float] | None:
-        if self.clip_low is None:
-            return None
-        return self.clip_low, self.clip_low if self.clip_high is None else self.clip_high
-
-
-class OnPolicyLossConfig(SurrogateLossConfig):
-    """A surrogate on rollouts."""
-
-    max_importance_weight: Number | None = Field(
-        default=None,
-        ge=1,
-        description="limit of the weights where sampler and trainer differ; none turns the weights off",
-    )
-
-    @property
-    def importance_limit(self) -> float | None:
-        return self.max_importance_weight
-
-
-class VideoOPDLossConfig(OnPolicyLossConfig):
-    estimator: Literal["sampled", "full", "topk"] = Field(
-        default="sampled", description="eq 5; beyond the paper, full and topk take the analytic KL"
-    )
-    top_k: int = Field(
-        default=64, ge=1, description="tokens that estimator topk keeps apart; the rest counts as one"
-    )
-    baseline: Literal["none", "kl"] = Field(
-        default="none", description="kl: r_t less its expectation at the state, a control variate"
-    )
-
-
-class GRPOLossConfig(OnPolicyLossConfig):
-    kl_beta: Number = Field(
-        default=0.0, ge=0, description="weight of the KL to the reference, the initial student; eq 1"
-    )
-
-
-class RewardConfig(Settings):
-    """The reward of a whole response."""
-
-    iou: Literal["timestamp_aware", "plain"] = Field(
-        default="timestamp_aware", description="overlap with the annotation; Time-R1's, sec. 2.2"
-    )
-    iou_weight: Number = Field(default=1.0, ge=0, description="weight of the overlap; ours")
-    format_weight: Number = Field(
-        default=0.0,
-        ge=0,
-        description="weight of the answer format; ours: off; TVG-R1 takes 0.1 beside an iou_weight of 0.9",
-    )
-    function: str | None = Field(
-        default=None, description="package.module:function or file.py:function, in place of all above"
-    )
-    normalise_std: bool = Field(
-        default=True, description="divide by the group's standard deviation, eq 2; false: only centre"
-    )
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        need(
-            self.iou_weight + self.format_weight > 0,
-            "iou_weight and reward.format_weight are both 0: a reward needs at least one, not both 0",
-        )
-        need(
-            self.function is None or ":" in self.function,
-            f"function {self.function!r}: write package.module:function or file.py:function",
-        )
-        return self
-
-
-# ------------------------------------------------------------------------------------------------- recipes
 
 
 class Recipe(Settings):
@@ -267,9 +75,9 @@ class Recipe(Settings):
         if not isinstance(tree, Mapping):
             return tree
         tree = {"data": None, **_without_neutral(cls, tree)}
-        length = section_keys(tree, "sampling").get("max_new_tokens")
+        length = _section_keys(tree, "sampling").get("max_new_tokens")
         if length is not None and isinstance(tree.get("evaluate") or {}, Mapping):
-            tree["evaluate"] = {"max_new_tokens": length, **section_keys(tree, "evaluate")}
+            tree["evaluate"] = {"max_new_tokens": length, **_section_keys(tree, "evaluate")}
         return tree
 
     @model_validator(mode="after")
@@ -282,7 +90,7 @@ class Recipe(Settings):
         )
         return self
 
-    # ---- what the training loop asks of every method's recipe
+    # The training loop asks these of every method's recipe.
 
     @property
     def rollouts(self) -> int:
@@ -407,6 +215,8 @@ class DistillationRecipe(Recipe):
 
 
 class VideoOPDRecipe(OnPolicyRecipe, DistillationRecipe):
+    """The student samples, and the teacher scores every token (eqs 4–6)."""
+
     method: Literal["video-opd"] = "video-opd"
     teacher: ScaledTeacherConfig = Field(default_factory=ScaledTeacherConfig)
     loss: VideoOPDLossConfig = Field(default_factory=VideoOPDLossConfig)
@@ -438,6 +248,8 @@ class VideoOPDRecipe(OnPolicyRecipe, DistillationRecipe):
 
 
 class GRPORecipe(OnPolicyRecipe):
+    """The student samples in groups, and a reward scores whole responses (eqs 1–3)."""
+
     method: Literal["grpo"]
     sampling: GRPOSamplingConfig = Field(default_factory=GRPOSamplingConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
@@ -454,16 +266,22 @@ class GRPORecipe(OnPolicyRecipe):
 
 
 class SFTRecipe(OffPolicyRecipe):
+    """The likelihood of the annotation (sec. 2.1)."""
+
     method: Literal["sft"]
 
 
 class OPRKDRecipe(OffPolicyRecipe, DistillationRecipe):
+    """The teacher scores every token of the annotation (sec. C.1)."""
+
     method: Literal["op-rkd"]
     teacher: ScaledTeacherConfig = Field(default_factory=ScaledTeacherConfig)
     loss: SurrogateLossConfig = Field(default_factory=SurrogateLossConfig)
 
 
 class OPFKDRecipe(OffPolicyRecipe, DistillationRecipe):
+    """The teacher's distributions on the annotation are imitated (sec. C.2)."""
+
     method: Literal["op-fkd"]
     teacher: DistillationTeacherConfig = Field(default_factory=DistillationTeacherConfig)
 
@@ -488,12 +306,12 @@ ANY_RECIPE: TypeAdapter[Recipe] = TypeAdapter(
 )
 
 
-# ---------------------------------------------------------------------------------------- settings of others
+# ------------------------------------------------------------------------------------- keys of other methods
 
 
 @functools.cache
 def _keys_of_methods() -> dict[str, tuple[Any, tuple[str, ...]]]:
-    """By key: the value that changes nothing, and the methods that the key means something to."""
+    """By key: the value that changes nothing (the first method's default), and the methods that have it."""
     by_method = {method: leaves(kind) for method, kind in METHODS.items()}
     return {
         key: (
@@ -505,44 +323,55 @@ def _keys_of_methods() -> dict[str, tuple[Any, tuple[str, ...]]]:
 
 
 def _without_neutral(kind: type[Recipe], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree`` without the keys of other methods, as long as they hold the value that changes nothing.
+    """``tree`` without the keys of other methods, which must hold the value that changes nothing.
 
-    The ``recipe.yaml`` of earlier versions has every key of every method. A key that holds another value is a
-    :class:`UserError`.
+    The ``recipe.yaml`` of earlier versions has every key of every method.
     """
     method = next(name for name, known in METHODS.items() if known is kind)
-    own, all_keys = leaves(kind), _keys_of_methods()
+    own, others = leaves(kind), _keys_of_methods()
     result: dict[str, Any] = {}
     for name, section in tree.items():
-        owner = next((known for known in METHODS.values() if name in known.model_fields), kind)
-        foreign = name not in kind.model_fields and owner is not kind
+        foreign = _foreign_section(kind, name)
         if not isinstance(section, Mapping):
-            need(section is None or not foreign, f"{name} must be a section of keys, not {section!r}")
-            if not foreign:
-                result[name] = section
-            continue
-        kept = {}
-        for key, value in section.items():
-            path = f"{name}.{key}"
-            if path in own or path not in all_keys:
-                kept[key] = value
-                continue
-            neutral, methods = all_keys[path]
-            need(
-                value == neutral or path != "sampling.rollouts",
-                f"{path} {value} with method {method}: an annotation is one trajectory, so leave it at 1",
-            )
-            need(
-                value == neutral,
-                f"{path} means nothing to method {method} (only to {', '.join(methods)}): take it out",
-            )
-        if not foreign:
+            need(foreign is None or section is None, f"{name} must be a section of keys, not {section!r}")
+            kept = section
+        else:
+            kept = {}
+            for key, value in section.items():
+                if f"{name}.{key}" in own or f"{name}.{key}" not in others:
+                    kept[key] = value
+                else:
+                    _need_neutral(f"{name}.{key}", value, method)
+        if foreign is None:
             result[name] = kept
         elif kept:
-            section_kind = section_of(owner.model_fields[name])
-            assert section_kind is not None
-            raise UserError(unknown_key(f"{name}.{next(iter(kept))}", section_kind, list(METHODS.values())))
+            raise UserError(unknown_key(f"{name}.{next(iter(kept))}", foreign, list(METHODS.values())))
     return result
+
+
+def _foreign_section(kind: type[Recipe], name: str) -> type[BaseModel] | None:
+    """The class of a section that only other methods have; None for any other name."""
+    if name in kind.model_fields:
+        return None
+    found = (known.model_fields[name] for known in METHODS.values() if name in known.model_fields)
+    return next((section_of(field) for field in found), None)
+
+
+def _need_neutral(key: str, value: Any, method: str) -> None:
+    neutral, methods = _keys_of_methods()[key]
+    if value == neutral:
+        return
+    if key == "sampling.rollouts":
+        raise UserError(
+            f"{key} {value} with method {method}: an annotation is one trajectory, so leave it at {neutral}"
+        )
+    raise UserError(f"{key} means nothing to method {method} (only to {', '.join(methods)}): take it out")
+
+
+def _section_keys(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The keys of a section of an unchecked tree; none if it is no section, which is refused later."""
+    section = tree.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 # ------------------------------------------------------------------------------------------ reading, writing

@@ -6,7 +6,6 @@ the paper gives none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -322,9 +321,3 @@ class RoundsConfig(Settings):
     reuse: bool = Field(
         default=False, description="whether a row that was trained on is a candidate again; ours"
     )
-
-
-def section_keys(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The keys of a section of an unchecked tree; none where it is no section, which the check will say."""
-    section = tree.get(name)
-    return section if isinstance(section, Mapping) else {}
