@@ -32,6 +32,11 @@ _PACKED = re.compile(rb"DivX\d+(?:Build|b)\d+p")
 # How a file of these formats begins: so many bytes that occur nowhere else in it.
 _SIGNATURE_BYTES = {"flv": 4, "asf": 16, "nut": 24, "mxf": 16, "wtv": 16, "apng": 8, "rm": 8, "swf": 8}
 _TAIL_BYTES, _TAIL_MARGIN = 1 << 20, 64  # read after the last packet, and a little before it
+# PyAV refuses a video whose tags are not UTF-8 unless it is told to replace them. From version 19 on it replaces
+# them by itself and takes no such argument.
+TOLERATE_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 
 
 class VideoError(UserError):
@@ -93,8 +98,8 @@ def open_container(path: Path, *, guess_times: bool = True) -> av.container.Inpu
         return av.open(
             f"file:{path.absolute()}",
             container_options=options,
-            metadata_errors="replace",
             timeout=(READ_TIMEOUT_S, READ_TIMEOUT_S),
+            **TOLERATE_METADATA,
         )
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(path, f"cannot be opened as a video ({describe(error)})") from None

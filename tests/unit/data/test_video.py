@@ -289,3 +289,20 @@ def test_real_videos(name, frames, fps, duration_s):
 
 def test_frames_of_the_tests_carry_their_number():
     assert all(read_number(numbered_frame(n, 64, 192)) == n for n in (0, 1, 999, 4095))
+
+
+def test_tags_that_are_not_utf_8_are_no_reason_to_refuse_a_video(tmp_path: Path) -> None:
+    """Every PyAV that is allowed has its own way to be told so, or none."""
+    path = write_video(tmp_path / "plain.mp4", 8)
+    tagged, title = tmp_path / "tagged.mp4", "plain title"
+    with av.open(str(path)) as source, av.open(str(tagged), "w") as target:
+        target.metadata["title"] = title
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    written = tagged.read_bytes()
+    assert title.encode() in written
+    tagged.write_bytes(written.replace(title.encode(), b"pl\xe9in \xff\xfetle"))
+    assert probe(tagged).frame_count == probe(path).frame_count
