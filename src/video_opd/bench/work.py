@@ -183,8 +183,11 @@ class Steps:
 
 
 def checkpointed(model: Any, engine: Engine) -> Any:
-    """A copy with gradient checkpointing, of the vision tower alone for the prefix engine."""
-    model = copy.deepcopy(model)
+    """A copy with gradient checkpointing, of the vision tower alone for the prefix engine.
+
+    It shares its weights with ``model``: a second model of eight billion weights would not fit beside it.
+    """
+    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     module = model.model.visual if engine == "prefix" else model
     old_name = module.gradient_checkpointing_enable  # before transformers 5.23
     getattr(module, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
