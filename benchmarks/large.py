@@ -3,52 +3,28 @@
     python benchmarks/large.py --student 8b --teacher 32b --video-tokens 8192     # one GPU of 140 GB
     python benchmarks/large.py --student tiny --teacher small --video-tokens 1000 # anywhere
 
-Models have Qwen3-VL's own shapes and the tiny tokenizer (only tokens that can be written meet ``lm_head``,
-at response positions, so a small vocabulary changes little). The student is held in bfloat16 and trained
-through adapters of all its linear layers, which is what fits beside a 32B teacher on one card; a step is the
-training loop's own. Ways take turns, as in ``video-opd bench engine``; the matrix rate is measured on the
-same device with the same type.
+The student is held in bfloat16 and trained through adapters of all its linear layers, which is what fits
+beside a 32B teacher on one card; a step is the training loop's own. Ways take turns, as in ``video-opd bench
+engine``; the matrix rate is measured on the same device with the same type. ``benchmarks/device/`` measures
+an 8B teacher on a card of 80 GB, stage by stage.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from common import write_result
+from paper_size import SIZES, Costs, StepWork, make, matrix_rate
 
 from video_opd.bench.timing import machine, peak_bytes, summary, take_turns
 from video_opd.bench.work import Steps, prompts_of
 from video_opd.config import LoraConfig
 from video_opd.models.lora import add_adapters
-from video_opd.models.parts import cast_weights
-from video_opd.world.tiny import build_model, build_processor
-
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "8b": {
-        "text": {
-            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
-        },
-        "vision": {
-            "hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16,
-            "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24],
-        },
-    },
-    "32b": {
-        "text": {
-            "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
-            "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 151936,
-        },
-        "vision": {
-            "hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16,
-            "out_hidden_size": 5120, "deepstack_visual_indexes": [8, 16, 24],
-        },
-    },
-}  # fmt: skip
-LARGE = {"head_dim": 128, "mrope_section": [24, 20, 20]}
+from video_opd.world.tiny import build_processor
 
 
 def main() -> None:
@@ -57,7 +33,7 @@ def main() -> None:
     processor = build_processor()
     student = make(arguments.student, arguments.dtype, device, seed=0)
     teacher = make(arguments.teacher, arguments.dtype, device, seed=1)
-    weights = {name: forward_weights(model) for name, model in (("student", student), ("teacher", teacher))}
+    costs = {name: Costs.of(model) for name, model in (("student", student), ("teacher", teacher))}
     adapt(student, arguments)
     prompts = prompts_of(processor, arguments.video_tokens, side_px=arguments.frame_side)
     print(f"{prompts[0].length} tokens, of them {prompts[0].video_tokens} of the video")
@@ -79,8 +55,18 @@ def main() -> None:
         _, seconds = take_turns(ways, arguments.repeats, device)
         found = summary(seconds, next(iter(ways)))
         for name, way in found.items():
-            work = operations(method, rollouts, name, prompts[0].length, arguments.max_new_tokens, weights)
-            way["share_of_matrix_rate"] = work / way["seconds"] / rate
+            work = StepWork(
+                prompt=prompts[0].length,
+                video_tokens=prompts[0].video_tokens,
+                frame_pairs=len(prompts[0].pair_times_s),
+                rollouts=rollouts,
+                answer=arguments.max_new_tokens,
+                shared=name.startswith("prefix"),
+                recompute="recompute" in name,
+            )
+            judge = costs["teacher"] if method == "video-opd" else None
+            operations = sum(work.operations(costs["student"], judge).values())
+            way["share_of_matrix_rate"] = operations / way["seconds"] / rate
             way["prompt_tokens_a_second"] = prompts[0].length / way["seconds"]
             way["peak_bytes"] = peak_bytes(ways[name], device)
             print(
@@ -96,34 +82,11 @@ def main() -> None:
             "machine": machine(device),
             "prompt_tokens": prompts[0].length,
             "video_tokens": prompts[0].video_tokens,
-            "weights": weights,
+            "costs": {name: asdict(cost) for name, cost in costs.items()},
             "matrix_rate": rate,
             "results": records,
         },
     )
-
-
-def make(size: str, dtype: str, device: torch.device, seed: int) -> Any:
-    """A model of random weights, made on its device; frozen."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    if size not in SHAPES:
-        model = build_model(size, seed)
-        cast_weights(model, getattr(torch, dtype))
-        return model.to(device).eval().requires_grad_(False)
-    config = build_model("test").config.to_dict()
-    text, vision = config["text_config"], config["vision_config"]
-    text |= SHAPES[size]["text"] | {"head_dim": LARGE["head_dim"]}
-    text["rope_parameters"] |= {"mrope_section": LARGE["mrope_section"], "rope_theta": 5_000_000}
-    vision |= SHAPES[size]["vision"]
-    config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
-    torch.manual_seed(seed)
-    with device:
-        model = Qwen3VLForConditionalGeneration._from_config(
-            Qwen3VLConfig.from_dict(config), dtype=getattr(torch, dtype)
-        )
-    model.generation_config = build_model("test").generation_config
-    return model.eval().requires_grad_(False)
 
 
 def adapt(model: Any, arguments: argparse.Namespace) -> None:
@@ -131,43 +94,12 @@ def adapt(model: Any, arguments: argparse.Namespace) -> None:
     model.to(next(model.parameters()).device)
 
 
-def forward_weights(model: Any) -> int:
-    """Weights of the language model that every token meets."""
-    return sum(p.numel() for p in model.model.language_model.layers.parameters())
-
-
-def operations(
-    method: str, rollouts: int, way: str, prompt: int, answer: int, weights: dict[str, int]
-) -> float:
-    """Of a step, after the cost model of docs/performance.md, without the vision tower and attention scores.
-
-    With P prompt and A answer tokens, in forwards of the student: the prompt is read and answers are sampled
-    (P + A); the update runs forward, again where it recomputes, and backward, which costs one forward,
-    because adapters leave no gradients of W to be computed. Its prompt was read before where it is shared.
-    """
-    answers = rollouts * answer
-    shared = way.startswith("prefix")
-    update = prompt + answers if shared else rollouts * (prompt + answer)
-    tokens = prompt + answers + (answers if shared else update) + update
-    if "recompute" in way:
-        tokens += update
-    score = 2.0 * weights["teacher"] * (prompt + answers) if method == "video-opd" else 0.0
-    return 2.0 * weights["student"] * tokens + score
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Operations a second of a product of two square matrices, the best of ten."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    _, seconds = take_turns({"product": lambda: a @ b}, 10, device)
-    return 2 * size**3 / min(seconds["product"])
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--student", choices=("test", "tiny", "small", "8b", "32b"), default="8b")
-    parser.add_argument("--teacher", choices=("test", "tiny", "small", "8b", "32b"), default="32b")
+    parser.add_argument("--student", choices=SIZES, default="8b")
+    parser.add_argument("--teacher", choices=SIZES, default="32b")
     parser.add_argument("--video-tokens", type=int, default=8192, help="of the prompt, at least")
     parser.add_argument("--frame-side", type=int, default=320, help="pixels; 100 tokens a frame pair")
     parser.add_argument("--rollouts", type=int, default=8, help="of GRPO")
