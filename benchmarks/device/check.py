@@ -1,0 +1,197 @@
+"""Runs the parts of the GPU check one after another, each with a time limit, and makes one table of them.
+
+    bash benchmarks/device/run.sh            # installs what was carried, then runs this
+
+A part is a script of this folder in a process of its own: it may fail, hang or be killed, and the next one
+goes on. Its rows are written while it works, so a part that ran out of time leaves what it has measured.
+Only the standard library is imported here: the runner must outlive a broken installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TOTAL_S = 405.0  # of all parts: a second try fits into fifteen minutes
+PATIENCE = 6.0  # times the limits, where there is no card that somebody waits for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """``command`` is called with ``--out FILE`` and, for tiny shapes, ``--tiny``."""
+
+    name: str
+    command: Sequence[str]
+    limit_s: float
+
+
+def script(name: str, limit_s: float) -> Part:
+    return Part(name=name, command=(sys.executable, str(HERE / f"{name}.py")), limit_s=limit_s)
+
+
+MACHINE = script("machine", 40)
+PARTS = (
+    script("parity", 80),
+    script("real_shape", 180),
+    script("where_time_goes", 60),
+    script("decoding", 45),
+    script("demo", 120),  # or what the others leave of the whole
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "device")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; without a GPU always")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="PART=SECONDS", help="another time limit of a part"
+    )
+    parser.add_argument(
+        "--total", type=float, help=f"seconds of all parts; default with a GPU: {TOTAL_S:.0f}"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is not left behind
+    began_s = time.monotonic()
+    first = run_part(MACHINE, arguments.out, MACHINE.limit_s * PATIENCE, tiny=False)
+    save([first], arguments.out)
+    patience = 1.0 if first["record"].get("gpu") else PATIENCE
+    tiny = arguments.tiny or patience > 1.0
+    limits = dict(given.split("=") for given in arguments.limit)
+    chosen = [
+        Part(
+            name=part.name,
+            command=part.command,
+            limit_s=float(limits.get(part.name, part.limit_s * patience)),
+        )
+        for part in PARTS
+        if arguments.only is None or part.name in arguments.only
+    ]
+    left_s = (arguments.total or TOTAL_S * patience) - (time.monotonic() - began_s)
+    return run_parts(chosen, arguments.out, left_s, tiny=tiny, done=[first])
+
+
+def run_parts(
+    parts: Sequence[Part], out: Path, total_s: float, *, tiny: bool, done: Sequence[Mapping[str, Any]] = ()
+) -> int:
+    """Runs them in order; 0 where all are ok. ``device.json`` and ``device.md`` grow with every part."""
+    ends_s = time.monotonic() + total_s
+    results = list(done)
+    for part in parts:
+        results.append(run_part(part, out, min(part.limit_s, ends_s - time.monotonic()), tiny=tiny))
+        save(results, out)
+    print("\n" + (out / "device.md").read_text(encoding="utf-8"))
+    return int(any(result["outcome"] != "ok" for result in results))
+
+
+def run_part(part: Part, out: Path, limit_s: float, *, tiny: bool) -> dict[str, Any]:
+    """Outcome, seconds, and what the part wrote; what it printed goes to ``device.log``."""
+    if limit_s <= 0:
+        return {"part": part.name, "outcome": "no time left", "seconds": 0.0, "limit_s": 0.0, "record": {}}
+    out.mkdir(parents=True, exist_ok=True)
+    file, log = out / f"{part.name}.json", out / "device.log"
+    file.unlink(missing_ok=True)
+    command = [*part.command, "--out", str(file), *(["--tiny"] if tiny else [])]
+    began_s = time.monotonic()
+    with log.open("a", encoding="utf-8") as output:
+        print(f"\n== {part.name}: {' '.join(command)}", file=output, flush=True)
+        outcome = run_limited(command, limit_s, output)
+    result = {
+        "part": part.name,
+        "outcome": outcome,
+        "seconds": time.monotonic() - began_s,
+        "limit_s": limit_s,
+        "record": read_record(file),
+    }
+    file.unlink(missing_ok=True)
+    print(row_of(result), flush=True)
+    return result
+
+
+def run_limited(command: Sequence[str], limit_s: float, output: Any) -> str:
+    """``ok``, ``failed`` or ``timed out``. Nothing that the command has started outlives it."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,  # a process group of its own, which is killed as a whole
+    )
+    try:
+        return "ok" if process.wait(limit_s) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def environment() -> dict[str, str]:
+    """A part finds the package, and what the benchmarks share."""
+    paths = [str(ROOT / "src"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # measurements of all sizes follow one another
+    }
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def save(results: Sequence[Mapping[str, Any]], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "device.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "device.md").write_text(table(results), encoding="utf-8")
+
+
+def row_of(result: Mapping[str, Any]) -> str:
+    record = result["record"]
+    return (
+        f"| {result['part']} | {result['outcome']} | {result['seconds']:.0f} of {result['limit_s']:.0f} s "
+        f"| {record.get('summary', 'nothing was written: see device.log')} |"
+    )
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row for each part, then the rows of each."""
+    lines = ["| part | outcome | time | summary |", "|---|---|---|---|", *map(row_of, results)]
+    for result in results:
+        rows = result["record"].get("rows", [])
+        if rows:
+            lines += ["", f"## {result['part']}", "", "| what | figure | |", "|---|---|---|"]
+            lines += [f"| {row['what']} | {row['figure']} | {mark(row['ok'])} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def mark(ok: bool | None) -> str:
+    return {True: "ok", False: "FAILED", None: ""}[ok]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""Steps of Qwen3-VL-8B's shape, random weights, on a prompt of 8,192 video tokens: seconds and memory.
+
+The student is held in bfloat16 and trained through adapters, which is what fits on 80 GB beside a teacher of
+its size; then some of its decoder layers are trained in full, in float32 with autocast, which is what fits of
+that. Each way is warmed up by one step and measured in the next. Shares are of the rate at which this card
+multiplies two large matrices, measured first.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from paper_size import Costs, StepWork, Trained, make, matrix_rate
+from part import Report, run
+from stages import StageWatch, watched
+
+from video_opd.bench.timing import settle
+from video_opd.bench.work import Engine, Steps, prompts_of
+from video_opd.config import LoraConfig, ModelConfig
+from video_opd.models.lora import add_adapters
+from video_opd.models.parts import cast_weights
+from video_opd.training.build import freeze
+from video_opd.training.memory import graph_bytes
+from video_opd.training.step import StepResult
+from video_opd.types import EncodedPrompt
+from video_opd.world.tiny import build_processor
+
+GIB = 2**30
+DTYPE = "bfloat16"
+STAGES = ("prefill", "sample", "teacher", "update", "backward", "optimiser")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes of the whole part. Frames of 512 px make 256 tokens a pair, 32 pairs 8,192."""
+
+    size: str
+    side_px: int
+    long: int  # prompt tokens, at least
+    short: int
+    answer: int  # tokens, about an answer such as "12.54 to 17.83"
+    rollouts: int
+    rank: int
+    layers: int  # decoder layers that are trained in full
+    matrix: int
+
+
+REAL = Plan(
+    size="8b", side_px=512, long=8400, short=2100, answer=12, rollouts=8, rank=64, layers=8, matrix=8192
+)
+TINY = Plan(size="test", side_px=64, long=120, short=60, answer=4, rollouts=2, rank=4, layers=1, matrix=256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One measurement: a step of ``method`` on ``prompts`` prompts of one micro-batch."""
+
+    method: str
+    engine: Engine = "prefix"
+    rollouts: int = 1
+    prompts: int = 1
+    long: bool = True
+    recompute: bool = True
+    trained: Trained = "adapters"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}, {self.rollouts} rollout{'s' * (self.rollouts > 1)}, "
+            f"{self.prompts} prompt{'s' * (self.prompts > 1)}{'' if self.long else ' (short)'}, "
+            f"{self.engine}, {'recompute' if self.recompute else 'keep'}, {self.trained}"
+        )
+
+
+def ways_with_teacher() -> list[Way]:
+    """The most telling first; ``keep`` does not fit at the full length."""
+    return [
+        Way(method="video-opd"),
+        Way(method="video-opd", engine="plain"),
+        Way(method="video-opd", prompts=2),
+        Way(method="video-opd", long=False),
+        Way(method="video-opd", long=False, recompute=False),
+    ]
+
+
+def ways_without_teacher(rollouts: int) -> list[Way]:
+    """The last one may not fit."""
+    return [
+        Way(method="grpo"),
+        Way(method="grpo", rollouts=rollouts),
+        Way(method="grpo", rollouts=rollouts, long=False),
+        Way(method="grpo", rollouts=rollouts, long=False, engine="plain"),
+    ]
+
+
+def ways_in_full() -> list[Way]:
+    return [
+        Way(method="video-opd", trained="full", recompute=False),
+        Way(method="video-opd", trained="full"),
+        Way(method="video-opd", trained="full", prompts=2),
+    ]
+
+
+def last_ways(rollouts: int) -> list[Way]:
+    """Eight prompts of full length at once, with their gradients."""
+    return [Way(method="grpo", rollouts=rollouts, engine="plain")]
+
+
+class Bench:
+    """The models of one kind of training, and what is measured on them."""
+
+    def __init__(self, report: Report, plan: Plan, device: torch.device, rate: float) -> None:
+        self.report, self.plan, self.device, self.rate = report, plan, device, rate
+        self.processor = build_processor()
+        self.prompts = {
+            length: prompts_of(self.processor, length, videos=2, side_px=plan.side_px)
+            for length in (plan.long, plan.short)
+        }
+        self.student: Any = None
+        self.teacher: Any = None
+        self.costs: dict[str, Costs] = {}
+
+    def load(self, trained: Trained) -> None:
+        """Makes both models anew, on the device."""
+        self.student = self.teacher = None
+        free()
+        layers = self.plan.layers if trained == "full" else None
+        self.student = make(self.plan.size, "float32" if layers else DTYPE, self.device, 0, layers)
+        self.teacher = make(self.plan.size, DTYPE, self.device, 1, layers)
+        self.costs = {"student": Costs.of(self.student), "teacher": Costs.of(self.teacher)}
+        if trained == "full":
+            self.student.requires_grad_(True)
+            freeze(self.student, ModelConfig(freeze=("vision", "merger", "lm_head")))
+            cast_weights(self.student, getattr(torch, DTYPE), frozen_only=True)
+        else:
+            rank = self.plan.rank
+            add_adapters(self.student, LoraConfig(parts=("language",), rank=rank, alpha=2 * rank), 0)
+            self.student.to(self.device)
+        self.report.note(
+            **{f"costs_{trained}": {name: asdict(cost) for name, cost in self.costs.items()}},
+            **{f"trained_{trained}": self.trained_weights},
+            **{f"models_bytes_{trained}": allocated(self.device)},
+        )
+
+    @property
+    def trained_weights(self) -> int:
+        return sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+
+    def measure_all(self, ways: Sequence[Way]) -> None:
+        for way in ways:
+            self.report.attempt(str(way), lambda: self.measure(way))  # noqa: B023
+            free()
+
+    def measure(self, way: Way) -> None:
+        """A row for the second of two steps. Where the memory is too small, the row says so."""
+        try:
+            watch, result, before = self.two_steps(way)
+        except torch.cuda.OutOfMemoryError as error:
+            self.report.add(str(way), "out of memory", message=str(error)[:300])
+            return
+        self.add(way, watch, result, before)
+
+    def two_steps(self, way: Way) -> tuple[StageWatch, StepResult, int]:
+        """(watch on the second step, its result, bytes that were allocated before it)."""
+        steps = Steps(
+            self.student,
+            self.processor,
+            self.teacher,
+            self.prompts_of(way),
+            method=way.method,
+            engine=way.engine,
+            rollouts=way.rollouts,
+            dtype=DTYPE,
+            tokens=self.plan.answer,
+            recompute=way.recompute,
+            cached=True,
+        )
+        steps()
+        settle(self.device)
+        before = allocated(self.device)
+        watch = watched(steps, self.device)
+        return watch, steps(), before
+
+    def prompts_of(self, way: Way) -> list[EncodedPrompt]:
+        return self.prompts[self.plan.long if way.long else self.plan.short][: way.prompts]
+
+    def add(self, way: Way, watch: StageWatch, result: StepResult, before: int) -> None:
+        prompt = self.prompts_of(way)[0]
+        answer = max(len(record.token_ids) for record in result.records)
+        work = StepWork(
+            prompt=prompt.length,
+            video_tokens=prompt.video_tokens,
+            frame_pairs=len(prompt.pair_times_s),
+            rollouts=way.rollouts,
+            answer=answer,
+            shared=way.engine == "prefix",
+            recompute=way.recompute,
+            trained=way.trained,
+        )
+        teacher = self.costs["teacher"] if way.method == "video-opd" else None
+        operations = {
+            stage: way.prompts * count
+            for stage, count in work.operations(self.costs["student"], teacher).items()
+        }
+        seconds, total_s = watch.seconds, sum(watch.seconds.values())
+        share = {
+            stage: count / seconds[stage] / self.rate
+            for stage, count in operations.items()
+            if stage in seconds
+        }
+        peaks = {stage: peak - before for stage, peak in watch.peaks.items()}
+        estimate = self.estimated_bytes(way, way.prompts * prompt.length)
+        whole = sum(operations.values()) / total_s / self.rate
+        figure = f"{total_s:.2f} s, {whole:.0%} of the matrix rate: " + ", ".join(
+            f"{stage} {seconds[stage]:.2f}" + (f" ({share[stage]:.0%})" if share.get(stage) else "")
+            for stage in STAGES
+            if stage in seconds
+        )
+        if peaks:
+            figure += f"; {max(peaks.values()) / GIB:.1f} GiB above what is held"
+            figure += f" (estimate {estimate / GIB:.1f})" if way.engine == "prefix" else ""
+        self.report.add(
+            str(way),
+            figure,
+            True,
+            way=asdict(way),
+            prompt_tokens=prompt.length,
+            video_tokens=prompt.video_tokens,
+            answer_tokens=answer,
+            seconds=seconds,
+            seconds_a_prompt=total_s / way.prompts,
+            seconds_a_sampled_token=seconds["sample"] / max(1, answer - 1) if work.shared else None,
+            operations=operations,
+            share_of_matrix_rate=share,
+            share_of_matrix_rate_whole=whole,
+            held_bytes=before,
+            peak_bytes=peaks,
+            estimated_bytes=estimate,
+        )
+        self.report.note(summary=f"{len(self.report.record['rows']) - 1} ways; the last: {figure}")
+
+    def estimated_bytes(self, way: Way, tokens: int) -> int:
+        """Of the graph, by :mod:`video_opd.training.memory` or the formula of docs/performance.md, and of the
+        gradients with autocast's copies. For the prefix engine."""
+        text = self.student.config.text_config
+        kept = graph_bytes(text, tokens, DTYPE)
+        if way.recompute:
+            keys = text.num_key_value_heads * text.head_dim
+            inputs = tokens * text.num_hidden_layers * (4 * text.hidden_size + 8 * keys)
+            kept = inputs + kept // text.num_hidden_layers
+        return kept + 6 * self.trained_weights
+
+
+def measure(report: Report, tiny: bool) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = TINY if tiny else REAL
+    rate = matrix_rate(device, getattr(torch, DTYPE), plan.matrix)
+    report.note(plan=asdict(plan), matrix_rate=rate, summary="only the matrix rate")
+    report.add("matrix rate", f"{rate / 1e12:.3g} TFLOP/s in {DTYPE}", True)
+    bench = Bench(report, plan, device, rate)
+    bench.load("adapters")
+    bench.measure_all(ways_with_teacher())
+    bench.teacher = None
+    free()
+    bench.teacher = bench.student  # GRPO asks no teacher
+    bench.measure_all(ways_without_teacher(plan.rollouts))
+    bench.measure_all(last_ways(plan.rollouts))
+    bench.load("full")
+    bench.measure_all(ways_in_full())
+    summarise(report)
+
+
+def summarise(report: Report) -> None:
+    """The ratios that the ways were chosen for."""
+    rows = {row["what"]: row for row in report.record["rows"] if "seconds" in row}
+
+    def ratio(name: str, slow: Way, fast: Way) -> None:
+        if str(slow) in rows and str(fast) in rows:
+            value = rows[str(slow)]["seconds_a_prompt"] / rows[str(fast)]["seconds_a_prompt"]
+            report.add(name, f"{value:.2f} times", ratio=value)
+
+    with_teacher, without = ways_with_teacher(), ways_without_teacher(report.record["plan"]["rollouts"])
+    ratio("video-opd: plain in times of prefix", with_teacher[1], with_teacher[0])
+    ratio("video-opd: one prompt at a time in times of two, a prompt", with_teacher[0], with_teacher[2])
+    ratio("video-opd: recompute in times of keep, short", with_teacher[3], with_teacher[4])
+    ratio("grpo: all rollouts in times of one", without[1], without[0])
+    ratio("grpo: plain in times of prefix, short", without[3], without[2])
+    first = rows.get(str(with_teacher[0]))
+    done = sum("seconds" in row for row in report.record["rows"])
+    report.note(summary=f"{done} ways; {with_teacher[0]}: {first['figure'] if first else 'not measured'}")
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(run(measure, __doc__))
