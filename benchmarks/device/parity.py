@@ -40,7 +40,9 @@ GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # relative, in the Eucl
 SAME_CODE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # relative: the same sums in another order
 STEP_TOLERANCE = 1e-3  # relative, of loss and gradient norm, in float32
 TF32_TOLERANCE = 0.02  # nats
-WEIGHT_TOLERANCE = 1e-5  # after a resume: sums of gradients may be added in another order
+# After a resume. Where a gradient is 0 but for rounding, Adam makes a whole step of the rounding, so a few
+# weights may differ by any step; without Adam's moments or with another batch, nearly all would.
+WEIGHT_APART, SHARE_APART = 1e-5, 0.01
 TOKENS = 16
 
 
@@ -251,8 +253,12 @@ def compare_resume(report: Report, folder: Path, data: Path, device: str) -> Non
         shutil.rmtree(newest)
         result = train(recipe)
     again = weights_of(result.model)
-    worst = max(apart(again[name], whole[name]) for name in whole)
-    report.compare(f"weights after a resume at step 1 of {result.steps}, {device}", worst, WEIGHT_TOLERANCE)
+    off = torch.cat([((again[name] - whole[name]).abs() > WEIGHT_APART).flatten() for name in whole])
+    report.compare(
+        f"share of weights more than {WEIGHT_APART:.0e} apart, resumed at step 1 of {result.steps}, {device}",
+        off.float().mean().item(),
+        SHARE_APART,
+    )
 
 
 def recipe_of(method: str, data: Path, out: Path, *, dtype: str = "float32", steps: int = 1) -> Recipe:

@@ -68,9 +68,7 @@ def watched(steps: Steps, device: torch.device) -> StageWatch:
     watch = StageWatch(device)
     stepper: Any = steps.stepper
     stepper.watch = watch
-    stepper.accelerator.backward = watch.within(
-        "backward", type(stepper.accelerator).backward.__get__(stepper.accelerator)
-    )
+    stepper.accelerator.backward = watch.within("backward", stepper.accelerator.backward)
     optimizer: Any = stepper.parts.optimizer
-    optimizer.step = watch.within("optimiser", type(optimizer).step.__get__(optimizer))
+    optimizer.step = watch.within("optimiser", optimizer.step)
     return watch

@@ -191,6 +191,17 @@ def test_a_watched_step_has_its_stages() -> None:
     }
 
 
+def test_a_group_of_one_can_be_measured_whatever_its_rounding() -> None:
+    student = _script("paper_size").make("test", "float32", CPU, 0)
+    student.model.language_model.requires_grad_(True)
+    steps = Steps(
+        student, processor(), None, prompts_of(processor(), 40), method="grpo", engine="prefix", tokens=2
+    )
+    _script("real_shape").any_ratio(steps)
+    assert steps.stepper.recipe.ratio_tolerance > 1000
+    assert len(steps().records) == 1
+
+
 def test_a_checkpointed_copy_shares_the_weights_and_not_the_mode() -> None:
     model = _script("paper_size").make("test", "float32", CPU, 0)
     copied = checkpointed(model, "plain")
