@@ -34,7 +34,6 @@ def measure(report: Report, tiny: bool) -> None:
         info = probe(video)
         name = f"{info.size_px[1]}x{info.size_px[0]}, {info.duration_s:.0f} s, {info.fps:.0f} fps"
         report.note(video=name, cpus=os.cpu_count())
-        load_clip(video, VideoBudget())  # imports what the processes then inherit
         for count in PROCESSES:
             report.attempt(f"{count} processes", lambda: add(report, count, video, info.frame_count, tiny))  # noqa: B023
 
@@ -59,7 +58,11 @@ def add(report: Report, processes: int, video: Path, frames_of_file: int, tiny: 
 
 def rate(processes: int, video: Path, seconds: float) -> tuple[float, int]:
     """(videos a second of all processes together, frames of a clip)."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+    # Forked from a server that has imported everything and run nothing: a fork of a process that has
+    # decoded, whose threads are not in it, may wait for them for ever.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.transforms.functional", "video_opd.data.video"])
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
         list(pool.map(decode_for, [video] * processes, [0.0] * processes))  # starts them, and warms up
         began_s = time.perf_counter()
         done = list(pool.map(decode_for, [video] * processes, [seconds] * processes))
