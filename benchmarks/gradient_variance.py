@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import BASE, TEACHER, machine, write_result
 
-from video_opd.algorithms.rewards import IoUReward, checked
+from video_opd.algorithms.rewards import IoUReward, checked_reward
 from video_opd.algorithms.signals import group_advantages, kl_baseline, sampled_reverse_kl
 from video_opd.data.annotations import read_samples
 from video_opd.models.inference import load_inference_model, read_inference_config
@@ -94,7 +94,7 @@ def measure(
     assert judged.full_BTV is not None and own.full_BTV is not None
     mask_BT = own.mask_BT
     r_BT = sampled_reverse_kl(judged.logprobs_BT, own.logprobs_BT)
-    rewards = [checked(IoUReward(), sample, rollout.text) for rollout in rollouts]
+    rewards = [checked_reward(IoUReward(), sample, rollout.text) for rollout in rollouts]
     group_B = group_advantages(torch.tensor(rewards), GROUP, True)
     scores_BTS = token_gradients(policy, prompt, rollouts, size)  # ∇log π_t, sketched
     advantages = {

@@ -157,6 +157,7 @@ def taught(sample: Sample, family: str, by_s: float) -> Sample:
     """``sample`` with the span that the teacher is to believe in."""
     if sample.source != family:
         return sample
+    assert sample.duration_s is not None, "the tiny world says how long its videos are"
     return replace(sample, spans=tuple(shift(span, by_s, sample.duration_s) for span in sample.spans))
 
 

@@ -28,7 +28,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,11 +38,11 @@ import torch
 import transformers
 
 from video_opd.data.annotations import read_samples
-from video_opd.evaluation.batching import by_video
 from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.jsonl import read_jsonl
 from video_opd.models.inference import InferenceModel, load_inference_model, read_inference_config
 from video_opd.models.policy import HFPolicy
+from video_opd.processes import by_video
 from video_opd.seeds import derive_seed
 from video_opd.types import EncodedPrompt, Rollout, Sample
 from video_opd.world.demo import shipped
@@ -95,9 +96,9 @@ def main() -> None:
     }
     for name, n, temperature in (("sampled", ANSWERS, 1.0), ("greedy", 1, 0.0)):
         ways = {
-            "shared": lambda n=n, t=temperature: together(model.policy, videos, n, t),
-            "batched": lambda n=n, t=temperature: unshared(model.policy, videos, n, t),
-            "separate": lambda n=n, t=temperature: one_at_a_time(model.policy, videos, n, t),
+            "shared": partial(together, model.policy, videos, n, temperature),
+            "batched": partial(unshared, model.policy, videos, n, temperature),
+            "separate": partial(one_at_a_time, model.policy, videos, n, temperature),
         }
         record["jobs"][name] = {"answers_a_query": n, "temperature": temperature} | measure(
             ways, arguments.repeats
@@ -183,7 +184,7 @@ def one_at_a_time(
     return rollouts
 
 
-def measure(ways: dict[str, Job], repeats: int) -> dict[str, Any]:
+def measure(ways: Mapping[str, Job], repeats: int) -> dict[str, Any]:
     """Seconds of each way, and how many times the seconds of ``shared`` they are."""
     expected = {name: job() for name, job in ways.items()}  # also warms up
     difference = max(compare(expected["shared"], rollouts) for rollouts in expected.values())

@@ -17,7 +17,7 @@ import torch
 from part import Report, run
 
 from video_opd.bench.data import make_videos
-from video_opd.data.budget import VideoBudget
+from video_opd.config import VideoConfig
 from video_opd.data.video import load_clip, probe
 
 PROCESSES = (1, 4, 8, 16)
@@ -75,7 +75,7 @@ def decode_for(video: Path, seconds: float) -> tuple[int, int]:
     torch.set_num_threads(1)
     ends_s, count = time.perf_counter() + seconds, 0
     while True:
-        clip = load_clip(video, VideoBudget())
+        clip = load_clip(video, VideoConfig())
         count += 1
         if time.perf_counter() >= ends_s:
             return count, len(clip.frames)

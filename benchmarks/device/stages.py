@@ -15,7 +15,7 @@ from video_opd.bench.work import Steps
 
 
 class StageWatch:
-    """Takes the place of a stepper's :class:`~video_opd.training.metrics.Stopwatch`.
+    """Takes the place of a stepper's :class:`~video_opd.training.stopwatch.Stopwatch`.
 
     A stage within another one is counted for itself alone: between two borders everything belongs to the
     innermost stage. ``peaks`` are bytes allocated on the GPU at most, the models among them; empty on a CPU.
@@ -69,6 +69,6 @@ def watched(steps: Steps, device: torch.device) -> StageWatch:
     stepper: Any = steps.stepper
     stepper.watch = watch
     stepper.accelerator.backward = watch.within("backward", stepper.accelerator.backward)
-    optimizer: Any = stepper.parts.optimizer
+    optimizer: Any = stepper.components.optimizer
     optimizer.step = watch.within("optimiser", optimizer.step)
     return watch

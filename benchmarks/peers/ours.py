@@ -16,6 +16,7 @@ from measure import Measure, read_settings, write_record
 import video_opd
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
+from video_opd.models.teachers import LocalTeacher
 from video_opd.training.components import Components, build_components
 from video_opd.training.loop import train
 from video_opd.types import EncodedPrompt, Sample
@@ -58,7 +59,9 @@ def measured(measure: Measure, components: Components) -> Components:
             measure.prompt(prompt.length, prompt.video_tokens)
             yield sample, prompt
 
-    measure.loaded(components.model, *([components.teacher.policy.model] if components.teacher else []))
+    teacher = components.teacher
+    assert teacher is None or isinstance(teacher, LocalTeacher)
+    measure.loaded(components.model, *([teacher.policy.model] if teacher else []))
     return replace(components, loader=loader)
 
 

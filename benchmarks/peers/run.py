@@ -105,8 +105,8 @@ def jobs(prompts: int = 2, rollouts: int = 8, distilled: int = 8) -> dict[str, l
     """What is compared with what. The first way of a job is ours with a recipe's default, a prompt at a time:
     the others are measured against it."""
     group = prompts * rollouts
-    trl = {"environment": "trl", "script": "with_trl.py"}
-    swift = {"environment": "ms-swift", "script": "with_ms_swift.py"}
+    trl: dict[str, Any] = {"environment": "trl", "script": "with_trl.py"}
+    swift: dict[str, Any] = {"environment": "ms-swift", "script": "with_ms_swift.py"}
     grpo: dict[str, Any] = {"method": "grpo", "prompts": prompts, "rollouts": rollouts}
     one: dict[str, Any] = {"prompts": distilled, "rollouts": 1}
     sizes = (1, 2, distilled)

@@ -32,8 +32,8 @@ _PACKED = re.compile(rb"DivX\d+(?:Build|b)\d+p")
 # How a file of these formats begins: so many bytes that occur nowhere else in it.
 _SIGNATURE_BYTES = {"flv": 4, "asf": 16, "nut": 24, "mxf": 16, "wtv": 16, "apng": 8, "rm": 8, "swf": 8}
 _TAIL_BYTES, _TAIL_MARGIN = 1 << 20, 64  # read after the last packet, and a little before it
-# PyAV refuses a video whose tags are not UTF-8 unless it is told to replace them. From version 19 on it replaces
-# them by itself and takes no such argument.
+# Without this argument, PyAV before version 19 refuses a video whose tags are not UTF-8. Later versions
+# replace such characters by themselves and have no such argument.
 TOLERATE_METADATA: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 )
