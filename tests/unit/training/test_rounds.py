@@ -73,17 +73,17 @@ def make_recipe(world: Path, run_dir: Path, **sections: Any) -> Recipe:
 
 
 class Asked:
-    """How many prompts each model answered while it was on."""
+    """Counts the prompts that each model responds to from now on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[tuple[str, int]] = []  # (who, n)
-        answer = pool.score.__globals__["answer"]
+        generate = pool.score.__globals__["generate_responses"]
 
         def counted(policy: Any, prompts: Any, settings: Any, purpose: str, *prefix: Any) -> Any:
             self.rows += [(purpose.removeprefix("score "), settings.n)] * len(prompts)
-            return answer(policy, prompts, settings, purpose, *prefix)
+            return generate(policy, prompts, settings, purpose, *prefix)
 
-        monkeypatch.setitem(pool.score.__globals__, "answer", counted)
+        monkeypatch.setitem(pool.score.__globals__, "generate_responses", counted)
 
     def count(self, who: str) -> int:
         return sum(name == who for name, _ in self.rows)
