@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 # Threads that spin while they wait slow each other tenfold when several processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install bench demo test fuzz test-bench lint types schema clean
+.PHONY: install bench demo test test-long fuzz test-bench lint types schema clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.stamp-package
@@ -34,6 +34,11 @@ $(VENV)/.stamp-base: requirements/base.txt | $(BIN)/python
 
 $(VENV)/.stamp-dev: requirements/dev.txt $(VENV)/.stamp-base
 	$(PIP) install --require-hashes --no-deps --no-compile -r $<
+	touch $@
+
+# Beside the others, not among them: libraries that find torchcodec use it, whether or not it can be loaded.
+$(VENV)/.stamp-torchcodec: requirements/torchcodec.txt $(VENV)/.stamp-base
+	$(PIP) install --require-hashes --no-deps --no-compile --upgrade --target $(VENV)/torchcodec -r $<
 	touch $@
 
 $(VENV)/.stamp-bench: requirements/bench.txt $(VENV)/.stamp-base
@@ -54,6 +59,10 @@ test: install $(VENV)/.stamp-dev
 
 test-bench: bench $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)
+
+test-long: install $(VENV)/.stamp-dev $(VENV)/.stamp-torchcodec
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/torchcodec OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/data/test_torchcodec.py $(PYTEST_ARGS)
 
 fuzz: install $(VENV)/.stamp-dev
 	VIDEO_OPD_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_fuzz.py -s

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+from video_opd.config import VideoConfig
+from video_opd.data.video import load_clip, probe
 
 BITS = 12  # of the number, as black and white columns over the upper half of a frame
 CLOCK = 90_000  # time base: fine enough for any rate
@@ -55,6 +59,7 @@ def write_video(
     fps: float = 10.0,
     size: tuple[int, int] = (64, 192),
     times_s: Sequence[float] | np.ndarray | None = None,
+    ticks: Sequence[int] | None = None,
     codec: str = "libx264",
     rotation: int = 0,
     codec_options: dict[str, str] | None = None,
@@ -65,7 +70,7 @@ def write_video(
     default: int | None = None,
     change: Callable[[int, av.Packet], av.Packet | None] | None = None,
 ) -> Path:
-    """Writes ``count`` numbered frames at a constant rate, or at ``times_s``.
+    """Writes ``count`` numbered frames at a constant rate, at ``times_s``, or at ``ticks`` of 1 / ``fps``.
 
     Numbers begin at ``first_number``, in each further stream 1000 higher. ``matrix`` (a, b, c, d) is a
     display matrix that shows the stored point (x, y) at (ax + cy, bx + dy). ``default`` is the stream that is
@@ -103,10 +108,38 @@ def write_video(
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 if times_s is not None:
                     frame.pts, frame.time_base = round(times_s[number] * CLOCK), Fraction(1, CLOCK)
+                elif ticks is not None:
+                    frame.pts, frame.time_base = ticks[number], 1 / rate
                 mux(stream.encode(frame))
         for stream in written:
             mux(stream.encode(None))
     return path
+
+
+def native_budget(max_frames: int = 768) -> VideoConfig:
+    """As many frames as the video has, at most ``max_frames``; they are not resized."""
+    return VideoConfig(fps=1000.0, min_frames=2, max_frames=max_frames, min_frame_tokens=1)
+
+
+def check_frames(
+    path: Path,
+    numbers: Sequence[int],
+    ticks: Sequence[int] | None = None,
+    *,
+    fps: float = 25,
+    tolerance_s: float = 1.1e-3,
+) -> None:
+    """Frame k shows number ``numbers[k]``, ``ticks[k] / fps`` seconds after the first."""
+    times_s = np.array(range(len(numbers)) if ticks is None else ticks) / fps
+    times_s -= times_s[0]
+    info = probe(path)
+    assert info.frame_count == len(numbers)
+    assert info.times_s == pytest.approx(times_s, abs=tolerance_s)
+    assert info.duration_s == pytest.approx(times_s[-1] + 1 / fps, abs=tolerance_s)
+    for max_frames in (768, 12, 4):
+        clip = load_clip(path, native_budget(max_frames))
+        assert [read_number(frame) for frame in clip.frames] == [numbers[k] for k in clip.frame_indices]
+        assert clip.times_s == pytest.approx(times_s[clip.frame_indices], abs=tolerance_s)
 
 
 def display_matrix(abcd: tuple[int, int, int, int], height: int, width: int) -> list[int]:

@@ -7,6 +7,7 @@ hours can be planned before it is decoded. ``index.py`` turns the packets into f
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class PacketTable:
     reorders: bool  # the codec may show frames in another order than they are decoded in
     raw: bool  # the format holds no times
     discontinuous: bool  # its clock may jump, by the format's rules
+    continues: bool  # the demuxer reads on where another file was joined to the first
     packed: bool = False  # DivX's two pictures in a packet: the decoder keeps the second when it is flushed
     time_base: Fraction
     rate: Fraction | None  # the container's or the codec's claim, never a demuxer's default
@@ -183,6 +185,7 @@ def _describe_stream(container: av.container.InputContainer, stream: av.VideoStr
         reorders=bool(context.codec.reorder),
         raw=raw,
         discontinuous=bool(container.format.flags & DISCONTINUOUS),
+        continues=container.format.name == "flv" or container.format.name not in _SIGNATURE_BYTES,
         time_base=stream.time_base,
         rate=rate,
         promised_s=None,
@@ -287,8 +290,11 @@ def _check_tail(path: Path, format_name: str, last: int) -> None:
             joined = _count_movies(file, path.stat().st_size) > 1
         elif format_name in _SIGNATURE_BYTES:
             signature = file.read(_SIGNATURE_BYTES[format_name])
-            file.seek(max(len(signature), last - _TAIL_MARGIN))
-            joined = last > 0 and signature in file.read(_TAIL_BYTES)
+            # NUT's demuxer takes the second file for packets of the first.
+            begin = len(signature) if format_name == "nut" else max(len(signature), last - _TAIL_MARGIN)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = len(content) if format_name == "nut" else begin + _TAIL_BYTES
+                joined = last > 0 and content.find(signature, begin, end) >= 0
         else:
             return
     if joined:

@@ -73,6 +73,8 @@ def read_index(path: Path, *, decode: bool = False) -> PacketIndex:
     table = read_packets(path)
     assert table.first is not None
     segment_N = _segments(table)
+    if segment_N[-1] > 0 and not table.continues:
+        raise VideoError(path, "its clock starts again, which this format does not allow for")
     _check_whole(table, segment_N, path)
     timed = not table.raw and all(
         p is not None for p, show in zip(table.pts, table.shown, strict=True) if show
@@ -104,9 +106,7 @@ def _index(
     orientation = orientation_of(table.first)
     times_s = clock_T - clock_T[0]
     if last_s <= 0:
-        last_s = (
-            float(times_s[-1]) / (len(times_s) - 1) if len(times_s) > 1 else float(1 / (table.rate or 25))
-        )
+        last_s = _usual_interval_s(times_s) if len(times_s) > 1 else float(1 / (table.rate or 25))
     return PacketIndex(
         packet_key_N=keys_N,
         packet_frame_N=packet_frame_N,
@@ -124,6 +124,15 @@ def _index(
         stream_index=table.stream_index,
         codec=table.codec,
     )
+
+
+def _usual_interval_s(times_s: np.ndarray) -> float:
+    """The mean interval between frames, or the median one where gaps make the mean useless."""
+    mean_s, median_s = (
+        float(times_s[-1] - times_s[0]) / (len(times_s) - 1),
+        float(np.median(np.diff(times_s))),
+    )
+    return mean_s if abs(mean_s - median_s) <= 0.1 * mean_s else median_s
 
 
 def _segments(table: PacketTable) -> np.ndarray:
@@ -290,7 +299,8 @@ def _decoded_frames(table: PacketTable, segment_N: np.ndarray, path: Path) -> Fr
     clock = np.empty(len(packets))
     for segment in np.unique(segments):
         inside = segments == segment
-        if (times := _between_anchors(table, pts[inside], known[inside], path)) is None:
+        times = None if known.all() else _between_anchors(table, pts[inside], known[inside], path)
+        if times is None:
             times = _by_decoding_times(table, packets[inside], delay)
         if times is None:
             raise VideoError(path, "its frames carry no times that could be used")
