@@ -57,7 +57,7 @@ def test_the_folders_are_there() -> None:
 
 
 def test_the_algorithm_is_the_policy_gradient_of_eq_5_and_6() -> None:
-    """The README's step, as it stands there, moves the weights by Σ r_t ∇ log π(a_t), from the plain engine."""
+    """The README's step moves the weights by Σ r_t ∇ log π(a_t), as the plain engine computes it."""
     import torch
     from model_cases import QUERIES, encode, model, processor
     from torch.nn.utils.rnn import pad_sequence
