@@ -30,7 +30,7 @@ from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
 
-# Times of a run and where it lives differ between two runs that are otherwise the same.
+# These keys differ between two runs that are otherwise the same.
 UNREPEATABLE = ("time/",)
 
 
@@ -142,7 +142,7 @@ def repeatable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def a_reward(sample: Sample, text: str) -> float:
-    """Of no meaning, but different for different answers: random models write no time spans."""
+    """A reward without meaning that differs between responses: random models write no time spans."""
     return sum(map(ord, text)) % 11 / 11
 
 
@@ -151,7 +151,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit, but for the seconds."""
+    """The runs are equal bit for bit, but for the seconds."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert repeatable(rows_of(a / name)) == repeatable(rows_of(b / name))
     mine, theirs = weights_of(a), weights_of(b)
@@ -235,7 +235,7 @@ def started_ns(folder: RunFolder) -> int:
 
 
 class Watched(Build):
-    """Keeps the components, and a copy of every answer that was sampled."""
+    """Keeps the components, and a copy of every response that was sampled."""
 
     def __call__(self, *arguments: Any) -> Any:
         self.components = super().__call__(*arguments)

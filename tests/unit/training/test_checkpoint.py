@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, also on a full disk; model folders that stand alone."""
+"""Checkpoints are complete or not there, also on a full disk; model folders stand alone."""
 
 from __future__ import annotations
 

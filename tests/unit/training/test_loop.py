@@ -1,4 +1,4 @@
-"""The run as a whole: the same weights for any split, lower KL, kills that leave no trace."""
+"""A whole run: the same weights for any split, a lower KL, and kills that leave no trace."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(path: Path, build: Build | None = None, **sections: Any) -> RunResult:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """Eight rows, four a step, two epochs: four steps. Others are compared with it."""
+    """Four steps: eight rows, four a step, two epochs. Other runs are compared with this one."""
     return run(tmp_path_factory.mktemp("undisturbed") / "run", optim={"epochs": 2})
 
 
@@ -114,8 +114,8 @@ def test_micro_batches_change_nothing(undisturbed: RunResult, tmp_path: Path, mi
 
 
 @pytest.mark.parametrize("reduction", ["sum", "token_mean"])
-def test_reading_once_for_sampling_and_update_changes_nothing(tmp_path: Path, reduction: str):
-    """``sampling.micro_batch_size`` samples the whole batch before the update, which reads it again."""
+def test_one_prefill_for_sampling_and_update_changes_nothing(tmp_path: Path, reduction: str):
+    """``sampling.micro_batch_size`` samples the batch before the update, which runs the prompts again."""
     sections: dict[str, Any] = {"optim": {"epochs": 2}, "loss": {"reduction": reduction}}
     broken = ("s3",)  # a batch that is smaller than planned
     once = run(tmp_path / "once", Build(broken=broken), **sections)
@@ -132,7 +132,7 @@ def test_reading_once_for_sampling_and_update_changes_nothing(tmp_path: Path, re
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_two_processes_equal_one(tmp_path: Path, recompute: bool):
-    """Seven rows in batches of four: the last batch gives one rank two rows and the other one."""
+    """Seven rows in batches of four: of the last batch, one process gets two rows and the other gets one."""
     sections: dict[str, Any] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
     alone = run(tmp_path / "one", Build(rows=7, broken=("s3",)), **sections)
     port = free_port()
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(undisturbed: RunResult,
 
 
 def test_a_step_lowers_the_reverse_kl_on_its_own_batch(tmp_path: Path):
-    """Over the whole vocabulary, at the very states that the step's rollouts visited."""
+    """The KL is over the whole vocabulary, at the states that the step's rollouts visited."""
     build = Watched(rows=4)
     result = run(
         tmp_path / "run",
@@ -299,7 +299,7 @@ def test_the_first_rollouts_of_the_batch_are_logged(tmp_path: Path, method: str,
 
 
 def test_what_is_evaluated_is_what_was_saved(tmp_path: Path):
-    """In bfloat16 the weights are rounded, the rotary frequencies not: nobody saves or loads those."""
+    """bfloat16 rounds the weights, but not the rotary frequencies, which nobody saves or loads."""
     build = Watched(rows=4)
     run(tmp_path / "run", build, optim={"max_steps": 1}, run={"save_dtype": "bfloat16"})
     held = build.components.model
@@ -329,7 +329,7 @@ def test_a_batch_without_a_single_video_is_left_out(tmp_path: Path):
 
 
 class Spoilt(Build):
-    """The policy of a run whose update is not the model that sampled: its weights move in between."""
+    """A run whose update uses other weights than its sampling, or whose scores are not finite."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -389,7 +389,7 @@ def test_the_learning_rate_is_a_function_of_the_step():
 
 
 def test_a_whole_batch_is_decoded_ahead(tmp_path: Path):
-    """With fewer videos ahead than a step takes at once, the model waits for the rest."""
+    """If fewer videos are decoded ahead than a step needs, the model waits for the others."""
     for prefetch, ahead in ((None, 24), (3, 3)):
         recipe = make_recipe(tmp_path, optim={"batch_size": 24}, data={"prefetch": prefetch})
         load = prompt_loader(recipe, processor(), skipped_path=None, max_failed_share=1.0)

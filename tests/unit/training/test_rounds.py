@@ -91,7 +91,7 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def three(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Recipe, Asked]]:
-    """Three rounds, undisturbed. Ranked by the reverse KL, whose digits would tell other batches."""
+    """Three rounds without a kill. They rank by the reverse KL, whose digits would betray other batches."""
     monkeypatch = pytest.MonkeyPatch()
     asked = Asked(monkeypatch)
     folder = tmp_path_factory.mktemp("three") / "run"
@@ -298,7 +298,7 @@ def die_between(recipe: Recipe, name: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files by their relative paths; without times, machine, and what torch.save packs."""
+    """The content of all files by relative path, without times, machine, and files of torch.save."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -312,7 +312,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def test_kills_in_every_stage_leave_no_trace(
     three: tuple[Path, Recipe, Asked], world: Path, tmp_path: Path
 ) -> None:
-    """The first round is taken from the undisturbed run, the second killed again and again."""
+    """The first round is copied from the run without a kill; the second is killed again and again."""
     whole, recipe, _ = three
     folder = whole.parent / "moved"
     shutil.copytree(whole, folder)

@@ -179,7 +179,7 @@ def test_shards_are_float32_where_the_computation_is_not(name: str, tmp_path: Pa
 
 
 def test_a_weight_without_a_gradient_has_no_state_after_loading_either():
-    """Adam would otherwise take the first step on it for a later one."""
+    """With a state of zeros, Adam would correct the bias of its first step as that of its second."""
 
     def made() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
@@ -224,7 +224,7 @@ def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
 
 
 def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
-    """Also where there is no accelerator: Accelerate's own answer there is several runs in one folder."""
+    """This holds without an accelerator, too, where Accelerate would start several runs in one folder."""
     script = tmp_path / "worker.py"
     script.write_text(
         "import sys\n"

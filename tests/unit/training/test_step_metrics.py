@@ -376,18 +376,18 @@ def test_every_metric_is_what_the_docs_define_however_the_batch_is_cut(
 ):
     found = random_rollouts(rollouts, sampled=sampled, rewards=rewards)
     clip = (0.2, 0.3)
-    parts, start = [], 0
+    measured_batches, start = [], 0
     for size in cut:
         scored, student = scored_batch(found[start * rollouts : (start + size) * rollouts])
         values = token_values(scored.trajectories, student, scored.signal)
-        parts.append(measure(scored, values, clip, thinking=False))
+        measured_batches.append(measure(scored, values, clip, thinking=False))
         start += size
-    row, expected = step_metrics(parts), by_definition(found, clip)
+    row, expected = step_metrics(measured_batches), by_definition(found, clip)
     assert list(row) == list(expected)
     for key, value in expected.items():
         same = math.isnan(row[key]) if math.isnan(value) else math.isclose(row[key], value, rel_tol=2e-6)
         assert same, (key, row[key], value)
-    reordered = step_metrics(parts[::-1])
+    reordered = step_metrics(measured_batches[::-1])
     assert all(math.isnan(row[key]) or math.isclose(reordered[key], row[key], rel_tol=1e-12) for key in row)
     assert math.isnan(row["reverse_kl/sampled"]) == (not sampled)
 
