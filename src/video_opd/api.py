@@ -202,7 +202,7 @@ def evaluate(
     model: InferenceModel | str | Path | None = None,
     protocol: str = "paper",
     video_root: str | Path | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
     """Grounding metrics of answers, with intervals and controls. With ``predictions`` it needs no torch.
@@ -212,9 +212,9 @@ def evaluate(
         predictions: a predictions file, or answers by the rows' ids: a span ``(start_s, end_s)``, a text, a
             :class:`~video_opd.types.Prediction`, or None for no answer.
         model: answers now, greedily, asked as the protocol asks; in place of ``predictions``.
-        protocol: ``"paper"`` or ``"timelens"``.
+        protocol: ``"paper"``, ``"timelens"`` or another of docs/evaluation.md.
         video_root: where the videos are; beside the data when None.
-        max_new_tokens: of the model's answers, at most.
+        max_new_tokens: of the model's answers, at most; the protocol's when None.
         batch_size: answers that the model writes at a time.
 
     Raises:
@@ -284,14 +284,15 @@ def _predicted(
     model: InferenceModel | str | Path,
     samples: list[Sample],
     protocol: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
     from video_opd.evaluation.predict import GenerationSettings, predict
     from video_opd.evaluation.protocols import get_protocol
 
-    style = get_protocol(protocol).prompt_style
-    opened = (load(model) if isinstance(model, str | Path) else model).with_prompt_style(style)
+    asked = get_protocol(protocol)
+    opened = load(model) if isinstance(model, str | Path) else model
+    opened = opened.with_prompt_style(asked.prompt_style)
     thinking = opened.config.prompt.thinking
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "predictions.jsonl"
@@ -301,7 +302,10 @@ def _predicted(
             opened.prompts,
             out,
             provenance=opened.provenance(),
-            settings=GenerationSettings(max_new_tokens=max_new_tokens, thinking=thinking),
+            settings=GenerationSettings(
+                max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                thinking=thinking,
+            ),
             batch_size=batch_size,
         )
         return _read(out, samples, protocol)

@@ -342,6 +342,9 @@ def test_settings_in_files_are_what_they_were():
     )
     assert json.dumps(video.model_dump()) == budget + ', "backend": "pyav"}'
     assert json.dumps(video.without_decoder()) == budget + "}"
+    floor = video.changed(keep="min_frame_tokens")  # the one key that came later is written if it differs
+    assert json.dumps(floor.without_decoder()) == budget + ', "keep": "min_frame_tokens"}'
+    assert read_settings(VideoConfig, floor.model_dump()) == floor
     assert json.dumps(PromptConfig().model_dump()) == '{"style": "paper", "thinking": false}'
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from video_opd.cli.parser import Parser
 
-PROTOCOLS = ("paper", "timelens")
+PROTOCOLS = ("paper", "timelens", "timelens-2026-02", "timelens-2025", "lmms-eval-timelens")
 
 
 def positive(text: str) -> int:

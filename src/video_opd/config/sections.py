@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from video_opd.config.settings import Number, Settings, Texts, number, several
 from video_opd.errors import need
@@ -110,11 +110,13 @@ class VideoConfig(Settings):
     min_frame_tokens: int = Field(
         default=128,
         ge=1,
-        description="fewest tokens of a frame pair; gives way where max_video_tokens could not be kept; ours",
+        description="fewest tokens of a frame pair; keep decides between them and max_video_tokens; ours",
     )
     max_frame_tokens: int = Field(default=768, ge=1, description="most tokens of a frame pair; sec. 4.1")
-    max_video_tokens: int = Field(
-        default=8192, ge=1, description="most tokens of a video, a hard bound; sec. 4.1"
+    max_video_tokens: int = Field(default=8192, ge=1, description="most tokens of a video; sec. 4.1")
+    keep: Literal["max_video_tokens", "min_frame_tokens"] = Field(
+        default="max_video_tokens",
+        description="which bound a long video keeps if it cannot keep both; qwen-vl-utils: min_frame_tokens",
     )
     backend: Literal["pyav", "torchcodec"] = Field(default="pyav", description="the decoder; ours")
 
@@ -138,6 +140,14 @@ class VideoConfig(Settings):
         )
         return self
 
+    @model_serializer(mode="wrap")
+    def _leave_out_the_usual_bound(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Notes beside rows and names of cached clips were written before ``keep`` could be chosen."""
+        tree = dict(serialize(self))
+        if tree["keep"] == "max_video_tokens":
+            del tree["keep"]
+        return tree
+
     def without_decoder(self) -> dict[str, Any]:
         """The settings that decide which frames are seen, and how large; every decoder gives the same."""
         return self.model_dump(exclude={"backend"})
@@ -146,7 +156,7 @@ class VideoConfig(Settings):
 class PromptConfig(Settings):
     """How the model is asked."""
 
-    style: Literal["paper", "timelens", "question"] = Field(
+    style: Literal["paper", "timelens", "lmms-eval-timelens", "question"] = Field(
         default="paper", description="wording of the prompt; question: the query alone; figure 7"
     )
     thinking: bool = Field(

@@ -2,8 +2,9 @@
 
 A video token is 32×32 px of a *pair* of frames (patch 16 × merge 2; temporal patch 2). Frames and sizes are
 those of qwen-vl-utils 0.0.14 (``smart_nframes``, ``smart_resize``) wherever these keep the bound of tokens a
-video. On long or elongated videos, the library's floor of tokens a pair breaks that bound. Here the bound is
-hard, and the first of these that keeps it is taken:
+video. On long or elongated videos, the library's floor of tokens a pair breaks that bound. The bound is hard
+here (unless ``keep`` is ``min_frame_tokens``: then the size is the library's for any video), and the first of
+these that keeps it is taken:
 
 1. the library's size;
 2. the same shape without the floor, at least one cell (32×32 px) a side;
@@ -48,7 +49,8 @@ def count_tokens(n_frames: int, height_px: int, width_px: int) -> int:
 def plan(frame_count: int, source_fps: float, height_px: int, width_px: int, budget: VideoConfig) -> ClipPlan:
     """Plans frames and size for a video of ``frame_count`` frames at a mean rate of ``source_fps``.
 
-    ``video_tokens`` of the plan is at most ``budget.max_video_tokens``, for any input.
+    ``video_tokens`` of the plan is at most ``budget.max_video_tokens``, for any input, unless the budget
+    keeps ``min_frame_tokens`` instead.
     """
     n_frames = plan_frames(frame_count, source_fps, budget)
     if not _fits(n_frames, _library_cells(n_frames, height_px, width_px, budget), budget):
@@ -84,7 +86,7 @@ def plan_size(n_frames: int, height_px: int, width_px: int, budget: VideoConfig)
         pairs = -(-n_frames // PAIR)
         cap = max(1, min(budget.max_frame_tokens, budget.max_video_tokens // pairs))
         height, width = _fit_cells(height_px, width_px, cap)
-    return height * CELL_PX, width * CELL_PX
+    return max(1, height) * CELL_PX, max(1, width) * CELL_PX
 
 
 def uniform_indices(frame_count: int, n_frames: int) -> np.ndarray:
@@ -133,6 +135,8 @@ def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoCo
 
 def _fits(n_frames: int, cells: tuple[int, int], budget: VideoConfig) -> bool:
     height, width = cells
+    if budget.keep == "min_frame_tokens":
+        return True
     return min(cells) >= 1 and -(-n_frames // PAIR) * height * width <= budget.max_video_tokens
 
 

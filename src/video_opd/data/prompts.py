@@ -2,7 +2,9 @@
 
 A style is a system instruction and a user text that contains ``{query}``. ``paper`` is figure 7 (sec. D.7),
 word for word, with the quotation marks as printed. ``timelens`` is the prompt of TimeLens' evaluation for
-models that see the times of their frames, as Qwen3-VL does. ``question`` adds nothing, because the benchmarks
+models that see the times of their frames, as Qwen3-VL does. ``lmms-eval-timelens`` is what lmms-eval's
+``timelens`` tasks ask through its Qwen3-VL: the same sentence, with the query as it is in the data and after
+the system message that lmms-eval puts before every prompt. ``question`` adds nothing, because the benchmarks
 of general video understanding bring the whole text of their questions.
 """
 
@@ -50,6 +52,12 @@ CONTROL_TOKEN = re.compile(r"<\|[^|\s]+\|>")
 # Table 8's thinking variant. The paper does not print its instruction, so this is a short one of our own.
 THINKING_INSTRUCTION = " Think first between <think> and </think>, then give the answer."
 
+_TIMELENS_USER = (
+    "Please find the visual event described by the sentence '{query}', determining its starting and "
+    "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
+)
+_TIMELENS_ANSWER = "The event happens in {start:.2f} - {end:.2f} seconds"
+
 STYLES: dict[str, PromptStyle] = {
     "paper": PromptStyle(
         system="You are a video analysis expert.",
@@ -59,14 +67,9 @@ STYLES: dict[str, PromptStyle] = {
             "format “start time to end time”. For example: “12.54 to 17.83”."
         ),
     ),
-    "timelens": PromptStyle(
-        system="",
-        user=(
-            "Please find the visual event described by the sentence '{query}', determining its starting and "
-            "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
-        ),
-        bare_query=True,
-        answer_format="The event happens in {start:.2f} - {end:.2f} seconds",
+    "timelens": PromptStyle(system="", user=_TIMELENS_USER, bare_query=True, answer_format=_TIMELENS_ANSWER),
+    "lmms-eval-timelens": PromptStyle(
+        system="You are a helpful assistant.", user=_TIMELENS_USER, answer_format=_TIMELENS_ANSWER
     ),
     "question": PromptStyle(system="", user="{query}"),
 }

@@ -12,9 +12,12 @@ from video_opd.evaluation.query_swap import QuerySwap
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """Returns the settings of a result's ``protocol``."""
     video = protocol["video"]
+    least = (
+        f" (or {video['min_frame_tokens']} a frame pair)" if video.get("keep") == "min_frame_tokens" else ""
+    )
     return (
         f"protocol {protocol['name']}: prompt {protocol['prompt']}; {video['fps']:g} fps, at most "
-        f"{video['max_frames']} frames and {video['max_video_tokens']} video tokens; at most "
+        f"{video['max_frames']} frames and {video['max_video_tokens']} video tokens{least}; at most "
         f"{protocol['max_new_tokens']} new tokens, {protocol['decoding']}; parser {protocol['parser']}, "
         f"rounding {protocol['rounding']}; 95% by {protocol['ci95']}"
     )
@@ -35,7 +38,7 @@ def _asked(protocol: Mapping[str, Any], key: str) -> Any:
     """Returns the protocol's own value for a key of its deviations."""
     section, _, name = key.rpartition(".")
     if section == "video":
-        return protocol["video"][name]
+        return {"keep": "max_video_tokens", **protocol["video"]}[name]
     return {"prompt.style": protocol["prompt"], "prompt.thinking": False, "temperature": 0}.get(
         key, protocol.get(key)
     )

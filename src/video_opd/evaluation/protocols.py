@@ -1,13 +1,13 @@
-"""What a grounding result depends on besides the model. A score without its protocol means little: the same
-checkpoint differs by more between two protocols than before and after training.
+"""Evaluation protocols: what a grounding result depends on besides the model. No torch.
 
-No torch.
+A score without its protocol means little: the same checkpoint differs by more between two protocols than
+before and after training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from video_opd.config import VideoConfig
@@ -20,10 +20,10 @@ PARSERS: Mapping[str, Callable[..., ParsedAnswer]] = {"paper": parse_answer, "ti
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How answers are asked for and read: prompt, video budget, answer length, parser, rounding.
+    """How a model is asked and its responses are read: prompt, video budget, length, parser, rounding.
 
-    ``video`` and ``max_new_tokens`` are what a model gets that does not say otherwise itself; where answers
-    were made with something else, that is a deviation, and stands beside the result (:func:`deviations`).
+    A model that does not say otherwise itself gets ``video`` and ``max_new_tokens``. If responses were made
+    with something else, that is a deviation, and stands beside the result (:func:`deviations`).
     """
 
     name: str
@@ -34,11 +34,11 @@ class Protocol:
     whole_seconds: bool = False  # round both ends of a prediction, halves to even, before it is compared
 
     def parse(self, text: str, *, thinking: bool = False) -> ParsedAnswer:
-        """What the text of an answer says."""
+        """Reads the span in a response."""
         return PARSERS[self.parser](text, thinking=thinking)
 
     def prepare(self, span: Interval) -> Interval:
-        """The span that is compared with the annotation."""
+        """Returns the span that is compared with the annotation."""
         return (float(round(span[0])), float(round(span[1]))) if self.whole_seconds else span
 
     def to_json(self) -> dict[str, Any]:
@@ -57,63 +57,92 @@ class Protocol:
         }
 
 
+_TIMELENS = Protocol(
+    # TencentARC/TimeLens since commit d8db290: evaluation/utils.py (prompt), scripts/eval_timelens_bench.sh
+    # (2 fps, 64 tokens of 32 × 32 px a frame pair at least, 14,336 in total, resized by qwen-vl-utils) and
+    # evaluation/eval_dataloader.py (greedy, 512 new tokens, both ends rounded to whole seconds by round).
+    name="timelens-2026-02",
+    prompt_style="timelens",
+    video=VideoConfig(min_frame_tokens=64, max_video_tokens=14_336, keep="min_frame_tokens"),
+    max_new_tokens=512,
+    parser="timelens",
+    whole_seconds=True,
+)
+
 PROTOCOLS = {
-    # Sec. 4.1 (budget) and figure 7 (prompt, two decimals). The paper gives no answer length; its answers are
-    # about a dozen tokens.
-    "paper": Protocol(name="paper", prompt_style="paper", max_new_tokens=64, parser="paper"),
-    # TencentARC/TimeLens: evaluation/utils.py (prompt), scripts/eval_timelens_bench.sh (2 fps, 64 tokens a
-    # frame at least, 14,336 in total), evaluation/eval_dataloader.py (greedy, 512 new tokens, both ends
-    # rounded to whole seconds by Python's round). Its tokens are of 28 × 28 px, also for Qwen3-VL, whose own
-    # are of 32 × 32: 64 · 28²/32² = 49, and 14,336 · 28²/32² = 10,976.
-    "timelens": Protocol(
-        name="timelens",
-        prompt_style="timelens",
-        video=VideoConfig(min_frame_tokens=49, max_video_tokens=10_976),
-        max_new_tokens=512,
-        parser="timelens",
-        whole_seconds=True,
-    ),
+    protocol.name: protocol
+    for protocol in (
+        # Sec. 4.1 (budget) and figure 7 (prompt, two decimals). The paper gives no answer length; its answers
+        # are about a dozen tokens.
+        Protocol(name="paper", prompt_style="paper", max_new_tokens=64, parser="paper"),
+        _TIMELENS,
+        # The script before that commit counted tokens of 28 × 28 px for every model. Qwen3-VL's own are of
+        # 32 × 32 px: 64 · 28² / 32² = 49, and 14,336 · 28² / 32² = 10,976.
+        replace(
+            _TIMELENS,
+            name="timelens-2025",
+            video=VideoConfig(min_frame_tokens=49, max_video_tokens=10_976, keep="min_frame_tokens"),
+        ),
+        # lmms-eval 0.7.3: tasks/timelens (prompt, greedy, 50 new tokens, no rounding). The task leaves the
+        # frames to the model's arguments. These are the defaults of models/chat/qwen3_vl.py: 32 frames, at
+        # least 256 · 28² px = 196 tokens a pair, and qwen-vl-utils' own bounds: 768, and 0.9 · 128,000.
+        Protocol(
+            name="lmms-eval-timelens",
+            prompt_style="lmms-eval-timelens",
+            video=VideoConfig(
+                min_frames=32,
+                max_frames=32,
+                min_frame_tokens=196,
+                max_video_tokens=115_200,
+                keep="min_frame_tokens",
+            ),
+            max_new_tokens=50,
+            parser="timelens",
+        ),
+    )
 }
+# A name without a version is the newest version; results record the version.
+CURRENT = {"timelens": "timelens-2026-02"}
 
 
 def get_protocol(protocol: str | Protocol) -> Protocol:
-    """A protocol by name. Raises :class:`UserError` for an unknown one."""
+    """Returns a protocol by its name, or by the name that its newest version goes by.
+
+    Raises :class:`UserError` for an unknown name.
+    """
     if isinstance(protocol, Protocol):
         return protocol
-    if protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol]
+    name = CURRENT.get(protocol, protocol)
+    if name not in PROTOCOLS:
+        known = ", ".join((*PROTOCOLS, *CURRENT))
+        raise UserError(f"unknown protocol {protocol!r}; choose one of: {known}")
+    return PROTOCOLS[name]
 
 
 def protocol_of(prompt_style: str) -> Protocol | None:
-    """The protocol that asks in this style, if there is one."""
+    """Returns the newest protocol that asks in this style, if there is one."""
     return next((p for p in PROTOCOLS.values() if p.prompt_style == prompt_style), None)
 
 
-def video_budget(video: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``video`` section without the decoder, which changes no frame."""
-    return {key: value for key, value in video.items() if key != "backend"}
-
-
-# --- how answers were made ---------------------------------------------------------------------------
+# --- how responses were made -------------------------------------------------------------------------
 
 
 def prompt_style_of(provenance: Mapping[str, Any] | None) -> str | None:
-    """The prompt style in the note of an output (``P.jsonl.meta.json``); None where it does not say."""
+    """Returns the prompt style in the provenance of an output; None if it does not say."""
     return None if provenance is None else _section(_section(provenance, "input"), "prompt").get("style")
 
 
 def is_thinking(provenance: Mapping[str, Any] | None) -> bool:
-    """Whether the note says that the model thought before it answered."""
+    """Whether the provenance of an output says that the model thought before it answered."""
     return (
         provenance is not None and _section(_section(provenance, "input"), "prompt").get("thinking") is True
     )
 
 
 def deviations(protocol: Protocol, provenance: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What the note of an output says otherwise than ``protocol``: ``{"video.fps": 1.0, …}``.
+    """Returns the settings of ``provenance`` that differ from ``protocol``: ``{"video.fps": 1.0, …}``.
 
-    None where there is no note: nobody knows then how the answers were made.
+    None without provenance: nobody knows then how the responses were made.
     """
     if provenance is None:
         return None
@@ -122,18 +151,24 @@ def deviations(protocol: Protocol, provenance: Mapping[str, Any] | None) -> dict
     used = {
         "prompt.style": prompt.get("style"),
         "prompt.thinking": prompt.get("thinking"),
-        **{f"video.{key}": value for key, value in video_budget(_section(made_with, "video")).items()},
+        **_video_settings(_section(made_with, "video")),
         "max_new_tokens": answers.get("max_new_tokens"),
         "temperature": answers.get("temperature"),
     }
     asked = {
         "prompt.style": protocol.prompt_style,
         "prompt.thinking": False,
-        **{f"video.{key}": value for key, value in protocol.video.without_decoder().items()},
+        **_video_settings(protocol.video.without_decoder()),
         "max_new_tokens": protocol.max_new_tokens,
         "temperature": 0.0,
     }
     return {key: used[key] for key in asked if used.get(key) is not None and used[key] != asked[key]}
+
+
+def _video_settings(video: Mapping[str, Any]) -> dict[str, Any]:
+    """A section by dotted keys. ``keep`` is written only if it is not the usual one."""
+    complete = {"keep": "max_video_tokens", **video} if video else {}
+    return {f"video.{key}": value for key, value in complete.items()}
 
 
 def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -69,7 +69,10 @@ def prompt_tokens(recipe: Recipe, samples: Sequence[Sample]) -> int:
     video = recipe.video
     longest_s = max((math.inf if s.duration_s is None else s.duration_s for s in samples), default=math.inf)
     pairs = math.ceil(min(longest_s * video.fps, video.max_frames) / 2)
-    return min(pairs * video.max_frame_tokens, video.max_video_tokens) + pairs * STAMP_TOKENS + TEXT_TOKENS
+    most = video.max_video_tokens
+    if video.keep == "min_frame_tokens":
+        most = max(most, pairs * math.ceil(1.05 * video.min_frame_tokens))  # qwen-vl-utils' slack
+    return min(pairs * video.max_frame_tokens, most) + pairs * STAMP_TOKENS + TEXT_TOKENS
 
 
 def free_bytes(device: torch.device) -> int:

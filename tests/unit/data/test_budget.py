@@ -120,6 +120,26 @@ def test_the_total_is_a_hard_bound_and_the_library_is_followed_below_it(size, du
         assert (made.n_frames, made.height_px, made.width_px) == (n_frames, *theirs)
 
 
+@settings(max_examples=300)
+@given(size=SIDES, duration_s=st.floats(2, 3 * 3600), fps=st.floats(1, 120), budget=BUDGETS | st.just(PAPER))
+def test_the_library_is_followed_everywhere_where_its_floor_is_kept(size, duration_s, fps, budget):
+    count = max(2, int(duration_s * fps))
+    made = plan(count, fps, size[0], size[1], budget.changed(keep="min_frame_tokens"))
+    n_frames = library_frames(count, fps, budget)
+    height, width = library_size(n_frames, size[0], size[1], budget)
+    # The library lets the short side of an elongated frame go to nothing.
+    assert (made.n_frames, made.height_px, made.width_px) == (n_frames, max(32, height), max(32, width))
+
+
+def test_the_librarys_floor_breaks_the_total_of_a_long_video():
+    budget = VideoConfig(min_frame_tokens=64, max_video_tokens=14_336, keep="min_frame_tokens")
+    # 1,200 frames are cut to 768: 384 pairs of 640 × 360 px, at most 1.05 · 64 tokens each.
+    made = plan(600 * 30, 30.0, 360, 640, budget)
+    assert (made.n_frames, made.height_px, made.width_px) == (768, *library_size(768, 360, 640, budget))
+    assert made.video_tokens > 14_336
+    assert plan(600 * 30, 30.0, 360, 640, budget.changed(keep="max_video_tokens")).video_tokens <= 14_336
+
+
 @given(size=SIDES, n_frames=st.integers(2, 768))
 def test_frames_are_thinned_only_when_the_smallest_size_is_too_much(size, n_frames):
     ratio = max(size) / min(size)

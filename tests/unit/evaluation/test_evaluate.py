@@ -144,13 +144,13 @@ def test_answers_of_another_protocol_need_the_flag(files: Path, capsys: pytest.C
     words = ("evaluate", "--data", "other.jsonl", "--predictions", "student-other.jsonl")
     assert main(list(words)) == 2
     err = capsys.readouterr().err
-    assert "made under protocol timelens" in err and "--any-protocol" in err
+    assert "made under protocol timelens-2026-02" in err and "--any-protocol" in err
     record = json.loads(run(capsys, *words, "--any-protocol", "--json", "-"))
     assert record["protocol"]["name"] == "paper"
     assert record["protocol"]["deviations"] == {"prompt.style": "timelens"}
     assert "prompt.style timelens (protocol: paper)" in run(capsys, *words, "--any-protocol")
     record = json.loads(run(capsys, *words, "--protocol", "timelens", "--json", "-"))
-    assert (record["protocol"]["name"], record["protocol"]["deviations"]) == ("timelens", {})
+    assert (record["protocol"]["name"], record["protocol"]["deviations"]) == ("timelens-2026-02", {})
     assert record["rules"] == {"to": 3}  # TimeLens' parser has no rule "exact"
 
 
@@ -215,6 +215,7 @@ def test_predict_follows_the_protocol(model_and_data, tmp_path, capsys, monkeypa
     assert record["protocol"]["deviations"] == {
         "video.min_frame_tokens": 4,
         "video.max_video_tokens": 64,
+        "video.keep": "max_video_tokens",
         "max_new_tokens": 6,
     }
     assert record["missing"] == 0 and sum(record["rules"].values()) == 3

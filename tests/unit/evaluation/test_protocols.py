@@ -12,23 +12,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from video_opd.cli.arguments import PROTOCOLS as CLI_PROTOCOLS
 from video_opd.config import VideoConfig
+from video_opd.data.budget import plan_frames
 from video_opd.data.prompts import STYLES, build_messages
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import evaluate_file
 from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.predictions import file_deviations, read_model_predictions
-from video_opd.evaluation.protocols import PARSERS, PROTOCOLS, deviations, get_protocol, protocol_of
+from video_opd.evaluation.protocols import CURRENT, PARSERS, PROTOCOLS, deviations, get_protocol, protocol_of
 from video_opd.evaluation.timelens import parse_timelens
 from video_opd.models.inference import read_inference_config
 from video_opd.temporal import is_proper
 from video_opd.types import Sample
 
-PAPER, TIMELENS = PROTOCOLS["paper"], PROTOCOLS["timelens"]
+PAPER, TIMELENS = PROTOCOLS["paper"], PROTOCOLS["timelens-2026-02"]
 
 
 def note(style: str = "paper", thinking: bool = False, **answers: Any) -> dict[str, Any]:
-    """``P.jsonl.meta.json`` as ``predict`` writes it, by the protocol's own settings."""
+    """``P.jsonl.meta.json`` as ``predict`` writes it, by the settings of the style's newest protocol."""
     protocol = protocol_of(style) or PAPER
     video = {**protocol.to_json()["video"], "backend": "pyav"}
     settings = {"n": 1, "temperature": 0.0, "max_new_tokens": protocol.max_new_tokens, "seed": 0}
@@ -66,18 +68,45 @@ def test_the_papers_protocol_is_its_section_4_1_and_figure_7() -> None:
     }
 
 
-def test_timelens_protocol_is_its_scripts() -> None:
-    """Defaults of scripts/eval_timelens_bench.sh, in our tokens of 32 × 32 px: its own are 28 × 28."""
-    video = TIMELENS.video
-    assert video.min_frame_tokens * 32**2 == 64 * 28**2
-    assert video.max_video_tokens * 32**2 == 14_336 * 28**2
+TIMELENS_SENTENCE = (
+    "Please find the visual event described by the sentence '{}', determining its starting and "
+    "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
+)
+
+
+@pytest.mark.parametrize(("name", "side_px"), [("timelens-2026-02", 32), ("timelens-2025", 28)])
+def test_timelens_protocols_are_its_scripts(name: str, side_px: int) -> None:
+    """Defaults of scripts/eval_timelens_bench.sh: 64 and 14,336 tokens, until 2025 of 28 × 28 px."""
+    protocol = PROTOCOLS[name]
+    video = protocol.video
+    assert video.min_frame_tokens * 32**2 == 64 * side_px**2
+    assert video.max_video_tokens * 32**2 == 14_336 * side_px**2
     assert (video.fps, video.min_frames, video.max_frames, video.max_frame_tokens) == (2.0, 4, 768, 768)
-    assert (TIMELENS.max_new_tokens, TIMELENS.parser) == (512, "timelens")
-    (message,) = build_messages("  a  door opens. ", TIMELENS.prompt_style)  # no system message
-    assert message["content"][1]["text"] == (
-        "Please find the visual event described by the sentence 'a door opens', determining its starting and "
-        "ending times. The format should be: 'The event happens in <start time> - <end time> seconds'."
-    )
+    assert video.keep == "min_frame_tokens"  # it resizes by qwen-vl-utils
+    assert (protocol.max_new_tokens, protocol.parser, protocol.whole_seconds) == (512, "timelens", True)
+    (message,) = build_messages("  a  door opens. ", protocol.prompt_style)  # no system message
+    assert message["content"][1]["text"] == TIMELENS_SENTENCE.format("a door opens")
+
+
+def test_a_name_without_a_version_is_the_newest_and_is_recorded_with_it() -> None:
+    assert get_protocol("timelens") is PROTOCOLS["timelens-2026-02"] is protocol_of("timelens")
+    assert get_protocol("timelens").to_json()["name"] == "timelens-2026-02"
+    assert {*CLI_PROTOCOLS} == {*PROTOCOLS, *CURRENT}
+    with pytest.raises(UserError, match=r"'tl'.*paper.*timelens-2025.*timelens$"):
+        get_protocol("tl")
+
+
+def test_lmms_evals_protocol_is_its_task_and_the_defaults_of_its_model() -> None:
+    """lmms-eval 0.7.3: tasks/timelens/_default_yaml_template and models/chat/qwen3_vl.py."""
+    protocol = PROTOCOLS["lmms-eval-timelens"]
+    assert (protocol.max_new_tokens, protocol.parser, protocol.whole_seconds) == (50, "timelens", False)
+    system, user = build_messages("a door opens. ", protocol.prompt_style)
+    assert "You are a helpful assistant." in str(system["content"])
+    assert user["content"][1]["text"] == TIMELENS_SENTENCE.format("a door opens. ")
+    video = protocol.video
+    assert video.min_frame_tokens * 32**2 == 256 * 28**2
+    # 32 frames of any video that has them, at whatever rate.
+    assert {plan_frames(count, 30.0, video) for count in (40, 900, 200_000)} == {32}
 
 
 def test_timelens_rounds_as_python_does() -> None:
@@ -90,7 +119,8 @@ def test_every_protocol_is_whole() -> None:
     for name, protocol in PROTOCOLS.items():
         assert protocol.name == name and get_protocol(name) is protocol
         assert protocol.prompt_style in STYLES and protocol.parser in PARSERS
-        assert protocol_of(protocol.prompt_style) is protocol
+        asked = protocol_of(protocol.prompt_style)
+        assert asked is not None and asked.prompt_style == protocol.prompt_style
         answer = protocol.parse(STYLES[protocol.prompt_style].write_answer((12.54, 17.83)))
         assert answer.span == (12.54, 17.83)
     assert protocol_of("another") is None
@@ -181,6 +211,27 @@ def test_deviations_name_what_differs() -> None:
         assert deviations(PAPER, odd) == {}
 
 
+def test_the_hard_bound_of_a_model_is_a_deviation_from_timelens(tmp_path: Path) -> None:
+    """So is the bound of an output that was made before the bound could be chosen."""
+    made = note("timelens")
+    for keep in ({"keep": "max_video_tokens"}, {}):
+        made["input"]["video"].pop("keep", None)
+        made["input"]["video"].update(keep)
+        path = write_answers(tmp_path / "p.jsonl", made, a="5.00 - 10.00")
+        record = evaluate_file(SAMPLES, path, "timelens")
+        assert record["protocol"]["deviations"] == {"video.keep": "max_video_tokens"}
+        (line,) = deviation_lines(record["protocol"])
+        assert "video.keep max_video_tokens (protocol: min_frame_tokens)" in line
+        assert "14336 video tokens (or 64 a frame pair)" in protocol_line(record["protocol"])
+    # The older budget of the same prompt is no other protocol, but told.
+    older = evaluate_file(SAMPLES, path, "timelens-2025")["protocol"]
+    assert older["deviations"] == {
+        "video.min_frame_tokens": 64,
+        "video.max_video_tokens": 14_336,
+        "video.keep": "max_video_tokens",
+    }
+
+
 def test_deviations_stand_in_the_result(tmp_path: Path) -> None:
     made = note(max_new_tokens=16)
     record = evaluate_file(SAMPLES, write_answers(tmp_path / "p.jsonl", made, a="5.00 to 10.00"))
@@ -198,14 +249,16 @@ def test_deviations_stand_in_the_result(tmp_path: Path) -> None:
 def test_answers_of_another_protocol_are_refused_without_the_flag(tmp_path: Path) -> None:
     path = write_answers(tmp_path / "p.jsonl", note("timelens"), a="The event happens in 5 - 10 seconds.")
     with pytest.raises(
-        UserError, match=r"p\.jsonl.*under protocol timelens.*--protocol timelens.*--any-protocol"
+        UserError,
+        match=r"p\.jsonl.*protocol timelens-2026-02.*--protocol timelens-2026-02.*--any-protocol",
     ):
         read_model_predictions([path], PAPER, name="m")
     answers = read_model_predictions([path], PAPER, name="m", any_protocol=True)
     assert file_deviations(answers.files, PAPER) == {
         "prompt.style": "timelens",
-        "video.min_frame_tokens": 49,
-        "video.max_video_tokens": 10_976,
+        "video.min_frame_tokens": 64,
+        "video.max_video_tokens": 14_336,
+        "video.keep": "min_frame_tokens",
         "max_new_tokens": 512,
     }
     assert read_model_predictions([path], TIMELENS, name="m").files[0].predictions["a"].spans == (
@@ -224,7 +277,7 @@ def test_a_protocol_reads_the_text_with_its_own_parser(tmp_path: Path) -> None:
         p.name: read_model_predictions([path], p, name="m").files[0].predictions["a"].spans
         for p in (PAPER, TIMELENS)
     }
-    assert spans == {"paper": ((5.4, 9.6),), "timelens": ((1.0, 2.0),)}
+    assert spans == {"paper": ((5.4, 9.6),), "timelens-2026-02": ((1.0, 2.0),)}
     record = evaluate_file(SAMPLES, path, "timelens")
     assert record["rules"] == {"dash": 1, "given": 1}
     assert record["mIoU"] == pytest.approx(100 * (0 + 1.0 + 0) / 3)  # b is rounded to 5–10, c missing
