@@ -1,4 +1,4 @@
-"""Records that cross folders.
+"""The records that rooms hand to each other.
 
 Shapes: ``T`` frames, ``H`` height, ``W`` width, ``C`` channels, ``P`` prompt tokens, ``R`` response
 tokens, ``V`` vocabulary. Times are seconds from the start of the video. Nothing here imports torch at
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 Strategy: TypeAlias = Literal["topk", "dsus", "bbds", "gwds", "gaussian", "random"]  # curriculum/samplers.py
 RankBy: TypeAlias = Literal["iou_gap", "reverse_kl"]
-UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # no TVDF, so no gate unless it is asked for
+UNGATED: tuple[Strategy, ...] = ("gaussian", "random")  # without TVDF there is no gate unless it is asked for
 MIN_TEACHER_IOU = 0.5  # the gate of the other strategies; the paper leaves it open (sec. 3.2, step 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One row of a data file: a question about a video, and where its answer lies.
+    """One row of a data file: a query about a video, and the annotated spans that answer it.
 
     Example: ``Sample(id="a", video=Path("v/a.mp4"), query="the cup falls", duration_s=30.0,
     spans=((3.0, 5.5),))``.
@@ -37,12 +37,12 @@ class Sample:
     duration_s: float | None = None
     spans: tuple[tuple[float, float], ...] = ()  # empty: not annotated
     source: str | None = None
-    row: Mapping[str, Any] = field(default_factory=dict)  # the row as it was read, unknown keys included
+    row: Mapping[str, Any] = field(default_factory=dict)  # the row of the file, unknown keys included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A video that was decoded, sampled and resized once; every model is given this object."""
+    """A video, decoded, sampled and resized once. Every model is given this same object."""
 
     path: Path
     frames: np.ndarray  # uint8 [T, H, W, 3], RGB, resized; H and W are multiples of 32
@@ -51,15 +51,15 @@ class Clip:
     source_fps: float  # mean rate of the source
     duration_s: float
     source_size_px: tuple[int, int]  # (height, width) before resizing
-    digest: str  # of frames and times: equal digests are equal inputs
+    digest: str  # hash of frames and times: clips with equal digests are equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompt:
-    """A prompt in the keys of the model's ``forward``; sampler, teacher and trainer share it.
+    """A prompt as the arguments of the model's ``forward``. Sampler, teacher and trainer share it.
 
-    ``input_ids`` [1, P]. ``tensors`` holds everything else that the forward takes, keyed by its argument
-    names (``pixel_values_videos``, ``video_grid_thw``, ``mm_token_type_ids`` ...), unpadded, batch of 1.
+    ``input_ids`` is [1, P]. ``tensors`` holds everything else that the forward takes, by its argument names
+    (``pixel_values_videos``, ``video_grid_thw``, ``mm_token_type_ids`` ...), unpadded, as a batch of 1.
     """
 
     sample_id: str
@@ -78,11 +78,11 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One answer that a policy wrote, and the log-probability of each of its tokens at that time.
+    """A response that a policy sampled, with the log-probability of each token when it was sampled.
 
-    The end-of-sequence token, when the policy wrote one, is the last token. ``truncated`` means that the
-    length limit came first; nothing is appended then. An annotation that is trained on has no ``logprobs``:
-    nobody sampled it.
+    The end-of-sequence token is the last token, unless the length limit came first: then ``truncated`` is
+    True and nothing is appended. An annotation that is trained on is a ``Rollout`` without ``logprobs``,
+    because nobody sampled it.
     """
 
     token_ids: tuple[int, ...]
@@ -91,11 +91,13 @@ class Rollout:
     truncated: bool
 
     def __post_init__(self) -> None:
-        assert self.logprobs is None or len(self.token_ids) == len(self.logprobs), "one log-prob a token"
+        assert self.logprobs is None or len(self.token_ids) == len(self.logprobs), (
+            "one log-prob for each token"
+        )
 
     @property
     def recorded(self) -> tuple[float, ...]:
-        """The log-probs of an answer that was sampled."""
+        """``logprobs``, for a response that was sampled."""
         assert self.logprobs is not None, "an annotation was not sampled"
         return self.logprobs
 
@@ -104,8 +106,8 @@ class Rollout:
 class TokenLogprobs:
     """Log-probabilities of given responses under a model, right-padded to the longest.
 
-    ``logprobs_BT`` [B, R] is 0 where ``mask_BT`` [B, R] is False. ``full_BTV`` [B, R, V] (natural-log
-    probabilities of the whole vocabulary) is there only when it was asked for.
+    ``logprobs_BT`` [B, R] is 0 where ``mask_BT`` [B, R] is False. ``full_BTV`` [B, R, V] holds the
+    log-probabilities of the whole vocabulary; it is None unless it was asked for. All are natural logarithms.
     """
 
     logprobs_BT: torch.Tensor
@@ -115,7 +117,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a model answered to one sample, as a row of a predictions file."""
+    """A model's responses to one sample, with the spans that were parsed from them: a row of a predictions
+    file."""
 
     id: str
     responses: tuple[str, ...]
@@ -125,7 +128,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """TVDF's measurements of one candidate (appendix B; NaN where something was not measured)."""
+    """TVDF's measurements of one candidate (appendix B). NaN stands for a value that was not measured."""
 
     id: str
     teacher_iou: float

@@ -1,1 +1,1 @@
-"""Policies and teachers: prefill, sample, log-probabilities."""
+"""Policies and teachers: they prefill prompts, sample responses, and give log-probabilities."""

@@ -1,11 +1,11 @@
-"""A short name for what a checkpoint computes: its weights, tokenizer and preprocessing. No torch."""
+"""The fingerprint of a checkpoint: a short name for its weights, tokenizer and preprocessing. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-# Beside the weights, these decide what a model reads and writes.
+# The files that decide, together with the weights, what a model is given and what it writes.
 _CONFIG_FILES = (
     "adapter_config.json",
     "added_tokens.json",
@@ -23,8 +23,9 @@ _CONFIG_FILES = (
     "vocab.json",
 )
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-# Reading every byte takes about a second a gigabyte. Past this size a weight file is known by its size, its
-# time of change, its header and its last megabyte: training again in the same folder changes the time.
+# Reading every byte takes about a second a gigabyte. If the weights are larger than this, a weight file is
+# identified by its size, its modification time, its header and its last megabyte. Training again in the same
+# folder changes the time.
 _FULL_READ_BYTES = 1 << 30
 _END_BYTES = 1 << 20
 
@@ -32,7 +33,7 @@ _END_BYTES = 1 << 20
 def model_fingerprint(path: str | Path) -> str:
     """32 hex digits that change with a model folder's weights, tokenizer or preprocessing.
 
-    A name that is no folder (of a hub) stands for itself.
+    A name that is not a folder (a model on a hub) gives ``name:`` and the name.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The last layer, at response positions only: logits and log-probabilities in float32 (or wider weights).
+"""``lm_head`` at response positions: logits and log-probabilities in float32, or float64 for such weights.
 
 Shapes: ``N`` response tokens of all rows together, ``D`` hidden size, ``V`` vocabulary.
 """
@@ -11,9 +11,9 @@ from torch.nn.functional import linear
 
 from video_opd.models.vocabulary import Vocabulary
 
-# Response tokens whose logits are held at once: 512 of them over 152k tokens are 0.3 GiB in float32.
+# The number of response tokens whose logits are held at once: 512 over 152k tokens take 0.3 GiB in float32.
 TOKENS_A_CHUNK = 512
-# Rows of a 16-bit lm_head that are widened to float32 at once.
+# The number of rows of a 16-bit lm_head that are converted to float32 at once.
 ROWS_A_CHUNK = 16384
 
 
@@ -26,14 +26,14 @@ class ResponseHead:
         self._bias_V: torch.Tensor | None = None
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """[N, V] in float32 (float64 for a float64 model), with what cannot be written pushed out of reach.
+        """[N, V] in float32, or float64 for such weights. Tokens that cannot be written are close to −1e30.
 
-        The product itself is taken in float32: rounded to bfloat16, logits of 20 are 0.125 apart, and that is
-        an error of the log-probabilities as large as the signal that is made of them.
+        The product itself is computed in float32. In bfloat16, neighbouring numbers near 20 are 0.125 apart,
+        so rounded logits would have an error as large as the signal that is computed from them.
         """
         head, size = self.lm_head, self.vocabulary.size
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            if type(head) is not nn.Linear:  # quantised or adapted: it brings its own arithmetic
+            if type(head) is not nn.Linear:  # quantised or adapted: it has its own arithmetic
                 logits_NV = head(hidden_ND)[:, :size].float()
             elif head.weight.dtype in (torch.float32, torch.float64):
                 logits_NV = head(hidden_ND.to(head.weight.dtype))[:, :size]
@@ -47,7 +47,7 @@ class ResponseHead:
     def score(
         self, hidden_ND: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, full: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of ``ids_N`` [N], and of the whole vocabulary [N, V] if asked for."""
+        """Log-probabilities of ``ids_N``, [N], and with ``full`` those of the whole vocabulary, [N, V]."""
         picked, whole = [], []
         for hidden, ids in zip(hidden_ND.split(TOKENS_A_CHUNK), ids_N.split(TOKENS_A_CHUNK), strict=True):
             logits = self.logits(hidden) / temperature

@@ -1,7 +1,8 @@
-"""A checkpoint together with how videos are shown to it.
+"""A checkpoint that is ready to answer questions about videos: the model and the form of its inputs.
 
-A model that ``video-opd train`` wrote says so itself (``video_opd.json``); any other gets the defaults.
-``--model.*``, ``--video.*`` and ``--prompt.*`` on the command line come last.
+The form of the inputs is the video budget and the prompt. A model folder that ``video-opd train`` wrote
+records both in ``video_opd.json``; other checkpoints get the defaults. ``--model.*``, ``--video.*`` and
+``--prompt.*`` on the command line override either.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ if TYPE_CHECKING:
     from video_opd.types import EncodedPrompt, Sample
 
 
-SETTINGS_FILE = "video_opd.json"  # inside a model folder: how it was shown its videos
+SETTINGS_FILE = "video_opd.json"  # in a model folder: the video budget and the prompt of its training
 
 
 class InferenceConfig(Settings):
-    """How a model is run and what it sees: three sections of a recipe."""
+    """Three sections of a recipe: how a model is run, how a video is sampled, and how a question is asked."""
 
     model: ModelConfig = ModelConfig()
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()
 
 
-class PromptAndBudget(Protocol):
-    """What an evaluation protocol decides about a model's inputs (see ``evaluation/protocols.py``)."""
+class InputProtocol(Protocol):
+    """The part of an evaluation protocol that decides a model's inputs (``evaluation/protocols.py``)."""
 
     @property
     def name(self) -> str: ...
@@ -48,38 +49,38 @@ class PromptAndBudget(Protocol):
     def video(self) -> VideoConfig: ...
 
 
-A = TypeVar("A", bound=InferenceConfig)
+Config = TypeVar("Config", bound=InferenceConfig)
 
 
 def read_inference_config(
     path: str,
     overrides: Sequence[str],
-    protocol: PromptAndBudget | None = None,
+    protocol: InputProtocol | None = None,
     device: str | None = None,
 ) -> InferenceConfig:
-    """What the model folder says, changed by ``overrides``; a ``protocol`` decides the prompt.
+    """The settings that the model folder ``path`` records, changed by ``overrides``.
 
-    The protocol's video budget is for models that do not say which they were trained with. One that does not
-    say which precision it was trained in is run in bfloat16 on a GPU (``device``, as
-    :func:`load_inference_model` takes it) and in float32 on a CPU. Raises UserError for an unknown key, and
-    for a prompt that is not the protocol's.
+    A ``protocol`` decides the prompt style; its video budget is used if the folder records none. If the
+    folder records no precision, the model is run in bfloat16 on a GPU and in float32 on a CPU (``device``, as
+    in :func:`load_inference_model`). Raises UserError for an unknown key, and for a prompt style that is not
+    the protocol's.
     """
     return _read(InferenceConfig, path, overrides, protocol, device)
 
 
 def _read(
-    kind: type[A],
+    kind: type[Config],
     path: str,
     overrides: Sequence[str],
-    protocol: PromptAndBudget | None,
+    protocol: InputProtocol | None,
     device: str | None,
-) -> A:
-    facts = read_saved_settings(path) or {}
-    tree: dict[str, Any] = {name: facts[name] for name in ("video", "prompt") if name in facts}
-    model = {"path": path} | ({"dtype": facts["dtype"]} if "dtype" in facts else {})
+) -> Config:
+    saved = read_saved_settings(path) or {}
+    tree: dict[str, Any] = {name: saved[name] for name in ("video", "prompt") if name in saved}
+    model = {"path": path} | ({"dtype": saved["dtype"]} if "dtype" in saved else {})
     if protocol is not None:
         tree.setdefault("video", protocol.video.model_dump())
-        if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # what is no section, the reader will say
+        if isinstance(prompt := tree.get("prompt") or {}, Mapping):  # read_settings reports anything else
             tree["prompt"] = {**prompt, "style": protocol.prompt_style}
     tree = apply_overrides({**tree, "model": model}, overrides)
     config = read_settings(kind, tree)
@@ -93,9 +94,9 @@ def _read(
 
 
 class _TeacherModel(Settings):
-    """What the teacher of a score may have of its own."""
+    """The settings in which a teacher may differ from its student."""
 
-    dtype: Dtype | None = None  # none: as the student's
+    dtype: Dtype | None = None  # None: the student's dtype
 
 
 class _PairConfig(InferenceConfig):
@@ -105,9 +106,9 @@ class _PairConfig(InferenceConfig):
 def read_inference_pair(
     student: str, teacher: str | None, overrides: Sequence[str], device: str | None = None
 ) -> tuple[InferenceConfig, InferenceConfig | None]:
-    """The configuration of a student, and of a teacher that is shown the same, if one is named.
+    """The settings of a student and, if one is named, of a teacher that is given the same inputs.
 
-    ``overrides`` may have ``--teacher.dtype``; left out, it is ``model.dtype``.
+    ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default.
     """
     pair = _read(_PairConfig, student, overrides, None, device)
     own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
@@ -118,25 +119,25 @@ def read_inference_pair(
 
 
 def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
-    """What ``video_opd.json`` of a model folder says, or None where there is none (a stock checkpoint)."""
+    """The content of ``video_opd.json`` of a model folder, or None for a stock checkpoint, which has none."""
     file = Path(path) / SETTINGS_FILE
     if not file.exists():
         return None
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
-    if not isinstance(facts, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"{file}: not an object of settings; delete it to use the defaults")
-    return facts
+    return settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceModel:
-    """A loaded checkpoint: ``policy`` answers what ``encoder`` encodes within ``budget``.
+    """A loaded checkpoint: ``policy`` answers prompts that ``encoder`` makes of videos within ``budget``.
 
-    ``workers`` threads decode videos while the model answers. ``cache_dir`` keeps decoded clips, for whoever
-    shows the same videos to several models.
+    ``workers`` threads decode videos while the model answers. ``cache_dir`` keeps decoded clips, so that
+    several models that are given the same videos decode them once.
     """
 
     config: InferenceConfig
@@ -157,7 +158,7 @@ class InferenceModel:
         }
 
     def with_prompt_style(self, style: str) -> InferenceModel:
-        """The same model, asked in another prompt style. Raises UserError for an unknown one."""
+        """The same model with another prompt style. Raises UserError for an unknown style."""
         from video_opd.data.encode import PromptEncoder
 
         if style == self.config.prompt.style:
@@ -189,9 +190,10 @@ class InferenceModel:
 def load_inference_model(
     config: InferenceConfig, device: str | None = None, cache_dir: str | Path | None = None
 ) -> InferenceModel:
-    """Loads the checkpoint ``config.model.path``: on ``device``, else on this process's GPU, else on the CPU.
+    """Loads the checkpoint ``config.model.path`` on ``device``.
 
-    Raises UserError when it is not one.
+    Without ``device`` it is loaded on this process's GPU or, if there is none, on the CPU. Raises UserError
+    if ``config.model.path`` is not a Qwen3-VL checkpoint.
     """
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.loading import load_model

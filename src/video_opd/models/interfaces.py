@@ -1,4 +1,4 @@
-"""What the training loop, the curriculum and the evaluation may ask of a model, whoever runs it."""
+"""The interfaces through which training, curriculum and evaluation use a model, whatever engine runs it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Responses = Sequence[Sequence[Sequence[int]]]
 
 @runtime_checkable
 class Policy(Protocol):
-    """A model that writes answers, and knows how likely each of its tokens was."""
+    """A model that samples responses and gives the log-probability of each of their tokens."""
 
     def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Any:
-        """Read the prompts once, for :meth:`sample` and :meth:`logprobs` to be given in their place.
+        """Prefill the prompts once; :meth:`sample` and :meth:`logprobs` take the result in their place.
 
-        The result can be used any number of times while the weights stay; ``.select(rows)`` is the part of it
-        for some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow.
+        The result can be used any number of times until the weights change. Its method ``select(rows)`` gives
+        the prefix of some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow.
         """
         ...
 
@@ -35,7 +35,13 @@ class Policy(Protocol):
         top_k: int = 0,
         seeds: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Rollout]]:
-        """``n`` rollouts a prompt. ``seeds[i][j]`` decides rollout j of prompt i, and nothing else does."""
+        """``n`` rollouts for each prompt.
+
+        Rollout j of prompt i depends on the non-negative ``seeds[i][j]`` and on no other seed, so rollouts do
+        not change with micro-batches, ranks or resumes. Greedy sampling (``temperature=0``) needs no seeds.
+        The recorded log-probabilities are those of the distribution that was sampled, filters included; for
+        greedy rollouts they are the model's at temperature 1.
+        """
         ...
 
     def logprobs(
@@ -47,22 +53,27 @@ class Policy(Protocol):
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Log-probabilities of given responses; ``grad`` takes prompts, or a prefix read with ``grad``."""
+        """Log-probabilities of ``responses[i]``, the responses to prompt i, flattened prompt-major.
+
+        ``full`` adds ``full_BTV``, in which tokens that cannot be written hold a large negative number (not
+        -inf). ``temperature`` must be the one that was sampled at. ``grad`` takes prompts, or a prefix that
+        was prefilled with ``grad``.
+        """
         ...
 
 
 @runtime_checkable
 class ChunkedPolicy(Policy, Protocol):
-    """A policy that can be asked more about one video than memory holds at a time."""
+    """A policy that can prefill more prompts on one video than memory holds at a time."""
 
     def prefill_chunks(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
-        """:meth:`prefill` of ``size`` prompts at a time; a video that they share is read once for all."""
+        """Yields the prefix of ``size`` prompts at a time. A video that prompts share is prefilled once."""
         ...
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A frozen model that scores answers that somebody else wrote."""
+    """A frozen model that scores responses that the student wrote."""
 
     def logprobs(
         self,
@@ -72,5 +83,5 @@ class Teacher(Protocol):
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Log-probabilities of given responses, finite wherever ``mask_BT`` is True."""
+        """As :meth:`Policy.logprobs`, without gradients. Values are finite wherever ``mask_BT`` is True."""
         ...

@@ -1,7 +1,8 @@
-"""Key/value caches that do what one forward after another needs, and no more.
+"""Key/value caches that copy less than transformers' own.
 
-``DynamicCache`` concatenates and keeps: every token of an answer copies the keys and values of its whole
-prompt, and a forward on top of a prompt leaves a copy of them behind.
+``DynamicCache`` concatenates for every new token and keeps the result. While sampling, each token of a
+response would copy the keys and values of its whole prompt; a forward on top of a prefix would leave a copy
+of them behind.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-ROOM = 64  # tokens of each answer; longer ones copy once for every so many
+ROOM = 64  # tokens of each response; a longer response copies the buffers once every ROOM tokens
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [B, heads, L, d] are views of buffers with room for more tokens. Not for gradients."""
+    """Keys and values [B, heads, L, d] as views of buffers with room for more tokens. Not for gradients."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         super().__init__()
         self.room = room
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        # Without any room: whoever else holds these tensors is never written to.
+        # The buffers start without room, so tensors that another cache holds are never written to.
         self.keys = self._keys = keys
         self.values = self._values = values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert not torch.is_grad_enabled(), "what is overwritten cannot be differentiated"
+        assert not torch.is_grad_enabled(), "a buffer that is written in place cannot be differentiated"
         done, new = self.keys.shape[-2], key_states.shape[-2]
         if done + new > self._keys.shape[-2]:
             room = max(self.room, new)
@@ -42,7 +43,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class ReadOnlyLayer(DynamicLayer):
-    """Keys and values that new ones follow in one forward, but that never grow. With gradients."""
+    """Keys and values that are extended for one forward but do not grow. Gradients flow through them."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
@@ -56,14 +57,14 @@ class ReadOnlyLayer(DynamicLayer):
 
 
 def read_only(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values, for one more forward on top of them, after which nothing of it is kept."""
+    """A cache with the same keys and values for a forward on top of them that keeps nothing."""
     other = copy.copy(cache)
     other.layers = [ReadOnlyLayer(layer.keys, layer.values) for layer in cache.layers]
     return other
 
 
-def grow_in_place(cache: DynamicCache, answers: int = 1) -> None:
-    """Lets the layers of ``cache`` grow in place, by ``answers`` tokens at a time; other caches that hold the
-    same tensors are left alone."""
+def grow_in_place(cache: DynamicCache, width: int = 1) -> None:
+    """Lets the layers of ``cache`` grow in place by ``width`` tokens at a time. Other caches that hold the
+    same tensors are not changed."""
     assert all(type(layer) is DynamicLayer for layer in cache.layers), "Qwen3-VL has plain layers only"
-    cache.layers = [GrowingLayer(layer.keys, layer.values, ROOM * answers) for layer in cache.layers]
+    cache.layers = [GrowingLayer(layer.keys, layer.values, ROOM * width) for layer in cache.layers]

@@ -1,4 +1,4 @@
-"""Checkpoints from folders, and whether two of them speak the same tokens."""
+"""Loads checkpoints, and checks that a student and a teacher use the same tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# By ``model_type``, transformers' class. The second has experts in its decoder layers; nothing else differs.
+# transformers' class for each ``model_type``. The second differs only in its decoder layers, with experts.
 FAMILIES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
@@ -28,11 +28,12 @@ FAMILIES = {
 def load_model(
     path: str | Path, dtype: str = "bfloat16", device: str | torch.device = "cpu", attn: str = "sdpa"
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
-    """A Qwen3-VL model, dense or with experts, in evaluation mode, and the processor saved beside it.
+    """A Qwen3-VL model, dense or with experts, in evaluation mode, and the processor of its folder.
 
     ``path`` is a folder that ``save_pretrained`` wrote, or the name of a model on a hub. ``attn`` is any
-    attention implementation of transformers; with ``sdpa`` the vision tower attends to all frames at once.
-    It embeds patches by a matrix product.
+    attention implementation of transformers. With ``sdpa``, the vision tower attends to all frames of a size
+    in one call (:mod:`~video_opd.models.vision_attention`). Patches are embedded by a matrix product
+    (:mod:`~video_opd.models.patch_embedding`).
 
     Raises :class:`UserError` when something is missing, broken, or not Qwen3-VL.
     """
@@ -60,8 +61,11 @@ def load_model(
 
 
 def read_config(path: str | Path) -> Any:
-    """The config of a checkpoint, before its weights are read. Raises :class:`UserError` for a folder that is
-    not there or incomplete, for a name that no hub knows, and for another family."""
+    """The config of a checkpoint, without its weights.
+
+    Raises :class:`UserError` for a folder that is missing or incomplete, for a name that no hub knows, and
+    for a model that is not Qwen3-VL.
+    """
     from transformers import AutoConfig
 
     _check_folder(path)
@@ -81,12 +85,12 @@ def check_same_tokens(
     student: tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor],
     teacher: tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor],
 ) -> None:
-    """Raise :class:`UserError` unless a teacher can score what a student writes, and see what it saw.
+    """Raises :class:`UserError` unless the teacher can score the student's responses to the same input.
 
-    Both are ``(model, processor)``. Compared: the id of every token, the special tokens, the ids that stand
-    for pixels, the end-of-sequence set, the chat template, and the form of the pixels (patch sizes,
-    normalisation). Not compared: the number of embedding rows, which is padded differently from one model
-    size to the next.
+    Both are ``(model, processor)``. The check compares the id of every token, the special tokens, the ids
+    of vision placeholders, the end-of-sequence set, the chat template, and the form of the pixels (patch
+    sizes, normalisation). It does not compare the number of embedding rows, which is padded differently from
+    one model size to the next.
     """
     (student_model, student_processor), (teacher_model, teacher_processor) = student, teacher
     for difference in _token_differences(student_processor.tokenizer, teacher_processor.tokenizer):
@@ -107,7 +111,7 @@ def check_same_tokens(
         token = student_processor.tokenizer.convert_ids_to_tokens(first)
         raise UserError(
             _mismatch(
-                f"token {first} ({token!r}) ends an answer of only one of them "
+                f"token {first} ({token!r}) ends a response of only one of them "
                 f"(end-of-sequence ids {sorted(ends[0])}, the teacher's {sorted(ends[1])})"
             )
         )
@@ -117,7 +121,7 @@ def check_same_tokens(
 
 
 def _token_differences(student: Any, teacher: Any) -> Iterator[str]:
-    """In the order of the ids, so that the first one named is the first one there is."""
+    """The differences in the order of the token ids."""
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     if mine == theirs:
         return
@@ -136,7 +140,7 @@ def _special_tokens(processor: Qwen3VLProcessor) -> dict[str, Any]:
 
 
 def _pixel_form(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> dict[str, Any]:
-    """What the encoded pixels look like: a teacher is given those that the student's processor made."""
+    """The settings that decide the encoded pixels: the teacher is given those of the student's processor."""
     vision, video = model.config.vision_config, processor.video_processor
     sizes = ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels")
     steps = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
@@ -172,11 +176,13 @@ def _check_folder(path: str | Path) -> None:
 
 
 def load_processor(path: str | Path) -> Qwen3VLProcessor:
-    """The processor of a checkpoint. Raises :class:`UserError` where there is none of Qwen3-VL's."""
+    """The processor of a checkpoint. Raises :class:`UserError` if it has no Qwen3-VL processor."""
     from transformers import AutoProcessor, Qwen3VLProcessor
 
     processor = _read(path, "the processor", AutoProcessor.from_pretrained)
-    if not isinstance(processor, Qwen3VLProcessor):  # AutoProcessor settles for a tokenizer
+    if not isinstance(
+        processor, Qwen3VLProcessor
+    ):  # AutoProcessor returns a tokenizer if that is all there is
         raise UserError(
             f"{path}: no Qwen3-VL processor in it; copy the preprocessor, tokenizer and chat-template files "
             "from the checkpoint that it was made from"
@@ -185,7 +191,8 @@ def load_processor(path: str | Path) -> Qwen3VLProcessor:
 
 
 def _read(path: str | Path, what: str, read: Any, **options: Any) -> Any:
-    """transformers raises many kinds of error for a folder that is incomplete or damaged."""
+    """``read(path, **options)``, with the many errors that transformers raises for a damaged folder as
+    :class:`UserError`."""
     from safetensors import SafetensorError
 
     try:
@@ -209,7 +216,8 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def no_library_bars() -> Iterator[None]:
-    """transformers draws a bar for every checkpoint that it reads or writes: it would cut through ours."""
+    """Switches off the progress bars that transformers draws while it reads or writes a checkpoint; they
+    would break ours."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: put on, switched off, saved, merged.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: added, switched off, saved, merged.
 
-peft replaces the linear layers of the adapted parts in place, so a model stays the
-``Qwen3VLForConditionalGeneration`` that it was, and nobody else needs to know. An adapted layer computes
+peft replaces the linear layers of the adapted parts in place. The model stays a
+``Qwen3VLForConditionalGeneration``, so no other code depends on adapters. An adapted layer computes
 W x + (alpha / rank) B A x, with W frozen and A [rank, in] and B [out, rank] in float32.
 """
 
@@ -22,18 +22,18 @@ from video_opd.errors import UserError
 from video_opd.models.parts import part_modules, state_of
 from video_opd.seeds import derive_seed
 
-NAME = "default"  # peft keeps adapters by name; we have one
+NAME = "default"  # peft keeps adapters by name; there is only one here
 WEIGHTS = "adapter_model.safetensors"  # peft's own file name
-# What peft's format has no place for: the weights of parts that are trained in full beside the adapters.
+# The weights of parts that are trained in full beside the adapters: peft's format has no place for them.
 FULL_WEIGHTS = "trained_in_full.safetensors"
-_PREFIX = "base_model.model."  # of every key in peft's file
+_PREFIX = "base_model.model."  # every key in peft's file begins with this
 
 
 def add_adapters(model: nn.Module, settings: LoraConfig, seed: int, base: str | None = None) -> None:
-    """Adapts every linear layer (attention and MLP) of ``settings.parts`` and freezes what else is in them.
+    """Adapts every linear layer (attention, MLP) of ``settings.parts`` and freezes the rest of these parts.
 
-    B is 0, so the model computes what it did; A is uniform, a function of ``seed`` and the layer's name.
-    ``base`` is noted in the adapter's config as the model that it belongs to.
+    B starts at 0, so the model's output does not change. A is uniform, a function of ``seed`` and the layer's
+    name. ``base`` is recorded in the adapter's config as the model that it belongs to.
     """
     import peft
 
@@ -54,7 +54,7 @@ def add_adapters(model: nn.Module, settings: LoraConfig, seed: int, base: str | 
             base_model_name_or_path=base,
         ),
     )
-    assert {name for name, _ in adapted_layers(model)} == set(names), "the pattern means other layers"
+    assert {name for name, _ in adapted_layers(model)} == set(names), "the pattern matches other layers"
     for name, layer in adapted_layers(model):
         generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
         weight = torch.empty(layer.lora_A[NAME].weight.shape)
@@ -100,7 +100,7 @@ def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters: exactly the base. Not between a forward and its backward."""
+    """Inside, the model computes exactly as its base. Not to be used between a forward and its backward."""
     layers = [layer for _, layer in adapted_layers(model)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -113,9 +113,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Makes ``model`` a plain one: W + (alpha / rank) B A, summed in float32 and held in ``dtype``.
+    """Turns an adapted model into a plain one in place.
 
-    Other weights are left as they are.
+    Adapted weights become W + (alpha / rank) B A, summed in float32 and held in ``dtype``. Other weights do
+    not change.
     """
     for name, layer in list(adapted_layers(model)):
         linear = layer.get_base_layer()
@@ -128,9 +129,9 @@ def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
 
 
 def save_adapter(model: nn.Module, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes what is trained: the adapter in peft's format, beside it the parts trained in full, if any.
+    """Writes the trained weights: the adapter in peft's format, and the parts trained in full, if any.
 
-    ``state`` has the model's weights, where they are not what it holds.
+    ``state`` gives the weights if the model itself does not hold them (:func:`state_of`).
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -140,7 +141,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state: dict[str, torch.Te
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     inner.peft_config[NAME].save_pretrained(folder)
-    # Without looking for embeddings: peft would ask a hub about the base.
+    # If peft were to look for embeddings, it would ask a hub about the base.
     weights = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=NAME, save_embedding_layers=False
     )
@@ -155,7 +156,7 @@ def save_adapter(model: nn.Module, folder: str | Path, state: dict[str, torch.Te
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Puts on a plain model, the base, what :func:`save_adapter` wrote.
+    """Adds to a plain model, the base, the adapter that :func:`save_adapter` wrote.
 
     Raises :class:`UserError` for an adapter that does not fit the model.
     """
@@ -163,7 +164,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    assert not has_adapters(model), "one adapter"
+    assert not has_adapters(model), "the model has an adapter already"
     folder = Path(folder)
     try:
         config = peft.LoraConfig.from_pretrained(folder)
@@ -191,14 +192,15 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], fold
 
 
 def _inject(model: nn.Module, config: Any) -> None:
-    """peft freezes everything but the adapters; here, parts without any are trained as they were before."""
+    """Puts peft's adapters into the model. peft then freezes everything else; parts without adapters are set
+    back to being trained if they were before."""
     from peft import inject_adapter_in_model
     from peft.functional import cast_adapter_dtype
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=[]):  # peft draws weights that are then replaced
+    with torch.random.fork_rng(devices=[]):  # peft draws random weights, which are then replaced
         inject_adapter_in_model(config, model, adapter_name=NAME)
-    cast_adapter_dtype(model, NAME)  # peft makes them in the precision of the base
+    cast_adapter_dtype(model, NAME)  # peft creates adapters in the precision of the base
     of_adapted_parts = {
         id(parameter)
         for part in part_modules(model).values()
@@ -211,7 +213,10 @@ def _inject(model: nn.Module, config: Any) -> None:
 
 
 def _pattern(names: list[str]) -> str:
-    """A regular expression for exactly these layers, the numbers of blocks left open: short, and in peft's
-    config the same for the same parts (a list of names becomes a set there, in any order)."""
+    """A regular expression that matches these layers in every block.
+
+    It is shorter than a list of names, and equal parts give equal text in peft's config. peft would store a
+    list as a set, in any order.
+    """
     kinds = {re.sub(r"\.\d+(?=\.)", r".\\d+", name) for name in names}
     return "|".join(sorted(kind.replace(".", r"\.") for kind in kinds))

@@ -1,4 +1,4 @@
-"""The states a model is run in: evaluation, reduced precision, through a wrapper's forward."""
+"""The modes in which a model is run: evaluation, reduced precision, through the forward of a wrapper."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards each in the mode it had.
+    """Inside, every module is in evaluation mode; afterwards each is back in the mode it had.
 
-    Layers in training mode drop their key/value cache when gradient checkpointing is on.
+    In training mode with gradient checkpointing, layers drop their key/value cache.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -30,20 +30,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Autocast to ``dtype``; None computes in the weights' own precision."""
+    """Autocasts to ``dtype``; None computes in the weights' own precision."""
     if dtype is None:
         yield
         return
-    # Copies of the weights that were cast without gradients must not be taken up again with them.
+    # The cache may hold weights that were cast without gradients; they must not be used with gradients.
     torch.clear_autocast_cache()
     with torch.autocast(device.type, dtype=dtype):
         yield
 
 
 def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[[], T]) -> T:
-    """Run ``function`` as if it were ``module.forward`` while calling ``wrapper``, which wraps ``module``.
+    """Calls ``wrapper``, which wraps ``module``, with ``function`` in the place of ``module.forward``.
 
-    DDP and FSDP prepare their work in the wrapper's forward, once. A step here is several forwards of the
+    DDP and FSDP prepare the backward in the wrapper's forward, once. An update runs several forwards of the
     inner module (videos, prompts, responses), so all of them run inside one call of the wrapper. The
     technique is Lightning's forward redirection, which TRL uses too.
     """
@@ -56,7 +56,7 @@ def call_through(wrapper: nn.Module, module: nn.Module, function: Callable[[], T
             module.__dict__["forward"] = own
 
     def redirected() -> T:
-        restore()  # what function calls is the real forward
+        restore()  # ``function`` must call the real forward
         return function()
 
     module.__dict__["forward"] = redirected

@@ -9,10 +9,10 @@ from torch import nn
 
 
 def part_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """(name, module) of what each part consists of; every weight of the model is in one of them.
+    """The modules of each part, as (name, module); every weight of the model belongs to a part.
 
-    ``vision`` is the tower without its mergers, ``merger`` the projections into the language model. Where
-    embedding and ``lm_head`` are one tensor, it is in ``language`` and in ``lm_head``.
+    ``vision`` is the vision tower without its mergers, and ``merger`` the projections into the language
+    model. If embedding and ``lm_head`` are one tensor, it belongs both to ``language`` and to ``lm_head``.
     """
     inner: Any = model
     visual = inner.model.visual
@@ -27,10 +27,10 @@ def part_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype, *, frozen_only: bool = False) -> None:
-    """Holds the weights (or those that are not trained) in ``dtype``.
+    """Casts the weights (or only those that are not trained) to ``dtype``.
 
-    Not ``model.to(dtype)``: that casts buffers, too, and rotary frequencies in bfloat16 are wrong by many
-    radians some thousand positions on.
+    ``model.to(dtype)`` would cast buffers, too, and rotary frequencies in bfloat16 are wrong by many radians
+    after some thousand positions.
     """
     for parameter in model.parameters():
         if not (frozen_only and parameter.requires_grad):
@@ -38,8 +38,10 @@ def cast_weights(model: nn.Module, dtype: torch.dtype, *, frozen_only: bool = Fa
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What ``state_dict`` gives of a plain model, from what its modules hold now: FSDP's own hooks would put
-    a gathered model into shards again."""
+    """The entries of ``state_dict``, taken from the tensors that the modules hold now.
+
+    ``state_dict`` itself would run FSDP's hooks, which split a gathered model into shards again.
+    """
     state: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

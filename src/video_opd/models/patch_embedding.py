@@ -1,8 +1,8 @@
-"""The vision tower's first layer as the matrix product that it is.
+"""Replaces the first layer of the vision tower, a convolution, by the equal matrix product.
 
-Qwen3-VL cuts a video into patches before the model sees it, and then runs a 3D convolution whose kernel is as
-large as a patch over each of them. That is one number a channel and patch, a plain linear layer; but
-convolution kernels are made for other shapes, and on some GPUs in bfloat16 they take seconds
+Qwen3-VL's processor cuts a video into patches, and the model runs a 3D convolution over each of them with a
+kernel as large as the patch. The result is one number for each channel and patch, so the layer is linear.
+Convolution kernels are made for other shapes: on some GPUs they take seconds in bfloat16
 (huggingface/transformers#45750, pytorch/pytorch#174051).
 """
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class PatchProjection(nn.Conv3d):
-    """A convolution over inputs of the kernel's size: the same weights, names and results."""
+    """A convolution for inputs of the size of its kernel, with the same weights, names and results."""
 
     @classmethod
     def of(cls, convolution: nn.Conv3d) -> PatchProjection:
-        """Shares the parameters of ``convolution``."""
+        """A projection that shares the parameters of ``convolution``."""
         made = cls(
             convolution.in_channels,
             convolution.out_channels,
@@ -35,14 +35,16 @@ class PatchProjection(nn.Conv3d):
         return made.train(convolution.training)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """[N, channels, time, height, width] of the kernel's size → [N, out, 1, 1, 1]."""
-        assert patches.shape[2:] == self.weight.shape[2:], "one patch at a time fits under the kernel"
+        """[N, channels, time, height, width], of the size of the kernel → [N, out, 1, 1, 1]."""
+        assert patches.shape[2:] == self.weight.shape[2:], (
+            "an input must be one patch, as large as the kernel"
+        )
         embedded_ND = linear(patches.flatten(1), self.weight.flatten(1), self.bias)
         return embedded_ND[:, :, None, None, None]
 
 
 def use_linear_patches(model: Qwen3VLForConditionalGeneration) -> bool:
-    """Embed patches by a matrix product; returns whether the model was changed."""
+    """Makes the model embed patches by a matrix product; returns whether it was changed."""
     embedding = model.model.visual.patch_embed
     if type(embedding.proj) is not nn.Conv3d:
         return False

@@ -1,4 +1,4 @@
-"""The prompt, read once: what sampling and scoring start from.
+"""The prefix: prompts after their prefill, from which sampling and scoring continue.
 
 Shapes: ``B`` prompts, ``P`` columns of the cache (prompt tokens and padding), ``D`` hidden size.
 """
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """Keys and values of prompts, and where their answers begin.
+    """The keys and values of prompts, and the state from which their responses begin.
 
-    Prompts are padded on the left; those that share a video also between what they share and what they do
-    not (:mod:`video_opd.models.sharing`). Only the mask knows: positions are those of the prompt alone.
+    Prompts are padded on the left. Prompts that share a video are also padded between the shared tokens and
+    their own (:mod:`video_opd.models.sharing`). Only the mask reflects this; positions are those of the
+    prompt alone.
 
-    Sampling and scoring leave it as it is, so one prefix serves any number of both, as long as the weights
-    are those that read it. ``grad``: the reading was recorded, and one update can be differentiated through
-    it.
+    Sampling and scoring do not change a prefix, so it can be used any number of times until the weights of
+    ``prefilled_by`` change. ``grad``: the prefill recorded its graph, and one update can be differentiated
+    through it.
     """
 
     prefilled_by: nn.Module
@@ -44,15 +45,15 @@ class Prefix:
         return len(self.prompts)
 
     def repeated(self, repeats: Sequence[int]) -> Prefix:
-        """Prompt b ``repeats[b]`` times in a row; see :meth:`taken`."""
+        """Prompt b ``repeats[b]`` times in a row; see :meth:`select`."""
         return self.select(row_index(repeats).tolist())
 
     def select(self, rows: Sequence[int]) -> Prefix:
-        """Prompt ``rows[i]`` at place i, with a cache that may be written to.
+        """A prefix whose prompt i is this prefix's prompt ``rows[i]``; its cache may be written to.
 
-        Gradients flow back into this prefix. Nothing is copied where every prompt is taken once, in order.
+        Gradients flow back into this prefix. Nothing is copied if ``rows`` is every prompt once, in order.
         """
-        cache = copied(self.cache)
+        cache = copy_cache(self.cache)
         select_rows(cache, rows, len(self))
         index = torch.tensor(rows, device=self.next_position_B.device)
         return Prefix(
@@ -66,15 +67,16 @@ class Prefix:
         )
 
 
-def copied(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values in a cache that may be written to: it grows by replacing its tensors."""
-    copy_of = copy.copy(cache)
-    copy_of.layers = [copy.copy(layer) for layer in cache.layers]
-    return copy_of
+def copy_cache(cache: DynamicCache) -> DynamicCache:
+    """A cache with the same keys and values that may be written to, because it grows by replacing its
+    tensors."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def select_rows(cache: DynamicCache, rows: Sequence[int], count: int) -> None:
-    """Row ``rows[i]`` of a cache of ``count`` rows at place i, in the cache itself."""
+    """Changes a cache of ``count`` rows in place, so that its row i is what row ``rows[i]`` was."""
     times, rest = divmod(len(rows), count)
     if rest == 0 and list(rows) == row_index([times] * count).tolist():
         if times != 1:

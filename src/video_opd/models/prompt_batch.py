@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-# Everything of an encoded prompt that a forward uses; attention_mask is implied by the length.
+# The tensors of an encoded prompt that a forward uses; attention_mask follows from the length.
 KNOWN_TENSORS = frozenset({"pixel_values_videos", "video_grid_thw", "mm_token_type_ids", "attention_mask"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptBatch:
-    """Left-padded: the last column of every row is its prompt's last token.
+    """Prompts padded on the left, so the last column of every row is the last token of its prompt.
 
     ``pixel_values_videos`` and ``video_grid_thw`` hold each distinct video (by ``clip_digest``) once;
-    ``videos_of_prompt[b]`` says which of them row b shows.
+    ``videos_of_prompt[b]`` are the numbers of the videos in row b.
     """
 
     input_ids_BP: torch.Tensor
@@ -57,7 +57,7 @@ class PromptBatch:
         )
 
     def select(self, rows: Sequence[int], pad_id: int) -> PromptBatch:
-        """Some rows of a batch without videos, without the columns that are padding in all of them."""
+        """Some rows of a batch without videos. Columns that are padding in all of them are dropped."""
         lengths = self.attention_mask_BP[list(rows)].sum(1).tolist()
         ends = [self.input_ids_BP.shape[1]] * len(rows)
         return self.cut(rows, ends, lengths, pad_id=pad_id, videos=False)
@@ -65,9 +65,9 @@ class PromptBatch:
     def cut(
         self, rows: Sequence[int], stops: Sequence[int], lengths: Sequence[int], *, pad_id: int, videos: bool
     ) -> PromptBatch:
-        """Of row ``rows[i]`` the ``lengths[i]`` columns before column ``stops[i]``, left-padded anew.
+        """A batch of the ``lengths[i]`` columns before column ``stops[i]`` of row ``rows[i]``, padded again.
 
-        ``videos``: whether all of a row's videos lie in its cut, or none of them.
+        ``videos`` says whether the cut holds all videos of a row or none of them.
         """
         device, longest = self.input_ids_BP.device, max(lengths)
         offset_P = torch.arange(longest) - longest
@@ -97,9 +97,9 @@ def batch_prompts(
     pad_id: int,
     device: torch.device,
 ) -> PromptBatch:
-    """Pad prompts on the left and number their positions as the model's own ``get_rope_index`` does.
+    """Pads prompts on the left and numbers their positions with the model's own ``get_rope_index``.
 
-    Raises :class:`UserError` naming the sample when its placeholders do not match its video under this model.
+    Raises :class:`UserError`, naming the sample, if its placeholders do not match its video under this model.
     """
     assert prompts, "an empty batch"
     for prompt in prompts:
@@ -109,7 +109,7 @@ def batch_prompts(
     for prompt in prompts:
         left = longest - prompt.length
         token_types = prompt.tensors.get("mm_token_type_ids", torch.zeros_like(prompt.input_ids))
-        # One prompt at a time and on the CPU: get_rope_index reads every grid entry from Python.
+        # One prompt at a time and on the CPU, because get_rope_index reads every grid entry in Python.
         positions_31P, delta_11 = model.model.get_rope_index(
             prompt.input_ids.cpu(),
             token_types.cpu(),
@@ -134,7 +134,7 @@ def batch_prompts(
 
 
 def check_placeholders(prompt: EncodedPrompt, model: Qwen3VLForConditionalGeneration) -> None:
-    """A prompt's video placeholders must be as many as the embeddings that its video gives."""
+    """Raises :class:`UserError` unless a prompt has one placeholder for each embedding of its video."""
     unknown = set(prompt.tensors) - KNOWN_TENSORS
     assert not unknown, f"{prompt.sample_id}: the forward would ignore {sorted(unknown)}"
     written = int((prompt.input_ids == model.config.video_token_id).sum())
@@ -151,9 +151,9 @@ def check_placeholders(prompt: EncodedPrompt, model: Qwen3VLForConditionalGenera
 def encode_videos(
     model: Qwen3VLForConditionalGeneration, batch: PromptBatch
 ) -> BaseModelOutputWithDeepstackFeatures | None:
-    """Run the vision tower once over the distinct videos, and lay their features out prompt by prompt.
+    """Runs the vision tower once over the distinct videos and orders their features by prompt.
 
-    The result goes to the model as ``mm_encoder_outputs={"video": ...}``; None when no prompt has a video.
+    The model takes the result as ``mm_encoder_outputs={"video": ...}``. It is None if no prompt has a video.
     """
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -170,7 +170,7 @@ def encode_videos(
 
 
 def repeated_pixels(batch: PromptBatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Pixels and grids of every row, repeated where rows share a video: the plain forward's arguments."""
+    """Pixels and grids of every row, as a plain forward takes them: repeated if rows share a video."""
     if batch.pixel_values_videos is None or batch.video_grid_thw is None:
         return None, None
     order = [video for videos in batch.videos_of_prompt for video in videos]
@@ -182,7 +182,7 @@ def repeated_pixels(batch: PromptBatch) -> tuple[torch.Tensor | None, torch.Tens
 def pad_responses(
     responses: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, R] padded on the right, and the bool mask [B, R] of what is not padding."""
+    """Token ids [B, R] padded on the right, and the bool mask [B, R], which is True for tokens."""
     longest = max(map(len, responses), default=0)
     ids_BR = torch.full((len(responses), longest), pad_id, dtype=torch.long)
     for row, tokens in enumerate(responses):
@@ -217,7 +217,7 @@ def _distinct_videos(
         videos_of_prompt.append(place[prompt.clip_digest])
     if not pixels:
         return None, None, tuple(videos_of_prompt)
-    # A copy of one video's pixels would be as large as they are.
+    # A single video is not copied: its pixels may be large.
     joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
     return joined, torch.cat(grids), tuple(videos_of_prompt)
 

@@ -1,12 +1,13 @@
 """Gradient checkpointing that keeps the key/value cache.
 
-transformers drops the cache of a layer that it checkpoints: what the layer writes to it would be written
-again when its forward is repeated. Here a layer's keys and values are results of the checkpointed function,
-beside its hidden states, and only the caller puts them into the cache. So a prompt is read once, answers are
-sampled from that reading, and the backward of an update goes from the answers' layers to the prompt's keys
-and values and from there, layer by layer, through the prompt, each layer's forward repeated as it is reached.
+transformers drops the cache of a layer that it checkpoints, because the layer would write its keys and
+values again when its forward is repeated. Here the checkpointed function returns the keys and values together
+with the hidden states, and only the caller puts them into the cache. So a prompt is prefilled once and
+rollouts are sampled from that prefix. The backward of an update goes from the layers of the responses to the
+keys and values of the prompt, and from there through the prompt layer by layer, repeating each layer's
+forward.
 
-What stays in memory of a prompt: the input of each layer, its keys and values, and the gradients of these.
+For each prompt, memory holds the input of each layer, its keys and values, and the gradients of these.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 @contextmanager
 def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, forwards of these decoder layers that record gradients are checkpointed.
+    """Inside, forwards of these decoder layers are checkpointed if they record gradients.
 
-    The layers are the model's own; their ``forward`` is replaced as Accelerate's hooks replace it, and put
-    back. Backward may come later, outside.
+    ``forward`` of each layer is replaced, as Accelerate's hooks do it, and put back afterwards. The backward
+    may come later, outside.
     """
     layers = list(layers)
     own = [layer.__dict__.get("forward") for layer in layers]
@@ -45,7 +46,7 @@ def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _OneLayer:
-    """Stands in for the cache in one forward of one layer, and remembers what it was given."""
+    """Replaces the cache in one forward of one layer, and records the keys and values that it is given."""
 
     def __init__(self, layer: DynamicLayer) -> None:
         self.layer = layer

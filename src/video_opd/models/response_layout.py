@@ -1,13 +1,13 @@
-"""All answers to a prompt side by side in one row on top of it: its keys and values are repeated for none.
+"""The layout of all responses to a prompt in one row on top of it: its keys and values are not copied.
 
     columns of the cache:   prompt | a₀ b₀ c₀ | a₁ b₁ c₁ | …
 
-Token ``t`` of an answer sees the prompt and the tokens up to ``t`` of its own answer; a mask says so. Its
-position is that of token ``t`` after the prompt.
+Token ``t`` of a response attends to the prompt and to the tokens up to ``t`` of its own response: an
+attention mask hides the others. Its position is that of token ``t`` after the prompt.
 
-Shapes: ``B`` prompts, ``G`` answers a prompt (the most of any), ``R`` tokens of an answer, ``P`` columns of
-the prompts, ``Q`` = ``R * G`` columns of answers, ``K`` = ``P + Q``, ``N`` answers of all prompts together,
-prompt-major.
+Shapes: ``B`` prompts, ``G`` responses a prompt (the most of any), ``R`` tokens of a response, ``P`` columns
+of the prompts, ``Q`` = ``R * G`` columns of responses, ``K`` = ``P + Q``, ``N`` responses of all prompts
+together, prompt-major.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ import torch
 from video_opd.models.prompt_batch import row_index
 
 
-def response_attention_mask(
-    prompt_mask_BP: torch.Tensor, beside: int, first: int, steps: int
-) -> torch.Tensor:
-    """Bool [B, 1, Q, K]: what the ``steps`` tokens from ``first`` on, of ``beside`` = G answers, see.
+def response_attention_mask(prompt_mask_BP: torch.Tensor, width: int, first: int, steps: int) -> torch.Tensor:
+    """Bool [B, 1, Q, K]: the columns that each of the ``steps`` tokens from token ``first`` on attends to.
 
-    Q is ``steps * beside``, K is ``P + (first + steps) * beside``.
+    ``width`` is G. Q is ``steps * width``, and K is ``P + (first + steps) * width``.
     """
     device = prompt_mask_BP.device
-    query_Q = torch.arange(first * beside, (first + steps) * beside, device=device)
-    key_K = torch.arange((first + steps) * beside, device=device)
-    same_answer_QK = (query_Q[:, None] - key_K) % beside == 0
-    own_QK = same_answer_QK & (key_K <= query_Q[:, None])
+    query_Q = torch.arange(first * width, (first + steps) * width, device=device)
+    key_K = torch.arange((first + steps) * width, device=device)
+    same_response_QK = (query_Q[:, None] - key_K) % width == 0
+    own_QK = same_response_QK & (key_K <= query_Q[:, None])
     rows, columns = prompt_mask_BP.shape
     prompt_BQP = prompt_mask_BP.bool()[:, None].expand(rows, len(query_Q), columns)
     return torch.cat([prompt_BQP, own_QK.expand(rows, -1, -1)], dim=2)[:, None]
 
 
-def for_attention(mask_B1QK: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """The mask as ``implementation`` takes it: ``eager`` adds it to the scores."""
-    if implementation != "eager":
+def mask_for(mask_B1QK: torch.Tensor, attention: str, dtype: torch.dtype) -> torch.Tensor:
+    """The mask in the form that an attention implementation takes: ``eager`` adds it to the scores."""
+    if attention != "eager":
         return mask_B1QK
     lowest = torch.finfo(dtype).min
     return torch.zeros(mask_B1QK.shape, dtype=dtype, device=mask_B1QK.device).masked_fill(~mask_B1QK, lowest)
@@ -47,7 +45,10 @@ def for_attention(mask_B1QK: torch.Tensor, implementation: str, dtype: torch.dty
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResponseLayout:
-    """Where the answer of each flat row stands: prompt ``prompt_N``, place ``place_N`` of ``width`` = G."""
+    """Maps flat rows to the layout: response n is number ``place_N[n]`` of prompt ``prompt_N[n]``.
+
+    ``width`` is G, ``prompts`` is B.
+    """
 
     prompt_N: torch.Tensor
     place_N: torch.Tensor
@@ -56,7 +57,7 @@ class ResponseLayout:
 
     @classmethod
     def of(cls, repeats: Sequence[int], device: torch.device) -> ResponseLayout:
-        """Of ``repeats[b]`` answers to prompt b."""
+        """The layout of ``repeats[b]`` responses to prompt b."""
         places = [place for count in repeats for place in range(count)]
         return cls(
             prompt_N=row_index(repeats).to(device),
@@ -65,13 +66,13 @@ class ResponseLayout:
             prompts=len(repeats),
         )
 
-    def laid_out(self, ids_NR: torch.Tensor, pad_id: int) -> torch.Tensor:
-        """Token ids [B, R·G], step after step; ``pad_id`` where a prompt has fewer answers than others."""
+    def interleave(self, ids_NR: torch.Tensor, pad_id: int) -> torch.Tensor:
+        """Token ids [B, R·G] in the layout; ``pad_id`` fills the columns of prompts with fewer responses."""
         ids_BRG = ids_NR.new_full((self.prompts, ids_NR.shape[1], self.width), pad_id)
         ids_BRG[self.prompt_N, :, self.place_N] = ids_NR
         return ids_BRG.flatten(1)
 
-    def picked(self, hidden_BQD: torch.Tensor) -> torch.Tensor:
-        """[N, R, D] of what was laid out."""
+    def separate(self, hidden_BQD: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`interleave` for hidden states: [N, R, D]."""
         hidden_BRGD = hidden_BQD.unflatten(1, (-1, self.width))
         return hidden_BRGD[self.prompt_N, :, self.place_N]

@@ -1,4 +1,4 @@
-"""From logits to one token: temperature, top-k, top-p, and draws that depend on nothing but their seed.
+"""From logits to a token: temperature, top-k, top-p, and draws that depend only on their seed.
 
 Shapes: ``B`` rollouts, ``T`` response tokens, ``V`` vocabulary.
 """
@@ -14,10 +14,11 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How a token is chosen. The defaults sample the model's own distribution.
+    """Settings that decide how a token is chosen. The defaults sample the model's own distribution.
 
     ``temperature=0`` is greedy: the most likely token, recorded with its log-probability at temperature 1.
-    ``top_k=0`` and ``top_p=1.0`` switch the filters off. Order as in transformers: temperature, top-k, top-p.
+    ``top_k=0`` and ``top_p=1.0`` switch the filters off. The order is that of transformers: temperature,
+    top-k, top-p.
     """
 
     temperature: float = 1.0
@@ -40,14 +41,14 @@ class SamplingSettings:
 def rollout_uniforms(seeds: Sequence[int], length: int) -> np.ndarray:
     """Float64 [B, length] in [0, 1): entry (b, t) is a function of ``(seeds[b], t)`` alone.
 
-    A rollout's draws therefore do not change with the batch it is in, the rollouts beside it, or the length
-    limit. Philox is counter-based and the same on every platform.
+    So the draws of a rollout do not depend on its batch, on other rollouts, or on the length limit. Philox is
+    counter-based and gives the same numbers on every platform.
     """
     return np.stack([np.random.Generator(np.random.Philox(seed)).random(length) for seed in seeds])
 
 
 def sampled_logprobs(logits_BV: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """Float32 log-probabilities [B, V] of the distribution that is sampled; -inf: removed by a filter."""
+    """Float32 log-probabilities [B, V] of the sampled distribution; -inf for tokens that a filter removed."""
     logits_BV = logits_BV.float()
     if settings.greedy:
         return logits_BV.log_softmax(-1)
@@ -59,7 +60,7 @@ def sampled_logprobs(logits_BV: torch.Tensor, settings: SamplingSettings) -> tor
     if settings.top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         probs_BV = sorted_BV.softmax(-1)
-        # A token stays while those before it have not yet reached top_p, so the first one always stays.
+        # A token stays if the tokens before it have not reached top_p, so the first one always stays.
         drop_BV = probs_BV.cumsum(-1) - probs_BV >= settings.top_p
         drop_BV[:, 0] = False
         removed_BV = torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV)
@@ -70,8 +71,9 @@ def sampled_logprobs(logits_BV: torch.Tensor, settings: SamplingSettings) -> tor
 def draw(logprobs_BV: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """Token ids [B] by inverse CDF: the first token whose cumulative probability exceeds the uniform.
 
-    In float64, and normalised by its own last entry, so a token of probability 0 is never drawn. A row that
-    is not finite gives some token, whose log-probability is not finite either: whoever records it can tell.
+    The CDF is computed in float64 and divided by its last entry, so a token of probability 0 is never drawn.
+    A row that is not finite gives some token, whose log-probability is not finite either, so the caller can
+    detect it.
     """
     cdf_BV = logprobs_BV.double().exp().cumsum(-1)
     cdf_BV = cdf_BV / cdf_BV[:, -1:]

@@ -1,10 +1,11 @@
-"""Prompts that show the same video: what they have in common is read once.
+"""Finds prompts that begin with the same video, so that the tokens they share are prefilled once.
 
-A tree: a video, the queries about it, the answers to each query. The *trunk* of some prompts is what they
-begin with, the video at least; a *branch* is the rest of one prompt, its query. A branch goes on top of its
-trunk's keys and values as an answer goes on top of its prompt's.
+The prompts of a batch form a tree: a video, the queries about it, the responses to each query. The *trunk* of
+some prompts is the sequence of tokens that they all begin with, the video at least. A *branch* is the rest of
+one prompt, its query. A branch goes on top of the keys and values of its trunk, as a response goes on top of
+those of its prompt.
 
-    columns of the cache:   padding | trunk (video) | padding | branch (query) || answer
+    columns of the cache:   padding | trunk (video) | padding | branch (query) || response
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from video_opd.types import EncodedPrompt
 
 @dataclass(frozen=True, kw_only=True)
 class Trunks:
-    """Which prompts begin alike.
+    """The trunk of each prompt, and the length of each trunk.
 
-    Example: ``Trunks(of_prompt=(0, 1, 0), lengths=(240, 195))``: the first and the third prompt have their
-    first 240 tokens in common, the second is alone with its first 195. Every prompt is longer than its trunk,
-    and no branch holds a part of a video.
+    Example: with ``Trunks(of_prompt=(0, 1, 0), lengths=(240, 195))``, the first and the third prompt share
+    their first 240 tokens; the second shares its trunk of 195 tokens with no other. Every prompt is longer
+    than its trunk, and no branch holds a token of a video.
     """
 
     of_prompt: tuple[int, ...]
@@ -33,7 +34,7 @@ class Trunks:
     def split(
         self, batch: PromptBatch, prompts: Sequence[EncodedPrompt], pad_id: int
     ) -> tuple[PromptBatch, PromptBatch]:
-        """The trunks, one row each with its videos, and the branches, one row a prompt of text alone."""
+        """(a batch with a row for each trunk and its videos, a batch with a row of text for each branch)."""
         width = batch.input_ids_BP.shape[1]
         examples = [self.of_prompt.index(trunk) for trunk in range(len(self.lengths))]
         stops = [
@@ -50,16 +51,17 @@ class Trunks:
 
 
 def find_trunks(prompts: Sequence[EncodedPrompt], video_token_id: int) -> Trunks | None:
-    """Prompts with one clip and equal tokens to its end share as many tokens as are equal; the others none.
+    """The trunks of ``prompts``, or None if no two prompts share one.
 
-    None where no two prompts share a trunk.
+    Prompts share a trunk if they have the same clip and the same tokens up to its end. The trunk holds all
+    leading tokens that are equal.
     """
     members: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
         ids_P = prompt.input_ids[0].cpu()
         shown = (ids_P == video_token_id).nonzero()
         if len(shown) and int(shown[-1]) == len(ids_P) - 1:
-            return None  # nothing after the video: no branch
+            return None  # nothing follows the video, so there is no branch
         key = (prompt.clip_digest, ids_P[: int(shown[-1]) + 1].numpy().tobytes()) if len(shown) else row
         members.setdefault(key, []).append(row)
     if len(members) == len(prompts):
@@ -74,7 +76,7 @@ def find_trunks(prompts: Sequence[EncodedPrompt], video_token_id: int) -> Trunks
 
 
 def _common_length(prompts: Sequence[torch.Tensor]) -> int:
-    """Leading tokens that are equal in all, at most all but one of the shortest."""
+    """The number of leading tokens that are equal in all prompts; at least one token of each is left."""
     limit = min(map(len, prompts)) - 1
     equal_P = torch.stack([ids_P[:limit] == prompts[0][:limit] for ids_P in prompts]).all(0)
     return int(equal_P.long().cumprod(0).sum())

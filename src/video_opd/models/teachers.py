@@ -1,4 +1,4 @@
-"""Frozen models that score the student's own answers, token by token."""
+"""Teachers: frozen models that score the student's responses token by token."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ Nonfinite = Literal["raise", "mask"]
 class LocalTeacher:
     """:class:`~video_opd.models.interfaces.Teacher` in this process.
 
-    It is given the very :class:`EncodedPrompt` objects that the student was given. Its weights are frozen
-    when it is made. With the ``prefix`` engine each prompt is read once, however many answers are scored.
+    It is given the same :class:`EncodedPrompt` objects as the student. Creating it freezes the weights of
+    ``policy``. The ``prefix`` engine prefills each prompt once, however many responses are scored.
+
+    ``nonfinite`` decides about scores that are not finite: ``"raise"`` raises :class:`UserError` naming the
+    sample, ``"mask"`` removes their tokens from the mask.
     """
 
     def __init__(self, policy: HFPolicy, *, nonfinite: Nonfinite = "raise") -> None:
@@ -33,7 +36,7 @@ class LocalTeacher:
         policy.model.eval()
 
     def prefill(self, prompts: Sequence[EncodedPrompt]) -> Prefix:
-        """As :meth:`HFPolicy.prefill`: for several calls of :meth:`logprobs` on the same prompts."""
+        """The prefix of ``prompts``, for several calls of :meth:`logprobs`."""
         return self.policy.prefill(prompts)
 
     def logprobs(
@@ -44,24 +47,19 @@ class LocalTeacher:
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """Scores [B, R] of ``responses`` (as in :meth:`HFPolicy.logprobs`), finite wherever the mask is True.
-
-        Raises :class:`UserError` naming the sample when a score is not finite; with ``nonfinite="mask"``
-        those tokens are taken out of the mask instead.
-        """
+        """As :meth:`Teacher.logprobs`; takes a prefix of this teacher, too."""
         scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
         return _finite(scores, prompts, responses, self.nonfinite)
 
 
 class AdaptersOffReference:
-    """The student as it was before its first step: its adapters are switched off while it scores.
+    """The reference of a student that trains only adapters: the student with its adapters switched off.
 
-    A :class:`~video_opd.models.interfaces.Teacher` that needs no memory of its own. Only for a student of
-    which nothing but adapters is trained.
+    A :class:`~video_opd.models.interfaces.Teacher` that needs no memory of its own.
     """
 
     def __init__(self, policy: HFPolicy, *, nonfinite: Nonfinite = "raise") -> None:
-        assert not trained_in_full(policy.model), "what is trained in full cannot be switched off"
+        assert not trained_in_full(policy.model), "weights that are trained in full cannot be switched off"
         self.policy, self.nonfinite = policy, nonfinite
 
     def logprobs(
@@ -72,17 +70,17 @@ class AdaptersOffReference:
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """As :meth:`LocalTeacher.logprobs`."""
+        """As :meth:`Teacher.logprobs`."""
         with adapters_off(self.policy.model):
             scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
         return _finite(scores, prompts, responses, self.nonfinite)
 
 
 class RoutedTeacher:
-    """Several teachers, each for its own samples (``teacher.by_source``).
+    """Several teachers, each for some of the samples (``teacher.by_source``).
 
-    ``route`` names the teacher of a prompt. Prompts of one teacher are scored together; the result is in the
-    order that was asked for.
+    ``route`` gives the name of a prompt's teacher. The prompts of one teacher are scored together; the result
+    keeps the order of ``prompts``.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], route: Callable[[EncodedPrompt], str]) -> None:
@@ -96,7 +94,7 @@ class RoutedTeacher:
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """As :meth:`LocalTeacher.logprobs`, each row by its own teacher."""
+        """As :meth:`Teacher.logprobs`, each row by the teacher of its prompt."""
         mine: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             mine.setdefault(self.route(prompt), []).append(i)
@@ -109,7 +107,9 @@ class RoutedTeacher:
             )
             for name, group in mine.items()
         ]
-        order = [i for group in mine.values() for i in group]  # prompts, as they were scored
+        order = [
+            i for group in mine.values() for i in group
+        ]  # the prompts in the order in which they were scored
         starts, row = {}, 0
         for i in order:
             starts[i], row = row, row + len(responses[i])
@@ -152,7 +152,7 @@ def _finite(
 
 
 def join_logprobs(pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:
-    """Joins scores that were padded to different lengths, row after row."""
+    """The rows of all ``pieces`` in one, padded to the longest response."""
     longest = max(piece.mask_BT.shape[1] for piece in pieces)
 
     def join(name: str) -> torch.Tensor:

@@ -1,11 +1,12 @@
-"""The vision tower's attention, one call for all frames of a size.
+"""The attention of the vision tower, with one call for all frames of a size.
 
-Frames of a video attend to themselves only. On ``sdpa`` transformers walks through them in a Python loop:
-hundreds of small attention calls a layer. Frames of equal size are a batch, so here they are one call. The
-results are the same; only the number of calls changes.
+A frame of a video attends only to itself. On ``sdpa``, transformers loops over the frames in Python, with
+hundreds of small attention calls in each layer. Frames of equal size can form a batch, so here they take one
+call. The results are the same.
 
-transformers hands the whole packed sequence and its frame borders (``cu_seqlens``) to any registered
-attention function whose name contains "flash", and splits it into frames for all others: hence :data:`NAME`.
+transformers passes the whole packed sequence and its frame borders (``cu_seqlens``) to any registered
+attention function whose name contains "flash", and splits the sequence into frames for all others. That is
+why :data:`NAME` contains "flash".
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ NAME = "video_opd_flash_frames"
 
 
 def use_batched_frames(model: Qwen3VLForConditionalGeneration) -> bool:
-    """Attend to all frames of a size in one call; returns whether the model was changed.
+    """Makes the vision tower attend to all frames of a size in one call; returns whether it was changed.
 
-    Only a vision tower on ``sdpa`` is changed: flash attention is packed already, and ``eager`` was chosen by
-    somebody who wants to look at the weights. Nothing of it reaches ``model.config``: it is neither saved,
-    nor passed on to a model that is built from this one's config.
+    Only a vision tower on ``sdpa`` is changed: flash attention is packed already, and ``eager`` is chosen to
+    look at the attention weights. ``model.config`` stays as it is, so the change is neither saved nor passed
+    on to a model that is built from this config.
     """
     vision = model.model.visual
     if vision.config._attn_implementation != "sdpa":
         return False
-    # A config of their own for these modules: transformers would take the name in a shared config for a
-    # flash-attention kernel to download when the next model is built from it.
+    # These modules get a config of their own. In a shared config, transformers would take the name for a
+    # flash-attention kernel to download when it builds the next model from that config.
     shared = vision.config
     own = copy.deepcopy(shared)
     own._attn_implementation = NAME

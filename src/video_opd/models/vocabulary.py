@@ -1,9 +1,9 @@
-"""Which tokens a policy may write, and which end an answer.
+"""The tokens that a policy can write, and those that end a response.
 
-The same restriction holds when an answer is sampled and when it is scored, by student, teacher and trainer
-alike. So every log-probability in this project is one of the *renormalised* distribution over the tokens
-that can be written: the ratio of an update to its own sampling is exactly 1, and a model that teaches itself
-gives zero everywhere.
+The same restriction holds when a response is sampled and when student, teacher or trainer scores it. So every
+log-probability in this project belongs to the distribution *renormalised* over the tokens that can be
+written: the ratio of an update to its own sampling is exactly 1, and a model that is its own teacher gives
+r_t = 0 everywhere.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from video_opd.errors import UserError
 if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-# Added to the logit of a token that cannot be written. Finite on purpose: its probability is exactly 0 in
-# float32, while 0 * (log p - log q) in a divergence over the vocabulary stays 0 instead of becoming NaN.
+# Added to the logit of a token that cannot be written: its probability is then exactly 0 in float32. The
+# value is finite so that 0 * (log p - log q) in a divergence over the vocabulary is 0 instead of NaN.
 FORBIDDEN_LOGIT = -1e30
 
 
@@ -33,13 +33,13 @@ class Vocabulary:
     """
 
     size: int
-    forbidden_ids: frozenset[int]  # vision placeholders, and ids that no token has
+    forbidden_ids: frozenset[int]  # vision placeholders, and ids without a token
     eos_ids: frozenset[int]
-    pad_id: int  # fills what is masked; its value never matters
+    pad_id: int  # fills masked positions; its value never matters
 
     @classmethod
     def of(cls, model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> Vocabulary:
-        """Read from a model's config and its processor; :class:`UserError` where they do not fit."""
+        """The vocabulary of a model and its processor. Raises :class:`UserError` if they do not fit."""
         token_ids = set(processor.tokenizer.get_vocab().values())
         size = max(token_ids) + 1
         rows = model.config.text_config.vocab_size
@@ -55,7 +55,7 @@ class Vocabulary:
                 "set eos_token_id in generation_config.json"
             )
         forbidden_ids = frozenset((set(range(size)) - token_ids) | set(vision_token_ids(model).values()))
-        assert not eos_ids & forbidden_ids, "an answer must be able to end"
+        assert not eos_ids & forbidden_ids, "a response must be able to end"
         pad_id = processor.tokenizer.pad_token_id
         return cls(
             size=size,
@@ -77,13 +77,13 @@ class Vocabulary:
 
 
 def vision_token_ids(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
-    """The ids that stand for pixels, by their names in the model's config."""
+    """The ids of vision placeholders by their names in the model's config."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {name: getattr(model.config, name) for name in names}
 
 
 def eos_token_ids(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> frozenset[int]:
-    """Every id that ends an answer: generation config, model config and tokenizer together."""
+    """Every id that ends a response, from generation config, model config and tokenizer together."""
     found: list[Any] = [
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config, "eos_token_id", None),

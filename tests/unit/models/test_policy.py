@@ -351,7 +351,7 @@ def test_computing_again_keeps_less_and_the_estimate_of_the_rest_holds(made: Any
 
 def test_a_prefix_without_gradients_gives_none() -> None:
     student = policy()
-    with pytest.raises(ValueError, match="was read without them"):
+    with pytest.raises(ValueError, match="prefilled without gradients"):
         student.logprobs(student.prefill(mixed_prompts()), RESPONSES, grad=True)
 
 
@@ -365,7 +365,7 @@ def test_checkpointing_says_once_that_it_reads_more(caplog: pytest.LogCaptureFix
         got = gradients(student)
         gradients(student)
     assert [r.message for r in caplog.records if r.name.startswith("video_opd")] == [
-        "gradient checkpointing drops the key/value cache: updates read the prompt per response"
+        "gradient checkpointing drops the key/value cache: updates run the prompt once per response"
     ]
     assert [shape[0] for shape in tower] == [distinct_patches()] * 2
     assert_same_gradients(got, gradients(policy("plain")))

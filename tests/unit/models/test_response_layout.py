@@ -8,6 +8,7 @@ import pytest
 import torch
 from model_cases import mixed_prompts, model, processor
 
+from video_opd.models.forward_passes import ForwardPasses
 from video_opd.models.policy import HFPolicy
 from video_opd.models.response_layout import ResponseLayout, response_attention_mask
 
@@ -35,10 +36,10 @@ def test_the_mask_is_what_a_loop_says(first: int, steps: int) -> None:
 def test_what_is_laid_out_is_found_again() -> None:
     beside = ResponseLayout.of([2, 1, 3], torch.device("cpu"))
     ids_NR = torch.arange(24).reshape(6, 4) + 1
-    ids_BQ = beside.laid_out(ids_NR, pad_id=0)
+    ids_BQ = beside.interleave(ids_NR, pad_id=0)
     assert ids_BQ.shape == (3, 12)
     assert ids_BQ[0].tolist() == [1, 5, 0, 2, 6, 0, 3, 7, 0, 4, 8, 0]
-    assert torch.equal(beside.picked(ids_BQ[..., None])[..., 0], ids_NR)
+    assert torch.equal(beside.separate(ids_BQ[..., None])[..., 0], ids_NR)
 
 
 def policy(attn: str) -> HFPolicy:
@@ -63,7 +64,7 @@ def found(of: HFPolicy) -> tuple[Any, ...]:
 def test_side_by_side_is_as_on_copies(attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On copies is what an attention without masks of ours is given."""
     tokens, rollouts, scores, gradients = found(policy(attn))
-    monkeypatch.setattr(HFPolicy, "_responses_side_by_side", False)
+    monkeypatch.setattr(ForwardPasses, "side_by_side", False)
     on_copies = found(policy(attn))
     assert tokens == on_copies[0]
     for group, others in zip(rollouts, on_copies[1], strict=True):

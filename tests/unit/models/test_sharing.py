@@ -167,7 +167,7 @@ def test_prompts_on_different_clips_are_read_as_before(monkeypatch: pytest.Monke
     _, columns = shapes_of(student)
     prefix = student.prefill(prompts)
     assert columns == [(2, max(p.length for p in prompts))]
-    monkeypatch.setattr("video_opd.models.policy.find_trunks", lambda *_: None)
+    monkeypatch.setattr("video_opd.models.forward_passes.find_trunks", lambda *_: None)
     before = student.prefill(prompts)
     assert torch.equal(prefix.last_hidden_BD, before.last_hidden_BD)
     assert all(
@@ -209,7 +209,7 @@ def test_a_part_of_a_prefix_answers_for_its_prompts() -> None:
 
 def test_a_prefix_is_of_one_model_and_has_no_gradients() -> None:
     prefix = policy().prefill(prompts_of("pair"))
-    with pytest.raises(ValueError, match="read without them"):
+    with pytest.raises(ValueError, match="prefilled without gradients"):
         policy().logprobs(prefix, [[(9,)], [(9,)]], grad=True)
     with pytest.raises(AssertionError, match="another model"):
         policy().logprobs(prefix, [[(9,)], [(9,)]])
