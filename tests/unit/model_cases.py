@@ -37,7 +37,7 @@ def _built(seed: int) -> Any:
 
 
 def model(seed: int = 0, *, sharpness: float = 1.0) -> Any:
-    """A fresh random model; ``sharpness`` scales its logits, so that answers are not near-uniform noise."""
+    """A fresh random model; ``sharpness`` scales its logits, so that responses are not near-uniform noise."""
     made = copy.deepcopy(_built(seed))
     with torch.no_grad():
         made.lm_head.weight.mul_(sharpness)
@@ -46,7 +46,7 @@ def model(seed: int = 0, *, sharpness: float = 1.0) -> Any:
 
 @lru_cache(maxsize=2)
 def _mixture_built(seed: int) -> Any:
-    """The same sizes, with four experts in each decoder layer, two of them for each token."""
+    """A model of the same sizes with four experts in each decoder layer, two of them for each token."""
     dense = _built(0)
     text, vision = dense.config.text_config.to_dict(), dense.config.vision_config.to_dict()
     for part in (text, vision):
@@ -62,7 +62,7 @@ def _mixture_built(seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made: Any = Qwen3VLMoeForConditionalGeneration(config)
-        for layer in made.model.language_model.layers:  # as drawn, all experts are chosen alike
+        for layer in made.model.language_model.layers:  # the initial weights would choose all experts alike
             torch.nn.init.normal_(layer.mlp.gate.weight)
     made.generation_config = dense.generation_config
     return made.float().eval()
@@ -82,7 +82,7 @@ def forbidden(rows: int) -> list[int]:
 
 
 def stock_logprobs(stock: Any, prompt: EncodedPrompt, tokens: tuple[int, ...]) -> torch.Tensor:
-    """[R, V] of one response by one unpadded forward of the stock model: no code of ours."""
+    """[R, V] of one response by one unpadded forward of the stock model, without any code of the project."""
     response = torch.tensor([tokens])
     types = torch.cat([prompt.tensors["mm_token_type_ids"], torch.zeros_like(response)], dim=1)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def encode(
 
 @lru_cache(maxsize=1)
 def mixed_prompts() -> tuple[EncodedPrompt, ...]:
-    """Three lengths, two frame sizes, two queries on one video."""
+    """Prompts of three lengths and two frame sizes; two are queries on one video."""
     prompts = (
         encode(QUERIES[0], frames=4, height_px=64, width_px=96, video_seed=1),
         encode(QUERIES[1], frames=8, video_seed=2),

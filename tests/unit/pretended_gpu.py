@@ -1,7 +1,7 @@
-"""A second device for machines that have none: tensors are marked as being there; mixing is an error.
+"""A pretended GPU for machines that have none: tensors are marked as being on it, and mixing is an error.
 
-The numbers stay in the memory of the CPU; what is checked is that code moves every tensor to where it is
-used, as a GPU would demand. Marks live on tensor objects and follow every call of a torch function from
+The numbers stay in the memory of the CPU. The marks check that code moves every tensor to the device on which
+it is used, as a GPU would demand. They live on tensor objects and follow every call of a torch function from
 Python.
 """
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 GPU = torch.device("cuda", 0)
 _MARK = "_on_pretended_gpu"
-# These take a CPU tensor beside one on a GPU: as an index, or as what is copied from.
+# These functions take a CPU tensor together with one on a GPU: as an index, or as the source of a copy.
 _MIXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_)
 _TO_NUMPY = (torch.Tensor.numpy, torch.Tensor.__array__)
 
@@ -26,13 +26,13 @@ def is_there(tensor: torch.Tensor) -> bool:
 
 
 def put_there(module: nn.Module) -> None:
-    """Marks parameters and buffers."""
+    """Marks parameters and buffers as being on the pretended GPU."""
     for tensor in (*module.parameters(), *module.buffers()):
         setattr(tensor, _MARK, True)
 
 
 class PretendedGpu(TorchFunctionMode):
-    """While it is active, marks are followed, and ``RuntimeError`` is raised where devices are mixed."""
+    """While it is active, results are marked, and mixing devices raises ``RuntimeError``."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -58,7 +58,7 @@ class PretendedGpu(TorchFunctionMode):
 def _asked_device(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[torch.device | None, Sequence[Any], dict[str, Any]]:
-    """(the device that a call names, its arguments with the CPU in its place)."""
+    """(the device that a call names, the arguments with the CPU in its place)."""
     if func is torch.Tensor.cpu:
         return torch.device("cpu"), args, kwargs
     if func is torch.Tensor.cuda:

@@ -1,4 +1,4 @@
-"""Everything that a step does, on a pretended second device: no tensor is used where it is not."""
+"""Every computation of a training step on a pretended second device: no tensor is on the wrong one."""
 
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def test_sampling_scoring_and_gradients_stay_on_the_device(engine: str, recomput
             taught = teacher.logprobs(mixed_prompts(), answers, full=True)
             assert scored.logprobs_BT.device == taught.logprobs_BT.device == GPU
             ((scored.logprobs_BT - taught.logprobs_BT) * scored.mask_BT).sum().backward()
-        for part in student.prefill_chunks(mixed_prompts(), 2) if engine == "prefix" else ():
-            student.sample(part, n=2, max_new_tokens=3, temperature=0)
+        for prefix in student.prefill_chunks(mixed_prompts(), 2) if engine == "prefix" else ():
+            student.sample(prefix, n=2, max_new_tokens=3, temperature=0)
 
 
 class BuildThere(Build):

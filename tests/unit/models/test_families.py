@@ -1,4 +1,4 @@
-"""Qwen3-VL with experts: everything that holds for the dense model, with the same code."""
+"""Qwen3-VL with experts: the same code passes the tests of the dense model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ def policy(engine: Any = "prefix", **options: Any) -> HFPolicy:
 
 
 def differentiated(of: HFPolicy) -> tuple[list[list[tuple[int, ...]]], TokenLogprobs]:
-    """Answers from one reading, and their log-probabilities after a backward through it."""
+    """Responses from one prefill, and their log-probabilities after a backward through it."""
     shown: Any = of.prefill(mixed_prompts(), grad=True) if of.engine == "prefix" else mixed_prompts()
     rollouts = of.sample(shown, n=2, max_new_tokens=7, seeds=SEEDS)
     answers = [[rollout.token_ids for rollout in group] for group in rollouts]
@@ -46,7 +46,7 @@ def test_each_token_meets_two_experts_and_all_are_used() -> None:
     assert picked.shape[1] == 2 and picked.unique().tolist() == [0, 1, 2, 3]
 
 
-def test_both_engines_say_what_the_stock_model_says() -> None:
+def test_both_engines_agree_with_the_stock_model() -> None:
     plain = policy("plain")
     answers, expected = differentiated(plain)
     flat = [tokens for group in answers for tokens in group]

@@ -1,4 +1,4 @@
-"""Folders that load, folders that do not, and pairs of models that may not be paired."""
+"""Model folders that load, folders that do not, and students and teachers whose tokens differ."""
 
 import copy
 import json
@@ -102,7 +102,7 @@ def test_a_file_is_not_a_folder(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"), [({"dtype": "int3"}, "dtype is 'int3'"), ({"device": "tpu9"}, "tpu9")]
 )
-def test_options_that_cannot_be_met(saved: Path, option: dict, message: str) -> None:
+def test_impossible_options_are_refused(saved: Path, option: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_model(saved, **option)
 
@@ -140,7 +140,7 @@ def set_eos(changed: Any, _: Any) -> None:
         (swap_two_tokens, "token 200 is"),
         (lambda m, p: p.tokenizer.add_tokens(["<extra>"]), "is None, the teacher's '<extra>'"),
         (lambda m, p: setattr(p.tokenizer, "pad_token", "<|im_end|>"), "special tokens: pad_token"),
-        (set_eos, r"token 17 .* ends an answer of only one"),
+        (set_eos, r"token 17 .* ends a response of only one"),
         (lambda m, p: setattr(m.config, "video_token_id", 3), "video_token_id"),
         (lambda m, p: setattr(p, "chat_template", p.chat_template + " "), "chat templates, from character"),
         (lambda m, p: setattr(p.video_processor, "image_mean", [0.1, 0.5, 0.5]), "image_mean"),

@@ -49,8 +49,8 @@ PREFIXES = {
     "language": ("model.language_model.",),
     "lm_head": ("lm_head.",),
 }
-# Of the tiny model: two blocks (qkv, proj, fc1, fc2); a merger and one of deepstack (fc1, fc2); two layers
-# (q, k, v, o, gate, up, down).
+# The layers of the tiny model: two vision blocks (qkv, proj, fc1, fc2), a merger and a deepstack merger (fc1,
+# fc2), two decoder layers (q, k, v, o, gate, up, down).
 LAYERS = {"vision": 8, "merger": 4, "language": 14}
 RESPONSES: Any = [[(9, 10, 11), (12,)], [(13, 14)], [(9, 15, 16, 17)]]
 SCALE = 2.0  # alpha 8, rank 4
@@ -70,7 +70,7 @@ def adapted(parts: Any = PARTS, **sections: dict[str, Any]) -> Any:
 
 
 def trained(parts: Any = PARTS, **sections: dict[str, Any]) -> Any:
-    """As if training had moved every adapter somewhere."""
+    """A student whose adapters have random weights, as if training had moved them."""
     made = adapted(parts, **sections)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def trained(parts: Any = PARTS, **sections: dict[str, Any]) -> Any:
 
 
 def scores(of: Any, engine: Any = "prefix") -> torch.Tensor:
-    """Log-probs of all responses over the whole vocabulary."""
+    """Log-probabilities of all responses over the whole vocabulary."""
     found = HFPolicy(of, processor(), engine).logprobs(mixed_prompts(), RESPONSES, full=True)
     assert found.full_BTV is not None
     return found.full_BTV
@@ -107,7 +107,7 @@ def assert_close_gradients(got: dict[str, torch.Tensor], expected: dict[str, tor
 
 
 def base_name(name: str) -> str:
-    """Of a weight in an adapted model: its name in the plain one."""
+    """The name in the plain model of a weight of the adapted model."""
     return name.replace(".base_layer.", ".")
 
 
@@ -180,14 +180,14 @@ def test_the_beginning_is_a_function_of_the_seed() -> None:
     assert not torch.equal(torch.rand(3), random_state)
     torch.set_rng_state(state)
     adapted()
-    assert torch.equal(torch.rand(3), random_state)  # nothing of it was used
+    assert torch.equal(torch.rand(3), random_state)  # the global random state was not used
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     alone = factors(adapted(("merger",)))
     assert len(alone) == LAYERS["merger"] and all(torch.equal(first[name], alone[name]) for name in alone)
     other = factors(adapted(run={"seed": 1}))
     assert not any(torch.equal(first[name], other[name]) for name in first)
     blocks = [f"model.visual.blocks.{i}.attn.qkv.lora_A.default.weight" for i in range(2)]
-    assert not torch.equal(first[blocks[0]], first[blocks[1]])  # each layer its own
+    assert not torch.equal(first[blocks[0]], first[blocks[1]])  # every layer has its own
     for name, a in first.items():  # uniform within 1 / sqrt(inputs), a standard deviation of that / sqrt(3)
         bound = a.shape[1] ** -0.5
         assert a.abs().max() <= bound, name
@@ -227,7 +227,7 @@ def test_the_engines_agree() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_they_train_through_the_reading_that_was_sampled_from(recompute: bool) -> None:
+def test_they_train_through_the_prefill_that_was_sampled_from(recompute: bool) -> None:
     student = trained()
     expected = gradients(student, "plain")
     student.zero_grad()
@@ -258,11 +258,11 @@ def test_the_merged_model_is_the_adapted_one(parts: tuple[str, ...], tmp_path: P
     loaded, _ = load_model(tmp_path, dtype="float32")
     assert loaded.state_dict().keys() == model().state_dict().keys()
     assert (scores(loaded) - expected).abs().max() < 1e-5
-    assert torch.equal(scores(student), expected)  # the one it was made from is as it was
+    assert torch.equal(scores(student), expected)  # the adapted model is unchanged
 
 
 def test_a_merge_rounds_once() -> None:
-    """A base in bfloat16 and a delta below its rounding step: only their float32 sum holds both."""
+    """The base is bfloat16 and the delta is below its rounding step: only their float32 sum keeps both."""
     student = trained(("language",), model={"dtype": "bfloat16"})
     layer = student.model.language_model.layers[0].mlp.up_proj
     assert layer.weight.dtype == torch.bfloat16
@@ -358,7 +358,7 @@ def test_only_what_is_frozen_is_held_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_added_to_a_base_in_bfloat16_they_are_float32() -> None:
-    """And begin as on one in float32, not rounded."""
+    """Their first values are those on a float32 base, not rounded."""
     student = model().bfloat16()
     add_adapters(student, LoraConfig(parts=PARTS, rank=4), seed=0)
     assert {p.dtype for name, p in student.named_parameters() if ".lora_" in name} == {torch.float32}
@@ -524,7 +524,7 @@ def test_a_run_against_the_reference_is_that_against_a_copy(tmp_path: Path) -> N
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """DDP sees adapters that are switched off, and not trained, between two of its steps."""
+    """Between two steps of DDP, adapters are switched off for the reference."""
     train(grpo_recipe(tmp_path / "one"), Build())
     port = free_port()
     processes = [start(rank, 2, port, grpo_recipe(tmp_path / "two"), Build()) for rank in range(2)]
@@ -545,7 +545,7 @@ def test_the_model_is_saved_in_the_precision_that_was_asked_for(tmp_path: Path) 
     )
     train(recipe, build)
     assert {value.dtype for value in weights_of(tmp_path / "run").values()} == {torch.bfloat16}
-    # What was saved is what is evaluated: rotary frequencies are not weights, and stay as they were.
+    # The evaluation uses the saved model. Rotary frequencies are not weights and keep their precision.
     loaded, _ = load_model(tmp_path / "run" / "model", dtype="bfloat16")
     assert all(torch.equal(b, build.components.model.get_buffer(name)) for name, b in loaded.named_buffers())
     assert torch.equal(scores(loaded), scores(build.components.model))

@@ -1,4 +1,4 @@
-"""Patches embedded by a matrix product, against the model's own convolution."""
+"""Patches embedded by a matrix product equal those of the model's own convolution."""
 
 import copy
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_weights_keep_names_shapes_and_identity(tmp_path: Path) -> None:
     assert list(changed.state_dict()) == order
     changed.save_pretrained(tmp_path)
     again = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
-    assert type(again.model.visual.patch_embed.proj) is nn.Conv3d  # nobody else's model is changed
+    assert type(again.model.visual.patch_embed.proj) is nn.Conv3d  # other models are not changed
     for name, weight in again.state_dict().items():
         assert torch.equal(weight, changed.state_dict()[name]), name
 

@@ -1,4 +1,4 @@
-"""The fast engine against the plain one, and both against the stock model and ``generate``."""
+"""The prefix engine against the plain one, and both against the stock model and ``generate``."""
 
 import logging
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ def test_tokens_come_as_often_as_their_probability() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_what_stands_for_pixels_or_nothing_is_never_written(temperature: float) -> None:
+def test_placeholders_and_ids_without_a_token_are_never_written(temperature: float) -> None:
     student = policy()
     prompts = mixed_prompts()[:2]
     hidden = student.prefill(prompts).last_hidden_BD.mean(0)
@@ -119,7 +119,7 @@ def test_what_stands_for_pixels_or_nothing_is_never_written(temperature: float) 
     assert mass[:, banned[: len(PLACEHOLDERS)]].max() == 0
 
 
-def test_a_rollout_does_not_depend_on_its_company() -> None:
+def test_a_rollout_does_not_depend_on_its_batch() -> None:
     student = policy()
     together = student.sample(mixed_prompts(), n=3, max_new_tokens=6, seeds=SEEDS)
     for prompt, seeds, group in zip(mixed_prompts(), SEEDS, together, strict=True):
@@ -131,7 +131,7 @@ def test_a_rollout_does_not_depend_on_its_company() -> None:
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 @pytest.mark.parametrize("engine", ["prefix", "plain"])
-def test_an_answer_ends_with_its_end_token(engine: str, end: str) -> None:
+def test_a_response_ends_with_its_end_token(engine: str, end: str) -> None:
     student = policy(engine)
     end_id = processor().tokenizer.convert_tokens_to_ids(end)
     with torch.no_grad():  # every end is about as likely as all other tokens together
@@ -158,7 +158,7 @@ def test_decoding_stops_when_all_have_ended() -> None:
         student.model.lm_head.weight[end_id] = 1000 * hidden
     forwards = count_forwards(student.model.model)
     rollouts = student.sample(mixed_prompts(), max_new_tokens=50, temperature=0)
-    assert tokens_of(rollouts) == [[(end_id,)]] * 3 and len(forwards) == 2  # videos, queries, no answers
+    assert tokens_of(rollouts) == [[(end_id,)]] * 3 and len(forwards) == 2  # videos, queries, no responses
 
 
 def test_a_prefix_serves_many_times() -> None:
@@ -173,8 +173,8 @@ def test_a_prefix_serves_many_times() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_answers_grow_in_place_and_the_prefix_stays(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than the room, so it is made anew on the way; and no token copies what was there."""
+def test_responses_grow_in_place_and_the_prefix_stays(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response longer than ROOM makes the buffers grow; no single token copies the cache."""
     monkeypatch.setattr("video_opd.models.kv_cache.ROOM", 4)
     student = policy()
     prefix = student.prefill(mixed_prompts())
@@ -265,8 +265,8 @@ def test_gradients_through_the_prefix_are_the_plain_ones(responses: Any) -> None
 
 
 @pytest.mark.parametrize("frozen", [(), ("visual",), ("language_model",)], ids=str)
-def test_one_reading_serves_sampling_and_the_update(frozen: tuple[str, ...]) -> None:
-    """With what is frozen: the tower, then even the whole transformer but the tower and the head."""
+def test_one_prefill_serves_sampling_and_the_update(frozen: tuple[str, ...]) -> None:
+    """``frozen`` are the frozen parts: the vision tower, or everything but the tower and the head."""
     student, plain = policy(), policy("plain")
     for of in (student, plain):
         for part in frozen:
@@ -282,8 +282,8 @@ def test_one_reading_serves_sampling_and_the_update(frozen: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("frozen", [(), ("visual",)], ids=str)
-def test_what_is_computed_again_is_the_same(frozen: tuple[str, ...]) -> None:
-    """After the prefix served sampling, too; every layer runs twice, once forward, once for the backward."""
+def test_recomputed_gradients_are_the_same(frozen: tuple[str, ...]) -> None:
+    """Also after sampling from the prefix. Every layer runs twice: once forward, once for the backward."""
     student, plain = policy(recompute=True), policy("plain")
     for of in (student, plain):
         for part in frozen:
@@ -295,10 +295,12 @@ def test_what_is_computed_again_is_the_same(frozen: tuple[str, ...]) -> None:
     assert responses == tokens_of(plain.sample(mixed_prompts(), n=3, max_new_tokens=5, seeds=SEEDS))
     before = [len(runs) for runs in layers]
     scores = student.logprobs(prefix, responses, grad=True)
-    assert [len(runs) - n for runs, n in zip(layers, before, strict=True)] == [1] * len(layers)  # the answers
+    assert [len(runs) - n for runs, n in zip(layers, before, strict=True)] == [1] * len(
+        layers
+    )  # the responses
     weights = torch.linspace(-1, 1, scores.logprobs_BT.numel()).view_as(scores.logprobs_BT)
     (scores.logprobs_BT * weights).sum().backward()
-    # The answers, the queries and the videos: three forwards, each repeated once.
+    # Responses, queries and videos take three forwards, each repeated once.
     assert [len(runs) - n for runs, n in zip(layers, before, strict=True)] == [1 + 3] * len(layers)
     got = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
     assert_same_gradients(got, gradients(plain, responses))
@@ -306,19 +308,19 @@ def test_what_is_computed_again_is_the_same(frozen: tuple[str, ...]) -> None:
 
 
 def count_layer_runs(layer: Any) -> list[int]:
-    """Grows with every run of the layer's attention, hooks or not."""
+    """A list that grows with every run of the layer's attention, with or without hooks."""
     runs: list[int] = []
     layer.self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
     return runs
 
 
 def kept_bytes(of: HFPolicy) -> int:
-    """What autograd keeps of a reading, without weights."""
+    """The bytes that autograd keeps of a prefill, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in of.model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
+        kept[x.untyped_storage().data_ptr()] = x  # kept, so that no address is used twice
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -355,7 +357,7 @@ def test_a_prefix_without_gradients_gives_none() -> None:
         student.logprobs(student.prefill(mixed_prompts()), RESPONSES, grad=True)
 
 
-def test_checkpointing_says_once_that_it_reads_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpointing_warns_once_that_it_costs_more(caplog: pytest.LogCaptureFixture) -> None:
     student = policy()
     new_name = getattr(student.model, "activation_checkpointing_enable", None)  # not in 5.20
     (new_name or student.model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -369,7 +371,7 @@ def test_checkpointing_says_once_that_it_reads_more(caplog: pytest.LogCaptureFix
     ]
     assert [shape[0] for shape in tower] == [distinct_patches()] * 2
     assert_same_gradients(got, gradients(policy("plain")))
-    # Sampling and scoring keep their cache, and leave the mode as it was.
+    # Sampling and scoring keep their cache and do not change the mode.
     rollouts = student.sample(mixed_prompts(), max_new_tokens=5, seeds=[s[:1] for s in SEEDS])
     assert tokens_of(rollouts) == tokens_of(
         policy().sample(mixed_prompts(), max_new_tokens=5, seeds=[s[:1] for s in SEEDS])
@@ -396,7 +398,7 @@ def test_a_token_that_cannot_be_written_is_named(bad: str | None) -> None:
 
 
 def count_forwards(module: Any) -> list[tuple[int, ...]]:
-    """The shapes of the first argument of every forward of ``module``, as they come."""
+    """A list to which every forward of ``module`` adds the shape of its first argument."""
     shapes: list[tuple[int, ...]] = []
 
     def hook(_: Any, args: tuple, kwargs: dict) -> None:
@@ -413,22 +415,22 @@ def distinct_patches() -> int:
 
 
 def trunk_length() -> int:
-    """What the two prompts on one video begin with, counted here: to the end of the video and a bit more."""
+    """The number of tokens that the two prompts on one video share, counted by this test."""
     first, second = (p.input_ids[0].tolist() for p in mixed_prompts()[1:])
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_video_is_seen_once_and_a_prompt_read_once(grad: bool) -> None:
+def test_a_video_and_a_prompt_are_prefilled_once(grad: bool) -> None:
     student = policy()
     tower, transformer = count_forwards(student.model.model.visual), count_forwards(student.model.model)
     student.logprobs(mixed_prompts(), RESPONSES, grad=grad)
     assert [shape[0] for shape in tower] == [distinct_patches()]
-    reading = [(2, trunk_length()), (3, max(p.length for p in mixed_prompts()) - trunk_length())]
-    assert transformer == [*reading, (3, 3 * 4)]  # up to three answers a prompt, their last tokens left out
+    prefill = [(2, trunk_length()), (3, max(p.length for p in mixed_prompts()) - trunk_length())]
+    assert transformer == [*prefill, (3, 3 * 4)]  # up to three responses a prompt, without their last tokens
     student.sample(mixed_prompts(), n=3, max_new_tokens=4, seeds=SEEDS)
     assert [shape[0] for shape in tower] == [distinct_patches()] * 2
-    assert transformer[3:] == [*reading, (3, 3), (3, 3), (3, 3)]
+    assert transformer[3:] == [*prefill, (3, 3), (3, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("engine", ["prefix", "plain"])
@@ -486,7 +488,9 @@ def test_reduced_precision_computes_on_master_weights() -> None:
     assert set(seen) == {torch.bfloat16} and got.logprobs_BT.dtype == torch.float32
     error = (got.logprobs_BT - expected).abs()
     assert 0 < error.mean() < 0.05
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # a loop that autocasts around both must still learn
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16
+    ):  # training must also work if the loop autocasts around both
         reduced.sample(mixed_prompts(), max_new_tokens=2, temperature=0)
         found = gradients(reduced)
     assert found.keys() == dict(reduced.model.named_parameters()).keys()
@@ -523,7 +527,7 @@ def test_gradients_are_synchronised_by_the_wrapper(one_process: None) -> None:
     student.forward_module = wrapper
     reduced: list[int] = []
 
-    def hook(_, bucket):  # DDP checks annotations, and knows its own only
+    def hook(_, bucket):  # DDP checks annotations, and accepts only its own type
         reduced.append(bucket.buffer().numel())
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())

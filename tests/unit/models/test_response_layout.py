@@ -1,4 +1,4 @@
-"""Answers side by side in one row, against each answer on a copy of its prompt."""
+"""Responses side by side in one row equal responses on a copy of their prompt each."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ RESPONSES: Any = [[(9, 145, 296), (46, 25, 9, 354, 122)], [(57,)], [(20, 21), (2
 
 
 @pytest.mark.parametrize(("first", "steps"), [(0, 3), (2, 1)])
-def test_the_mask_is_what_a_loop_says(first: int, steps: int) -> None:
+def test_the_mask_equals_a_loop(first: int, steps: int) -> None:
     prompt_mask_BP = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    beside = 2
-    mask = response_attention_mask(prompt_mask_BP, beside, first, steps)
-    assert mask.shape == (2, 1, steps * beside, 3 + (first + steps) * beside) and mask.dtype == torch.bool
+    width = 2
+    mask = response_attention_mask(prompt_mask_BP, width, first, steps)
+    assert mask.shape == (2, 1, steps * width, 3 + (first + steps) * width) and mask.dtype == torch.bool
     for row in range(2):
-        for query in range(steps * beside):
-            token, answer = divmod(first * beside + query, beside)
+        for query in range(steps * width):
+            token, response = divmod(first * width + query, width)
             for key in range(mask.shape[-1]):
                 if key < 3:
                     expected = bool(prompt_mask_BP[row, key])
                 else:
-                    its_token, its_answer = divmod(key - 3, beside)
-                    expected = its_answer == answer and its_token <= token
+                    its_token, its_response = divmod(key - 3, width)
+                    expected = its_response == response and its_token <= token
                 assert bool(mask[row, 0, query, key]) == expected
 
 
-def test_what_is_laid_out_is_found_again() -> None:
-    beside = ResponseLayout.of([2, 1, 3], torch.device("cpu"))
+def test_separate_inverts_interleave() -> None:
+    layout = ResponseLayout.of([2, 1, 3], torch.device("cpu"))
     ids_NR = torch.arange(24).reshape(6, 4) + 1
-    ids_BQ = beside.interleave(ids_NR, pad_id=0)
+    ids_BQ = layout.interleave(ids_NR, pad_id=0)
     assert ids_BQ.shape == (3, 12)
     assert ids_BQ[0].tolist() == [1, 5, 0, 2, 6, 0, 3, 7, 0, 4, 8, 0]
-    assert torch.equal(beside.separate(ids_BQ[..., None])[..., 0], ids_NR)
+    assert torch.equal(layout.separate(ids_BQ[..., None])[..., 0], ids_NR)
 
 
 def policy(attn: str) -> HFPolicy:
@@ -49,7 +49,7 @@ def policy(attn: str) -> HFPolicy:
 
 
 def found(of: HFPolicy) -> tuple[Any, ...]:
-    """Answers, scores, and gradients."""
+    """Rollouts, scores and gradients."""
     of.model.zero_grad()
     seeds = [[7 * i + j for j in range(3)] for i in range(3)]
     rollouts = of.sample(mixed_prompts(), n=3, max_new_tokens=6, seeds=seeds)
@@ -62,7 +62,7 @@ def found(of: HFPolicy) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_side_by_side_is_as_on_copies(attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On copies is what an attention without masks of ours is given."""
+    """An attention that takes no such mask gets copies of the prompt."""
     tokens, rollouts, scores, gradients = found(policy(attn))
     monkeypatch.setattr(ForwardPasses, "side_by_side", False)
     on_copies = found(policy(attn))

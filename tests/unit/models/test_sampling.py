@@ -1,4 +1,4 @@
-"""Draws and filters against transformers' own, and against the distribution they should follow."""
+"""Filters equal those of transformers, and draws follow the distribution that they should."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_a_uniform_depends_on_its_seed_and_its_place_alone() -> None:
 
 
 def test_uniforms_never_change_between_releases() -> None:
-    # Philox and numpy's seeding are specified: a run that resumes under another version draws the same.
+    # Philox and numpy's seeding are specified, so a run that resumes under another version draws the same.
     np.testing.assert_allclose(
         rollout_uniforms([0], 2)[0], [0.014067035665647709, 0.2577672456246177], atol=1e-15
     )

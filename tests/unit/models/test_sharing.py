@@ -1,4 +1,4 @@
-"""Queries on one video share its reading: the tree of the ``prefix`` engine against the ``plain`` one."""
+"""Queries on one video share its prefill: the ``prefix`` engine against the ``plain`` one."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def flat(rollouts: list[list[Rollout]]) -> list[Rollout]:
 
 
 def responses_of(count: int) -> list[list[tuple[int, ...]]]:
-    """One to three answers a prompt, of one to five tokens."""
+    """One to three responses a prompt, of one to five tokens."""
     return [[tuple(range(9 + i + j, 10 + i + 2 * j + i % 3)) for j in range(1 + i % 3)] for i in range(count)]
 
 
 def shapes_of(student: HFPolicy) -> tuple[list[int], list[tuple[int, int]]]:
-    """Patches a forward of the vision tower, (rows, columns) a forward of the transformer; as they come."""
+    """Two lists that grow: the patches of each forward of the tower, (rows, columns) of the transformer's."""
     patches: list[int] = []
     columns: list[tuple[int, int]] = []
     student.model.model.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
@@ -129,7 +129,7 @@ def test_a_clip_goes_once_through_the_vision_tower_and_the_transformer() -> None
     assert trunk == prompts[3].length - 1  # alone on its clip: all but one token
     common = next(i for i, tokens in enumerate(zip(*five, strict=False)) if len(set(tokens)) > 1)
     assert branch == max(map(len, five)) - common
-    # Answers of all kinds from this prefix read nothing again.
+    # Sampling and scoring on this prefix prefill nothing again.
     student.sample(prefix, n=2, max_new_tokens=2, temperature=0)
     student.logprobs(prefix, responses_of(len(prompts)))
     assert len(patches) == 1 and columns[2:] == [(8, 2), (8, 3 * 4)]  # side by side
@@ -160,8 +160,8 @@ def test_other_leading_tokens_or_another_clip_share_nothing() -> None:
     assert find_trunks((first, second), video) is not None
 
 
-def test_prompts_on_different_clips_are_read_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One forward of the whole prompts, bit for bit what it is without any sharing."""
+def test_prompts_on_different_clips_are_prefilled_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward of the whole prompts gives the same bits as without sharing."""
     prompts = [p for p in mixed_prompts() if p is not mixed_prompts()[2]]
     student = policy()
     _, columns = shapes_of(student)
@@ -175,7 +175,7 @@ def test_prompts_on_different_clips_are_read_as_before(monkeypatch: pytest.Monke
     )
 
 
-# ------------------------------------------------------------------------------ scoring what was read before
+# ------------------------------------------------------------------------------------- scoring on a prefix
 
 
 @pytest.mark.parametrize("case", [*CASES, "different clips"])
@@ -197,7 +197,7 @@ def test_scores_on_a_prefix_are_scores_on_its_prompts(case: str) -> None:
     torch.testing.assert_close(got.logprobs_BT, plain.logprobs_BT, atol=1e-5, rtol=0)
 
 
-def test_a_part_of_a_prefix_answers_for_its_prompts() -> None:
+def test_a_selection_of_a_prefix_answers_for_its_prompts() -> None:
     prompts, student = prompts_of("mixed"), policy()
     rows = [6, 0, 3]
     part = student.prefill(prompts).select(rows)
@@ -232,21 +232,23 @@ def test_positions_after_the_video_are_the_prompts_own() -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
 @pytest.mark.parametrize("case", ["mixed", "pair"])
-def test_parts_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
-    """Every part answers as the whole does, and no clip is read a second time for the next part."""
+def test_chunks_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
+    """Every chunk answers as the whole does, and no clip is prefilled again for the next chunk."""
     prompts, student = prompts_of(case), policy()
     whole = student.sample(student.prefill(prompts), max_new_tokens=6, temperature=0)
     patches, columns = shapes_of(student)
     assert torch.is_grad_enabled()
     parts = []
-    for part in student.prefill_chunks(prompts, size):
-        assert torch.is_grad_enabled()  # the caller's own state, between the parts
-        parts.append(part)
+    for chunk in student.prefill_chunks(prompts, size):
+        assert torch.is_grad_enabled()  # the caller's own state, between the chunks
+        parts.append(chunk)
     clips = len({prompt.clip_digest for prompt in prompts})
     assert len(patches) == 1 and [rows for rows, _ in columns[:1]] == [clips]
-    assert [len(part) for part in parts] == [len(prompts[i : i + size]) for i in range(0, len(prompts), size)]
-    assert [p for part in parts for p in part.prompts] == list(prompts)
-    got = [group for part in parts for group in student.sample(part, max_new_tokens=6, temperature=0)]
+    assert [len(chunk) for chunk in parts] == [
+        len(prompts[i : i + size]) for i in range(0, len(prompts), size)
+    ]
+    assert [p for chunk in parts for p in chunk.prompts] == list(prompts)
+    got = [group for chunk in parts for group in student.sample(chunk, max_new_tokens=6, temperature=0)]
     assert [r.token_ids for r in flat(got)] == [r.token_ids for r in flat(whole)]
     for ours, expected in zip(flat(got), flat(whole), strict=True):
         torch.testing.assert_close(
@@ -254,15 +256,15 @@ def test_parts_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
         )
 
 
-def test_prompts_without_a_common_video_are_read_part_by_part() -> None:
+def test_prompts_without_a_common_video_are_prefilled_chunk_by_chunk() -> None:
     prompts, student = mixed_prompts()[:2], policy()
     patches, _ = shapes_of(student)
-    parts = student.prefill_chunks(prompts, 1)
-    next(parts)
+    chunks = student.prefill_chunks(prompts, 1)
+    next(chunks)
     assert len(patches) == 1  # the second video waits
     got = [
-        student.sample(part, max_new_tokens=6, temperature=0)[0][0]
-        for part in student.prefill_chunks(prompts, 1)
+        student.sample(chunk, max_new_tokens=6, temperature=0)[0][0]
+        for chunk in student.prefill_chunks(prompts, 1)
     ]
     expected = flat(student.sample(prompts, max_new_tokens=6, temperature=0))
     assert [r.token_ids for r in got] == [r.token_ids for r in expected]

@@ -1,4 +1,4 @@
-"""A teacher that is its own student finds nothing to correct; a broken one says so."""
+"""A teacher equal to its student gives r_t = 0; a broken teacher raises."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def test_it_is_frozen() -> None:
 def broken_teacher(nonfinite: str) -> LocalTeacher:
     policy = HFPolicy(model(), processor())
     teacher = LocalTeacher(policy, nonfinite=nonfinite)  # type: ignore[arg-type]
-    with torch.no_grad():  # whoever reads token 10 is lost from then on
+    with torch.no_grad():  # every position from token 10 on is NaN
         policy.model.get_input_embeddings().weight[10] = torch.nan
     return teacher
 
@@ -73,7 +73,7 @@ def test_an_unknown_rule_is_refused() -> None:
 
 
 def test_each_prompt_is_scored_by_its_own_teacher() -> None:
-    """Answers of different numbers and lengths, teachers taking turns: row by row what each says alone."""
+    """With responses of different numbers and lengths, each row is what its teacher gives alone."""
     prompts = [*mixed_prompts(), *mixed_prompts()[:1]]
     responses: list[list[tuple[int, ...]]] = [
         [(9, 10), (11,)],

@@ -1,4 +1,4 @@
-"""Frames in one call against transformers' loop over frames."""
+"""Attention to all frames in one call equals transformers' loop over frames."""
 
 import copy
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from video_opd.models import vision_attention
 from video_opd.models.vision_attention import NAME, use_batched_frames
 
-# Three videos: frames of two sizes, the same size again after a different one.
+# Three videos with frames of two sizes: the first size comes again after the second.
 GRID_THW = torch.tensor([[3, 4, 6], [2, 4, 4], [2, 4, 6]])
 
 
