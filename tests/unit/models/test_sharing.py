@@ -238,17 +238,17 @@ def test_chunks_of_a_prefill_are_the_prefill(case: str, size: int) -> None:
     whole = student.sample(student.prefill(prompts), max_new_tokens=6, temperature=0)
     patches, columns = shapes_of(student)
     assert torch.is_grad_enabled()
-    parts = []
+    chunks = []
     for chunk in student.prefill_chunks(prompts, size):
         assert torch.is_grad_enabled()  # the caller's own state, between the chunks
-        parts.append(chunk)
+        chunks.append(chunk)
     clips = len({prompt.clip_digest for prompt in prompts})
     assert len(patches) == 1 and [rows for rows, _ in columns[:1]] == [clips]
-    assert [len(chunk) for chunk in parts] == [
+    assert [len(chunk) for chunk in chunks] == [
         len(prompts[i : i + size]) for i in range(0, len(prompts), size)
     ]
-    assert [p for chunk in parts for p in chunk.prompts] == list(prompts)
-    got = [group for chunk in parts for group in student.sample(chunk, max_new_tokens=6, temperature=0)]
+    assert [p for chunk in chunks for p in chunk.prompts] == list(prompts)
+    got = [group for chunk in chunks for group in student.sample(chunk, max_new_tokens=6, temperature=0)]
     assert [r.token_ids for r in flat(got)] == [r.token_ids for r in flat(whole)]
     for ours, expected in zip(flat(got), flat(whole), strict=True):
         torch.testing.assert_close(
