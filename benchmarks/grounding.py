@@ -94,7 +94,7 @@ def agreement_figures(pairs: Sequence[Answered]) -> dict[str, Any]:
     greedy = [iou(answer.span, truth) for (_, answer, _), truth in zip(pairs, truths, strict=True)]
     consensus = np.array([iou(drawn.span, t) for (_, _, drawn), t in zip(pairs, truths, strict=True)])
     single = [
-        float(np.mean([iou(reply.span, t) for reply in drawn.samples]))
+        float(np.mean([iou(response.span, t) for response in drawn.samples]))
         for (_, _, drawn), t in zip(pairs, truths, strict=True)
     ]
     agreements = np.array([drawn.agreement or 0.0 for _, _, drawn in pairs])
@@ -184,7 +184,7 @@ Rank = Callable[[WindowAnswer], Sequence[float]]
 
 
 def best(answer: GroundedAnswer, rank: Rank) -> Interval | None:
-    return max(answer.windows, key=lambda w: (w.reply.span is not None, *rank(w))).reply.span
+    return max(answer.windows, key=lambda w: (w.response.span is not None, *rank(w))).response.span
 
 
 def window_figures(model: Any, questions: Sequence[Sample], window_s: float) -> dict[str, Any]:
@@ -196,14 +196,14 @@ def window_figures(model: Any, questions: Sequence[Sample], window_s: float) -> 
         "windows, by log-probability": [greedy.span for _, greedy, _ in searched],
         "windows, by agreement of 8 samples": [drawn.span for _, _, drawn in searched],
         "windows, by log-probability of the consensus of 8": [
-            best(drawn, lambda w: (w.reply.logprob,)) for _, _, drawn in searched
+            best(drawn, lambda w: (w.response.logprob,)) for _, _, drawn in searched
         ],
         "windows, by mean log-probability of 8 samples": [
             best(drawn, lambda w: (float(np.mean([s.logprob for s in w.samples])),))
             for _, _, drawn in searched
         ],
         "the right window, if it were known": [
-            max((w.reply.span for w in greedy.windows), key=lambda span: iou(span, truth))
+            max((w.response.span for w in greedy.windows), key=lambda span: iou(span, truth))
             for (_, greedy, _), truth in zip(searched, truths, strict=True)
         ],
     }

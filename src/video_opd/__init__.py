@@ -1,7 +1,7 @@
 """Video-OPD: post-training of video MLLMs for temporal grounding by on-policy distillation.
 
-``load``, ``ground``, ``evaluate`` and ``train`` (:mod:`video_opd.api`) are imported when they are first used:
-importing the package alone costs nothing.
+``load``, ``ground``, ``evaluate`` and ``train`` are those of :mod:`video_opd.api`, which is imported when one
+of them is first used. Importing the package alone therefore costs nothing.
 """
 
 from __future__ import annotations

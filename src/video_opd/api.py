@@ -1,7 +1,7 @@
-"""What a notebook needs: load a model, find events in a video, measure answers.
+"""The functions for a notebook: load a model, find events in a video, measure predictions, train.
 
-``from video_opd import load, ground, evaluate, train`` imports this module when one of them is first used.
-Nothing here imports torch before a model is loaded.
+``from video_opd import load, ground, evaluate, train`` gives the same functions. torch is imported only when
+one of them needs it.
 
 Example::
 
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "evaluate", "ground", "load", "train", "write_page"]
 
-PAGE_FRAMES = 48  # of a page: they stand in for a video that a browser does not play
+PAGE_FRAMES = 48  # frames in a page, for browsers that do not play the video
 
 
 def load(
     path: str | Path, *, device: str | None = None, settings: Mapping[str, Any] | None = None
 ) -> InferenceModel:
-    """A checkpoint, ready to answer.
+    """Loads a model that can ground and be evaluated.
 
     Args:
-        path: a folder for ``from_pretrained``, a Qwen3-VL (dense or with experts), or a name on a hub. One
-            that ``video-opd train`` wrote knows how it was shown its videos; others get the defaults.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; a GPU where there is one when None.
+        path: a model folder of a Qwen3-VL (dense or with experts), or its name on a hub. A model that
+            ``video-opd train`` wrote is shown videos as in its training; other models get the defaults.
+        device: such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; None takes a GPU if there is one.
         settings: keys of a recipe's ``model``, ``video`` and ``prompt`` sections.
 
     Raises:
-        UserError: not such a checkpoint, an unknown key.
+        UserError: if ``path`` is no such model, and for an unknown key.
 
     Example::
 
@@ -57,20 +57,20 @@ def load(
     """
     from video_opd.models.inference import load_inference_model, read_inference_config
 
-    words = _overrides(settings)
-    return load_inference_model(read_inference_config(str(path), words, device=device), device)
+    overrides = _overrides(settings)
+    return load_inference_model(read_inference_config(str(path), overrides, device=device), device)
 
 
 def _overrides(settings: Mapping[str, Any] | None) -> list[str]:
-    """``settings`` as the words of a command line."""
-    words = []
+    """Writes ``settings`` as the arguments of a command line, because the recipe's reader takes these."""
+    arguments = []
     for key, value in (settings or {}).items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return words
+        arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return arguments
 
 
 @overload
-def ground(  # type: ignore[overload-overlap]  # a text is a sequence of texts to mypy
+def ground(  # type: ignore[overload-overlap]  # to mypy a str is a Sequence[str], too
     model: InferenceModel | str | Path,
     video: str | Path,
     query: str,
@@ -110,26 +110,27 @@ def ground(
     seed: int = 0,
     batch_size: int = 8,
 ) -> GroundedAnswer | list[GroundedAnswer]:
-    """Where in a video an event lies; the video is decoded and read once for all queries.
+    """Finds when an event happens in a video. The video is decoded and prefilled once for all queries.
 
     Args:
-        model: what :func:`load` returned, or a path for it.
+        model: a model from :func:`load`, or the path of one.
         video: a video file.
-        query: what to look for, or several of them.
-        samples: of a query; above 1 the answer is their consensus, and ``answer.agreement`` says how much
-            they agree (docs/ground.md).
-        temperature: of the samples; 0 (greedy) for one, 1 for several when None.
-        window_s: search a long video in windows of so many seconds instead of thinning it.
-        overlap_s: of neighbouring windows; half a window when None.
-        max_new_tokens: of an answer, at most.
-        seed: of the draws.
-        batch_size: answers that are written at a time.
+        query: the event to look for, or several of them.
+        samples: responses that are sampled for a query. If there are several, their consensus is the answer,
+            and ``answer.agreement`` says how much they agree (docs/ground.md).
+        temperature: of the sampling; None means 0 (greedy) for one sample and 1 for several.
+        window_s: seconds of a window; a long video is then searched in windows. None shows it whole, with
+            fewer frames a second than a short one.
+        overlap_s: seconds that neighbouring windows share; half a window if None.
+        max_new_tokens: length of a response at most.
+        seed: of the sampling.
+        batch_size: responses that are sampled together.
 
     Returns:
-        One answer for one query, a list for a list. ``span`` is in seconds, or None.
+        One answer for one query, and a list of them for a list. ``answer.span`` is in seconds, or None.
 
     Raises:
-        UserError: a video that cannot be used, an empty query, impossible settings.
+        UserError: if the video cannot be used, for an empty query, and for impossible settings.
 
     Example::
 
@@ -139,11 +140,11 @@ def ground(
     from video_opd.evaluation.predict import GenerationSettings
     from video_opd.grounding.ground import ground as run
 
-    opened = load(model) if isinstance(model, str | Path) else model
+    loaded = load(model) if isinstance(model, str | Path) else model
     answers = run(
-        opened.policy,
-        opened.encoder,
-        opened.budget,
+        loaded.policy,
+        loaded.encoder,
+        loaded.budget,
         video,
         [query] if isinstance(query, str) else list(query),
         settings=GenerationSettings.choose(
@@ -151,27 +152,30 @@ def ground(
             temperature,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            thinking=opened.config.prompt.thinking,
+            thinking=loaded.config.prompt.thinking,
         ),
         window_s=window_s,
         overlap_s=overlap_s,
         batch_size=batch_size,
-        backend=opened.config.video.backend,
+        backend=loaded.config.video.backend,
     )
     return answers[0] if isinstance(query, str) else answers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Metrics, and beside them what they are worth (docs/evaluation.md). ``str()`` is what is printed."""
+    """Metrics, and the controls that say what they are worth (docs/evaluation.md).
+
+    ``str(evaluation)`` is what ``video-opd evaluate`` prints.
+    """
 
     metrics: Metrics
-    best_constant: ConstantPrediction | None  # None without durations
-    query_swap: QuerySwap | None  # None where no video has two queries to tell apart
+    best_constant: ConstantPrediction | None  # None if the rows have no durations
+    query_swap: QuerySwap | None  # None if no video has two queries to tell apart
 
     @property
     def miou(self) -> float:
-        """In percent."""
+        """The mean IoU in percent."""
         return self.metrics.miou
 
     def to_json(self) -> dict[str, Any]:
@@ -205,21 +209,23 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Grounding metrics of answers, with intervals and controls. With ``predictions`` it needs no torch.
+    """Computes grounding metrics, with confidence intervals and controls.
+
+    The predictions are either given, and then torch is not imported, or made by a model.
 
     Args:
         data: a data file, or its rows.
-        predictions: a predictions file, or answers by the rows' ids: a span ``(start_s, end_s)``, a text, a
-            :class:`~video_opd.types.Prediction`, or None for no answer.
-        model: answers now, greedily, asked as the protocol asks; in place of ``predictions``.
+        predictions: a predictions file, or a prediction for each row's id: a span ``(start_s, end_s)``, the
+            text of a response, a :class:`~video_opd.types.Prediction`, or None for no span.
+        model: makes the predictions, greedily and with the protocol's prompt.
         protocol: ``"paper"``, ``"timelens"`` or another of docs/evaluation.md.
-        video_root: where the videos are; beside the data when None.
-        max_new_tokens: of the model's answers, at most; the protocol's when None.
-        batch_size: answers that the model writes at a time.
+        video_root: the folder of the videos; the data file's folder if None.
+        max_new_tokens: length of the model's responses at most; the protocol's if None.
+        batch_size: responses that the model writes together.
 
     Raises:
-        UserError: neither or both of ``predictions`` and ``model``, a file that cannot be read, no annotated
-            row, no prediction that belongs to one.
+        UserError: unless exactly one of ``predictions`` and ``model`` is given; if a file cannot be read, if
+            no row is annotated, and if no prediction belongs to an annotated row.
 
     Example::
 
@@ -234,12 +240,12 @@ def evaluate(
         raise UserError("evaluate needs either predictions or a model")
     samples = read_samples(data, video_root) if isinstance(data, str | Path) else list(data)
     if model is not None:
-        found, otherwise = _predicted(model, samples, protocol, max_new_tokens, batch_size)
+        found, deviations = _predict(model, samples, protocol, max_new_tokens, batch_size)
     else:
         assert predictions is not None
-        found, otherwise = _given(predictions, samples, protocol)
+        found, deviations = _given(predictions, samples, protocol)
     return Evaluation(
-        metrics=metrics.evaluate(samples, found, protocol, deviations=otherwise),
+        metrics=metrics.evaluate(samples, found, protocol, deviations=deviations),
         best_constant=best_constant(samples),
         query_swap=query_swap(samples, found, protocol),
     )
@@ -248,7 +254,7 @@ def evaluate(
 def _given(
     predictions: str | Path | Mapping[str, Any], samples: list[Sample], protocol: str
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
-    """The answers by id, and what they were made with otherwise than the protocol says, if that is known."""
+    """The predictions by id, and their deviations from the protocol (None if these are not known)."""
     from video_opd.evaluation.predictions import parse_row
     from video_opd.types import Prediction
 
@@ -275,12 +281,12 @@ def _read(
     from video_opd.evaluation.protocols import get_protocol
 
     asked = get_protocol(protocol)
-    answers = read_model_predictions([path], asked, name="model")
-    found, _ = answers.of(samples)
-    return found, file_deviations(answers.files, asked)
+    predictions = read_model_predictions([path], asked, name="model")
+    found, _ = predictions.of(samples)
+    return found, file_deviations(predictions.files, asked)
 
 
-def _predicted(
+def _predict(
     model: InferenceModel | str | Path,
     samples: list[Sample],
     protocol: str,
@@ -291,17 +297,17 @@ def _predicted(
     from video_opd.evaluation.protocols import get_protocol
 
     asked = get_protocol(protocol)
-    opened = load(model) if isinstance(model, str | Path) else model
-    opened = opened.with_prompt_style(asked.prompt_style)
-    thinking = opened.config.prompt.thinking
+    loaded = load(model) if isinstance(model, str | Path) else model
+    loaded = loaded.with_prompt_style(asked.prompt_style)
+    thinking = loaded.config.prompt.thinking
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "predictions.jsonl"
         predict(
-            opened.policy,
+            loaded.policy,
             samples,
-            opened.prompts,
+            loaded.prompts,
             out,
-            provenance=opened.provenance(),
+            provenance=loaded.provenance(),
             settings=GenerationSettings(
                 max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
                 thinking=thinking,
@@ -314,21 +320,21 @@ def _predicted(
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path, settings: Mapping[str, Any] | None = None
 ) -> RunResult:
-    """Trains a model as a recipe says, or continues a run that was interrupted (docs/methods.md).
+    """Trains a model by a recipe (docs/methods.md).
 
-    A run that is finished returns at once.
+    A run that was interrupted is continued, and a run that is finished returns at once.
 
     Args:
         recipe: a YAML file, its content as nested mappings, or a :class:`~video_opd.config.Recipe`.
-        settings: keys that replace those of the recipe.
+        settings: keys of the recipe with other values, such as ``{"optim.max_steps": 20}``.
 
     Returns:
-        Where the run left its results: ``path`` (the run's folder), ``model`` (a folder for :func:`load`),
-        ``steps`` and ``metrics`` (of the last step).
+        The results of the run: ``path`` (the run folder), ``model`` (its model folder, for :func:`load`),
+        ``steps``, and ``metrics`` (those of the last step).
 
     Raises:
-        UserError: an unknown key, settings that cannot work together, models or data that cannot be read, a
-            folder that holds a run of another recipe.
+        UserError: for an unknown key and for settings that contradict each other; if models or data cannot be
+            read; if the run folder holds a run of another recipe.
 
     Example::
 
@@ -338,13 +344,13 @@ def train(
     from video_opd.config import Recipe, load_recipe, recipe_from_dict
     from video_opd.config.tree import apply_overrides
 
-    words = _overrides(settings)
+    overrides = _overrides(settings)
     if isinstance(recipe, str | Path):
-        chosen = load_recipe(recipe, words)
+        chosen = load_recipe(recipe, overrides)
     else:
         tree = recipe.to_dict() if isinstance(recipe, Recipe) else dict(recipe)
-        chosen = recipe_from_dict(apply_overrides(tree, words))
-    from video_opd.training.loop import train as run  # imports torch: a wrong recipe is found before
+        chosen = recipe_from_dict(apply_overrides(tree, overrides))
+    from video_opd.training.loop import train as run  # imports torch, so only after the recipe is checked
 
     return run(chosen)
 
@@ -357,24 +363,27 @@ def write_page(
     model: str = "",
     embed_mb: float | None = None,
 ) -> Path:
-    """The page of ``video-opd ground --view``: the video, its answers on a timeline, operated by keys.
+    """Writes the page of ``video-opd ground --view``: the video, and its answers on a timeline.
 
     Args:
-        out: an HTML file.
-        video: the file that ``answers`` are about.
-        answers: what :func:`ground` returned.
-        model: its name, for the headline.
-        embed_mb: a larger video is linked, not put into the page; 20 MB when None.
+        out: the HTML file to write.
+        video: the video file that ``answers`` are about.
+        answers: answers from :func:`ground`.
+        model: the model's name, for the headline.
+        embed_mb: size in MB up to which the page contains the video; a larger one is linked. 20 if None.
+
+    Returns:
+        ``out`` as a path.
 
     Raises:
-        UserError: a video that cannot be used, a page that cannot be written.
+        UserError: if the video cannot be used, and if the page cannot be written.
     """
     from video_opd.data.video import probe
-    from video_opd.grounding.page import EMBED_MB, Film, write_view
+    from video_opd.grounding import page
     from video_opd.grounding.stills import stills
 
     info = probe(video)
-    film = Film(
+    shown = page.PageVideo(
         path=info.path,
         codec=info.codec,
         fps=info.fps,
@@ -382,4 +391,5 @@ def write_page(
         frames=stills(info.path, count=PAGE_FRAMES),
     )
     records = [{**answer.to_json(), "line": answer.line()} for answer in answers]
-    return write_view(out, film, records, model=model, embed_mb=EMBED_MB if embed_mb is None else embed_mb)
+    limit_mb = page.EMBED_MB if embed_mb is None else embed_mb
+    return page.write_page(out, shown, records, model=model, embed_mb=limit_mb)

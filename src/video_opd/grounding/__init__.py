@@ -1,1 +1,1 @@
-"""The answer for one video and one person: spans, agreement, a page, clips, subtitles."""
+"""Finds events in one video: spans, agreement of samples, clips, subtitles and an HTML page."""

@@ -1,8 +1,8 @@
 """Cuts a clip out of a video into a file of its own, exact to a frame.
 
-A cut without encoding can begin at keyframes only, which may be seconds away from the frame that was asked
-for. So the frames are decoded and encoded again (H.264, and AAC for the sound). Each keeps its own time: a
-variable rate stays variable.
+A cut without encoding can begin only at a keyframe, which may be seconds away from the requested frame.
+Therefore the frames are decoded and encoded again (as H.264, and the sound as AAC). Each frame keeps its own
+time, so a variable frame rate stays variable.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from video_opd.files import replacing_file
 from video_opd.progress import log
 from video_opd.temporal import Interval
 
-CRF = "18"  # x264's quality: hardly a visible difference from the source
-CLOCK_HZ = 90_000  # time base of the written file: fine enough for any rate
-AAC_HZ = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000)  # others become the first
-PREROLL_S = 1.0  # a sound decoder needs packets from a little before the first sample that is wanted
-JITTER_S = 0.005  # a smaller gap is rounding: the clock of a container is coarser than a sample
+CRF = "18"  # x264's quality setting; the clip hardly differs visibly from its source
+CLOCK_HZ = 90_000  # time base of the clip, fine enough for any frame rate
+# Sample rates that are kept. Sound with another rate is resampled to the first of these.
+AAC_HZ = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000)
+PREROLL_S = 1.0  # a sound decoder needs the packets shortly before the first wanted sample, too
+JITTER_S = (
+    0.005  # a smaller gap between sound frames is rounding: a container's clock is coarser than a sample
+)
 
 
 def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
-    """Writes what ``video`` shows in ``span`` (seconds from its first frame) to the MP4 file ``out``.
+    """Writes the part of ``video`` in ``span`` (seconds from its first frame) to the MP4 file ``out``.
 
-    Each end of the span moves to the nearest border between two frames, and at least one frame is kept. The
-    sound is cut at the same borders, exact to a sample. Returns the span that was written. ``out`` is
-    replaced as a whole or not at all.
+    Each end of the span is moved to the nearest border between two frames, and at least one frame is kept.
+    The sound is cut at the same borders, exact to a sample. ``out`` appears only when it is complete.
 
-    Raises VideoError for a video that cannot be used, UserError for an ``out`` that cannot be written.
+    Returns the span that was written. Raises :class:`VideoError` if the video cannot be used, and
+    :class:`UserError` if ``out`` cannot be written.
     """
     video, out = Path(video), Path(out)
     check_target(video, out)
@@ -52,13 +55,13 @@ def cut_clip(video: str | Path, span: Interval, out: str | Path) -> Interval:
 def _cut(video: Path, index: PacketIndex, span: Interval, out: Path) -> Interval:
     first, stop = nearest_frames(index, span)
     borders_s = _borders_s(index)
-    with replacing_file(out) as temporary:  # av raises OSErrors for errors of the disk, too
+    with replacing_file(out) as temporary:  # PyAV, too, raises an OSError if the disk fails
         _write(video, index, first, stop, temporary)
     return float(borders_s[first]), float(borders_s[stop])
 
 
 def check_target(video: Path, out: Path) -> None:
-    """Raises UserError if no clip can be written to ``out``, or if this PyAV is too old to write one."""
+    """Raises :class:`UserError` if ``out`` cannot hold a clip, or if PyAV is too old to write one."""
     if not hasattr(av.VideoStream, "set_display_matrix"):
         raise UserError(
             f"cutting a clip needs PyAV 17.1 or newer, and {av.__version__} is installed: update av"
@@ -72,7 +75,7 @@ def check_target(video: Path, out: Path) -> None:
 
 
 def nearest_frames(index: PacketIndex, span: Interval) -> tuple[int, int]:
-    """Returns (first frame, first frame after) for the borders nearest to ``span``; at least one frame."""
+    """Returns the half-open range of frames whose borders are nearest to ``span``; it has a frame or more."""
     borders_s = _borders_s(index)
     first = min(int(np.abs(borders_s - span[0]).argmin()), len(borders_s) - 2)
     stop = max(int(np.abs(borders_s - span[1]).argmin()), first + 1)
@@ -94,7 +97,7 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
     with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         picture = _picture_stream(container, frame)
         sound = _Sound(container, video, origin_s=index.origin_s, span=(start_s, end_s))
-        # A frame that cannot be decoded is left out: the one before is shown for longer.
+        # A frame that cannot be decoded is left out, and the frame before it is shown for longer.
         number = first
         for following, after in itertools.chain(decoded, [(stop, None)]):
             shown = frame.reformat(picture.width, picture.height, "yuv420p")
@@ -109,7 +112,7 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
 
 
 def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
-    """Lets each packet last until ``end``. The muxer ends all but the last where the next one begins."""
+    """Lets each packet last until ``end``. The muxer then ends all but the last at the start of the next."""
     for packet in packets:
         assert packet.pts is not None
         packet.duration = end - packet.pts
@@ -117,8 +120,11 @@ def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
 
 
 def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame) -> av.VideoStream:
-    """Adds a stream turned, coloured and sized as ``like``; an odd side loses a row: 4:2:0 is even."""
-    # Without B-frames, packets are in the order of time, and the file ends exactly where it should.
+    """Adds a stream with the rotation, colours and size of ``like``.
+
+    An odd height or width loses one row or column, because 4:2:0 subsampling needs even sides.
+    """
+    # Without B-frames the packets are in presentation order, so that the file ends exactly at the span's end.
     stream = container.add_stream("libx264", options={"crf": CRF, "bf": "0"})
     assert isinstance(stream, av.VideoStream)
     stream.width, stream.height = max(2, like.width // 2 * 2), max(2, like.height // 2 * 2)
@@ -134,29 +140,31 @@ def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame
 
 
 class _Sound:
-    """Writes the sound of a span a little at a time, so that it lies beside its pictures in the file."""
+    """Writes the sound of a span piece by piece, so that the file holds each piece near its pictures."""
 
     def __init__(
         self, container: av.container.OutputContainer, video: Path, *, origin_s: float | None, span: Interval
     ) -> None:
-        """``origin_s``: the time of the first frame on the clock that sound and picture of the file share."""
+        """``origin_s`` is the first frame's time on the clock that sound and pictures share, or None if the
+        file has no such clock; the clip is then silent."""
         self.container, self.span = container, span
         if origin_s is None:
             log(
-                f"{video}: its clock starts again, so sound cannot be matched to pictures; the clip is silent"
+                f"{video}: its clock starts again in the middle, so sound cannot be matched to pictures; "
+                "the clip is silent"
             )
-        self.chunks = iter(()) if origin_s is None else _sound_chunks(video, origin_s, span)
-        self.next = next(self.chunks, None)
-        self.written = 0  # samples
+        self.pieces = iter(()) if origin_s is None else _sound_pieces(video, origin_s, span)
+        self.next = next(self.pieces, None)
+        self.written = 0  # in samples
         self.rate = 1
         self.stream: av.AudioStream | None = None
-        if self.next is not None:  # players handle a track without samples badly
+        if self.next is not None:  # some players fail on a track without samples
             samples_CN, self.rate = self.next
             layout = "mono" if len(samples_CN) == 1 else "stereo"
             self.stream = container.add_stream("aac", rate=self.rate, layout=layout)
 
     def write_until(self, time_s: float) -> None:
-        """Writes the sound before ``time_s`` of the video, and at the end of the span all that is left."""
+        """Writes the sound up to ``time_s`` of the video, and all of the rest once that is the span's end."""
         if self.stream is None:
             return
         while self.next is not None and self.span[0] + self.written / self.rate <= time_s:
@@ -166,17 +174,17 @@ class _Sound:
             frame.sample_rate, frame.pts, frame.time_base = self.rate, self.written, Fraction(1, self.rate)
             self.container.mux(self.stream.encode(frame))
             self.written += samples_CN.shape[1]
-            self.next = next(self.chunks, None)
+            self.next = next(self.pieces, None)
         if time_s >= self.span[1]:
             self.container.mux(self.stream.encode(None))
             self.stream = None
 
 
-def _sound_chunks(video: Path, origin_s: float, span: Interval) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields (float32 [C, N], rate in Hz) from the beginning of ``span`` on, without a gap; C is 1 or 2.
+def _sound_pieces(video: Path, origin_s: float, span: Interval) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields (float32 [C, N], rate in Hz) from the start of ``span`` on, without a gap; C is 1 or 2.
 
-    Gaps of the file are filled with silence, and more than two channels are mixed down to two. A file without
-    a sound stream yields nothing.
+    Gaps in the file become silence, and more than two channels are mixed down to two. A file without a sound
+    stream yields nothing.
     """
     with open_container(video) as container:
         if not container.streams.audio:
@@ -187,7 +195,7 @@ def _sound_chunks(video: Path, origin_s: float, span: Interval) -> Iterator[tupl
         total = round((span[1] - span[0]) * rate)
         position = 0
         assert stream.time_base is not None
-        with contextlib.suppress(av.FFmpegError):  # a container that cannot seek is read from its start
+        with contextlib.suppress(av.FFmpegError):  # a container that cannot seek is decoded from its start
             earlier_s = max(0.0, origin_s + span[0] - PREROLL_S)
             container.seek(int(earlier_s / stream.time_base), stream=stream)
         for frame in _audio_frames(container, stream, video):
@@ -217,4 +225,4 @@ def _audio_frames(
     try:
         yield from container.decode(stream)
     except av.FFmpegError as error:
-        log(f"{video}: its sound cannot be read to the end ({describe(error)}); the clip goes on without")
+        log(f"{video}: its sound cannot be read to the end ({describe(error)}); the rest is silent")

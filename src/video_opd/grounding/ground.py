@@ -1,8 +1,8 @@
-"""The answer for one video.
+"""Finds events in one video.
 
-The video is shown to the model whole, thinned to the frame budget where it is long, or in windows. In either
-case a prompt speaks in seconds from the beginning of what is shown, as the models are trained; answers are
-in seconds from the beginning of the video.
+The model is shown either the whole video, with fewer frames a second if it is longer than the video budget
+allows, or one window after another. A prompt and its response count seconds from the beginning of what is
+shown, because models are trained that way. An answer counts them from the beginning of the video.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ if TYPE_CHECKING:
     from video_opd.models.interfaces import ChunkedPolicy
 
 
-QUOTED = 120  # characters of what a model wrote, in a line for people
+QUOTED = 120  # characters of a response that a message quotes at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """One text that the model wrote, and how it was read.
+class Response:
+    """One text that the model wrote, and the span that was parsed from it.
 
-    ``span`` is in seconds of the video, and within what was shown; it is None where the text holds none, or
-    none within what was shown. Example: ``Reply(text="12.54 to 17.83", span=(72.54, 77.83), rule="exact",
-    clamped=False, truncated=False, logprob=-0.02)`` about a window that begins at 60 s.
+    ``span`` is in seconds of the video and lies within what was shown. It is None if the text holds no such
+    span. Example, for a window that begins at 60 s: ``Response(text="12.54 to 17.83", span=(72.54, 77.83),
+    rule="exact", clamped=False, truncated=False, logprob=-0.02)``.
     """
 
     text: str
     span: Interval | None
-    rule: str  # docs/evaluation.md, "Reading an answer"
-    clamped: bool  # the text says more than was shown
-    truncated: bool  # it was cut off at the length limit
-    logprob: float  # mean over its tokens, in nats, under the distribution that was sampled
+    rule: str  # the rule by which the span was parsed: docs/evaluation.md, "Reading an answer"
+    clamped: bool  # whether the text's span went beyond what was shown, and was cut
+    truncated: bool  # whether the text was cut off at the length limit
+    logprob: float  # mean over the tokens, in nats, under the distribution that they were sampled from
 
     def line(self, shown: str = "the video") -> str:
-        """For people: ``00:12.54 → 00:17.83 (5.3 s)``, or why there is none. ``shown`` is what was seen."""
+        """A line for people: ``00:12.54 → 00:17.83 (5.3 s)``, or why there is no span.
+
+        ``shown`` names what the model was shown.
+        """
         if self.span is not None:
             start_s, end_s = self.span
             return f"{clock(start_s)} → {clock(end_s)} ({end_s - start_s:.1f} s)"
@@ -67,34 +70,36 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowAnswer:
-    """The answer about a stretch of the video: one reply, or the consensus of several samples."""
+    """The answer within one window of the video: one response, or the consensus of several."""
 
-    window: Interval  # of the video, in seconds
-    reply: Reply
-    samples: tuple[Reply, ...]  # empty for a single reply
-    agreement: float | None  # of the samples: docs/ground.md
-    frames: int  # that the model saw
+    window: Interval  # seconds of the video
+    response: Response  # the one that was chosen
+    samples: tuple[Response, ...]  # all of them; empty if only one was written
+    agreement: float | None  # of the samples (docs/ground.md); None without samples
+    frames: int  # that the model was shown
     video_tokens: int
-    thinned: bool  # fewer than the budget's rate asks for: the window is long
+    thinned: bool  # whether these frames are fewer than the budget's rate asks for, as in a long window
 
     @property
     def rank(self) -> tuple[bool, float, float]:
-        """Which window of a video is answered from: the highest (docs/ground.md). One with a span first,
-        then by the agreement of its samples, if there are any, then by the log-probability of its reply."""
-        return self.reply.span is not None, self.agreement or 0.0, self.reply.logprob
+        """The window with the highest rank answers for the video (docs/ground.md).
+
+        A window with a span comes before one without, then the agreement of the samples counts, if there are
+        any, and then the log-probability of the response.
+        """
+        return self.response.span is not None, self.agreement or 0.0, self.response.logprob
 
     def to_json(self) -> dict[str, Any]:
-        return {"window": list(self.window), **_reply_json(self.reply), "agreement": self.agreement}
+        return {"window": list(self.window), **_response_json(self.response), "agreement": self.agreement}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedAnswer:
     """Where an event lies in a video.
 
-    ``windows`` holds the answer about every stretch that the model was shown, the best first; the video as a
-    whole is one of them where it was not searched in windows. What ``span`` and the other attributes say is
-    the best one's. Example: ``answer.span == (12.54, 17.83)``, ``answer.line() == "00:12.54 → 00:17.83
-    (5.3 s)"``.
+    ``windows`` holds an answer for every window that the model was shown, the best first. A video that was
+    shown whole has one window. ``span`` and the other attributes are those of the best window. Example:
+    ``answer.span == (12.54, 17.83)`` and ``answer.line() == "00:12.54 → 00:17.83 (5.3 s)"``.
     """
 
     query: str
@@ -107,32 +112,32 @@ class GroundedAnswer:
 
     @property
     def span(self) -> Interval | None:
-        """Seconds from the beginning of the video, within it; None where there is no answer."""
-        return self.best.reply.span
+        """Seconds from the beginning of the video; None if the model wrote no span within the video."""
+        return self.best.response.span
 
     @property
     def text(self) -> str:
-        """As the model wrote it; its times count from the beginning of what it was shown."""
-        return self.best.reply.text
+        """The text that the model wrote. Its times count from the beginning of the window."""
+        return self.best.response.text
 
     @property
     def rule(self) -> str:
-        return self.best.reply.rule
+        return self.best.response.rule
 
     @property
     def clamped(self) -> bool:
-        return self.best.reply.clamped
+        return self.best.response.clamped
 
     @property
     def truncated(self) -> bool:
-        return self.best.reply.truncated
+        return self.best.response.truncated
 
     @property
     def logprob(self) -> float:
-        return self.best.reply.logprob
+        return self.best.response.logprob
 
     @property
-    def samples(self) -> tuple[Reply, ...]:
+    def samples(self) -> tuple[Response, ...]:
         return self.best.samples
 
     @property
@@ -155,9 +160,9 @@ class GroundedAnswer:
         several = len(self.windows) > 1
         return {
             "query": self.query,
-            **_reply_json(self.best.reply),
+            **_response_json(self.best.response),
             "agreement": self.agreement,
-            "samples": [_reply_json(reply) for reply in self.samples],
+            "samples": [_response_json(response) for response in self.samples],
             "duration": self.duration_s,
             "frames": self.frames,
             "video_tokens": self.video_tokens,
@@ -170,7 +175,7 @@ class GroundedAnswer:
         return self.line()
 
     def line(self) -> str:
-        """For people: ``00:12.54 → 00:17.83 (5.3 s)``, and what is to be known about it."""
+        """A line for people: ``00:12.54 → 00:17.83 (5.3 s)``, with notes on how it came about."""
         shown = "the window" if len(self.windows) > 1 else "the video"
         notes = []
         if self.clamped and self.span is not None:
@@ -181,11 +186,11 @@ class GroundedAnswer:
             start_s, end_s = self.best.window
             notes.append(f"best of {len(self.windows)} windows: {clock(start_s)} to {clock(end_s)}")
         if self.thinned and self.span is not None:
-            notes.append(self._pace())
-        text = self.best.reply.line(shown)
+            notes.append(self._rate())
+        text = self.best.response.line(shown)
         return text + (f" [{'; '.join(notes)}]" if notes else "")
 
-    def _pace(self) -> str:
+    def _rate(self) -> str:
         start_s, end_s = self.best.window
         what = "window" if len(self.windows) > 1 else "video"
         return f"a long {what}: one frame every {(end_s - start_s) / self.frames:.1f} s was seen"
@@ -204,17 +209,24 @@ def ground(
     batch_size: int = 8,
     backend: str = "pyav",
 ) -> list[GroundedAnswer]:
-    """One answer for each query. The video is decoded once and read once, for all of them.
+    """Returns one answer for each query. The video is decoded and prefilled once for all of them.
 
     Args:
-        settings: greedy for one answer; with ``n`` above 1 the answer is the consensus of ``n`` samples.
-        window_s: search the video in windows of so many seconds, each a clip of its own; none: show it whole.
-        overlap_s: of neighbouring windows; half of ``window_s`` when None.
-        batch_size: replies that are written at a time.
+        policy: writes the responses.
+        encoder: makes the prompts.
+        budget: the frames, and their size, that the model is shown at most.
+        video: a video file.
+        queries: the events to look for.
+        settings: one greedy response a query if None; if ``n`` is above 1, the answer is the consensus of
+            ``n`` responses.
+        window_s: seconds of a window, each shown like a video of its own; None shows the video whole.
+        overlap_s: seconds that neighbouring windows share; half of ``window_s`` if None.
+        batch_size: responses that are sampled together.
+        backend: the decoder of the video.
 
     Raises:
-        VideoError: a video that cannot be used.
-        UserError: no query or an empty one, an impossible window.
+        VideoError: if the video cannot be used.
+        UserError: if there is no query, if one is empty, and if the windows are impossible.
     """
     settings = settings or GenerationSettings()
     check_queries(queries)
@@ -228,54 +240,56 @@ def ground(
         ids = [_sample_id(window, query) for query in queries]
         prompts = encoder.encode_many(window.clip, queries, ids)
         thinned = is_thinned(window.clip, budget)
-        replies = _replies(policy, prompts, settings, batch_size)
-        for answers, prompt, rollouts in zip(found, prompts, replies, strict=True):
+        groups = _sample(policy, prompts, settings, batch_size)
+        for answers, prompt, rollouts in zip(found, prompts, groups, strict=True):
             answers.append(_answer(window, prompt, rollouts, settings.thinking, thinned))
     return [
         GroundedAnswer(
             query=query,
-            duration_s=window.end_s,  # the last one ends with the video
-            windows=tuple(sorted(answers, key=lambda answer: answer.rank, reverse=True)),  # stable
+            duration_s=window.end_s,  # the last window ends with the video
+            windows=tuple(
+                sorted(answers, key=lambda answer: answer.rank, reverse=True)
+            ),  # the sort is stable
         )
         for query, answers in zip(queries, found, strict=True)
     ]
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Raises UserError unless there is a query and none is empty."""
+    """Raises :class:`UserError` unless there is a query, and no query is empty."""
     if not queries or not all(query.strip() for query in queries):
         raise UserError("an empty query: say which event to look for")
 
 
 def is_thinned(clip: Clip, budget: VideoConfig) -> bool:
-    """Whether a bound (frames, or tokens in total) left fewer frames than ``budget.fps`` asks for."""
+    """Whether the budget's bound on frames or on tokens left fewer frames than its ``fps`` asks for."""
     source_frames = max(1, round(clip.duration_s * clip.source_fps))
     unbounded = plan_frames(
         source_frames, clip.source_fps, budget.changed(max_frames=max(source_frames, budget.min_frames))
     )
-    return len(clip.times_s) + PAIR < unbounded  # the count of the source's frames is one off at times
+    return len(clip.times_s) + PAIR < unbounded  # the source's frames may be miscounted by one
 
 
 def _sample_id(window: Window, query: str) -> str:
-    """Draws depend on it: a query is answered alike whichever others are asked with it."""
+    """The id that seeds the draws, so that a query's answer does not depend on the other queries."""
     name = window.clip.path.name
     return f"{name}: {query}" if window.count == 1 else f"{name} from {window.start_s:.3f} s: {query}"
 
 
-def _replies(
+def _sample(
     policy: ChunkedPolicy, prompts: Sequence[EncodedPrompt], settings: GenerationSettings, batch_size: int
 ) -> Iterator[list[Rollout]]:
-    """``settings.n`` rollouts of each prompt, ``batch_size`` at a time, from one reading of the video."""
+    """Yields ``settings.n`` rollouts of each prompt, sampled ``batch_size`` at a time from one prefill."""
     size = max(1, batch_size // settings.n)
     step = max(1, batch_size // min(size, len(prompts)))
     greedy = settings.temperature == 0
     for prefix in policy.prefill_chunks(prompts, size):
-        part = prompts[:size]
+        chunk = prompts[:size]
         prompts = prompts[size:]
-        groups: list[list[Rollout]] = [[] for _ in part]
+        groups: list[list[Rollout]] = [[] for _ in chunk]
         for start in range(0, settings.n, step):
             numbers = range(start, min(start + step, settings.n))
-            seeds = [[derive_seed(settings.seed, "ground", p.sample_id, i) for i in numbers] for p in part]
+            seeds = [[derive_seed(settings.seed, "ground", p.sample_id, i) for i in numbers] for p in chunk]
             sampled = policy.sample(
                 prefix,
                 n=len(numbers),
@@ -291,13 +305,13 @@ def _replies(
 def _answer(
     window: Window, prompt: EncodedPrompt, rollouts: Sequence[Rollout], thinking: bool, thinned: bool
 ) -> WindowAnswer:
-    replies = tuple(_read(rollout, window, thinking) for rollout in rollouts)
-    spans = [reply.span for reply in replies]
-    several = len(replies) > 1
+    responses = tuple(_parse(rollout, window, thinking) for rollout in rollouts)
+    spans = [response.span for response in responses]
+    several = len(responses) > 1
     return WindowAnswer(
         window=(window.start_s, window.end_s),
-        reply=replies[consensus(spans, [reply.logprob for reply in replies])],
-        samples=replies if several else (),
+        response=responses[consensus(spans, [response.logprob for response in responses])],
+        samples=responses if several else (),
         agreement=agreement(spans) if several else None,
         frames=len(window.clip.times_s),
         video_tokens=prompt.video_tokens,
@@ -305,10 +319,10 @@ def _answer(
     )
 
 
-def _read(rollout: Rollout, window: Window, thinking: bool) -> Reply:
+def _parse(rollout: Rollout, window: Window, thinking: bool) -> Response:
     parsed = parse_answer(rollout.text, thinking=thinking)
     inside = None if parsed.span is None else clamp(parsed.span, window.clip.duration_s)
-    return Reply(
+    return Response(
         text=rollout.text,
         span=None if inside is None else (window.start_s + inside[0], window.start_s + inside[1]),
         rule=parsed.rule,
@@ -318,5 +332,5 @@ def _read(rollout: Rollout, window: Window, thinking: bool) -> Reply:
     )
 
 
-def _reply_json(reply: Reply) -> dict[str, Any]:
-    return {**asdict(reply), "span": None if reply.span is None else list(reply.span)}
+def _response_json(response: Response) -> dict[str, Any]:
+    return {**asdict(response), "span": None if response.span is None else list(response.span)}

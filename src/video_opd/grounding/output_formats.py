@@ -1,4 +1,4 @@
-"""Answers about one video as text for people, JSON, SubRip and CSV. No torch."""
+"""Writes the answers for one video as text for people, JSON, SubRip or CSV. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ COLUMNS = (
 
 
 def as_text(video: Path, answers: Sequence[GroundedAnswer]) -> str:
-    """A line an answer, with the query before it where there are several; below it the samples, if any."""
+    """One line for each answer, with the query before it if there are several, and its samples below it."""
     lines = []
     for answer in answers:
         lines.append(answer.line() if len(answers) == 1 else f"{answer.query}: {answer.line()}")
         shown = "the window" if len(answer.windows) > 1 else "the video"
-        counts = Counter(reply.line(shown) for reply in answer.samples)
+        counts = Counter(response.line(shown) for response in answer.samples)
         lines += [f"  {count} × {line}" for line, count in counts.most_common()]
     return "\n".join(lines)
 
@@ -46,26 +46,26 @@ def as_json(video: Path, answers: Sequence[GroundedAnswer]) -> str:
 
 
 def as_srt(video: Path, answers: Sequence[GroundedAnswer]) -> str:
-    """A cue an answer, in the order of time, its text the query. A query without an answer has none."""
+    """One cue for each answer with a span, in the order of time; its text is the query."""
     spans = sorted((answer.span, answer.query) for answer in answers if answer.span is not None)
     return "\n".join(_cue(number, span, query) for number, (span, query) in enumerate(spans, start=1))
 
 
 def _cue(number: int, span: Interval, query: str) -> str:
     start_ms, end_ms = (round(time_s * 1000) for time_s in span)
-    end_ms = max(end_ms, start_ms + 1)  # a cue of no length is shown by no player
+    end_ms = max(end_ms, start_ms + 1)  # players do not show a cue of length 0
     text = " ".join(query.split()).replace("-->", "→")  # an arrow would begin another cue
     return f"{number}\n{time_code(start_ms)} --> {time_code(end_ms)}\n{text}\n"
 
 
 def time_code(time_ms: int) -> str:
-    """``00:00:12,540``, as SubRip has it."""
+    """A time as SubRip writes it: ``00:00:12,540``."""
     seconds, milliseconds = divmod(time_ms, 1000)
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d},{milliseconds:03d}"
 
 
 def as_csv(video: Path, answers: Sequence[GroundedAnswer]) -> str:
-    """A header and a row an answer; what is not there is an empty field."""
+    """A header, and one row for each answer; a missing value is an empty field."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)

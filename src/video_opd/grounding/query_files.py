@@ -1,4 +1,4 @@
-"""Files of queries about one video: plain lines, or JSON Lines. Standard library only."""
+"""Reads files of queries about one video: plain lines, or JSON Lines. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from video_opd.progress import log
 
 
 def read_queries(path: str | Path, video: str | Path) -> list[str]:
-    """The queries of a file: one a line, or, where its first character is ``{``, rows with a ``"query"``.
+    """Reads one query a line, or rows with a ``"query"`` if the first character of the file is ``{``.
 
-    Rows that name another video are left out, with a word about it, so that a data file serves too: a
-    ``"video"`` is this one if its file name is. Raises UserError for a file without a query for the video.
+    A data file will do: rows about another video are left out, and a message counts them. A row is about this
+    video if it names no ``"video"``, or one with the same file name. Raises :class:`UserError` if the file
+    holds no query for the video.
     """
     path, video = Path(path), Path(video)
     try:
@@ -22,7 +23,7 @@ def read_queries(path: str | Path, video: str | Path) -> list[str]:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"{path}: cannot be read ({reason}); name a file with a query a line") from None
     if text.lstrip().startswith("{"):
-        queries = _of_rows(path, video)
+        queries = _queries_of_rows(path, video)
     else:
         queries = [line.strip() for line in text.splitlines() if line.strip()]
     if not queries:
@@ -30,7 +31,7 @@ def read_queries(path: str | Path, video: str | Path) -> list[str]:
     return queries
 
 
-def _of_rows(path: Path, video: Path) -> list[str]:
+def _queries_of_rows(path: Path, video: Path) -> list[str]:
     queries, others = [], 0
     for number, row in read_jsonl(path):
         query, about = row.get("query"), row.get("video")

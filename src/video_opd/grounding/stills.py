@@ -1,4 +1,4 @@
-"""Makes a few small JPEG pictures of a video, as data URIs for HTML pages."""
+"""Makes small JPEG pictures of a video's frames, as data URIs for HTML pages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from video_opd.config import VideoConfig
 from video_opd.data.video import load_clip
 
-QUALITY = 80  # of the JPEG encoder, 1 to 95
+QUALITY = 80  # the JPEG encoder's setting, from 1 to 95
 
 
 def stills(video: str | Path, count: int, frame_tokens: int = 60) -> list[tuple[float, str]]:
-    """Returns (time in seconds, ``data:image/jpeg;base64,…``) of at most ``count`` frames, evenly spread.
+    """Returns (time in seconds, ``data:image/jpeg;base64,…``) for at most ``count`` evenly spread frames.
 
-    A picture has at most ``frame_tokens`` cells of 32×32 px: 60 cells are about 330×185 px. Raises VideoError
-    for a video that cannot be decoded.
+    A picture has at most ``frame_tokens`` cells of 32×32 px: 60 cells make about 330×185 px. Raises
+    :class:`VideoError` if the video cannot be decoded.
     """
     budget = VideoConfig(
         min_frames=count,
@@ -28,14 +28,13 @@ def stills(video: str | Path, count: int, frame_tokens: int = 60) -> list[tuple[
         max_video_tokens=count * frame_tokens,
     )
     clip = load_clip(video, budget)
-    _, first = np.unique(
-        clip.frame_indices, return_index=True
-    )  # a clip of an odd number of frames repeats the last
+    # A clip with an odd number of frames repeats its last frame.
+    _, first = np.unique(clip.frame_indices, return_index=True)
     return [(float(clip.times_s[i]), jpeg_uri(clip.frames[i])) for i in first]
 
 
 def jpeg_uri(rgb: np.ndarray) -> str:
-    """Encodes a picture, uint8 [H, W, 3], as a data URI."""
+    """Encodes a picture (uint8 [H, W, 3]) as the data URI of a JPEG."""
     from PIL import Image
 
     buffer = io.BytesIO()

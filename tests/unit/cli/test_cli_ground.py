@@ -14,7 +14,7 @@ from video_cases import numbers_and_times, write_sound, write_video
 from video_opd.cli import main
 from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
-from video_opd.grounding.ground import GroundedAnswer, Reply, WindowAnswer
+from video_opd.grounding.ground import GroundedAnswer, Response, WindowAnswer
 from video_opd.grounding.query_files import read_queries
 from video_opd.models.inference import InferenceConfig
 from video_opd.temporal import Interval, clamp, parse_answer
@@ -26,11 +26,17 @@ def made_up(query: str, *, thinned: bool = False) -> GroundedAnswer:
     text = TEXTS.get(query, "0.50 to 1.50")
     parsed = parse_answer(text)
     span: Interval | None = None if parsed.span is None else clamp(parsed.span, 4.0)
-    reply = Reply(
+    response = Response(
         text=text, span=span, rule=parsed.rule, clamped=span != parsed.span, truncated=False, logprob=-0.1
     )
     window = WindowAnswer(
-        window=(0.0, 4.0), reply=reply, samples=(), agreement=None, frames=8, video_tokens=32, thinned=thinned
+        window=(0.0, 4.0),
+        response=response,
+        samples=(),
+        agreement=None,
+        frames=8,
+        video_tokens=32,
+        thinned=thinned,
     )
     return GroundedAnswer(query=query, duration_s=4.0, windows=(window,))
 

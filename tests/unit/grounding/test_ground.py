@@ -122,12 +122,12 @@ def test_the_answer_of_several_samples_is_their_consensus(video: Path) -> None:
     settings = GenerationSettings(n=5, temperature=1.0)
     policy: Any = FakePolicy(write)
     (found,) = ground(policy, FakeEncoder(), SMALL, video, ["query"], settings=settings)  # type: ignore[arg-type]
-    assert [reply.text for reply in found.samples] == list(texts)
+    assert [response.text for response in found.samples] == list(texts)
     assert len(order) == 5 and None not in order  # each draw has its own seed
     # Mean IoUs with the others: (1/2 + 2/3) / 4, (1/2 + 3/4) / 4, (2/3 + 3/4) / 4, 0, 0.
     assert found.span == (0.5, 2.0) and found.text == texts[2]
     assert found.agreement == pytest.approx((1 / 2 + 2 / 3 + 3 / 4) / 10)
-    assert [reply.clamped for reply in found.samples] == [False, False, False, False, True]
+    assert [response.clamped for response in found.samples] == [False, False, False, False, True]
     assert found.samples[3].span is None and found.samples[4].span == (3.0, found.duration_s)
 
 
@@ -191,8 +191,8 @@ def test_a_window_speaks_in_its_own_seconds(video: Path) -> None:
         pytest.approx(w) for w in ((1.0, 3.0), (2.0, 4.0), (0.0, 2.0))
     ]
     assert found.span == pytest.approx((1.25, 1.75)) and found.text == "0.25 to 0.75"
-    assert found.windows[1].reply.span == pytest.approx((3.5, 4.0)) and found.windows[1].reply.clamped
-    assert found.windows[2].reply.span == pytest.approx((0.5, 1.0))
+    assert found.windows[1].response.span == pytest.approx((3.5, 4.0)) and found.windows[1].response.clamped
+    assert found.windows[2].response.span == pytest.approx((0.5, 1.0))
     assert found.duration_s == pytest.approx(4.0) and found.frames == 4
     assert len(policy.read) == 3  # once a window
     record = found.to_json()
@@ -209,7 +209,7 @@ def test_a_window_without_an_answer_is_the_last_choice(video: Path) -> None:
     policy: Any = Confident(lambda identity, seed: "no" if "from 0.000" in identity else "0.00 to 1.00")
     encoder: Any = FakeEncoder()
     (found,) = ground(policy, encoder, SMALL, video, ["q"], window_s=2.0, overlap_s=0.0)
-    assert found.span == pytest.approx((2.0, 3.0)) and found.windows[1].reply.text == "no"
+    assert found.span == pytest.approx((2.0, 3.0)) and found.windows[1].response.text == "no"
     nobody: Any = FakePolicy(lambda identity, seed: "no")
     (none,) = ground(nobody, encoder, SMALL, video, ["q"], window_s=2.0)
     assert none.span is None and none.line().startswith("no answer")
@@ -260,7 +260,7 @@ def test_windows_and_samples_of_a_real_model(policy: HFPolicy, video: Path) -> N
         return ground(policy, encoder, SMALL, video, queries, settings=settings, **options)
 
     def texts(answers: list[GroundedAnswer]) -> list[list[str]]:
-        return [[reply.text for reply in answer.samples] for answer in answers]
+        return [[response.text for response in answer.samples] for answer in answers]
 
     whole = run()
     assert texts(run(window_s=60.0)) == texts(run(batch_size=1)) == texts(run(batch_size=100)) == texts(whole)

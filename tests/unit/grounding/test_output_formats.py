@@ -11,23 +11,23 @@ from typing import Any
 
 import pytest
 
-from video_opd.grounding.ground import GroundedAnswer, Reply, WindowAnswer
+from video_opd.grounding.ground import GroundedAnswer, Response, WindowAnswer
 from video_opd.grounding.output_formats import COLUMNS, FORMATS, as_csv, as_json, as_srt, as_text, time_code
 from video_opd.temporal import Interval
 
 VIDEO = Path("v.mp4")
 
 
-def reply(span: Interval | None, text: str = "", **changes: object) -> Reply:
+def response(span: Interval | None, text: str = "", **changes: object) -> Response:
     facts = {"rule": "exact" if span else "none", "clamped": False, "truncated": False, "logprob": -0.25}
-    return Reply(text=text or f"{span}", span=span, **{**facts, **changes})  # type: ignore[arg-type]
+    return Response(text=text or f"{span}", span=span, **{**facts, **changes})  # type: ignore[arg-type]
 
 
 def answer(
     query: str,
     span: Interval | None,
     *,
-    samples: tuple[Reply, ...] = (),
+    samples: tuple[Response, ...] = (),
     agreement: float | None = None,
     windows: int = 1,
     duration_s: float = 60.0,
@@ -36,7 +36,7 @@ def answer(
     shown = [
         WindowAnswer(
             window=(i * duration_s / windows, (i + 1) * duration_s / windows),
-            reply=reply(span, **changes),  # type: ignore[arg-type]
+            response=response(span, **changes),  # type: ignore[arg-type]
             samples=samples,
             agreement=agreement,
             frames=120,
@@ -49,7 +49,7 @@ def answer(
 
 
 def test_text_by_hand() -> None:
-    samples = (reply((12.54, 17.83)), reply((12.54, 17.83)), reply(None, "hm"))
+    samples = (response((12.54, 17.83)), response((12.54, 17.83)), response(None, "hm"))
     one = answer("the cup falls", (12.54, 17.83), samples=samples, agreement=1 / 3)
     assert as_text(VIDEO, [one]).splitlines() == [
         "00:12.54 → 00:17.83 (5.3 s) [agreement of 3 samples 0.33]",
@@ -92,7 +92,7 @@ def test_json_has_everything_whether_asked_for_or_not() -> None:
         json.loads(as_json(VIDEO, [a]))["answers"][0]
         for a in (
             answer("é", (1.0, 2.0)),
-            answer("é", (1.0, 2.0), windows=2, samples=(reply((1.0, 2.0)), reply(None)), agreement=0.0),
+            answer("é", (1.0, 2.0), windows=2, samples=(response((1.0, 2.0)), response(None)), agreement=0.0),
         )
     )
     assert plain.keys() == full.keys()

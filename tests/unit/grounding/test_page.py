@@ -17,7 +17,7 @@ from video_cases import write_video
 
 from video_opd.data.video import probe
 from video_opd.errors import UserError
-from video_opd.grounding.page import Film, check_page, write_view
+from video_opd.grounding.page import PageVideo, check_page, write_page
 from video_opd.grounding.stills import stills
 
 EVIL = "<img src=x onerror=alert(1)> \"quoted\" & 'single' </script><script>alert(2)</script> {{ 7*7 }}"
@@ -49,15 +49,15 @@ ANSWERS = [
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Film:
+def video(tmp_path_factory: pytest.TempPathFactory) -> PageVideo:
     path = write_video(tmp_path_factory.mktemp("view") / "a film#1.mp4", 80)  # 8 s; a name that needs quoting
-    return film_of(path)
+    return video_of(path)
 
 
-def film_of(path: Path) -> Film:
+def video_of(path: Path) -> PageVideo:
     info = probe(path)
     frames = stills(path, 24)
-    return Film(path=path, codec=info.codec, fps=info.fps, duration_s=info.duration_s, frames=frames)
+    return PageVideo(path=path, codec=info.codec, fps=info.fps, duration_s=info.duration_s, frames=frames)
 
 
 class Tags(HTMLParser):
@@ -92,10 +92,10 @@ class Tags(HTMLParser):
         return found
 
 
-def test_the_page_is_whole_and_fetches_nothing(film: Film, tmp_path: Path) -> None:
-    page = Tags(write_view(tmp_path / "p.html", film, ANSWERS, model="m").read_text())
+def test_the_page_is_whole_and_fetches_nothing(video: PageVideo, tmp_path: Path) -> None:
+    page = Tags(write_page(tmp_path / "p.html", video, ANSWERS, model="m").read_text())
     source = page.one("video")["src"] or ""
-    assert base64.b64decode(source.removeprefix("data:video/mp4;base64,")) == film.path.read_bytes()
+    assert base64.b64decode(source.removeprefix("data:video/mp4;base64,")) == video.path.read_bytes()
     addresses = [
         v for _, a in page.found for k, v in a.items() if k in ("src", "href", "srcset", "poster", "action")
     ]
@@ -109,8 +109,8 @@ def test_the_page_is_whole_and_fetches_nothing(film: Film, tmp_path: Path) -> No
     assert not re.search(r"https?://", script)
 
 
-def test_text_is_escaped(film: Film, tmp_path: Path) -> None:
-    text = write_view(tmp_path / "p.html", film, ANSWERS, model=EVIL).read_text()
+def test_text_is_escaped(video: PageVideo, tmp_path: Path) -> None:
+    text = write_page(tmp_path / "p.html", video, ANSWERS, model=EVIL).read_text()
     page = Tags(text)
     assert len(page.all("script")) == 1 and not page.all("img", src="x")
     assert EVIL in page.texts["span"] and not any("onerror" in a for _, a in page.found)
@@ -118,8 +118,8 @@ def test_text_is_escaped(film: Film, tmp_path: Path) -> None:
     assert "{{ 7*7 }}" in text  # not evaluated
 
 
-def test_every_control_says_what_it_is(film: Film, tmp_path: Path) -> None:
-    page = Tags(write_view(tmp_path / "p.html", film, ANSWERS).read_text())
+def test_every_control_says_what_it_is(video: PageVideo, tmp_path: Path) -> None:
+    page = Tags(write_page(tmp_path / "p.html", video, ANSWERS).read_text())
     assert page.one("html")["lang"] == "en"
     slider = page.one("div", role="slider")
     assert (slider["tabindex"], slider["aria-valuemin"], slider["aria-valuemax"]) == ("0", "0", "8.000")
@@ -132,8 +132,8 @@ def test_every_control_says_what_it_is(film: Film, tmp_path: Path) -> None:
     assert ":focus-visible" in "".join(page.texts["style"])
 
 
-def test_bars_are_where_the_answers_are(film: Film, tmp_path: Path) -> None:
-    page = Tags(write_view(tmp_path / "p.html", film, ANSWERS).read_text())
+def test_bars_are_where_the_answers_are(video: PageVideo, tmp_path: Path) -> None:
+    page = Tags(write_page(tmp_path / "p.html", video, ANSWERS).read_text())
     bars = {(a["class"] or ""): a["style"] for a in page.all("i")}
     assert bars["bar fill-run-a"] == "left:25.000%;width:18.750%"  # 2 to 3.5 of 8 s
     assert bars["bar fill-run-c outlined"] == "left:50.000%;width:25.000%"
@@ -154,9 +154,9 @@ def test_bars_are_where_the_answers_are(film: Film, tmp_path: Path) -> None:
     assert sum(widths) == pytest.approx(100, abs=0.1)
 
 
-def test_a_large_video_is_linked_from_where_the_page_is(film: Film, tmp_path: Path) -> None:
+def test_a_large_video_is_linked_from_where_the_page_is(video: PageVideo, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "p.html"
-    text = write_view(out, film, ANSWERS, embed_mb=0.001).read_text()
+    text = write_page(out, video, ANSWERS, embed_mb=0.001).read_text()
     page = Tags(text)
     link = page.one("video")["src"] or ""
     assert link == page.one("a")["href"] and link.endswith("a%20film%231.mp4") and "://" not in link
@@ -164,17 +164,17 @@ def test_a_large_video_is_linked_from_where_the_page_is(film: Film, tmp_path: Pa
 
 
 def test_what_browsers_do_not_play_is_shown_as_frames(tmp_path: Path) -> None:
-    other = film_of(write_video(tmp_path / "v.avi", 40, codec="mpeg4"))
-    page = Tags(write_view(tmp_path / "p.html", other, ANSWERS).read_text())
+    other = video_of(write_video(tmp_path / "v.avi", 40, codec="mpeg4"))
+    page = Tags(write_page(tmp_path / "p.html", other, ANSWERS).read_text())
     assert not page.all("video") and page.one("a")["href"] == "v.avi"
     assert "hidden" not in page.one("img", id="still") and "hidden" not in page.one("p", id="notice")
 
 
-def test_pictures_are_frames_of_the_video_at_their_times(film: Film) -> None:
-    times_s = [time_s for time_s, _ in film.frames]
+def test_pictures_are_frames_of_the_video_at_their_times(video: PageVideo) -> None:
+    times_s = [time_s for time_s, _ in video.frames]
     assert len(times_s) == 24 and times_s[0] == 0 and times_s[-1] == pytest.approx(7.9)
     assert np.diff(times_s) == pytest.approx(np.full(23, 7.9 / 23), abs=0.06)
-    assert all(base64.b64decode(uri.partition(",")[2])[:2] == b"\xff\xd8" for _, uri in film.frames)
+    assert all(base64.b64decode(uri.partition(",")[2])[:2] == b"\xff\xd8" for _, uri in video.frames)
 
 
 def test_names_of_pages_are_checked(tmp_path: Path) -> None:
@@ -258,9 +258,9 @@ def operate(page: Page) -> None:
 
 
 @needs_browser
-def test_the_video_is_operated_by_the_keyboard(film: Film, tmp_path: Path, browser: Page) -> None:
+def test_the_video_is_operated_by_the_keyboard(video: PageVideo, tmp_path: Path, browser: Page) -> None:
     browser.requests.clear()
-    browser.open(write_view(tmp_path / "p.html", film, ANSWERS).as_uri())
+    browser.open(write_page(tmp_path / "p.html", video, ANSWERS).as_uri())
     browser.wait("document.getElementById('video').readyState >= 2")
     operate(browser)
     assert browser.ask("document.getElementById('video').currentTime") == pytest.approx(now(browser), abs=0.1)
@@ -271,8 +271,10 @@ def test_the_video_is_operated_by_the_keyboard(film: Film, tmp_path: Path, brows
 
 
 @needs_browser
-def test_focus_goes_through_every_control_and_is_seen(film: Film, tmp_path: Path, browser: Page) -> None:
-    browser.open(write_view(tmp_path / "p.html", film, ANSWERS).as_uri())
+def test_focus_goes_through_every_control_and_is_seen(
+    video: PageVideo, tmp_path: Path, browser: Page
+) -> None:
+    browser.open(write_page(tmp_path / "p.html", video, ANSWERS).as_uri())
     focused = []
     for _ in range(7):
         browser.press("Tab")
@@ -292,13 +294,13 @@ def test_focus_goes_through_every_control_and_is_seen(film: Film, tmp_path: Path
 
 @needs_browser
 @pytest.mark.parametrize("case", ["another codec", "lost file"])
-def test_frames_are_operated_alike(film: Film, tmp_path: Path, browser: Page, case: str) -> None:
+def test_frames_are_operated_alike(video: PageVideo, tmp_path: Path, browser: Page, case: str) -> None:
     if case == "another codec":
-        shown = film_of(write_video(tmp_path / "v.avi", 80, codec="mpeg4"))
-        page = write_view(tmp_path / "p.html", shown, ANSWERS)
+        shown = video_of(write_video(tmp_path / "v.avi", 80, codec="mpeg4"))
+        page = write_page(tmp_path / "p.html", shown, ANSWERS)
     else:
         path = write_video(tmp_path / "v.mp4", 80)
-        page = write_view(tmp_path / "p.html", film_of(path), ANSWERS, embed_mb=0)
+        page = write_page(tmp_path / "p.html", video_of(path), ANSWERS, embed_mb=0)
         path.unlink()
     browser.open(page.as_uri())
     browser.wait("!document.getElementById('still').hidden")
@@ -310,8 +312,8 @@ def test_frames_are_operated_alike(film: Film, tmp_path: Path, browser: Page, ca
 
 
 @needs_browser
-def test_a_linked_video_is_played(film: Film, tmp_path: Path, browser: Page) -> None:
-    browser.open(write_view(tmp_path / "p.html", film, ANSWERS, embed_mb=0).as_uri())
+def test_a_linked_video_is_played(video: PageVideo, tmp_path: Path, browser: Page) -> None:
+    browser.open(write_page(tmp_path / "p.html", video, ANSWERS, embed_mb=0).as_uri())
     browser.wait("document.getElementById('video').readyState >= 2")
     browser.press("1")
     browser.wait("!document.getElementById('video').seeking")
