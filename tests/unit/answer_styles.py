@@ -137,6 +137,8 @@ OTHER_UNITS: list[Row] = [
     ("ms 12540 to 17830", "none", None),
     ("12540ms to 17830ms", "none", None),
     ("time in milliseconds: 12540 to 17830", "none", None),
+    ("1'02 to 5", "none", None),
+    ("2 to 5'07", "none", None),
     ("1'02\" to 5'07\"", "none", None),
     ("1′05″ to 1′10″", "none", None),
     ("1m5s to 1m10s", "none", None),
