@@ -153,7 +153,9 @@ class _Work:
         while identity in self._ids:
             identity += "'"
         self._ids.add(identity)
-        return identity
+        if not identity.strip():
+            raise Unusable("no name", "the id is empty")
+        return _whole_text(identity)
 
     def _query(self, question: Question) -> str:
         if not isinstance(question.query, str):
@@ -161,11 +163,7 @@ class _Work:
         query = self.format.clean(question.query)
         if not query:
             raise Unusable("no query", repr(question.query))
-        try:
-            query.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair: no tokenizer takes it
-            raise Unusable("broken text", repr(query)) from None
-        return query
+        return _whole_text(query)
 
     def _duration(self, question: Question, name: str, video: str, clip: Clip | None) -> float | None:
         whole = clip is not None and self.settings.clips == "whole"
@@ -240,6 +238,15 @@ class _Work:
             lengths = pool.map(probed_duration_s, wanted.values())
             lengths = track(lengths, "reading durations", len(wanted))
             self._probed = dict(zip(wanted, lengths, strict=True))
+
+
+def _whole_text(text: str) -> str:
+    """``text``. Raises Unusable if it holds half of a surrogate pair: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("broken text", repr(text)) from None
+    return text
 
 
 def _video_name(question: Question) -> str:

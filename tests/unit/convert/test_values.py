@@ -287,6 +287,15 @@ def test_whole_numbers_are_names(tmp_path):
     assert result.reasons == {"no name": 2}
 
 
+@pytest.mark.parametrize(
+    ("identity", "reason"), [("", "no name"), (" ", "no name"), ("\ud800", "broken text")]
+)
+def test_ids_that_no_data_file_may_hold_are_listed(tmp_path, identity, reason):
+    row = {"id": "a", "video": "a.mp4", "query": "q"}
+    _, result = converted(write(tmp_path / "a.json", [row, row | {"id": identity}]))
+    assert result.reasons == {reason: 1}
+
+
 def test_didemos_segments_are_never_read_as_seconds(tmp_path):
     row = {"annotation_id": 1, "description": "q", "video": "v.avi", "times": [[0, 1]]}
     times = ([[0.0, 1.0]], '[["0", "1"]]', [[0, 1], [0.5, 1]], [[0, 1], [2]], [[0, 1], "x"], [[0, True]])
