@@ -51,9 +51,9 @@ def test_sampling_scoring_and_gradients_stay_on_the_device(engine: str, recomput
                 shown = student.prefill(shown, grad=True)
             seeds = [row[:count] for row in SEEDS]
             rollouts = student.sample(shown, n=count, max_new_tokens=5, seeds=seeds, top_p=0.9, top_k=50)
-            answers = [[rollout.token_ids for rollout in group] for group in rollouts]
-            scored = student.logprobs(shown, answers, grad=True, full=True)
-            taught = teacher.logprobs(mixed_prompts(), answers, full=True)
+            responses = [[rollout.token_ids for rollout in group] for group in rollouts]
+            scored = student.logprobs(shown, responses, grad=True, full=True)
+            taught = teacher.logprobs(mixed_prompts(), responses, full=True)
             assert scored.logprobs_BT.device == taught.logprobs_BT.device == GPU
             ((scored.logprobs_BT - taught.logprobs_BT) * scored.mask_BT).sum().backward()
         for prefix in student.prefill_chunks(mixed_prompts(), 2) if engine == "prefix" else ():

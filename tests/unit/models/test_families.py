@@ -30,10 +30,10 @@ def differentiated(of: HFPolicy) -> tuple[list[list[tuple[int, ...]]], TokenLogp
     """Responses from one prefill, and their log-probabilities after a backward through it."""
     shown: Any = of.prefill(mixed_prompts(), grad=True) if of.engine == "prefix" else mixed_prompts()
     rollouts = of.sample(shown, n=2, max_new_tokens=7, seeds=SEEDS)
-    answers = [[rollout.token_ids for rollout in group] for group in rollouts]
-    scored = of.logprobs(shown, answers, grad=True)
+    responses = [[rollout.token_ids for rollout in group] for group in rollouts]
+    scored = of.logprobs(shown, responses, grad=True)
     (scored.logprobs_BT * scored.mask_BT).square().sum().backward()
-    return answers, scored
+    return responses, scored
 
 
 def test_each_token_meets_two_experts_and_all_are_used() -> None:
@@ -48,8 +48,8 @@ def test_each_token_meets_two_experts_and_all_are_used() -> None:
 
 def test_both_engines_agree_with_the_stock_model() -> None:
     plain = policy("plain")
-    answers, expected = differentiated(plain)
-    flat = [tokens for group in answers for tokens in group]
+    responses, expected = differentiated(plain)
+    flat = [tokens for group in responses for tokens in group]
     for row, prompt in enumerate(prompt for prompt in mixed_prompts() for _ in range(2)):
         stock = stock_logprobs(mixture(sharpness=20), prompt, flat[row])
         stock = stock.gather(-1, torch.tensor(flat[row])[:, None])[:, 0]
@@ -59,7 +59,7 @@ def test_both_engines_agree_with_the_stock_model() -> None:
     for recompute in (False, True):
         prefix = policy(recompute=recompute)
         said, got = differentiated(prefix)
-        assert said == answers
+        assert said == responses
         torch.testing.assert_close(got.logprobs_BT, expected.logprobs_BT, atol=1e-4, rtol=0)
         weights = zip(prefix.model.named_parameters(), plain.model.parameters(), strict=True)
         for (name, mine), theirs in weights:
