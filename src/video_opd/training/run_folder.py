@@ -22,6 +22,27 @@ from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
 
+class FolderInUse(UserError):
+    """A run folder holds something that another recipe or another command made.
+
+    ``holds`` says what it is. If the recipes differ, ``key`` is the first key that does, ``stored`` its value
+    in the folder's recipe and ``given`` its value in the new one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        holds: str,
+        remedy: str = "choose another run.dir",
+        *,
+        key: str | None = None,
+        stored: Any = None,
+        given: Any = None,
+    ) -> None:
+        super().__init__(f"{path} holds {holds}: {remedy}")
+        self.holds, self.key, self.stored, self.given = holds, key, stored, given
+
+
 class RunFolder:
     """The paths of a run. One folder belongs to one recipe."""
 
@@ -41,11 +62,12 @@ class RunFolder:
     def claim(self, recipe: Recipe) -> None:
         """Writes the recipe into the folder, unless a run of this recipe is already there.
 
-        Raises :class:`UserError` if the folder holds a run of another recipe (the message names the first key
-        that differs), and if it cannot be written. A start that failed before its first step leaves it free.
+        Raises :class:`FolderInUse` if the folder holds several rounds or a run of another recipe (the message
+        names the first key that differs), and :class:`UserError` if it cannot be written. A start that failed
+        before its first step leaves the folder free.
         """
         if self.round(1).exists():
-            raise UserError(f"{self.path} holds the rounds of video-opd rounds: choose another run.dir")
+            raise FolderInUse(self.path, "the rounds of video-opd rounds")
         if self.recipe.exists() and (self.metrics.exists() or self.model.exists()):
             self._check_same(recipe, ("tvdf.", "rounds."))  # train ignores these sections
             return
@@ -54,7 +76,7 @@ class RunFolder:
     def claim_for_rounds(self, recipe: Recipe) -> None:
         """The same for several rounds; a start that failed before its first score leaves the folder free."""
         if self.metrics.exists() or self.model.exists():
-            raise UserError(f"{self.path} holds a run of video-opd train: choose another run.dir")
+            raise FolderInUse(self.path, "a run of video-opd train")
         if self.recipe.exists() and self.round(1).exists():
             self._check_same(recipe)
             return
@@ -68,9 +90,8 @@ class RunFolder:
         try:  # through the reader: an earlier version wrote the keys of other methods, too
             stored = load_recipe(self.recipe)
         except UserError as error:
-            raise UserError(
-                f"{self.path} holds a run whose recipe cannot be read: choose another run.dir ({error})"
-            ) from error
+            remedy = f"choose another run.dir ({error})"
+            raise FolderInUse(self.path, "a run whose recipe cannot be read", remedy) from error
         before, now = dict(flatten(stored.to_dict())), dict(flatten(recipe.to_dict()))
         for key in dict.fromkeys((*now, *before)):
             # The folder may have been moved, or be named from elsewhere; shards change no result.
@@ -78,9 +99,13 @@ class RunFolder:
                 continue
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if old != new:
-                raise UserError(
-                    f"{self.path} holds a run with {key} = {old}, now it is {new}: choose another run.dir, "
-                    "or repeat the first command to continue that run"
+                raise FolderInUse(
+                    self.path,
+                    f"a run with {key} = {old}, now it is {new}",
+                    "choose another run.dir, or repeat the first command to continue that run",
+                    key=key,
+                    stored=old,
+                    given=new,
                 )
 
     @property

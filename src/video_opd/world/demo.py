@@ -1,10 +1,9 @@
-"""The main job from end to end on the generated world, with nothing to prepare.
+"""Video-OPD from end to end on the generated world, with nothing to prepare.
 
 world → scores of a candidate pool → TVDF → Video-OPD → evaluation of base, student, teacher → report
 
-Every stage is the one that the commands of the same name run, and is skipped when its files are there: a demo
-that was killed continues. Only the inputs are special: generated videos, and the two tiny models that are
-shipped with the package.
+Every stage runs the code of the command with its name, and is skipped if its files exist, so that a killed
+demo continues. Only the inputs are special: generated videos, and the two tiny models that the package ships.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from video_opd.config import Recipe, SelectionConfig, load_recipe
 from video_opd.errors import UserError
 from video_opd.files import write_text
@@ -24,23 +21,25 @@ from video_opd.progress import log, track
 from video_opd.types import Sample
 from video_opd.world.measure import evaluate_model, make_test_sets
 
-POOL_VIDEOS = 160  # of the training split: about 690 candidates
-SELECTED = 448  # of them, the most that are trained on; a few passes over them
-TRAIN_SEED = 100  # + the demo's seed: other videos for every seed, never those the models were made on
+POOL_VIDEOS = 160  # videos of the training split, with about 690 candidates
+SELECTED = 448  # candidates that are trained on at most, a few times each
+# The pool's seed is this plus the demo's seed. No pool has a video that the tiny models were made on.
+TRAIN_SEED = 100
 TEACHER_K, STUDENT_K = 4, 2
 SHOWN_VIDEOS, SHOWN_FRAMES = 6, 12
+OPTIONS = {"optim.max_steps": "--steps", "run.seed": "--seed"}  # the demo's options for keys of its recipe
 
 
 def shipped(name: str) -> Path:
-    """The folder of a shipped model: ``"tiny-base"``, ``"tiny-teacher"``, ``"tiny-teacher-small"``."""
+    """The folder of a shipped model: ``"tiny-base"``, ``"tiny-teacher"`` or ``"tiny-teacher-small"``."""
     return Path(str(resources.files("video_opd.world") / "checkpoints" / name))
 
 
 def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Path:
-    """Runs the demo in the folder ``out``, which becomes a run folder; returns it.
+    """Runs the demo in the folder ``out``, which becomes a run folder, and returns ``out``.
 
-    ``steps`` is the number of optimiser steps (the recipe's own when None). Raises
-    :class:`~video_opd.errors.UserError` when ``out`` cannot be written or holds another demo.
+    ``steps`` is the number of optimiser steps, the recipe's if None. Raises
+    :class:`~video_opd.errors.UserError` if ``out`` cannot be written, and if it holds another demo or run.
     """
     out = Path(out)
     recipe = demo_recipe(out, seed, steps)
@@ -88,35 +87,23 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
-    """Makes ``out`` this demo's folder before anything is made in it, or says what it holds in the demo's own
-    options."""
-    from video_opd.training.run_folder import RunFolder
+    """Claims the folder ``out`` before anything is made in it; errors name the demo's own options."""
+    from video_opd.training.run_folder import FolderInUse, RunFolder
 
-    folder = RunFolder(out)
     try:
-        folder.claim(recipe)
-    except UserError as error:
-        before: dict[str, Any] = {}
-        if folder.recipe.exists() and not folder.round(1).exists():
-            before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) or {}
-        for option, (section, key), new in (
-            ("--steps", ("optim", "max_steps"), recipe.optim.max_steps),
-            ("--seed", ("run", "seed"), recipe.run.seed),
-        ):
-            old = before.get(section, {}).get(key, new)
-            if old != new:
-                raise UserError(
-                    f"{out} holds a demo with {option} {old}, and this one has {new}: "
-                    f"give {option} {old} to continue that one, or another --out"
-                ) from error
-        held, is_held, _ = str(error).partition(": choose another run.dir")
-        if not is_held:
-            raise
-        raise UserError(f"{held}: give the demo another --out") from error
+        RunFolder(out).claim(recipe)
+    except FolderInUse as error:
+        option = OPTIONS.get(error.key or "")
+        if option is None:
+            raise UserError(f"{out} holds {error.holds}: give the demo another --out") from error
+        raise UserError(
+            f"{out} holds a demo with {option} {error.stored}, and this one has {error.given}: "
+            f"give {option} {error.stored} to continue that one, or another --out"
+        ) from error
 
 
 def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
-    """The recipe ``recipes/tiny/video-opd.yaml`` for the shipped models and this folder."""
+    """The recipe ``recipes/tiny/video-opd.yaml``, with the shipped models and with the files of ``out``."""
     changes: dict[str, Any] = {
         "model.path": shipped("tiny-base"),
         "teacher.path": shipped("tiny-teacher"),
@@ -132,20 +119,20 @@ def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
 
 
 def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:
-    """Truth and answers on real frames, for the report: one question of each of the first videos."""
+    """Writes the report's timelines: annotation, predictions and frames of one query of the first videos."""
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.predictions import read_predictions
     from video_opd.jsonl import write_jsonl
 
-    answers = {name: read_predictions(out / f"predictions-{name}-{data.stem}.jsonl") for name in models}
+    predictions = {name: read_predictions(out / f"predictions-{name}-{data.stem}.jsonl") for name in models}
     first_of_each: dict[Path, Sample] = {}
     for sample in read_samples(data):
         first_of_each.setdefault(sample.video, sample)
     shown = list(first_of_each.values())[:SHOWN_VIDEOS]
-    write_jsonl(out / "timelines.jsonl", [_timeline(sample, answers) for sample in shown])
+    write_jsonl(out / "timelines.jsonl", [_timeline(sample, predictions) for sample in shown])
 
 
-def _timeline(sample: Sample, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _timeline(sample: Sample, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     from video_opd.config import VideoConfig
     from video_opd.data.video import load_clip
     from video_opd.grounding.stills import jpeg_uri
@@ -163,7 +150,8 @@ def _timeline(sample: Sample, answers: Mapping[str, Mapping[str, Any]]) -> dict[
         "duration": clip.duration_s,
         "truth": sample.spans,
         "answers": {
-            name: rows[sample.id].spans[0] if sample.id in rows else None for name, rows in answers.items()
+            name: rows[sample.id].spans[0] if sample.id in rows else None
+            for name, rows in predictions.items()
         },
         "frames": pictures,
         "frame_times_s": times,

@@ -1,8 +1,7 @@
-"""Writes splits of the world: H.264 files and one JSONL of questions a split.
+"""Writes the splits of the world: H.264 files, and one JSONL file of rows for each split.
 
-A file is a function of (split, seed, index) alone, so any part of a split can be made at any time: more of
-the training pool is made when more is asked for, what is there already is left as it is, and a run that was
-killed goes on where it stopped.
+A video depends on (split, seed, index) alone, so any part of a split can be made at any time: a larger number
+adds videos to those that exist, and a run that was killed continues where it stopped.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ CLOCK_HZ = 1000
 
 
 def frame_times(scene: Scene) -> np.ndarray:
-    """Presentation times in seconds, float64 [N], on a millisecond clock, starting at 0.
+    """The presentation times of the frames in seconds: float64 [N], in whole milliseconds, starting at 0.
 
-    A variable-rate file spaces its frames irregularly, by 0.5 to 1.5 of the mean interval.
+    The intervals of a variable-rate file are 0.5 to 1.5 times their mean.
     """
     count = round(scene.duration_s * scene.fps)
     if not scene.variable_rate:
         times = np.arange(count) / scene.fps
     else:
         gaps = scene_rng(scene.split, scene.seed, scene.index, "clock").uniform(0.5, 1.5, size=count - 1)
-        # the last frame lasts one mean interval, as in the constant-rate file
+        # The last frame lasts one mean interval, as in a constant-rate file.
         times = np.concatenate([[0.0], np.cumsum(gaps / gaps.sum() * (count - 1) / scene.fps)])
     return np.round(times * CLOCK_HZ) / CLOCK_HZ
 
 
 def write_video(scene: Scene, path: Path) -> None:
-    """Renders and encodes a scene (H.264, yuv420p); the file appears under its name only when complete."""
+    """Renders a scene and encodes it (H.264, yuv420p). ``path`` appears only when the file is complete."""
     import av
 
     from video_opd.world.render import Renderer
@@ -54,7 +53,7 @@ def write_video(scene: Scene, path: Path) -> None:
         stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, CLOCK_HZ)
         stream.codec_context.time_base = Fraction(1, CLOCK_HZ)
-        # one thread: the same bytes on every machine
+        # One thread writes the same bytes on every machine.
         stream.options = {"preset": "superfast", "crf": "24", "threads": "1", "g": "48"}
         for t in frame_times(scene):
             frame = av.VideoFrame.from_ndarray(renderer.frame(float(t)), format="rgb24")
@@ -64,7 +63,7 @@ def write_video(scene: Scene, path: Path) -> None:
 
 
 def rows(scene: Scene, folder: str = "videos") -> list[dict]:
-    """The data rows of a scene's questions; ``source`` is the event family."""
+    """The data rows of a scene's queries. The ``source`` of a row is the family of its event."""
     return [
         {
             "id": f"{scene.name}-q{k}",
@@ -95,20 +94,20 @@ def make_world(
     workers: int | None = None,
     track: Callable[[Iterable, str, int], Iterable] | None = None,
 ) -> dict[str, Path]:
-    """Makes ``videos[split]`` videos of each split under ``out``.
+    """Makes ``videos[split]`` videos of each split in the folder ``out``.
 
     Args:
-        out: the folder; gets ``<split>.jsonl`` and ``videos/*.mp4``.
-        videos: how many of each split; ``DEFAULT_VIDEOS`` when None.
-        seed: of the whole world. Test splits of another seed are other test sets.
-        workers: rendering processes; the number of cores when None.
-        track: wraps the iteration to show progress: ``track(iterable, description, total)``.
+        out: the folder, in which ``<split>.jsonl`` and ``videos/*.mp4`` are written.
+        videos: the number of videos of each split; ``DEFAULT_VIDEOS`` if None.
+        seed: of the whole world; another seed gives other videos, in the test splits, too.
+        workers: the number of rendering processes; the number of cores if None.
+        track: shows progress by wrapping the iteration: ``track(iterable, description, total)``.
 
     Returns:
         The data file of each split.
 
     Raises:
-        UserError: an unknown split, a folder that cannot be written, a full disk.
+        UserError: for an unknown split, and if ``out`` cannot be written or the disk is full.
     """
     out = Path(out)
     wanted = dict(DEFAULT_VIDEOS if videos is None else videos)

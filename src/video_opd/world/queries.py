@@ -1,4 +1,4 @@
-"""How the world's events are put into words."""
+"""Words for the world's events."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
 def phrase(
     family: str, actor: str, variant: int, *, other: str | None = None, colour: str | None = None
 ) -> str:
-    """The words for an event. ``actor`` and ``other`` are noun phrases ("the red circle")."""
+    """A query for an event. ``actor`` and ``other`` are noun phrases such as "the red circle"."""
     templates = _TEMPLATES[family]
     return templates[variant % len(templates)].format(a=actor, b=other, c=colour)
 
@@ -66,7 +66,7 @@ def noun(colour: str, shape: str, size: str | None = None, article: str = "the")
 
 
 def corpus() -> Iterator[str]:
-    """Every sentence shape with every word, for the tokenizer's merges; always in the same order."""
+    """Every kind of sentence with every word, always in the same order: what the tokenizer learns from."""
     for family, colour, shape in itertools.product(FAMILIES, COLOURS, SHAPES):
         for variant in range(variants(family)):
             for article, size in (("the", None), ("a", None), ("the", "small"), ("the", "large")):

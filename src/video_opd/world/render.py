@@ -1,4 +1,4 @@
-"""From a scene to pixels: anti-aliased shapes on a textured, drifting, noisy background."""
+"""Renders scenes as pixels: anti-aliased shapes on a textured, drifting, noisy background."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TEXTURE_PX = 256
 
 
 class Renderer:
-    """Renders frames of one scene. A frame is a function of (scene, time) alone."""
+    """Renders the frames of one scene. A frame depends on the scene and its time alone."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -81,7 +81,7 @@ def paint(
     y: float,
     r: float,
 ) -> None:
-    """Blends one shape of radius ``r`` px at (``x``, ``y``) into ``image`` (float32 [H, W, 3], in place)."""
+    """Draws a shape of radius ``r`` px at (``x``, ``y``) into ``image`` (float32 [H, W, 3]), in place."""
     h, w = image.shape[:2]
     top, bottom = max(0, int(y - r - 2)), min(h, int(y + r + 3))
     left, right = max(0, int(x - r - 2)), min(w, int(x + r + 3))
@@ -94,7 +94,7 @@ def paint(
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    """Distance to the outline in px, negative inside."""
+    """The distance to the shape's outline in px; negative inside the shape."""
     if shape == "circle":
         return np.hypot(dx, dy) - r
     if shape == "square":

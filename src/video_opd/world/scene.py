@@ -1,9 +1,9 @@
-"""Scenes: who is on screen when, doing what. The exact truth behind a generated video.
+"""Scenes say who is on screen when, and what happens: the exact annotation of a generated video.
 
-A scene is a plain record that is a function of (split, seed, index) alone. Actors have a colour and a shape,
-unique within a video; each plays one or more *spells* (stretches on screen), and in each spell at most one
-event happens. An actor may come back and do something else, or do nothing: then the event, not the
-object, decides. Every event begins and ends on the half-second grid.
+A scene is a plain record that depends on (split, seed, index) alone. An actor has a colour and a shape that
+no other actor of the video has. It comes on screen for one or more *spells*, and in a spell at most one event
+happens. An actor that comes back does something else, or nothing, so that the event must be found and not
+only the object. Every event begins and ends on the half-second grid.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SIZES_PX = ((128, 128), (112, 160), (160, 112))  # (height, width)
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """The character of a split."""
+    """The ranges and chances from which the scenes of a split are drawn."""
 
     duration_s: tuple[float, float]
     actors: tuple[int, int]
-    spells: tuple[int, int]  # stretches on screen per actor
+    spells: tuple[int, int]  # times that an actor comes on screen
     families: tuple[str, ...]
     event_s: tuple[float, float]
-    embedded: float  # chance that an event is preceded and followed by the actor doing nothing
-    contrast: float  # of the background texture, 0–1
-    noise: float  # standard deviation, in 8-bit levels
+    embedded: float  # chance that the actor is on screen, doing nothing, before and after an event
+    contrast: float  # of the background texture, from 0 to 1
+    noise: float  # its standard deviation, in 8-bit levels
     crowd: int = 2  # actors on screen at once, at most
     vfr: float = 0.0  # chance of a variable frame rate
 
@@ -56,15 +56,15 @@ STYLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spell:
-    """An actor on screen from ``start_s`` to ``end_s``; ``event_s`` is (start, end) of its event, if any."""
+    """An actor is on screen from ``start_s`` to ``end_s``, and ``event_s`` is the span of its event."""
 
     start_s: float
     end_s: float
-    family: str  # "idle": on screen, doing nothing; it is asked for as "appears" when that is unambiguous
+    family: str  # of the event; "idle" if the actor only is there
     event_s: tuple[float, float]
     path: tuple[float, float, float, float]  # x0, y0 → x1, y1 in units of the frame
-    other: int | None = None  # whom it meets
-    colour: str | None = None  # what it turns into
+    other: int | None = None  # the actor that it meets
+    colour: str | None = None  # the colour that it turns into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything that the renderer and the annotations need."""
+    """One video's actors, queries and looks: all that the renderer and the annotations need."""
 
     split: str
     seed: int
@@ -105,7 +105,7 @@ class Scene:
 
 
 def scene_rng(split: str, seed: int, index: int, purpose: str) -> np.random.Generator:
-    """A generator that depends on its arguments alone, on every machine."""
+    """A random generator that depends on its arguments alone, on every machine."""
     return np.random.Generator(np.random.PCG64([zlib.crc32(f"{split}/{purpose}".encode()), seed, index]))
 
 
@@ -121,13 +121,13 @@ class _Stage:
         self.busy: list[list[tuple[float, float]]] = [[] for _ in range(actors)]
 
     def free(self, actor: int, start: float, end: float) -> bool:
-        """Whether ``actor`` is off screen for a second around, and the screen not too crowded."""
+        """Whether ``actor`` is off screen from a second before to a second after, and few others are on."""
         own = all(end + 1.0 <= a or b + 1.0 <= start for a, b in self.busy[actor])
         others = sum(any(a < end and start < b for a, b in spans) for spans in self.busy)
         return own and others < self.style.crowd
 
     def book(self, family: str, actors: list[int]) -> tuple[float, float, tuple[float, float]] | None:
-        """A spell for ``actors``: (start, end, event span); None when no room was found."""
+        """Finds and books a spell for ``actors``: (start, end, event span). None if there is no room."""
         style, rng = self.style, self.rng
         for _ in range(40):
             length = _grid(rng.uniform(*style.event_s))
@@ -162,14 +162,14 @@ def _path(rng: np.random.Generator, family: str) -> tuple[float, float, float, f
 
 
 def style_name(split: str, index: int) -> str:
-    """The style of a scene: its split's, in the split "train" one of the three by turns."""
+    """The style of a scene: that of its split. The split "train" takes the three styles in turn."""
     return split if split in STYLES else ("short", "short", "long", "subtle")[index % 4]
 
 
 def compose(split: str, seed: int, index: int) -> Scene:
-    """The scene number ``index`` of a split; raises ``KeyError`` for a split that is not in ``STYLES``.
+    """Makes scene number ``index`` of a split.
 
-    The split "train" mixes the three test styles, with other seeds.
+    The split "train" mixes the styles of the three test splits. Raises ``KeyError`` for an unknown split.
     """
     rng = scene_rng(split, seed, index, "scene")
     style = STYLES[style_name(split, index)]
@@ -235,7 +235,7 @@ def _add_spell(
         taken = {c for c, s in looks if s == looks[actor][1]}
         colour = str(rng.choice([c for c in COLOURS if c not in taken]))
     path = _path(rng, family)
-    if other is not None:  # the one who is met stands in the middle; the other comes from a side
+    if other is not None:  # the actor that is met stands in the middle, and the other comes from a side
         side = 1.0 if rng.random() < 0.5 else -1.0
         y = round(float(rng.uniform(0.3, 0.7)), 4)
         path = (0.5 - 0.32 * side, y, 0.5 + 0.02 * side, y)
@@ -248,7 +248,7 @@ def _add_spell(
 
 
 def _questions(rng: np.random.Generator, actors: tuple[Actor, ...]) -> tuple[Question, ...]:
-    """One question an event; "appears" only for an actor that comes once."""
+    """One query for each event. Only an actor that comes once has a query for its appearance."""
     questions = []
     for i, actor in enumerate(actors):
         article = "the" if rng.random() < 0.7 else "a"

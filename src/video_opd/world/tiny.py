@@ -1,4 +1,4 @@
-"""Tiny Qwen3-VL: the real model class, the real processor class, a few million parameters."""
+"""Builds tiny Qwen3-VL models: the real model and processor classes with a few million parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TinySize:
-    """Widths and depths of a tiny model. ``mrope_section`` sums to half of ``head_dim``."""
+    """The widths and depths of a tiny model. ``mrope_section`` sums to half of ``head_dim``."""
 
     hidden: int
     layers: int
@@ -28,7 +28,7 @@ class TinySize:
 
 
 SIZES = {
-    # For tests: as small as the class allows.
+    # The smallest that the class allows, for tests.
     "test": TinySize(
         hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64, mrope_section=(4, 2, 2),
         vision_hidden=32, vision_layers=2, vision_heads=2, vision_mlp=64, deepstack=(0,),
@@ -37,7 +37,7 @@ SIZES = {
         hidden=128, layers=4, heads=4, kv_heads=4, head_dim=32, mlp=384, mrope_section=(8, 4, 4),
         vision_hidden=64, vision_layers=2, vision_heads=2, vision_mlp=192, deepstack=(0,),
     ),
-    # As wide as "tiny" and deeper, so that a tiny model can be grown into it.
+    # "small" is as wide as "tiny" and deeper, so that layers added to a tiny model make it a small one.
     "small": TinySize(
         hidden=128, layers=6, heads=4, kv_heads=4, head_dim=32, mlp=384, mrope_section=(8, 4, 4),
         vision_hidden=64, vision_layers=3, vision_heads=2, vision_mlp=192, deepstack=(0,),
@@ -46,7 +46,7 @@ SIZES = {
 
 
 def build_processor() -> Qwen3VLProcessor:
-    """The processor of every tiny model: Qwen3-VL's own classes around the world's small tokenizer."""
+    """Builds the processor of all tiny models: Qwen3-VL's classes with the world's small tokenizer."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     from video_opd.world.queries import corpus
@@ -63,7 +63,7 @@ def build_processor() -> Qwen3VLProcessor:
 
 
 def build_model(size: str = "test", seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised float32 model for :func:`build_processor`'s tokens; a seed is one model."""
+    """Builds a float32 model for the tiny processor, with random weights that depend on ``seed`` alone."""
     import torch
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -72,7 +72,7 @@ def build_model(size: str = "test", seed: int = 0) -> Qwen3VLForConditionalGener
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config={
-            "vocab_size": -(-len(tokenizer) // 32) * 32,  # padded, as the real checkpoints' is
+            "vocab_size": -(-len(tokenizer) // 32) * 32,  # padded, as in the published models
             "hidden_size": s.hidden,
             "intermediate_size": s.mlp,
             "num_hidden_layers": s.layers,

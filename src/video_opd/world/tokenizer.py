@@ -1,9 +1,8 @@
-"""A small tokenizer that keeps what matters of Qwen3-VL's: its special tokens, its splitting pattern
-(one token a digit), its chat template.
+"""Builds a small tokenizer with Qwen3-VL's special tokens, splitting pattern and chat template.
 
-Byte-level BPE, so any text encodes and decodes losslessly. The merges are learnt from the world's own
-sentences. The fixed phrases of the grounding prompt (figure 7) are single tokens: a tiny model should not
-spend its time on a paragraph that never changes.
+It is a byte-level BPE, so that it encodes any text without loss. Its merges are learnt from the world's own
+sentences. A digit is one token, as in Qwen3-VL. The fixed phrases of the grounding prompt (figure 7) are one
+token each, because a tiny model should not spend its time on a paragraph that never changes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Words that Qwen3 keeps as plain added tokens: they are text, but always one token.
+# Qwen3 keeps these as added tokens that are not special: they are text, but always one token.
 PLAIN_TOKENS = ("<think>", "</think>")
 PHRASES = (
     "You are a video analysis expert.",
@@ -32,13 +31,13 @@ PHRASES = (
     "(in seconds, precise to two decimal places) in the format “start time to end time”. For example: "
     "“12.54 to 17.83”.",
 )
-# Qwen2/3's pre-tokenizer: every digit is a token of its own.
+# The pre-tokenizer of Qwen2 and Qwen3. It makes every digit a token of its own.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The shape of Qwen3-VL's template: system, user content in its order, generation prompt.
+# The structure of Qwen3-VL's template: system, the user's content in its order, generation prompt.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}{{- message.content -}}
@@ -56,7 +55,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def build_tokenizer(sentences: Iterable[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
-    """Learns the merges from ``sentences``; deterministic for the same sentences in the same order."""
+    """Learns the merges from ``sentences``. The same sentences in the same order give the same tokenizer."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [

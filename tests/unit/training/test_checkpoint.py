@@ -33,7 +33,7 @@ from video_opd.training.checkpoint import (
     save_checkpoint,
     save_model_folder,
 )
-from video_opd.training.run_folder import RunFolder
+from video_opd.training.run_folder import FolderInUse, RunFolder
 
 
 @pytest.fixture
@@ -155,8 +155,9 @@ def test_a_run_folder_belongs_to_one_recipe(tmp_path: Path):
     folder.claim(make_recipe(tmp_path / "run"))
     folder.metrics.write_text('{"step": 1}\n')
     folder.claim(make_recipe(tmp_path / "elsewhere"))  # the folder was moved: run.dir may differ
-    with pytest.raises(UserError, match=r"run\.seed = 0, now it is 5"):
+    with pytest.raises(FolderInUse, match=r"run\.seed = 0, now it is 5") as caught:
         folder.claim(make_recipe(tmp_path / "run", run={"dir": str(tmp_path), "seed": 5}))
+    assert (caught.value.key, caught.value.stored, caught.value.given) == ("run.seed", 0, 5)
     with pytest.raises(UserError, match="cannot be written"):
         (tmp_path / "file").write_text("")
         RunFolder(tmp_path / "file" / "run").claim(make_recipe(tmp_path))
