@@ -1,1 +1,1 @@
-"""How the shipped tiny models were made: pretraining from random weights, then GRPO for the teachers."""
+"""Makes the shipped tiny models: pretraining from random weights, then GRPO for the teachers."""

@@ -1,4 +1,4 @@
-"""Trains the tiny models again, from nothing: about an hour on two cores; repeated, it continues.
+"""Trains the tiny models from random weights, in about an hour on two cores. A killed run continues.
 
 PYTHONPATH=tools python -m tiny_models --out runs/world-models
 """
@@ -13,7 +13,9 @@ from tiny_models.stages import run_recipe
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tiny_models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", type=Path, help="a YAML file of stages; default: the shipped models'")
+    parser.add_argument(
+        "--recipe", type=Path, help="a YAML file of stages; default: that of the shipped models"
+    )
     parser.add_argument("--out", default="runs/world-models", help="default: %(default)s")
     parser.add_argument("--workers", type=int, help="rendering processes; default: all cores")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""A tiny model with the heads that teach it to see, to tell the time, and where to look."""
+"""A tiny model with auxiliary heads, which teach it to see, to tell the time and to find events."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tiny_models.packing import Batch
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 
-POINTER_LAYER = 2  # the decoder layer whose first two heads are taught where to look
-EVENT_LAYER = 2  # events are read from the hidden state that enters this layer
+POINTER_LAYER = 2  # the decoder layer whose first two attention heads learn to point at the event
+EVENT_LAYER = 2  # the event head is given the hidden state that enters this layer
 _TAPPED = "pretraining_tapped_sdpa"
 
 
 class _Tap:
-    """Keeps the queries and keys of the pointer layer while the decoder runs."""
+    """Keeps the attention queries and keys of the pointer layer of the last forward."""
 
     def __init__(self) -> None:
         self.query: torch.Tensor | None = None
@@ -44,12 +44,13 @@ AttentionInterface.register(_TAPPED, _tapped_sdpa)
 
 
 class EventHead(nn.Module):
-    """What a frame pair shows and what a query asks for, read with the same vectors.
+    """Detects the events that a frame pair shows and the event that a query asks for, with the same vectors.
 
-    For each channel (active in the first frame, in the second, begins, ends) every colour, shape and family
-    has one vector; an event is as likely as its parts are together. A query is read with the vectors of
-    "begins" where the start is about to be written, of "ends" for the end. So both sides of the look-up speak
-    one code, and an attention head finds the pair by plain similarity.
+    Each colour, shape and family has one vector for each of four channels: active in the first frame, active
+    in the second, begins, ends. The logit of an event is the sum of its three scores and a bias. The query's
+    hidden state is scored with the vectors of "begins" where the start is about to be written, and with those
+    of "ends" where the end is. Frame pairs and queries thus share one code, so that an attention head finds
+    the pair by plain similarity.
     """
 
     CHANNELS = 4
@@ -61,20 +62,20 @@ class EventHead(nn.Module):
         self.bias = nn.Parameter(torch.full((self.CHANNELS, 1, 1, 1), -6.0))
 
     def scores(self, x: torch.Tensor, channels: torch.Tensor | slice) -> tuple[torch.Tensor, ...]:
-        """[N, hidden] → scores of colours, shapes, families: [N, channels, ·], or [N, ·] for N channels."""
+        """Scores colours, shapes and families: [N, hidden] → [N, channels, ·], or [N, ·] for N channels."""
         x = F.rms_norm(x, x.shape[-1:])
         equation = "nd,cpd->ncp" if isinstance(channels, slice) else "nd,npd->np"
         return torch.einsum(equation, x, self.vectors[channels]).split(self.PARTS, -1)
 
     def events(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] → logits [N, channels · looks · families]."""
+        """The logits of all events: [N, hidden] → [N, channels · looks · families]."""
         colour, shape, family = self.scores(x, slice(None))
         joint = colour[..., :, None, None] + shape[..., None, :, None] + family[..., None, None, :]
         return (joint + self.bias).flatten(1)
 
 
 class Pretrainer(nn.Module):
-    """The model and the auxiliary heads; ``fresh``: the model is still random."""
+    """The model with its auxiliary heads. ``fresh`` says that the model's weights are still random."""
 
     def __init__(self, model: Any, fresh: bool = True) -> None:
         super().__init__()
@@ -84,13 +85,13 @@ class Pretrainer(nn.Module):
         self.clock = nn.Linear(hidden, 3 * 11)
         self.objects = nn.Linear(hidden, OBJECTS + STATES)
         nn.init.constant_(self.objects.bias, -4.0)
-        if fresh:  # plain similarity to begin with
+        if fresh:  # equal queries and keys: attention begins as plain similarity
             attention = model.model.language_model.layers[POINTER_LAYER].self_attn
             with torch.no_grad():
                 keys = attention.k_proj.weight
                 keys.copy_(attention.q_proj.weight[: len(keys)])
         use_batched_frames(model)
-        # a config of its own: the name must not reach what is saved
+        # The decoder gets a config of its own, so that this attention's name is not saved with the model.
         language = model.model.language_model
         own = copy.deepcopy(language.config)
         own._attn_implementation = _TAPPED
@@ -100,14 +101,14 @@ class Pretrainer(nn.Module):
         language.config = own
 
     def grown(self, size: str) -> Pretrainer:
-        """A deeper module that computes the same, with the same auxiliary heads."""
+        """Returns a deeper module that computes the same and has the same auxiliary heads."""
         module = Pretrainer(grow(self.model, size), fresh=False)
         heads = {k: v for k, v in self.state_dict().items() if not k.startswith("model.")}
         module.load_state_dict(heads, strict=False)
         return module
 
     def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(last hidden [B, L, D], hidden entering EVENT_LAYER, visual embeddings)."""
+        """Returns (last hidden state [B, L, D], the one that enters EVENT_LAYER, visual embeddings)."""
         inner = self.model.model
         embeds = inner.language_model.embed_tokens(batch.input_ids)
         vision = inner.visual(batch.pixel_values, grid_thw=batch.grid_thw)
@@ -129,7 +130,7 @@ class Pretrainer(nn.Module):
         return out.last_hidden_state, kept[0], vision.pooler_output
 
     def vision_loss(self, frames: list[np.ndarray], objects: np.ndarray) -> torch.Tensor:
-        """Objects at visual tokens, without the decoder."""
+        """The loss of the object head at the visual tokens; the decoder does not run."""
         t, h, w, _ = frames[0].shape
         pixels = torch.cat([patches(f) for f in frames])
         grid = torch.tensor([[t // 2, h // 16, w // 16]] * len(frames))
@@ -147,7 +148,7 @@ class Pretrainer(nn.Module):
         events = F.binary_cross_entropy_with_logits(
             self.events.events(at_end), batch.events.flatten(1).float(), reduction="sum"
         ) / len(at_end)
-        tenths = (batch.pair_times * 10).round().long()  # the tie at .05 is noise
+        tenths = (batch.pair_times * 10).round().long()  # a time at .05 may be rounded either way
         digits = torch.stack(
             [torch.where(tenths >= 100, tenths // 100, 10), tenths // 10 % 10, tenths % 10], 1
         )

@@ -1,4 +1,4 @@
-"""What the tiny models are pretrained on: rendered scenes, stretches of them, and dense labels."""
+"""Examples for pretraining: rendered scenes, windows of them, and dense labels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ OBJECTS, STATES = 2 * len(LOOKS), len(LOOKS) * len(FAMILIES)
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A rendered scene: frames uint8 [T, H, W, 3] as the decoder would give them, and their times."""
+    """A rendered scene: the frames that its decoded file would give, and their times.
+
+    ``frames`` is uint8 [T, H, W, 3].
+    """
 
     scene: Scene
     frames: np.ndarray
     times_s: np.ndarray
-    shift: tuple[float, float] = (0.0, 0.0)  # how far the picture was rolled, in units of the frame (y, x)
+    shift: tuple[float, float] = (0.0, 0.0)  # by which the picture was rolled, in units of the frame (y, x)
 
 
 _MIRRORED = {"moves left": "moves right", "moves right": "moves left"}
@@ -32,7 +35,7 @@ _NOISE = np.random.default_rng(0).normal(0, 1, size=1 << 22).astype(np.float32)
 
 
 def augment(example: Example, rng: np.random.Generator) -> Example:
-    """Another look at the same events: mirrored half of the time, rolled by some pixels, in other light."""
+    """Changes the picture and keeps the events: mirrors every second one, rolls it, and changes its light."""
     scene, frames = example.scene, example.frames
     if rng.random() < 0.5:
         scene, frames = mirror(scene), frames[:, :, ::-1]
@@ -41,14 +44,14 @@ def augment(example: Example, rng: np.random.Generator) -> Example:
     lit = np.roll(frames, (dy, dx), (1, 2)).astype(np.float32)
     lit = lit * rng.uniform(0.85, 1.15, size=3).astype(np.float32) + np.float32(rng.uniform(-12, 12))
     start = int(rng.integers(len(_NOISE) - lit.shape[1] * lit.shape[2] * 3))
-    for i in range(len(lit)):  # another stretch of the bank for every frame
+    for i in range(len(lit)):  # every frame takes its noise from elsewhere in the bank
         at = (start + i * 99991) % (len(_NOISE) - h * w * 3)
         lit[i] += np.float32(rng.uniform(0, 4)) * _NOISE[at : at + h * w * 3].reshape(h, w, 3)
     return replace(example, scene=scene, frames=np.clip(lit, 0, 255).astype(np.uint8), shift=(dy / h, dx / w))
 
 
 def mirror(scene: Scene) -> Scene:
-    """The scene seen in a mirror: left and right change places."""
+    """The mirrored scene: left and right change places."""
 
     def turn(spell: Spell) -> Spell:
         x0, y0, x1, y1 = spell.path
@@ -60,7 +63,7 @@ def mirror(scene: Scene) -> Scene:
 
 
 def window(example: Example, pairs: int, rng: np.random.Generator) -> Example:
-    """A stretch of ``pairs`` frame pairs that holds at least one whole event; times stay what they were."""
+    """A window of ``pairs`` frame pairs with at least one whole event. Its times are those of the video."""
     total = len(example.times_s) // 2
     if pairs >= total:
         return example
@@ -84,7 +87,7 @@ def window(example: Example, pairs: int, rng: np.random.Generator) -> Example:
 
 
 def sampled_times(scene: Scene, fps: float = 2.0) -> np.ndarray:
-    """The times at which the budget samples this scene's file (constant rate)."""
+    """The times at which the video budget samples a file of this scene with a constant rate."""
     total = round(scene.duration_s * scene.fps)
     n = max(4, int(total / scene.fps * fps) // 2 * 2)
     return np.linspace(0, total - 1, n).round() / scene.fps
@@ -120,7 +123,7 @@ def render_pool(split: str, seed: int, indices: Sequence[int], workers: int | No
 
 
 def patches(frames: np.ndarray) -> torch.Tensor:
-    """Qwen3-VL's patch layout of uint8 frames [T, H, W, 3], scaled to [-1, 1]: [T/2·H/16·W/16, 1536]."""
+    """Cuts frames (uint8 [T, H, W, 3]) into Qwen3-VL's patches in [-1, 1]: [T/2·H/16·W/16, 1536]."""
     t, h, w, _ = frames.shape
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     x = x.view(t // 2, 2, 3, h // 32, 2, 16, w // 32, 2, 16).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
@@ -128,7 +131,7 @@ def patches(frames: np.ndarray) -> torch.Tensor:
 
 
 def reword(scene: Scene, index: int, rng: np.random.Generator) -> str:
-    """The same question in other words."""
+    """The query of question ``index`` in other words."""
     q = scene.questions[index]
     actor = scene.actors[q.actor]
     article = "the" if rng.random() < 0.7 else "a"
@@ -144,7 +147,7 @@ def reword(scene: Scene, index: int, rng: np.random.Generator) -> str:
 def blur(
     span: tuple[float, float], duration: float, looseness: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Loose boundaries, as in weakly aligned data: each up to ``2·looseness`` event lengths too far out."""
+    """Moves each boundary out by up to ``2·looseness`` event lengths, as in weakly aligned data."""
     length = span[1] - span[0]
     before, after = rng.uniform(0, 2 * looseness * length, size=2)
     start, end = max(0.0, span[0] - before), min(duration, span[1] + after)
@@ -152,7 +155,10 @@ def blur(
 
 
 def label_events(scene: Scene, pair_times: np.ndarray) -> np.ndarray:
-    """uint8 [pairs, 4, looks, families]: active in the first and second frame, begins, ends in this pair."""
+    """Labels frame pairs with events: uint8 [pairs, 4, looks, families].
+
+    The channels are: active in the first frame, active in the second, begins, ends in this pair.
+    """
     out = np.zeros((len(pair_times), 4, len(LOOKS), len(FAMILIES)), np.uint8)
     flat = pair_times.reshape(-1)
     for q in scene.questions:
@@ -171,8 +177,11 @@ def label_events(scene: Scene, pair_times: np.ndarray) -> np.ndarray:
 def label_cells(
     scene: Scene, pair_times: np.ndarray, gh: int, gw: int, shift: tuple[float, float] = (0.0, 0.0)
 ) -> np.ndarray:
-    """uint8 [pairs·gh·gw, 2·looks + looks·families]: whose centre lies in this cell in either frame of the
-    pair, and which event of whom is going on here."""
+    """Labels the cells of frame pairs: uint8 [pairs·gh·gw, 2·looks + looks·families].
+
+    The first labels say whose centre lies in the cell, for each of the pair's frames; the rest say which
+    event happens there, and to whom.
+    """
     out = np.zeros((len(pair_times), gh, gw, OBJECTS + STATES), np.uint8)
     for actor in scene.actors:
         own = LOOKS.index((actor.colour, actor.shape))
@@ -211,7 +220,10 @@ def by_size(examples: Sequence[Example]) -> list[list[Example]]:
 def batches(
     pool: Sequence[Example], size: int, rng: np.random.Generator, long_share: float | None = None
 ) -> Iterator[list[Example]]:
-    """Videos of one frame size, without end; about ``long_share`` of them long (none: as they come)."""
+    """Yields batches of videos of one frame size, without end.
+
+    About ``long_share`` of the videos are of the long style; None draws them as the pool has them.
+    """
     groups = by_size(pool)
     weights = np.array([len(g) for g in groups]) / len(pool)
     while True:

@@ -1,4 +1,4 @@
-"""Writes a pretrained tiny model as the folder that is shipped."""
+"""Writes a pretrained tiny model as a model folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from video_opd.models.inference import SETTINGS_FILE
 from video_opd.models.loading import no_library_bars
 
-# What a tiny model was shown in pretraining: frames of 64×64 to 64×96 pixels, four to six tokens a pair.
+# The video budget of pretraining: frames of 64×64 to 64×96 pixels, with four to six tokens a frame pair.
 TINY_VIDEO = {
     "fps": 2.0,
     "min_frames": 4,
@@ -24,7 +24,7 @@ TINY_VIDEO = {
 
 
 def export(model: Any, processor: Any, path: Path) -> None:
-    """bf16 safetensors, the processor, and how the model is shown its videos."""
+    """Writes the weights in bf16, the processor, and the settings with which videos are shown."""
     whole = copy.deepcopy(model).to(torch.bfloat16)
     with no_library_bars():
         whole.save_pretrained(path)

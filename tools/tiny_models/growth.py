@@ -1,8 +1,8 @@
-"""A deeper model that computes exactly the same: what was learnt is kept, and there is room for more.
+"""Makes a model deeper without changing what it computes, so that it keeps all that it has learnt.
 
-The old layers keep their places, so the pointers and events are still read from the layer they were taught
-in. The new ones follow them, copies of the last old one whose outputs are zero: they add nothing to the
-residual stream until they are trained.
+The old layers keep their places, so that the auxiliary heads still work on the layers that they were trained
+on. The new layers follow. They are copies of the last old layer with output matrices of zero, and therefore
+add nothing to the residual stream until they are trained.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEPTHS = ("layers", "vision_layers")
 
 
 def check_growth(old: TinySize, new: TinySize) -> None:
-    """Raises :class:`UserError` unless ``new`` is ``old`` with as many layers or more."""
+    """Raises :class:`UserError` unless ``new`` is ``old`` with as many layers, or with more of them."""
     for spec in fields(TinySize):
         a, b = getattr(old, spec.name), getattr(new, spec.name)
         if a > b if spec.name in DEPTHS else a != b:
@@ -30,7 +30,10 @@ def check_growth(old: TinySize, new: TinySize) -> None:
 
 @torch.no_grad()
 def grow(model: Any, size: str) -> Any:
-    """A new model of ``size`` that computes what ``model`` does; raises :class:`UserError` if it cannot."""
+    """Returns a new model of ``size`` that computes the same as ``model``.
+
+    Raises :class:`UserError` if ``size`` differs from the model's in more than depth.
+    """
     check_growth(size_of(model), SIZES[size])
     grown = build_model(size)
     language, visual = model.model.language_model.layers, model.model.visual.blocks
@@ -46,7 +49,7 @@ def grow(model: Any, size: str) -> Any:
 
 
 def size_of(model: Any) -> TinySize:
-    """The widths and depths of a built model."""
+    """The widths and depths of ``model``."""
     text, vision = model.config.text_config, model.config.vision_config
     return TinySize(
         hidden=text.hidden_size,

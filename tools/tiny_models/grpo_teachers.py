@@ -1,4 +1,4 @@
-"""GRPO for the tiny teachers, as the paper made its own (section D.1): choose by difficulty, then train."""
+"""Post-trains the tiny teachers by GRPO as in section D.1: rows are chosen by difficulty, then trained on."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from video_opd.progress import track
 from video_opd.training.loop import train
 from video_opd.world.make import make_world
 
-POOL_VIDEOS, POOL_SEED = 200, 500  # of the training split; other videos than anyone else's
+POOL_VIDEOS, POOL_SEED = 200, 500  # a seed of its own: no other pool has these videos of the training split
 SELECTED = 640
 STUDENT_K = 4
 
 
 def post_train(pretrained: Path, recipe: str, work: Path) -> Path:
-    """The model ``pretrained`` after the recipe of this name in ``world/recipes``: a new folder.
+    """Trains the model ``pretrained`` by a recipe of ``world/recipes``, and returns the new model folder.
 
-    Rows are drawn by eqs 30–31 from what the model itself scores on a pool. Everything is under ``work``;
-    a killed run continues.
+    Rows are drawn by eqs 30–31 from the model's own scores on a pool. All files are written under ``work``,
+    and a killed run continues.
     """
     pool = make_world(work / "pool", videos={"train": POOL_VIDEOS}, seed=POOL_SEED, track=track)["train"]
-    opened = load_inference_model(read_inference_config(str(pretrained), []), cache_dir=work / "clips")
-    facts = opened.provenance()
+    loaded = load_inference_model(read_inference_config(str(pretrained), []), cache_dir=work / "clips")
+    facts = loaded.provenance()
     score(
-        opened.policy,
+        loaded.policy,
         None,
         read_samples(pool),
-        opened.prompts,
+        loaded.prompts,
         work / "scores.jsonl",
         provenance={"student": facts["model"], "teacher": None, "input": facts["input"]},
         settings=ScoreSettings(k=STUDENT_K, max_new_tokens=16),
@@ -50,6 +50,6 @@ def post_train(pretrained: Path, recipe: str, work: Path) -> Path:
         "data.cache_dir": work / "clips",
         "run.dir": work / "run",
     }
-    words = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
+    overrides = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
     path = Path(str(resources.files("video_opd.world") / "recipes" / recipe))
-    return train(load_recipe(path, words)).model
+    return train(load_recipe(path, overrides)).model

@@ -1,4 +1,4 @@
-"""Muon in float32: ``torch.optim.Muon`` orthogonalises in bf16, which a CPU only emulates."""
+"""The Muon optimiser in float32. ``torch.optim.Muon`` computes in bf16, which a CPU only emulates."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum; ``torch.optim.Muon`` orthogonalises in bf16, which a CPU only emulates.
-
-    Matrices of one shape are orthogonalised together, in float32.
-    """
+    """Muon with Nesterov momentum. Matrices of one shape are orthogonalised together, in float32."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -34,7 +31,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: Newton–Schulz on [N, rows, columns]."""
+    """Approximates the nearest semi-orthogonal matrices by Newton–Schulz iteration: [N, rows, columns]."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -1,4 +1,4 @@
-"""Batches: all questions of a video in one sequence, token for token what the processor would write.
+"""Packs all queries of a video into one sequence, with the same tokens that the processor would write.
 
 Shapes: B videos, L positions, N frame pairs in the whole batch, M supervised answer positions.
 """
@@ -25,32 +25,32 @@ from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 from video_opd.world.scene import Question
 from video_opd.world.tokenizer import PHRASES
 
-ANSWER_TOKENS = 12  # of the longest answer, without its end-of-sequence token
+ANSWER_TOKENS = 12  # of the longest response, without its end token
 COLOUR_NAMES = tuple(COLOURS)
-START_HEAD, END_HEAD = 0, 1  # which attention head looks for the start, which for the end
+START_HEAD, END_HEAD = 0, 1  # the attention heads that point at the event's start and at its end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Where a question of the batch is answered, and what is right."""
+    """A question of the batch, and the place of its answer in the sequence."""
 
     row: int
     position: int  # of the answer's first token
-    digits: int  # tokens of the written start; " to" and the space follow
+    digits: int  # number of tokens of the written start, which " to" and a space follow
     question: Question
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Videos of one frame size with their questions, and everything that supervises them."""
+    """Videos of one frame size with their queries, and all labels."""
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     input_ids: torch.Tensor  # [B, L]
     position_ids: torch.Tensor  # [3, B, L]
     mask: torch.Tensor  # bool [B, 1, L, L], True where attention is allowed
-    targets: torch.Tensor  # [B, L], -100 where no loss
-    ends: torch.Tensor  # [N, 2] (row, position) of the vision_end of every pair
+    targets: torch.Tensor  # [B, L], -100 for tokens without a loss
+    ends: torch.Tensor  # [N, 2] (row, position) of each pair's vision_end
     pair_times: torch.Tensor  # [N] seconds
     events: torch.Tensor  # uint8 [N, 4, looks, families]: first frame, second frame, begins, ends
     objects: torch.Tensor  # uint8 [visual tokens, OBJECTS + STATES]
@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(kw_only=True)
 class _Row:
-    """One video's sequence while it is written. ``block`` 0 is the video, k the k-th question."""
+    """One video's sequence while it is written. Block 0 is the video, block k its k-th query."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)  # [3, n] pieces
@@ -77,7 +77,7 @@ class _Row:
         self.cursor += len(ids)
 
     def picture(self, pad: int, rows: int, columns: int) -> None:
-        """The visual tokens of a frame pair: one temporal position, rows and columns their own (M-RoPE)."""
+        """Appends the visual tokens of a frame pair: one temporal position, each row and column its own."""
         y, x = np.divmod(np.arange(rows * columns), columns)
         self.ids += [pad] * (rows * columns)
         self.positions.append(self.cursor + np.stack([np.zeros_like(y), y, x]))
@@ -104,8 +104,11 @@ class Packer:
     def batch(
         self, examples: Sequence[Example], rng: np.random.Generator, per_video: int = 0, jitter: float = 0.0
     ) -> Batch:
-        """``per_video`` questions of each video, reworded, with boundaries blurred by ``jitter``; 0: all of
-        them as they are, with room to write any answer (for :func:`check.greedy`)."""
+        """Packs ``per_video`` queries of each video, reworded, with boundaries blurred by ``jitter``.
+
+        With ``per_video`` 0 all queries are packed as they are, each with room for a response (for
+        :func:`watch.greedy`).
+        """
         height, width = examples[0].frames.shape[1:3]
         rows, columns = height // 32, width // 32
         sequences: list[_Row] = []
@@ -119,7 +122,7 @@ class Packer:
             ends += [(b, position) for position in closing]
             after_video = row.cursor
             for number, index in enumerate(_chosen(example, rng, per_video), start=1):
-                row.cursor = after_video  # every question stands right after the video
+                row.cursor = after_video  # every query stands right after the video
                 asked = self._question(row, b, number, example, index, rng, per_video, jitter)
                 answers.append(asked)
                 if per_video:
@@ -145,7 +148,7 @@ class Packer:
         )
 
     def _video(self, row: _Row, example: Example, rows: int, columns: int) -> list[int]:
-        """Writes the system message and the video; returns where each pair's vision_end stands."""
+        """Appends the system message and the video; returns the positions of the pairs' vision_end tokens."""
         row.text(self.head)
         closing = []
         for first, second in example.times_s.reshape(-1, 2):
@@ -193,7 +196,7 @@ def _chosen(example: Example, rng: np.random.Generator, per_video: int) -> list[
 def _pointers(
     asked: Asked, stop: int, example: Example, closing: Sequence[int]
 ) -> list[tuple[int, int, int, int]]:
-    """Where to look while the answer's digits are written: (row, position, head, vision_end)."""
+    """The pairs to point at while the answer's digits are written: (row, position, head, vision_end)."""
     times = example.times_s
 
     def pair(when: float) -> int:
@@ -224,7 +227,7 @@ def _labels(parts: Any) -> torch.Tensor:
 
 
 def _padded(sequences: Sequence[_Row], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors; a question sees the video and itself."""
+    """Pads the sequences on the right, and lets a query see the video and itself alone."""
     count, length = len(sequences), max(len(row.ids) for row in sequences)
     input_ids = torch.full((count, length), pad_token_id)
     position_ids = torch.zeros(3, count, length, dtype=torch.long)

@@ -1,7 +1,7 @@
-"""From random weights to a base and a teacher: stages of training, as a recipe file lists them.
+"""Trains a base and teachers from random weights, in the stages that a recipe file lists.
 
-Stages run in order, each from the weights of the one before; a stage may write the model folder that is
-shipped. Killed and repeated, it continues at the stage where it stopped.
+Stages run in order, each from the weights of the one before unless it names another. A stage may write a
+model folder at its end. A killed run continues at the stage in which it stopped.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from video_opd.progress import log, task
 from video_opd.world.measure import evaluate_model, make_test_sets
 from video_opd.world.tiny import SIZES, build_model, build_processor
 
-MADE = "made.json"  # in a shipped folder: the recipe that made it, and its scores
+MADE = "made.json"  # the file of a model folder with the recipe that made it, and its scores
 LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
 VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
 TRAIN_SEED, CHECK_SEED = 1000, 7
 
 
 class Stage(Settings):
-    """One stretch of training.
+    """One stage of training.
 
-    ``pairs`` is the length of the stretches of video (none: whole videos); ``kind: vision`` trains the vision
-    tower alone, on what is where. ``blur`` loosens the annotated boundaries: the mean distance
-    by which they are too far out, in event lengths, as in weakly aligned data. ``grow`` makes the model
-    deeper before the first step, without changing what it computes. ``long_share`` is about the share of the
-    videos that are long and crowded (none: as in the pool, a quarter).
+    ``pairs`` is the length of the windows in frame pairs; None shows whole videos. ``kind: vision`` trains
+    the vision tower alone, on the positions of objects. ``blur`` makes the annotated boundaries loose, as in
+    weakly aligned data: it is the mean distance by which they are too far out, in event lengths. ``grow``
+    makes the model deeper before the first step, without changing what it computes. ``long_share`` is about
+    the share of videos that are long and crowded; None leaves it as in the pool, a quarter.
     """
 
     name: str
@@ -64,35 +64,35 @@ class Stage(Settings):
     pairs: int | None = None
     lr: Number = 1.5e-3
     muon_lr: Number = 0.02
-    vision_lr: Number = 0.3  # of the vision tower, as a factor, while the answers are trained
+    vision_lr: Number = 0.3  # factor on the vision tower's learning rates while answers are trained
     warmup: int = 30
-    decay: Number = 0.0  # share of the steps at the end over which the rate falls to a hundredth
+    decay: Number = 0.0  # share of the steps, at the end, in which the rate falls to a hundredth
     blur: Number = 0.0
     auxiliary: Number = 1.0  # weight of the auxiliary losses
-    start_from: str | None = None  # an earlier stage's weights instead of the one just before
+    start_from: str | None = None  # the earlier stage whose weights it takes; None: the one before it
     grow: str | None = None  # a size of world/tiny.py
     long_share: Number | None = Field(default=None, ge=0, le=1)
-    save_as: str | None = None  # write the model folder of this name at the end
-    grpo: str | None = None  # a recipe beside this one: post-train by it before the folder is written
+    save_as: str | None = None  # the name of the model folder that is written at the end
+    grpo: str | None = None  # a recipe of world/recipes, which trains the model before the folder is written
 
 
 class Pretraining(Settings):
-    """A recipe: the pool, the model's size, the stages."""
+    """A pretraining recipe: the pool of videos, the model's size and the stages."""
 
     size: str = "tiny"
     seed: int = 0
     videos: int = 7500
     check_videos: int = 40
-    questions: int = 4  # a video
+    questions: int = 4  # of each video
     weight_decay: Number = 0.1
     stages: Annotated[tuple[Stage, ...], several] = ()
 
 
 def read_pretraining(path: str | Path) -> Pretraining:
-    """Raises :class:`UserError` for a file that is not a pretraining recipe."""
+    """Reads a pretraining recipe; raises :class:`UserError` for a file that holds none."""
     tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a pretraining recipe; see world/recipes/pretraining.yaml")
+        raise UserError(f"{path}: not a pretraining recipe; see tools/tiny_models/pretraining.yaml")
     try:
         recipe = read_settings(Pretraining, tree)
     except UserError as error:
@@ -102,7 +102,10 @@ def read_pretraining(path: str | Path) -> Pretraining:
 
 
 def sizes(recipe: Pretraining) -> dict[str, str]:
-    """The model's size at the end of every stage; raises :class:`UserError` where it cannot be had."""
+    """The model's size at the end of each stage.
+
+    Raises :class:`UserError` if a stage cannot have its size.
+    """
     known = ", ".join(SIZES)
     need(recipe.size in SIZES, f"size is {recipe.size!r}; choose one of: {known}")
     found: dict[str, str] = {}
@@ -125,13 +128,13 @@ def sizes(recipe: Pretraining) -> dict[str, str]:
 
 
 def source_of(recipe: Pretraining, index: int) -> str | None:
-    """The stage whose weights the stage number ``index`` starts from; None: random weights."""
+    """The stage whose weights stage number ``index`` starts from; None means random weights."""
     before = recipe.stages[index - 1].name if index else None
     return recipe.stages[index].start_from or before
 
 
 def run_recipe(path: str | Path | None, out: str | Path, workers: int | None = None) -> list[Path]:
-    """Trains what the recipe lists (the shipped one when None); returns the model folders it wrote."""
+    """Runs the stages of a recipe (the shipped models' if None), and returns the model folders."""
     path = path or Path(__file__).with_name("pretraining.yaml")
     recipe, out = read_pretraining(path), Path(out)
     Trainer(recipe, out, workers).run()
@@ -139,13 +142,13 @@ def run_recipe(path: str | Path | None, out: str | Path, workers: int | None = N
 
 
 class Trainer:
-    """Runs the stages; everything random follows from the recipe's seed and the stage's name."""
+    """Runs the stages. All randomness follows from the recipe's seed and the number of the stage."""
 
     def __init__(self, recipe: Pretraining, out: Path, workers: int | None = None) -> None:
         self.recipe, self.out = recipe, out
         self.processor = build_processor()
         self.packer = Packer(self.processor)
-        torch.manual_seed(recipe.seed)  # of the auxiliary heads
+        torch.manual_seed(recipe.seed)  # for the auxiliary heads
         self.size, self.sizes = recipe.size, sizes(recipe)
         self.module = Pretrainer(build_model(recipe.size, recipe.seed))
         out.mkdir(parents=True, exist_ok=True)
@@ -175,14 +178,14 @@ class Trainer:
                 self.export(stage, stage.save_as)
 
     def load(self, stage: str) -> None:
-        """The weights that a stage left, in a module of the size it had."""
+        """Loads the weights of a finished stage into a module of its size."""
         size = self.sizes[stage]
         if size != self.size:
             self.module, self.size = Pretrainer(build_model(size)), size
         self.module.load_state_dict(torch.load(self.out / f"{stage}.pt", weights_only=True))
 
     def export(self, stage: Stage, name: str) -> None:
-        """Writes the stage's model folder, post-trained if it says so, and measures it as a user would."""
+        """Writes the stage's model folder, after GRPO if the stage has it, and measures the model."""
         folder = self.out / name
         facts: dict[str, Any] = {"stage": stage.name, "recipe": self.recipe.to_dict()}
         if stage.grpo is None:
@@ -198,7 +201,7 @@ class Trainer:
         write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
 
     def measure(self, name: str, folder: Path) -> dict[str, Any]:
-        """Scores of a model folder on the world's files, by test set."""
+        """Evaluates a model folder on the world's test sets; returns a record for each."""
         tests = make_test_sets(self.out / "world")
         return {
             split: evaluate_model(name, folder, split, data, self.out / "eval")
@@ -249,7 +252,7 @@ class Trainer:
                 labels.append(label_cells(example.scene, times, h // 32, w // 32, example.shift))
             return {"objects": self.module.vision_loss(frames, np.concatenate(labels))}
         pairs = stage.pairs
-        if pairs is not None:  # stretches of about this length, the same in a batch
+        if pairs is not None:  # windows of about this length, the same for a whole batch
             shortest = min(len(example.times_s) // 2 for example in examples)
             pairs = min(shortest, int(rng.integers(pairs - 1, pairs + 2)))
             examples = [window(example, pairs, rng) for example in examples]
@@ -257,7 +260,7 @@ class Trainer:
         return self.module.losses(self.packer.batch(examples, rng, self.recipe.questions, stage.blur))
 
     def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices inside blocks, AdamW for embeddings, heads, biases and norms."""
+        """Muon trains the matrices inside blocks; AdamW trains embeddings, heads, biases and norms."""
         vision_only = stage.kind == "vision"
         factor = 1.0 if vision_only else stage.vision_lr
         muon, adam = [], []
@@ -286,7 +289,7 @@ class Trainer:
 
 
 def _merge(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One group a learning rate."""
+    """Joins the groups of one learning rate."""
     merged: dict[float, dict[str, Any]] = {}
     for group in groups:
         merged.setdefault(group["lr"], {"params": [], "lr": group["lr"]})["params"].extend(group["params"])

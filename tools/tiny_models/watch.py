@@ -1,4 +1,4 @@
-"""How a model in training is watched: greedy answers to rendered scenes, measured as everywhere else."""
+"""Measures a model in training: greedy responses about rendered scenes, with the package's own metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH_SIZE = 16  # videos
 
 @torch.no_grad()
 def greedy(module: Pretrainer, batch: Batch, packer: Packer) -> list[str]:
-    """Greedy answers to every question of a batch (all queries of a video at once)."""
+    """Writes a greedy response to each query of a batch, to all queries of a video at once."""
     ids = batch.input_ids.clone()
     rows = torch.tensor([asked.row for asked in batch.answers])
     starts = torch.tensor([asked.position for asked in batch.answers])
@@ -41,7 +41,7 @@ def greedy(module: Pretrainer, batch: Batch, packer: Packer) -> list[str]:
 
 
 def check(module: Pretrainer, packer: Packer, examples: Sequence[Example]) -> dict[str, float]:
-    """mIoU, R@0.7 and query swap in percent, and the mIoU of every event family."""
+    """Returns mIoU, R@0.7 and query swap in percent, and the mIoU of each event family."""
     rng = np.random.default_rng(0)
     samples: list[Sample] = []
     predictions: dict[str, Prediction] = {}
