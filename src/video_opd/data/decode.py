@@ -21,7 +21,9 @@ from video_opd.data.demux import (
 from video_opd.data.index import PacketIndex
 from video_opd.data.orientation import orientation_of
 
-# So many times a frame that does not come may be looked for from the beginning of the file.
+# A frame that does not come is looked for from earlier packets, at most about this many, and so many times in
+# vain: frames of a damaged file never come.
+MAX_SEARCH_PACKETS = 3000
 MAX_SEARCHES = 3
 
 
@@ -40,7 +42,7 @@ def decode_frames(path: Path, index: PacketIndex, wanted: np.ndarray) -> Iterato
     """Yields (number, frame as it is stored) of each wanted frame that decodes, in display order, each once.
 
     ``wanted``: frame numbers. A keyframe may be one only in name: where a frame does not come, or begins with
-    a picture that needs others, decoding starts at earlier keyframes, at last at the beginning of the file.
+    a picture that needs others, decoding starts at earlier keyframes.
 
     Raises IndexMismatch if frames come in another order than the index says, or if packets that it counts as
     frames give none although nothing is damaged. Raises VideoError for a file that breaks off before the last
@@ -59,8 +61,9 @@ def decode_frames(path: Path, index: PacketIndex, wanted: np.ndarray) -> Iterato
             if event.disordered and not index.decoded:
                 raise IndexMismatch(path, "its frames come in another order than their times say")
             while pending and event.passed > pending[0] and not missed:
-                from_beginning = _begins(index, np.array([pending[0]]), lead)[0] == 0
-                if from_beginning or searches >= MAX_SEARCHES:
+                begin = int(_begins(index, np.array([pending[0]]), lead)[0])
+                far = lead > 1 and int(index.frame_packet_T[pending[0]]) - begin > MAX_SEARCH_PACKETS
+                if begin == 0 or far or searches >= MAX_SEARCHES:
                     searches += lead > settled
                     if not index.decoded and not report.errors:
                         raise IndexMismatch(path, "packets without a picture")
@@ -183,6 +186,7 @@ def _begins(index: PacketIndex, wanted: np.ndarray, lead: int) -> np.ndarray:
         return np.zeros(len(wanted), dtype=np.int64)
     starts = np.unique(np.append(0, np.flatnonzero(index.packet_key_N)))
     groups = np.searchsorted(starts, index.frame_packet_T[wanted], side="right") - 1
-    first_shown = index.packet_frame_N[starts[groups]]
-    leading = (first_shown < 0) | (wanted < first_shown)
-    return starts[np.maximum(groups - leading - lead, 0)]
+    first_shown = index.packet_frame_N[starts]  # −1 where the keyframe itself is not shown
+    while (leading := (groups > 0) & ((first_shown[groups] < 0) | (wanted < first_shown[groups]))).any():
+        groups = groups - leading
+    return starts[np.maximum(groups - lead, 0)]

@@ -32,8 +32,10 @@ from video_opd.data.orientation import Orientation, orientation_of
 
 # A file that ends this much before its header says is truncated. Headers are off by a frame or two.
 MISSING_SHARE, MISSING_S = 0.05, 0.5
+MAX_DURATION_S = 30 * 86400.0
 # A picture can be decoded before at most this many that are shown earlier (16 frames, or their 32 fields).
 MAX_REORDERED = 32
+MAX_REORDERED_KEYS = 4  # the same for a keyframe: none, if the mark is true
 JUMP_S = 1.0  # decoding times that go back by less, and not at a keyframe, are rounded, not started again
 MAX_REPEATED_SHARE = 0.05  # frames that carry the time of another and are left out
 MAX_DAMAGED_SHARE = 0.05  # packets that cannot be decoded, in a file whose frames are counted by decoding
@@ -97,6 +99,10 @@ def _index(
     """``clock_T``: when each frame is shown, float64 seconds."""
     if len(frames_T) == 0:
         raise VideoError(path, "zero length: no frame is shown")
+    if clock_T[-1] - clock_T[0] > MAX_DURATION_S:
+        raise VideoError(
+            path, f"its times span {(clock_T[-1] - clock_T[0]) / 86400:,.0f} days; they are broken"
+        )
     if not (np.diff(clock_T) > 0).all():
         raise VideoError(path, "the times of its frames contradict each other")
     keys_N = np.array(table.keys)
@@ -128,52 +134,64 @@ def _index(
 
 def _usual_interval_s(times_s: np.ndarray) -> float:
     """The mean interval between frames, or the median one where gaps make the mean useless."""
-    mean_s, median_s = (
-        float(times_s[-1] - times_s[0]) / (len(times_s) - 1),
-        float(np.median(np.diff(times_s))),
-    )
+    mean_s = float(times_s[-1] - times_s[0]) / (len(times_s) - 1)
+    median_s = float(np.median(np.diff(times_s)))
     return mean_s if abs(mean_s - median_s) <= 0.1 * mean_s else median_s
+
+
+class _Clock:
+    """Follows the times of packets, in the order of the file, and notices where they start again."""
+
+    def __init__(self, table: PacketTable) -> None:
+        base_s = float(table.time_base)
+        known = [dts for dts in table.dts if dts is not None]
+        usual = float(np.median(np.abs(np.diff(known)))) if len(known) > 1 else 0.0
+        self.jump_back = JUMP_S / base_s
+        self.jump_ahead = (
+            max(DISCONTINUITY_S / base_s, SLOW_FRAMES * usual) if table.discontinuous else np.inf
+        )
+        self.dts: int | None = None
+        self.largest: list[int] = []  # a heap of the largest presentation times of this segment
+        self.least = self.latest = 0  # presentation times of this segment
+
+    def restarts(self, pts: int | None, dts: int | None, key: bool) -> bool:
+        """Takes the times of the next packet. Returns whether a new segment begins with it."""
+        earlier = pts is not None and bool(self.largest) and pts < self.latest
+        if dts is not None and self.dts is not None:
+            back = self.dts - dts if earlier or pts is None else 0
+            again = (back > 0 and key) or back > self.jump_back or dts - self.dts > self.jump_ahead
+        elif earlier and pts is not None:
+            later = sum(other > pts for other in self.largest)  # packets before it that are shown after it
+            again = later > (MAX_REORDERED_KEYS if key else MAX_REORDERED) or (key and pts <= self.least)
+        else:
+            again = False
+        if dts is not None:
+            self.dts = dts
+        if again:
+            self.largest = []
+        if pts is not None:
+            self.least = min(self.least, pts) if self.largest else pts
+            self.latest = max(self.latest, pts) if self.largest else pts
+            push = heapq.heappush if len(self.largest) <= MAX_REORDERED else heapq.heappushpop
+            push(self.largest, pts)
+        return again
 
 
 def _segments(table: PacketTable) -> np.ndarray:
     """Numbers the segments of the file between restarts of its clock: int64 [N], increasing.
 
     In a segment, decoding times never go back, and an MPEG clock does not jump far ahead. Where a file holds
-    only presentation times, a new segment begins with a packet that comes after many that are shown later, or
-    with a keyframe that comes after any that is.
+    only presentation times, a new segment begins with a packet that comes after many that are shown later.
+    Few are enough for a keyframe, because pictures that are decoded before it are shown before it.
     """
     segment_N = np.zeros(len(table.pts), dtype=np.int64)
     if table.raw:
         return segment_N
     keys_tell = table.intra_only or not all(table.keys)
-    base = table.time_base
-    jump = JUMP_S / float(base)
-    known = [dts for dts in table.dts if dts is not None]
-    usual = float(np.median(np.abs(np.diff(known)))) if len(known) > 1 else 0.0
-    ahead = max(DISCONTINUITY_S / float(base), SLOW_FRAMES * usual)
-    segment = 0
-    latest_pts = latest_dts = None
-    latest: list[int] = []  # a heap of the largest presentation times of the segment
+    clock, segment = _Clock(table), 0
     for number, (pts, dts, shown) in enumerate(zip(table.pts, table.dts, table.shown, strict=True)):
         if shown and (pts is not None or dts is not None):
-            key = table.keys[number] and keys_tell
-            earlier = pts is not None and latest_pts is not None and pts < latest_pts
-            if dts is not None and latest_dts is not None:
-                goes_back = dts < latest_dts and (pts is None or earlier)
-                restarts = goes_back and (key or latest_dts - dts > jump)
-                restarts = restarts or (table.discontinuous and dts - latest_dts > ahead)
-            else:
-                restarts = earlier and (key or (len(latest) > MAX_REORDERED and (pts or 0) < latest[0]))
-            if restarts:
-                segment += 1
-                latest_pts, latest = None, []
-            latest_dts = dts if dts is not None else latest_dts
-            if pts is not None:
-                latest_pts = pts if latest_pts is None else max(pts, latest_pts)
-                if len(latest) <= MAX_REORDERED:
-                    heapq.heappush(latest, pts)
-                else:
-                    heapq.heappushpop(latest, pts)
+            segment += clock.restarts(pts, dts, table.keys[number] and keys_tell)
         segment_N[number] = segment
     if keys_tell:
         _hide_headless(table, segment_N)
@@ -302,6 +320,8 @@ def _decoded_frames(table: PacketTable, segment_N: np.ndarray, path: Path) -> Fr
         times = None if known.all() else _between_anchors(table, pts[inside], known[inside], path)
         if times is None:
             times = _by_decoding_times(table, packets[inside], delay)
+        if times is None and table.rate and not any(time is not None for time in (*table.pts, *table.dts)):
+            times = np.arange(inside.sum()) / float(table.rate)  # a program stream without any times
         if times is None:
             raise VideoError(path, "its frames carry no times that could be used")
         clock[inside] = times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
@@ -50,10 +50,10 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
 
     The matrix maps a stored point (x, y) to (ax + cy, bx + dy): ISO/IEC 14496-12, 8.3.2 and 6.2.2.
     """
-    found = [data for data in cast("list[Any]", frame.side_data) if data.type == Type.DISPLAYMATRIX]
-    if not found:
+    side_data: Any = frame.side_data  # its stub names other keys than it takes
+    if (data := side_data.get(Type.DISPLAYMATRIX)) is None:
         return Orientation()
-    a, b, _, c, d = np.frombuffer(bytes(found[0]), dtype=np.int32)[:5].astype(np.int64)
+    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].astype(np.int64)
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Orientation(flip_x=bool(a < 0), flip_y=bool(d < 0))
     return Orientation(transpose=True, flip_x=bool(c < 0), flip_y=bool(b < 0))

@@ -148,12 +148,7 @@ class _Sound:
         """``origin_s`` is the first frame's time on the clock that sound and pictures share, or None if the
         file has no such clock; the clip is then silent."""
         self.container, self.span = container, span
-        if origin_s is None:
-            log(
-                f"{video}: its clock starts again in the middle, so sound cannot be matched to pictures; "
-                "the clip is silent"
-            )
-        self.pieces = iter(()) if origin_s is None else _sound_pieces(video, origin_s, span)
+        self.pieces = _sound_pieces(video, origin_s, span)
         self.next = next(self.pieces, None)
         self.written = 0  # in samples
         self.rate = 1
@@ -180,7 +175,7 @@ class _Sound:
             self.stream = None
 
 
-def _sound_pieces(video: Path, origin_s: float, span: Interval) -> Iterator[tuple[np.ndarray, int]]:
+def _sound_pieces(video: Path, origin_s: float | None, span: Interval) -> Iterator[tuple[np.ndarray, int]]:
     """Yields (float32 [C, N], rate in Hz) from the start of ``span`` on, without a gap; C is 1 or 2.
 
     Gaps in the file become silence, and more than two channels are mixed down to two. A file without a sound
@@ -189,7 +184,12 @@ def _sound_pieces(video: Path, origin_s: float, span: Interval) -> Iterator[tupl
     with open_container(video) as container:
         if not container.streams.audio:
             return
-        stream = container.streams.audio[0]
+        if origin_s is None:
+            log(
+                f"{video}: its clock starts again, so sound cannot be matched to pictures; the clip is silent"
+            )
+            return
+        stream = max(container.streams.audio, key=_preference)  # the first of equals
         rate = stream.rate if stream.rate in AAC_HZ else AAC_HZ[0]
         resampler = av.AudioResampler("fltp", "mono" if stream.channels == 1 else "stereo", rate)
         total = round((span[1] - span[0]) * rate)
@@ -217,6 +217,11 @@ def _sound_pieces(video: Path, origin_s: float, span: Interval) -> Iterator[tupl
                     yield samples_CN.astype(np.float32, copy=False), rate
                 if position >= total:
                     return
+
+
+def _preference(stream: av.AudioStream) -> tuple[bool, int]:
+    """Players play the default stream, else the one with most channels."""
+    return bool(stream.disposition & av.stream.Disposition.default), stream.channels
 
 
 def _audio_frames(

@@ -118,6 +118,12 @@ def test_a_raw_stream_has_the_rate_of_its_headers(tmp_path: Path, suffix: str, f
     check(write(tmp_path / f"v{suffix}", codec, {"bf": "2"}, fps=fps), range(COUNT), fps=fps)
 
 
+def test_times_of_years_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.mkv", X264, ticks=[0, 1, 25 * 86400 * 40])
+    with pytest.raises(VideoError, match="its times span 40 days"):
+        probe(path)
+
+
 def test_a_raw_stream_without_a_rate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match="does not state its frame rate; put it into a container"):
         probe(write(tmp_path / "v.mjpeg", "mjpeg"))
@@ -180,17 +186,26 @@ def test_frames_that_do_not_come_cost_a_few_searches_and_not_one_each(
     assert passes == sorted(passes) and len(passes) <= 4
 
 
-def test_a_keyframe_only_in_name_is_not_begun_with(tmp_path: Path) -> None:
-    """Every fifth packet is marked as a keyframe. MPEG-4's decoder shows grey pictures, without an error."""
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        (".mkv", "mpeg4", {"g": "600", "sc_threshold": "1000000000"}),
+        (".mkv", "mpeg2video", {"g": "600", "bf": "2", "sc_threshold": "1000000000"}),
+        (".mp4", X264, {"g": "600", "bf": "2"}),
+        (".mkv", "libx265", {"x265-params": "log-level=none:keyint=600:bframes=2"}),
+        (".webm", "libvpx-vp9", {"g": "600"}),
+    ],
+)
+def test_a_keyframe_only_in_name_is_not_begun_with(
+    tmp_path: Path, suffix: str, codec: str, options: dict[str, str]
+) -> None:
+    """Every fifth packet is marked as a keyframe. Decoders then show grey pictures, some without an error."""
 
     def mark(place: int, packet: av.Packet) -> av.Packet:
         packet.is_keyframe = place % 5 == 0
         return packet
 
-    check(
-        write(tmp_path / "v.mkv", "mpeg4", {"g": "1000", "sc_threshold": "1000000000"}, change=mark),
-        range(COUNT),
-    )
+    check(write(tmp_path / f"v{suffix}", codec, options, change=mark), range(COUNT))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".ts", ".flv", ".mp4"])
