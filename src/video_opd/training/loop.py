@@ -23,7 +23,7 @@ import torch
 from video_opd.config import OptimConfig, Recipe
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
-from video_opd.files import discard_unfinished, write_text
+from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
@@ -72,6 +72,7 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     accelerator = make_accelerator(recipe)
     if accelerator.is_main_process:
         folder.claim(recipe)
+        folder.discard_unfinished()
     accelerator.wait_for_everyone()
     if folder.finished:
         log(f"{folder.path} is finished: nothing to do")
@@ -83,8 +84,6 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
     if accelerator.is_main_process:
-        discard_unfinished(folder.checkpoints)
-        discard_unfinished(folder.path)
         folder.rewind(start)
         folder.write_environment(_machine(accelerator, recipe))
     accelerator.wait_for_everyone()

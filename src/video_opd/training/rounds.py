@@ -69,6 +69,7 @@ def run_rounds(
     rounds = Rounds(recipe, build)
     if is_first_process():
         rounds.folder.claim_for_rounds(recipe)
+        rounds.folder.discard_unfinished()
     if not rounds.finished:
         rounds.run(after_round or (lambda folder: None))
     else:

@@ -16,7 +16,7 @@ import video_opd
 from video_opd.config import Recipe, dump_recipe, load_recipe
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
-from video_opd.files import write_text
+from video_opd.files import discard_unfinished, write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
@@ -111,6 +111,11 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return self.done.exists() and self.model.is_dir()
+
+    def discard_unfinished(self) -> None:
+        """Removes the unfinished files and folders that a kill left; nobody may be writing in the folder."""
+        for place in (self.path, self.checkpoints, self.model, self.evaluations):
+            discard_unfinished(place)
 
     def rewind(self, step: int) -> None:
         """Removes the rows of all steps after ``step``; the run makes these steps again."""

@@ -122,6 +122,13 @@ def test_a_run_writes_the_card_and_its_metrics(tmp_path: Path):
     results = model_card_data((folder.model / "README.md").read_text()).eval_results or ()
     (miou,) = [result for result in results if result.metric_type == "mIoU"]
     assert miou.dataset_name == "test" and miou.metric_value == pytest.approx(record["mIoU"], abs=0.005)
+    text = (folder.model / "README.md").read_text()
+    folder.done.unlink()  # a kill while the card and the metrics were written
+    (folder.model / ".part-README.md.1a2b").write_text("half")
+    (folder.evaluations / ".part-student-test.json.1a2b").write_text("half")
+    train(evaluated, Build(rows=4))
+    assert (folder.model / "README.md").read_text() == text and folder.finished
+    assert not list(folder.path.rglob(".part*"))
     before = model_fingerprint(folder.model)
     (folder.model / "README.md").unlink()
     assert model_fingerprint(folder.model) == before
