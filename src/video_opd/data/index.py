@@ -339,23 +339,21 @@ def _between_anchors(
 ) -> np.ndarray | None:
     """Spreads frames evenly between those whose times the file holds: MPEG program streams time only some."""
     anchors = np.flatnonzero(known)
-    anchors = anchors[_plausible(anchors, pts_s[anchors], table.rate)]
+    anchors = anchors[_plausible(anchors, pts_s[anchors])]
+    if len(anchors) == 0 or not (np.diff(pts_s[anchors]) > 0).all():
+        return None
     if len(anchors) > 1:
         steps, spans_s = np.diff(anchors), np.diff(pts_s[anchors])
-        usual_s = float(np.median(spans_s / steps))
-        if (np.abs(spans_s - steps * usual_s)[steps > 1] > MAX_GAP_FRAMES * usual_s).any():
+        interval_s = float(np.median(spans_s / steps))
+        if (np.abs(spans_s - steps * interval_s)[steps > 1] > MAX_GAP_FRAMES * interval_s).any():
             raise VideoError(
                 path, "a gap between frames that are not timed one by one: nobody can tell where"
             )
-    if len(anchors) == 0 or not (np.diff(pts_s[anchors]) > 0).all():
-        return None
-    first, last = int(anchors[0]), int(anchors[-1])
-    if first != last:
-        interval_s = float(pts_s[last] - pts_s[first]) / (last - first)
     elif table.rate:
         interval_s = float(1 / table.rate)
     else:
         return None
+    first, last = int(anchors[0]), int(anchors[-1])
     numbers = np.arange(len(pts_s))
     times = np.interp(numbers, anchors, pts_s[anchors])
     times[:first] = pts_s[first] + (numbers[:first] - first) * interval_s
@@ -363,7 +361,7 @@ def _between_anchors(
     return times
 
 
-def _plausible(anchors: np.ndarray, times_s: np.ndarray, rate: Fraction | None) -> np.ndarray:
+def _plausible(anchors: np.ndarray, times_s: np.ndarray) -> np.ndarray:
     """Which times agree with most of their neighbours about when frame 0 was shown. bool, as ``anchors``.
 
     A time belongs to the first picture that begins in its packet of the program stream. If the start code
@@ -371,7 +369,7 @@ def _plausible(anchors: np.ndarray, times_s: np.ndarray, rate: Fraction | None) 
     """
     if len(anchors) < 3:
         return np.ones(len(anchors), dtype=bool)
-    interval_s = float(1 / rate) if rate else float(np.median(np.diff(times_s) / np.diff(anchors)))
+    interval_s = float(np.median(np.diff(times_s) / np.diff(anchors)))
     starts_s = times_s - anchors * interval_s
     reach = min(NEIGHBOURS, (len(anchors) - 1) // 2)
     padded = np.concatenate(
@@ -399,7 +397,8 @@ def _by_decoding_times(table: PacketTable, packets: np.ndarray, delay: int) -> n
         ahead = min(max(ahead, delay), len(packets) - 1) if ahead > 0 else 0
     dts = np.sort(dts)
     interval_s = float(np.median(np.diff(dts))) if len(dts) > 1 else 0.0
-    return np.concatenate([dts[ahead:], dts[-1] + interval_s * np.arange(1, ahead + 1)])
+    times = np.concatenate([dts[ahead:], dts[-1] + interval_s * np.arange(1, ahead + 1)])
+    return times - times[0] + dts[0]  # sound that begins with the first packet begins with the first frame
 
 
 def _check_damage(damaged: list[int], table: PacketTable, path: Path) -> None:

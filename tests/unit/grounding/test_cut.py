@@ -89,6 +89,60 @@ def test_the_sound_of_a_clip_is_that_of_its_pictures(film: Path, tmp_path: Path)
         assert pitch(wave[round(start_s * rate) : round(end_s * rate)], rate) == pytest.approx(hz, abs=4)
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".ts", ".flv", ".mov"])
+def test_sound_stays_with_its_pictures_in_other_containers(tmp_path: Path, suffix: str) -> None:
+    """An AVI holds no presentation times: its pictures are decoded two frames before they are shown."""
+    film = write_film(tmp_path / f"film{suffix}", 4)
+    cut_clip(film, (1.0, 3.0), tmp_path / "clip.mp4")
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == list(range(10, 30))
+    wave, rate = sound_of(tmp_path / "clip.mp4")
+    changes = np.arange(round(0.5 * rate), round(1.5 * rate), 64)
+    levels = [pitch(wave[at : at + 2048], rate) for at in changes]  # 400 Hz, then 600 Hz from second 1 on
+    change_s = (changes[int(np.argmax(np.array(levels) > 500))] + 1024) / rate
+    assert change_s == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize("default", [0, 1])
+def test_the_default_sound_is_cut(tmp_path: Path, default: int) -> None:
+    video = tmp_path / "two.mkv"
+    with av.open(str(video), "w") as container:
+        picture = container.add_stream("libx264", rate=10)
+        assert isinstance(picture, av.VideoStream)
+        picture.height, picture.width, picture.pix_fmt = 64, 192, "yuv420p"
+        sounds = [container.add_stream("aac", rate=HZ, layout="mono") for _ in range(2)]
+        for place, sound in enumerate(sounds):
+            marks = av.stream.Disposition
+            sound.disposition = marks.default if place == default else marks(0)
+        for number in range(30):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number, 64, 192), format="rgb24")
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        for hz, sound in zip((300, 700), sounds, strict=True):
+            wave = (0.5 * np.sin(2 * np.pi * hz * np.arange(3 * HZ) / HZ)).astype(np.float32)
+            for start in range(0, len(wave), 1024):
+                heard = av.AudioFrame.from_ndarray(
+                    wave[None, start : start + 1024], format="fltp", layout="mono"
+                )
+                heard.sample_rate, heard.pts, heard.time_base = HZ, start, Fraction(1, HZ)
+                container.mux(sound.encode(heard))
+            container.mux(sound.encode(None))
+    cut_clip(video, (1.0, 2.0), tmp_path / "clip.mp4")
+    wave, rate = sound_of(tmp_path / "clip.mp4")
+    assert pitch(wave, rate) == pytest.approx((300, 700)[default], abs=4)
+
+
+def test_a_clip_of_joined_recordings_is_silent_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = write_film(tmp_path / "film.ts", 2)
+    film.write_bytes(film.read_bytes() * 2)
+    cut_clip(film, (1.5, 2.5), tmp_path / "clip.mp4")
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == [*range(15, 20), *range(5)]
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert not container.streams.audio
+    assert "its clock starts again" in capsys.readouterr().err
+
+
 def test_sound_that_begins_later_than_the_clip_stays_where_it_was(tmp_path: Path) -> None:
     film = write_film(tmp_path / "late.mkv", 4, delay_s=1.5)
     cut_clip(film, (1.0, 3.0), tmp_path / "clip.mp4")
