@@ -81,8 +81,7 @@ def answers(model: Any, samples: Sequence[Sample], **options: Any) -> list[Answe
 def summary(values: Sequence[float] | np.ndarray, videos: Sequence[Path]) -> dict[str, Any]:
     """Mean in percent, and its 95% interval over videos."""
     column_N1 = 100 * np.asarray(values, dtype=np.float64)[:, None]
-    low, high = interval95(column_N1, videos)[0].tolist()
-    return {"n": len(column_N1), "mean": float(column_N1.mean()), "ci95": [low, high]}
+    return {"n": len(column_N1), "mean": float(column_N1.mean()), "ci95": interval95(column_N1, videos)[0]}
 
 
 # --- agreement

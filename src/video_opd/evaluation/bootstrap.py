@@ -10,8 +10,12 @@ Shapes: ``N`` rows, ``V`` videos, ``M`` metrics, ``D`` draws.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import TypeAlias
 
 import numpy as np
+
+Interval95: TypeAlias = tuple[float, float] | None
+"""Low and high; None if it is not known: the spread between videos does not show in one video."""
 
 DRAWS = 2000
 MOST_MULTINOMIAL = 10_000  # videos; drawing their counts takes 0.4 µs each, which is 13 times counting draws
@@ -65,9 +69,16 @@ def draws_of_ratios(
 
 def interval95(
     values_NM: np.ndarray, groups: Sequence[Hashable], *, draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:
-    """Percentile intervals [M, 2] of the means of ``values_NM`` [N, M]; NaN without rows."""
-    if len(groups) == 0:
-        return np.full((np.asarray(values_NM).shape[1], 2), np.nan)
-    means_DM = draws_of_means(values_NM, groups, draws=draws, seed=seed)
-    return np.percentile(means_DM, [2.5, 97.5], axis=0).T
+) -> list[Interval95]:
+    """The percentile interval of each mean of ``values_NM`` [N, M]; None for fewer than two videos."""
+    videos = len(set(groups))
+    if videos < 2:
+        return [None] * np.asarray(values_NM).shape[1]
+    return percentiles95(draws_of_means(values_NM, groups, draws=draws, seed=seed), videos)
+
+
+def percentiles95(draws_DM: np.ndarray, videos: int) -> list[Interval95]:
+    """The interval of each column of draws; None if ``videos`` is 1: its draws are all equal."""
+    if videos < 2:
+        return [None] * draws_DM.shape[1]
+    return [(float(low), float(high)) for low, high in np.percentile(draws_DM, [2.5, 97.5], axis=0).T]

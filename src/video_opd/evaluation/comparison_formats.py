@@ -14,7 +14,14 @@ from typing import Any
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import Comparison, Result
 from video_opd.evaluation.metrics import Difference, Metrics
-from video_opd.evaluation.notes import count_notes, deviation_lines, protocol_line, rule_notes, swap_note
+from video_opd.evaluation.notes import (
+    count_notes,
+    deviation_lines,
+    interval_text,
+    protocol_line,
+    rule_notes,
+    swap_note,
+)
 from video_opd.evaluation.published import published, published_columns
 from video_opd.evaluation.rows import METRICS
 
@@ -105,20 +112,16 @@ def published_rows(data_sets: Sequence[str]) -> tuple[Row, ...]:
 
 def _figures(metrics: Metrics, intervals: bool) -> tuple[Cell, ...]:
     def cell(name: str) -> Cell:
-        low, high = metrics.ci95[name]
-        return Cell(
-            value=f"{metrics.values[name]:.1f}", interval=f"[{low:.1f}, {high:.1f}]" if intervals else ""
-        )
+        interval = interval_text(metrics.ci95[name]) if intervals else ""
+        return Cell(value=f"{metrics.values[name]:.1f}", interval=interval)
 
     return tuple(map(cell, METRICS))
 
 
 def _rise(rise: Mapping[str, Difference], intervals: bool) -> tuple[Cell, ...]:
     def cell(name: str) -> Cell:
-        low, high = rise[name].ci95
-        return Cell(
-            value=f"{rise[name].value:+.1f}", interval=f"[{low:+.1f}, {high:+.1f}]" if intervals else ""
-        )
+        interval = interval_text(rise[name].ci95, "+") if intervals else ""
+        return Cell(value=f"{rise[name].value:+.1f}", interval=interval)
 
     return tuple(map(cell, METRICS))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.best_constant import ConstantPrediction
-from video_opd.evaluation.bootstrap import DRAWS, interval95
+from video_opd.evaluation.bootstrap import DRAWS, Interval95, interval95
 from video_opd.evaluation.protocols import Protocol, get_protocol
 from video_opd.evaluation.query_swap import QuerySwap
 from video_opd.evaluation.rows import METRICS, RowScore, metric_values, score_rows, videos_of
@@ -36,7 +36,7 @@ class Metrics:
 
     n: int
     values: Mapping[str, float]
-    ci95: Mapping[str, tuple[float, float]]
+    ci95: Mapping[str, Interval95]
     unparsed: int
     missing: int
     rules: Mapping[str, int] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {"n": self.n, **self.values}
-        record["ci95"] = {name: list(interval) for name, interval in self.ci95.items()}
+        record["ci95"] = dict(self.ci95)
         record |= {"unparsed": self.unparsed, "missing": self.missing, "rules": dict(self.rules)}
         if self.protocol is not None:  # of the whole, not of a source
             record |= {"unannotated": self.unannotated, "protocol": dict(self.protocol)}
@@ -123,11 +123,11 @@ def metrics_of_rows(
 
 def _summarise(rows: Sequence[RowScore], *, draws: int, seed: int) -> Metrics:
     values_NM = metric_values([row.iou for row in rows])
-    intervals_M2 = interval95(values_NM, videos_of(rows), draws=draws, seed=seed)
+    intervals_M = interval95(values_NM, videos_of(rows), draws=draws, seed=seed)
     return Metrics(
         n=len(rows),
         values=dict(zip(METRICS, values_NM.mean(axis=0).tolist(), strict=True)),
-        ci95={name: (low, high) for name, (low, high) in zip(METRICS, intervals_M2.tolist(), strict=True)},
+        ci95=dict(zip(METRICS, intervals_M, strict=True)),
         unparsed=sum(row.unparsed for row in rows),
         missing=sum(row.missing for row in rows),
         rules=dict(Counter(row.rule for row in rows if not row.missing).most_common()),
@@ -144,10 +144,10 @@ class Difference:
     """How much a metric rose from one predictions file to another, in percentage points."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: Interval95
 
     def to_json(self) -> dict[str, Any]:
-        return {"value": self.value, "ci95": list(self.ci95)}
+        return {"value": self.value, "ci95": self.ci95}
 
 
 def paired_difference(
@@ -174,10 +174,10 @@ def difference_of_rows(
     """Returns the difference of two scorings of the same rows, as :func:`paired_difference` does."""
     _need_rows(before)
     rise_NM = metric_values([row.iou for row in after]) - metric_values([row.iou for row in before])
-    intervals_M2 = interval95(rise_NM, videos_of(before), draws=draws, seed=seed)
+    intervals_M = interval95(rise_NM, videos_of(before), draws=draws, seed=seed)
     return {
-        name: Difference(value=float(rise), ci95=(float(low), float(high)))
-        for name, rise, (low, high) in zip(METRICS, rise_NM.mean(axis=0), intervals_M2, strict=True)
+        name: Difference(value=float(rise), ci95=interval)
+        for name, rise, interval in zip(METRICS, rise_NM.mean(axis=0), intervals_M, strict=True)
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from video_opd.evaluation.bootstrap import Interval95
 from video_opd.evaluation.metrics import Metrics
 from video_opd.evaluation.query_swap import QuerySwap
 
@@ -44,6 +45,11 @@ def _asked(protocol: Mapping[str, Any], key: str) -> Any:
     )
 
 
+def interval_text(interval: Interval95, sign: str = "") -> str:
+    """Returns ``[12.5, 14.0]``, with both signs if ``sign`` is "+"; nothing for an unknown interval."""
+    return "" if interval is None else f"[{interval[0]:{sign}.1f}, {interval[1]:{sign}.1f}]"
+
+
 def count_notes(metrics: Metrics) -> list[str]:
     """Returns the counts of rows without a figure of their own; those that are 0 are left out."""
     counts = {
@@ -51,7 +57,8 @@ def count_notes(metrics: Metrics) -> list[str]:
         "missing": metrics.missing,
         "unannotated": metrics.unannotated,
     }
-    return [f"{count} {what}" for what, count in counts.items() if count]
+    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    return notes if any(metrics.ci95.values()) else [*notes, "one video: no intervals"]
 
 
 def rule_notes(metrics: Metrics) -> list[str]:
@@ -62,5 +69,4 @@ def rule_notes(metrics: Metrics) -> list[str]:
 
 def swap_note(swap: QuerySwap) -> str:
     """Returns the share of the query swap with its interval."""
-    low, high = swap.ci95
-    return f"query swap {swap.share:.1f}% [{low:.1f}, {high:.1f}] (chance 50%)"
+    return " ".join(filter(None, (f"query swap {swap.share:.1f}%", interval_text(swap.ci95), "(chance 50%)")))

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from video_opd.evaluation.bootstrap import DRAWS, draws_of_ratios, group_index
+from video_opd.evaluation.bootstrap import DRAWS, Interval95, draws_of_ratios, group_index, percentiles95
 from video_opd.evaluation.protocols import Protocol
 from video_opd.evaluation.rows import PERCENT, RowScore, score_rows
 from video_opd.temporal import centre_s
@@ -39,7 +39,7 @@ class QuerySwap:
     """How often a prediction is nearer its own event than the other query's; chance is 50%."""
 
     share: float  # percent of comparisons
-    ci95: tuple[float, float]
+    ci95: Interval95
     same_answer: float  # percent of pairs of queries that got one and the same span
     comparisons: int  # prediction × other query of the same video
     videos: int
@@ -47,7 +47,7 @@ class QuerySwap:
     def to_json(self) -> dict[str, Any]:
         return {
             "share": self.share,
-            "ci95": list(self.ci95),
+            "ci95": self.ci95,
             "same_answer": self.same_answer,
             "comparisons": self.comparisons,
             "videos": self.videos,
@@ -79,10 +79,11 @@ def swap_of_rows(rows: Sequence[RowScore], *, draws: int = DRAWS, seed: int = 0)
         return None
     comparisons_V = counts.comparisons_V[compared]
     nearer_V1 = PERCENT * counts.nearer_V[compared][:, None]
-    low, high = np.percentile(draws_of_ratios(nearer_V1, comparisons_V, draws=draws, seed=seed), [2.5, 97.5])
+    draws_D1 = draws_of_ratios(nearer_V1, comparisons_V, draws=draws, seed=seed)
+    (interval,) = percentiles95(draws_D1, len(comparisons_V))
     return QuerySwap(
         share=float(nearer_V1.sum() / comparisons_V.sum()),
-        ci95=(float(low), float(high)),
+        ci95=interval,
         same_answer=float(PERCENT * (counts.same_V.sum() / comparisons_V.sum())),
         comparisons=int(comparisons_V.sum()),
         videos=int(compared.sum()),

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from video_opd.evaluation.best_constant import ConstantPrediction
 from video_opd.evaluation.comparison_formats import Row, Table, as_text
 from video_opd.evaluation.metrics import Difference, Metrics
-from video_opd.evaluation.notes import count_notes, deviation_lines, protocol_line, rule_notes, swap_note
+from video_opd.evaluation.notes import (
+    count_notes,
+    deviation_lines,
+    interval_text,
+    protocol_line,
+    rule_notes,
+    swap_note,
+)
 from video_opd.evaluation.query_swap import QuerySwap
 from video_opd.evaluation.rows import METRICS
 from video_opd.terminal import print_lines, print_rows, say, stdout
@@ -54,16 +61,12 @@ def print_metrics(
 
 
 def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
-    cells = [
-        f"{metrics.values[key]:.1f} [{metrics.ci95[key][0]:.1f}, {metrics.ci95[key][1]:.1f}]"
-        for key in METRICS
-    ]
+    cells = [f"{metrics.values[key]:.1f} {interval_text(metrics.ci95[key])}".strip() for key in METRICS]
     return (name, *cells, str(metrics.n), ", ".join(count_notes(metrics)))
 
 
 def _signed(difference: Difference) -> str:
-    low, high = difference.ci95
-    return f"{difference.value:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{difference.value:+.1f} {interval_text(difference.ci95, '+')}".strip()
 
 
 def print_table(table: Table, console: Console) -> None:

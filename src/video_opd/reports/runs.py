@@ -188,7 +188,7 @@ def _evaluations(folder: Path) -> tuple[Evaluation, ...]:
                 testset=str(record.get("testset") or testset or "test"),
                 n=int(record.get("n") or 0),
                 scores={key: float(record[key]) for key in METRICS if _is_number(record.get(key))},
-                ci95={key: (float(lo), float(hi)) for key, (lo, hi) in (record.get("ci95") or {}).items()},
+                ci95={k: (float(ci[0]), float(ci[1])) for k, ci in (record.get("ci95") or {}).items() if ci},
                 record=record,
             )
         )

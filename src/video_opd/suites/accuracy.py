@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from video_opd.evaluation.bootstrap import draws_of_means
+from video_opd.evaluation.bootstrap import Interval95, draws_of_means, percentiles95
 from video_opd.suites.benchmarks import BENCHMARKS, Benchmark, Mean, Task
 from video_opd.suites.letters import UNREAD
 
@@ -38,7 +38,7 @@ class Accuracy:
     """``accuracy`` and ``ci95`` in percent; unread and missing rows are wrong, and in ``n``."""
 
     accuracy: float
-    ci95: tuple[float, float]
+    ci95: Interval95
     n: int
     videos: int
     unparsed: int
@@ -47,7 +47,7 @@ class Accuracy:
     def to_json(self) -> dict[str, Any]:
         return {
             "accuracy": self.accuracy,
-            "ci95": list(self.ci95),
+            "ci95": self.ci95,
             "n": self.n,
             "videos": self.videos,
             "unparsed": self.unparsed,
@@ -92,10 +92,10 @@ def accuracy(rows: Sequence[ScoredRow], mean: Mean = "questions") -> Accuracy:
         there_DS = all_DS > 0
         shares_DS = np.divide(right_DS, all_DS, out=np.zeros_like(right_DS), where=there_DS)
         draws_D = shares_DS.sum(axis=1) / there_DS.sum(axis=1)
-    low, high = np.percentile(draws_D, [2.5, 97.5])
+    (interval,) = percentiles95(PERCENT * draws_D[:, None], len(set(videos)))
     return Accuracy(
         accuracy=PERCENT * float(value),
-        ci95=(PERCENT * float(low), PERCENT * float(high)),
+        ci95=interval,
         n=len(rows),
         videos=len(set(videos)),
         unparsed=sum(row.rule == UNREAD for row in rows),

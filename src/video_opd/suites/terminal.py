@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from video_opd.evaluation.notes import interval_text
 from video_opd.suites.accuracy import Accuracy
 from video_opd.terminal import print_rows, say, stdout
 
@@ -55,12 +56,11 @@ def print_survey(found: Survey, console: Console | None = None) -> None:
 
 
 def _row(name: str, accuracy: Accuracy, *notes: str) -> tuple[str, ...]:
-    low, high = accuracy.ci95
     counts = (("unparsed", accuracy.unparsed), ("missing", accuracy.missing))
     told = [*(note for note in notes if note), *(f"{count} {what}" for what, count in counts if count)]
     return (
         name,
-        f"{accuracy.accuracy:.1f} [{low:.1f}, {high:.1f}]",
+        f"{accuracy.accuracy:.1f} {interval_text(accuracy.ci95)}".strip(),
         str(accuracy.n),
         str(accuracy.videos),
         ", ".join(told),

@@ -51,6 +51,11 @@ def said(**spans: tuple[float, float] | None) -> dict[str, Prediction]:
     }
 
 
+def known(interval: tuple[float, float] | None) -> tuple[float, float]:
+    assert interval is not None
+    return interval
+
+
 def test_metrics_by_hand() -> None:
     samples = [
         sample("a", (0.0, 10.0)),  # IoU 1
@@ -203,7 +208,7 @@ def test_interval_resamples_videos_not_rows() -> None:
     shared = [sample(i, (0.0, 10.0), video=i.split("-")[0]) for i in spans]
     width = {}
     for name, samples in (("rows", one_video_each), ("videos", shared)):
-        low, high = evaluate(samples, said(**spans)).ci95["mIoU"]
+        low, high = known(evaluate(samples, said(**spans)).ci95["mIoU"])
         width[name] = high - low
     assert width["videos"] > 2 * width["rows"]
 
@@ -295,6 +300,20 @@ def test_other_forms_are_refused_with_their_line(tmp_path: Path, row: dict[str, 
         read_predictions(path)
 
 
+def test_one_video_has_figures_and_no_intervals() -> None:
+    film = [sample("a", (0.0, 4.0), video="v"), sample("b", (8.0, 10.0), video="v")]
+    predictions = said(a=(0.0, 4.0), b=(8.0, 9.0))
+    found, swap = evaluate(film, predictions), query_swap(film, predictions)
+    assert found.miou == pytest.approx(75.0) and set(found.ci95.values()) == {None}
+    assert swap is not None and (swap.share, swap.ci95) == (100.0, None)
+    assert json.loads(json.dumps(found.to_json()))["ci95"]["mIoU"] is None
+    console = Console(file=io.StringIO(), force_terminal=False)
+    print_metrics({"m": found}, swaps={"m": swap}, console=console)
+    first, second, *_ = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert first.endswith("mIoU 75.0, rows 2, notes one video: no intervals")
+    assert second.startswith("m: query swap 100.0% (chance 50%)")
+
+
 # --- best constant
 
 
@@ -381,7 +400,9 @@ def test_query_swap_of_noise_is_chance() -> None:
     rng = np.random.default_rng(0)
     noise = {s.id: (x := float(rng.uniform(0, 19)), x + 1.0) for s in PAIRS}
     swap = query_swap(PAIRS, said(**noise))
-    assert swap is not None and swap.ci95[0] < 50 < swap.ci95[1]
+    assert swap is not None
+    low, high = known(swap.ci95)
+    assert low < 50 < high
 
 
 def test_query_swap_ties_and_silence() -> None:
@@ -418,7 +439,7 @@ def test_paired_difference_is_sharper_than_two_intervals() -> None:
     rise = paired_difference(samples, before, after)["mIoU"]
     assert rise.value == pytest.approx(5.0)
     assert rise.ci95 == pytest.approx((5.0, 5.0))
-    low, high = evaluate(samples, before).ci95["mIoU"]
+    low, high = known(evaluate(samples, before).ci95["mIoU"])
     assert high - low > 5
 
 
@@ -430,8 +451,10 @@ def test_metric_values_in_percent() -> None:
 
 
 def printed(terminal: bool) -> str:
-    samples = [sample("a", (0.0, 10.0), source="x"), sample("b", (12.0, 18.0), video="a.mp4", source="y")]
-    before, after = said(a=(0.0, 5.0)), said(a=(0.0, 10.0), b=(12.0, 18.0))
+    """A video of two queries, half right at first, and a video that is right from the start."""
+    samples = [sample("a", (0.0, 10.0), source="x"), sample("b", (12.0, 18.0), video="a.mp4", source="x")]
+    samples.append(sample("c", (0.0, 10.0), source="y"))
+    before, after = said(a=(0.0, 5.0), c=(0.0, 10.0)), said(a=(0.0, 10.0), b=(12.0, 18.0), c=(0.0, 10.0))
     file = io.StringIO()
     print_metrics(
         {"base": evaluate(samples, before), "student": evaluate(samples, after)},
@@ -446,10 +469,11 @@ def printed(terminal: bool) -> str:
 def test_plain_lines_off_a_terminal() -> None:
     text = printed(terminal=False)
     assert "\x1b" not in text and "│" not in text
-    assert "base: R@0.3 50.0 [0.0, 100.0]" not in text  # one video: the interval is a point
+    assert "base: R@0.3 66.7 [50.0, 100.0]" in text
     assert "student: R@0.3 100.0 [100.0, 100.0]" in text
     assert "notes 1 missing" in text
-    assert "rise: " in text and "mIoU +75.0" in text
+    assert "\ny: R@0.3 100.0, R@0.5 100.0, R@0.7 100.0, mIoU 100.0, rows 1, notes one video" in text
+    assert "rise: " in text and "mIoU +50.0 [+0.0, +75.0]" in text
     assert "best constant (" in text
     assert "query swap 100.0%" in text
     assert "protocol paper" in text

@@ -108,9 +108,9 @@ def test_every_pair_is_compared_as_defined(seed: int, monkeypatch: pytest.Monkey
         return
     assert found is not None
     assert (found.comparisons, found.videos) == expected[2:4]
-    assert (found.share, found.same_answer, *found.ci95) == pytest.approx(
-        (*expected[:2], *expected[4:]), abs=1e-9
-    )
+    assert (found.share, found.same_answer) == pytest.approx(expected[:2], abs=1e-9)
+    if found.videos > 1:
+        assert found.ci95 == pytest.approx(expected[4:], abs=1e-9)
 
 
 def test_values_within_a_distance_are_those_that_are_measured_so() -> None:
