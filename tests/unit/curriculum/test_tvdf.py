@@ -71,7 +71,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return write(tmp_path / "d.jsonl", DATA), write(tmp_path / "s.jsonl", SCORES)
 
 
-def test_rows_carry_the_block_of_the_contract(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_rows_carry_the_block_of_a_selected_file(files: tuple[Path, Path], tmp_path: Path) -> None:
     rows, summary = select_file(*files, topk(2), out=tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["a", "b"]
     tvdf = rows[0].pop("tvdf")

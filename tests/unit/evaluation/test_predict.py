@@ -25,7 +25,7 @@ def right(sample_id: str, seed: int | None) -> str:
     return "5.00 to 10.00"
 
 
-def test_rows_are_predictions_of_the_contract(tmp_path: Path) -> None:
+def test_rows_are_those_of_a_predictions_file(tmp_path: Path) -> None:
     out, samples = tmp_path / "p.jsonl", make_samples(5)
     policy = FakePolicy(
         lambda i, seed: "10.00 to 5.00" if i == "s1" else "no idea" if i == "s2" else "5.00 to 10.00"
