@@ -22,8 +22,8 @@ _TAIL_BLOCK_BYTES = 1 << 16
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields ``(line number, row)``. Line numbers begin with 1; blank lines are skipped.
 
-    Raises UserError that names ``path:line`` for a missing file, a line that is not UTF-8 or not JSON, and a
-    row that is not an object.
+    Raises UserError that names ``path:line`` for a missing file, a line that is not UTF-8 or not JSON, a row
+    that is not an object, and an object with a repeated key.
     """
     for number, row in read_lines(path):
         if isinstance(row, UserError):
@@ -52,7 +52,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | UserErr
 
 def _parsed(raw: bytes, where: str) -> dict[str, Any] | UserError:
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=no_key_twice)
     except UnicodeDecodeError as error:
         return UserError(f"{where}: not UTF-8 at byte {error.start}; save as UTF-8")
     except (ValueError, RecursionError) as error:
@@ -60,6 +60,19 @@ def _parsed(raw: bytes, where: str) -> dict[str, Any] | UserError:
     if not isinstance(row, dict):
         return UserError(f"{where}: a {type(row).__name__}, not an object; write one {{…}} a line")
     return row
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for ``json.loads(…, object_pairs_hook=no_key_twice)``.
+
+    Raises ValueError for a repeated key: Python would silently keep the last of two values.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        met: set[str] = set()
+        twice = next(key for key, _ in pairs if key in met or met.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -102,7 +115,7 @@ def repair_jsonl(path: str | Path) -> bool:
         tail = file.read()
         try:
             whole = isinstance(json.loads(tail), dict)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets in their thousands are no row either
             whole = False
         if whole:
             file.write(b"\n")

@@ -27,7 +27,7 @@ from video_opd.config import (
     read_settings,
     recipe_from_dict,
 )
-from video_opd.config.tree import flatten
+from video_opd.config.tree import flatten, parse_yaml
 from video_opd.errors import UserError
 
 SMALLEST = {"teacher": {"path": "teacher"}, "data": {"train": "train.jsonl"}}
@@ -203,7 +203,7 @@ def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
         (b"data: 2026-99-99", "cannot be read"),
         (b"run: {seed: " + b"9" * 5000 + b"}", "cannot be read"),
         (b"data: {train: x}\noptim: {lr: " + b"9" * 400 + b"}", r"optim\.lr must be a number"),
-        (b"a: " + b"[" * 5000, "cannot be read"),
+        (b"a: " + b"[" * 5000, "50 levels"),
         (b"a: " + b"[" * 60 + b"]" * 60, "50 levels"),
         (b"a: &a {b: *a}", "aliases that multiply"),
         # a billion values in a few lines
@@ -212,6 +212,14 @@ def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
             + b"".join(b"k%d: &k%d {a: *k%d, b: *k%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 31)),
             "aliases that multiply",
         ),
+        # the same by merges, which are written out while values are made
+        (
+            b"k0: &k0 {a: b}\n"
+            + b"".join(b"k%d: &k%d {<<: [*k%d, *k%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 31)),
+            "line 13: more than 10000 values",
+        ),
+        (b"a: &a {<<: *a}", "aliases that multiply"),
+        (b"- [" + b"1," * 20_000 + b"]", "more than 10000 values"),
     ],
 )
 def test_files_that_no_reader_should_follow(tmp_path: Path, blob: bytes, expected: str):
@@ -219,6 +227,34 @@ def test_files_that_no_reader_should_follow(tmp_path: Path, blob: bytes, expecte
     path.write_bytes(blob)
     with pytest.raises(UserError, match=rf"r\.yaml.*{expected}"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("optim: {lr: 3e-4}\ndata: {train: d}\noptim: {lr: 1e-6}\n", "line 3: the key 'optim' .* line 1"),
+        ("optim:\n  lr: 3e-4\n  lr: 1e-6\n", "line 3: the key 'lr' .* line 2"),
+        ("optim:\n  lr: 3e-4\n  'lr': 3e-4\n", "line 3: the key 'lr'"),
+        ("teacher: {paths: {1: a, '1': b}}\n", "line 1: the key '1'"),
+        ("a: [{b: {c: 1,\n c: 1}}]\n", "line 2: the key 'c'"),
+        ("a: &a {x: 1}\nb: &b {y: 1}\nc:\n  <<: *a\n  <<: *b\n", "line 5: the key '<<'"),
+    ],
+)
+def test_a_repeated_key_is_named_at_every_level(tmp_path: Path, text: str, where: str):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match=rf"recipe\.yaml {where}"):
+        load_recipe(path)
+
+
+def test_a_key_beside_a_merge_overrides_it(tmp_path: Path):
+    text = "optim: &o {lr: 3e-4, warmup_steps: 7}\ndata: {train: d}\nteacher: {path: t}\n"
+    assert parse_yaml(text + "x: {<<: *o, lr: 1}\n", "x")["x"] == {"lr": 1, "warmup_steps": 7}
+
+
+def test_a_repeated_key_in_an_override_is_named(tmp_path: Path):
+    path = write(tmp_path, "teacher: {path: t}\ndata: {train: d}\n")
+    with pytest.raises(UserError, match="--optim line 1: the key 'lr'"):
+        load_recipe(path, ["--optim", "{lr: 3e-4, lr: 1e-6}"])
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path):

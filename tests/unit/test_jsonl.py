@@ -43,6 +43,8 @@ def test_what_is_written_is_read_with_its_line_numbers(tmp_path_factory, first, 
         (b'{"a": 1}\n{"a": "\xff"}\n', 2, "UTF-8"),
         (b'{"a": 1}{"a": 2}\n', 1, "not JSON"),
         (b'{"a": ' + b"[" * 100_000 + b"\n", 1, "not JSON"),
+        (b'{"a": 1}\n{"a": 1, "a": 2}\n', 2, "'a' is there twice"),
+        (b'{"a": [{"b": 1, "b": 1}]}\n', 1, "'b' is there twice"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, content, line, word):
@@ -75,6 +77,13 @@ def test_cut_anywhere_then_appended_to_keeps_every_whole_row(tmp_path_factory, c
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     complete = sum(end <= cut for end in ends)  # a row that lacks only its newline is whole
     assert [row["id"] for _, row in read_jsonl(path)] == [r["id"] for r in rows[:complete]] + ["new"]
+
+
+def test_a_half_line_of_thousands_of_brackets_is_repaired(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": ' + b"[" * 100_000)
+    append_jsonl(path, [{"a": 2}])
+    assert [row for _, row in read_jsonl(path)] == [{"a": 1}, {"a": 2}]
 
 
 def test_a_long_half_line_is_repaired(tmp_path):

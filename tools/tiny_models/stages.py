@@ -34,6 +34,7 @@ from tiny_models.packing import Packer
 from tiny_models.watch import check
 from video_opd.config import Settings, read_settings
 from video_opd.config.settings import Number, several
+from video_opd.config.tree import parse_yaml
 from video_opd.errors import UserError, need
 from video_opd.files import write_text
 from video_opd.models.loading import load_model
@@ -90,7 +91,7 @@ class Pretraining(Settings):
 
 def read_pretraining(path: str | Path) -> Pretraining:
     """Reads a pretraining recipe; raises :class:`UserError` for a file that holds none."""
-    tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a pretraining recipe; see tools/tiny_models/pretraining.yaml")
     try:

@@ -157,6 +157,7 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         getattr(arguments, chosen.scattered).extend(rest)
     if overrides and not chosen.settings:
         chosen.error(f"{overrides[0]}: this command reads no recipe")
+    _refuse_repeats(overrides[::2])
     arguments.overrides = overrides
     return arguments
 
@@ -176,6 +177,15 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{name} has no value; write {name} VALUE")
         overrides += [name, given]
     return plain, overrides
+
+
+def _refuse_repeats(names: Sequence[str]) -> None:
+    """Raises :class:`UserError` for a setting that a later override would silently replace."""
+    for i, name in enumerate(names):
+        for earlier in names[:i]:
+            if f"{earlier}.".startswith(f"{name}."):
+                what = "is given twice" if earlier == name else f"replaces the whole section, with {earlier}"
+                raise UserError(f"{name} {what}: keep one of the two")
 
 
 def _example(command: Command | Group) -> str:

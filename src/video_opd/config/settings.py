@@ -87,7 +87,12 @@ def _one_or_several_texts(value: Any) -> Any:
 
 
 def _text_keys(value: Any) -> Any:
-    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        return value
+    named = {str(key): item for key, item in value.items()}
+    if len(named) != len(value):
+        raise PydanticCustomError("repeated_key", "two keys have the same name")
+    return named
 
 
 number = BeforeValidator(_number)

@@ -16,34 +16,81 @@ MAX_NODES, MAX_DEPTH = 10_000, 50  # limits on a YAML tree
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value that ``text`` spells. A :class:`UserError` names ``where`` and the line."""
+    """The value that ``text`` spells. A :class:`UserError` names ``where`` and the line.
+
+    A key that is written twice in one mapping is an error, because YAML would drop its first value. So is a
+    tree of more than MAX_NODES values, aliases counted as often as they are used, or of more than MAX_DEPTH
+    levels.
+    """
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = "" if line is None else f" line {line + 1}"
         problem = getattr(error, "problem", None) or "cannot be read"
         raise UserError(f"{where}{at}: not valid YAML ({problem})") from error
+    except UserError as error:
+        raise UserError(f"{where} {error}") from None
     except (ValueError, RecursionError) as error:  # an impossible date, thousands of digits or of brackets
         raise UserError(f"{where}: holds a value that cannot be read ({error})") from error
-    _check_extent(value, where)
-    return value
 
 
-def _check_extent(value: Any, where: str) -> None:
-    """Refuses a tree that is too deep or too large: aliases can make a few lines a tree without end."""
-    left, nodes = [(value, 0)], 0
-    while left:
-        node, depth = left.pop()
-        nodes += 1
+class _Loader(yaml.SafeLoader):
+    """Refuses repeated keys and trees that are too large, while the nodes are composed.
+
+    The size is known before any value is made: aliases and merges (``<<: *a``) can make a few lines a tree
+    without end.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._level = 0
+        self._extents: dict[yaml.Node, tuple[int, int]] = {}  # values and levels, aliases written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        line = self.peek_event().start_mark.line + 1
+        self._level += 1
+        self._check_extent(1, self._level, line)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if node is None or node in self._extents:  # an alias
+            return node
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.CollectionNode):
+            if node.end_mark is None:  # an alias inside of what it stands for
+                self._check_extent(MAX_NODES + 1, self._level, line)
+            children = node.value
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(self, node)
+            children = [value for _, value in node.value]
+        extents = [self._extents[child] for child in children]
+        extent = (1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0))
+        self._check_extent(*extent, line)
+        self._extents[node] = extent
+        return node
+
+    def _check_extent(self, values: int, levels: int, line: int) -> None:
         need(
-            nodes <= MAX_NODES and depth <= MAX_DEPTH,
-            f"{where}: more than {MAX_NODES} values or {MAX_DEPTH} levels: take out aliases that multiply",
+            values <= MAX_NODES and levels <= MAX_DEPTH,
+            f"line {line}: more than {MAX_NODES} values or {MAX_DEPTH} levels: take out aliases that "
+            "multiply",
         )
-        if isinstance(node, Mapping):
-            left += [(child, depth + 1) for child in node.values()]
-        elif isinstance(node, list | tuple | set):
-            left += [(child, depth + 1) for child in node]
+
+
+def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # no section has such a key
+        plain = key.tag in ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
+        # As text: 1 and "1" name the same, and so do yes and true.
+        name = key.value if plain else str(loader.construct_object(key))
+        line = key.start_mark.line + 1
+        need(
+            name not in lines,
+            f"line {line}: the key {name!r} was already given on line {lines.get(name)}: keep one of the two",
+        )
+        lines[name] = line
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

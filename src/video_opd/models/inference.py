@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from video_opd.config import Dtype, ModelConfig, PromptConfig, Settings, VideoConfig, read_settings
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
+from video_opd.jsonl import no_key_twice
 from video_opd.progress import log
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
     if not isinstance(settings, dict):

@@ -208,6 +208,22 @@ def test_the_method_is_a_setting() -> None:
 # --- commands on files -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optim.lr", "3e-4", "--optim.lr", "1e-6"],
+        ["--optim.lr=3e-4", "--run.seed", "1", "--optim.lr", "1e-6"],
+        ["--optim.x", "{lr: 3e-4}", "--optim.x.lr", "1", "--optim.x", "{}"],
+        ["--rounds.tvdf.k", "3", "--rounds.tvdf", "{seed: 1}"],
+        ["--method", "grpo", "--method", "sft"],
+    ],
+)
+def test_an_override_that_would_replace_another_is_refused(words: list[str]) -> None:
+    with pytest.raises(UserError, match="keep one of the two"):
+        parse_words(["train", "r.yaml", *words])
+    assert parse_words(["train", "r.yaml", "--optim.a", "{}", "--optim.a.b", "1"]).overrides
+
+
 def test_select_needs_no_torch(tmp_path) -> None:
     rows = [{"id": i, "video": f"{i}.mp4", "query": i, "spans": [[0, 1]]} for i in "abcd"]
     data = write_rows(tmp_path / "d.jsonl", rows)

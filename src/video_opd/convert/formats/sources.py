@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from video_opd.convert.formats.values import no_key_twice
 from video_opd.errors import UserError
+from video_opd.jsonl import no_key_twice
 
 Kind = Literal["records", "mapping", "lines"]
 

@@ -17,6 +17,7 @@ from numbers import Real
 from typing import Any
 
 from video_opd.answer_numbers import clock_time_s
+from video_opd.jsonl import no_key_twice
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ABSENT = ("", "nan", "none", "null")
@@ -73,16 +74,6 @@ def _literal(text: str) -> Any:
             return ast.literal_eval(text.strip())
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
-
-
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a repeated key: Python would silently keep the last of two videos."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        met: set[str] = set()
-        twice = next(key for key, _ in pairs if key in met or met.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} is there twice")
-    return found
 
 
 def as_json(value: Any) -> Any:
