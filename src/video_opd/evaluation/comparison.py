@@ -25,7 +25,7 @@ from video_opd.types import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One model on one data set. ``difference`` is this model − the baseline, where there is one."""
+    """One model on one data set. ``difference`` is this model − the baseline; None without a baseline."""
 
     metrics: Metrics
     swap: QuerySwap | None
@@ -45,7 +45,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Results by model and data set; a model has none for a data set that it answered nothing of.
+    """Results by model and data set. A model without predictions for a data set has no result for it.
 
     ``baseline`` is the name of the model that the differences are from.
     """
@@ -152,7 +152,7 @@ def evaluate_file(
 
 
 def by_source(data_sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
-    """A data set for each ``source`` of the rows, whichever file they are in; "none" for rows without."""
+    """Makes a data set of each ``source`` in all files; rows without a source belong to "none"."""
     found: dict[str, list[Sample]] = {}
     for samples in data_sets.values():
         for sample in samples:
@@ -166,7 +166,7 @@ def _check_ids(data_sets: Mapping[str, Sequence[Sample]]) -> None:
         for sample in samples:
             if sample.id in owner:
                 raise UserError(
-                    f"id {sample.id!r} is in {owner[sample.id]} and in {name}: nobody can tell to which an "
-                    "answer belongs, so evaluate them one at a time"
+                    f"id {sample.id!r} is in {owner[sample.id]} and in {name}: nobody can tell to which a "
+                    "prediction belongs, so evaluate them one at a time"
                 )
             owner[sample.id] = name

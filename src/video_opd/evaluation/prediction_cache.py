@@ -1,4 +1,4 @@
-"""Where the answers of ``evaluate --model`` lie, so that it can be repeated after a kill. No torch."""
+"""The cache of ``evaluate --model``, by which it goes on after a kill. No torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from video_opd.types import Sample
 
 
 def cached_predictions_path(provenance: Mapping[str, Any], samples: Iterable[Sample]) -> Path:
-    """A file of the user's cache folder, named by content: the model's, the settings', the questions'.
+    """Returns a file of the user's cache folder, named by model, settings and queries.
 
-    The same model on the same questions finds its answers wherever the command is run, and whatever the spans
-    of the annotation are; anything else gets another file.
+    The same model on the same queries finds its predictions wherever the command is run, and whatever the
+    spans of the annotation are. Anything else gets another file.
     """
     digest = hashlib.blake2b(json.dumps(provenance, sort_keys=True).encode(), digest_size=16)
     for sample in samples:

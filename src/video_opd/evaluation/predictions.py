@@ -30,13 +30,13 @@ GIVEN = "given"  # the rule of a span that came without text
 def read_predictions(
     path: str | Path, *, thinking: bool = False, protocol: str | Protocol = "paper"
 ) -> dict[str, Prediction]:
-    """The predictions of a file by sample id.
+    """Reads a predictions file; returns its predictions by sample id.
 
     A row is ``{"id", "responses", "spans"?, "rules"?}``, ``{"id", "response"}`` or ``{"id", "span"}``. Text
-    without spans is parsed here, with ``thinking`` after ``</think>`` only. A reversed or empty span is None.
-    Spans that stand beside a text were read from it by the rules of ``paper``; under a protocol that reads
-    otherwise the text counts. Raises :class:`UserError` with file and line for any other form, among them a
-    row of a data file, and for an id that comes twice.
+    without spans is parsed here; with ``thinking`` only what follows ``</think>`` is read. A reversed or
+    empty span is None. Spans beside a text were read from it by the rules of ``paper``; a protocol with another
+    parser reads the text instead. Raises :class:`UserError` with file and line for any other form, for a row
+    of a data file, and for an id that comes twice.
     """
     protocol = get_protocol(protocol)
     predictions: dict[str, Prediction] = {}
@@ -54,7 +54,7 @@ def read_predictions(
 def parse_row(
     row: Mapping[str, Any], where: str, *, thinking: bool = False, protocol: str | Protocol = "paper"
 ) -> Prediction:
-    """One row of a predictions file; ``where`` begins the messages of :class:`UserError`."""
+    """Reads one row of a predictions file; ``where`` begins the messages of :class:`UserError`."""
     protocol = get_protocol(protocol)
     identity = row.get("id")
     if not isinstance(identity, str):
@@ -71,10 +71,10 @@ def parse_row(
             spans = [answer.span for answer in parsed]
             rules = [answer.rule for answer in parsed]
     elif "span" not in row and "spans" in row and "video" in row:
-        # Its spans are the annotation: read as answers, they would be right every time.
+        # The spans of such a row are the annotation: as predictions, they would be right every time.
         raise UserError(
-            f'{where}: a row of a data file, whose "spans" are the annotation: name the answers of a model '
-            '(a prediction has "responses", "response" or "span")'
+            f'{where}: a row of a data file, whose "spans" are the annotation: name the predictions of a '
+            'model (a prediction has "responses", "response" or "span")'
         )
     elif "spans" in row or "span" in row:
         responses = []
@@ -124,7 +124,7 @@ def _span(value: Any, where: str) -> Interval | None:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionsFile:
-    """One predictions file. ``provenance`` is its note; None where there is none beside it."""
+    """One predictions file. ``provenance`` says what made it; None if no such file stands beside it."""
 
     path: str
     predictions: Mapping[str, Prediction]
@@ -133,15 +133,15 @@ class PredictionsFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPredictions:
-    """What one model answered, in one file or several: as a rule one a data set."""
+    """The predictions of one model, in one file or several: as a rule one a data set."""
 
     name: str
     files: tuple[PredictionsFile, ...]
 
     def of(self, samples: Iterable[Sample]) -> tuple[dict[str, Prediction], tuple[PredictionsFile, ...]]:
-        """The predictions for ``samples`` by id, and the files that they come from.
+        """Returns the predictions for ``samples`` by id, and the files that they come from.
 
-        Raises :class:`UserError` where two files answer one row.
+        Raises :class:`UserError` if two files have a prediction for one row.
         """
         found: dict[str, Prediction] = {}
         ids = [sample.id for sample in samples]
@@ -150,7 +150,7 @@ class ModelPredictions:
             here = {name: file.predictions[name] for name in ids if name in file.predictions}
             if twice := sorted(found.keys() & here.keys()):
                 raise UserError(
-                    f"{file.path}: id {twice[0]!r} is answered in {used[-1].path}, too: give each its NAME="
+                    f"{file.path}: id {twice[0]!r} is also in {used[-1].path}: give each its NAME="
                 )
             if here:
                 used.append(file)
@@ -166,11 +166,10 @@ def read_model_predictions(
     thinking: bool | None = None,
     any_protocol: bool = False,
 ) -> ModelPredictions:
-    """The answers in ``paths``, read as ``protocol`` says.
+    """Reads the predictions in ``paths`` as ``protocol`` says.
 
-    The note beside a file says whether the model thought first; ``thinking`` is for files without one. Raises
-    :class:`UserError` for answers that were asked for otherwise than the protocol asks, unless
-    ``any_protocol``.
+    The provenance beside a file says whether the model thought first; ``thinking`` is for files without one.
+    Raises :class:`UserError` for responses to another prompt than the protocol's, unless ``any_protocol``.
     """
     files = []
     for path in paths:
@@ -190,13 +189,13 @@ def _check_protocol(path: str | Path, protocol: Protocol, style: str | None) -> 
     asked = f"prompt style {style}" if made_under is None else f"protocol {made_under.name}"
     remedy = "" if made_under is None else f"give --protocol {made_under.name}, or "
     raise UserError(
-        f"{path}: these answers were made under {asked}, and this is protocol {protocol.name}: {remedy}"
+        f"{path}: these responses were made under {asked}, and this is protocol {protocol.name}: {remedy}"
         "--any-protocol to evaluate them all the same"
     )
 
 
 def file_deviations(files: Iterable[PredictionsFile], protocol: Protocol) -> dict[str, Any] | None:
-    """What ``files`` were made with otherwise than ``protocol`` says; None where one has no note."""
+    """Returns the settings of ``files`` that deviate from ``protocol``; None if one has no provenance."""
     found: dict[str, Any] = {}
     for file in files:
         others = deviations(protocol, file.provenance)

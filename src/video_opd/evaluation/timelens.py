@@ -1,7 +1,8 @@
-"""What TimeLens' evaluation reads in an answer, for results that are to stand beside its own. No torch.
+"""The parser of TimeLens' evaluation, for results that are to stand beside its own. No torch.
 
-Written from the behaviour of ``extract_time`` in TencentARC/TimeLens (``timelens/utils.py``, 2025). It is
-more generous than the rules of the ``paper`` protocol: the *first* pair counts, and two numbers are enough.
+It follows the behaviour of ``extract_time`` in TencentARC/TimeLens (``timelens/utils.py``, 2025), which
+lmms-eval's task shares. It is more generous than the rules of the ``paper`` protocol: the *first* pair
+counts, and two numbers are enough.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _NUMBER = re.compile(r"\b([0-9]+\.[0-9]+|[0-9]+)\b")
 
 
 def parse_timelens(text: str, *, thinking: bool = False) -> ParsedAnswer:
-    """Read the span in an answer as TimeLens' script does; never raises.
+    """Reads the span in a response as TimeLens' script does; never raises.
 
-    The first of these that is there counts: two clock times (``clock``), "A - B" (``dash``), "A to B"
+    The first of these that is found counts: two clock times (``clock``), "A - B" (``dash``), "A to B"
     (``to``), any two numbers (``numbers``). A reversed or empty span keeps its rule and is None.
     """
     answer = after_thinking(text) if thinking else text

@@ -43,12 +43,12 @@ _SPREADS = (
 
 
 def write_page(record: Mapping[str, Any], out: str | Path) -> Path:
-    """Raises UserError when the file cannot be written."""
+    """Writes the page of a record. Raises UserError if the file cannot be written."""
     return write_text(out, render(record))
 
 
 def render(record: Mapping[str, Any]) -> str:
-    """The page as text; what comes from data is escaped by the template engine."""
+    """Returns the page as text; the template engine escapes everything from data."""
     tokens = record["tokens"]
     spreads = [(label, record[key]) for key, label in _SPREADS if record[key]]
     if tokens:
@@ -72,7 +72,7 @@ _COLUMNS = ("min", "p5", "median", "mean", "p95", "max")
 
 
 def charts(record: Mapping[str, Any]) -> list[Chart]:
-    """The histograms of what there is."""
+    """Draws a histogram of each quantity that the record has."""
     found = [
         _chart(title, help, axis, [(counted, "student", record[key])])
         for key, title, help, axis, counted in CHARTS

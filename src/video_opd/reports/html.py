@@ -67,7 +67,7 @@ CURVES: tuple[tuple[str, str, bool, Mapping[str, str]], ...] = (
         {"response/unparsed_share": "not a time span", "response/truncated_share": "cut off"},
     ),
 )
-# What the colours of the tokens mean.
+# How to read the colours of the tokens, by method.
 TOKEN_HELP = {
     "video-opd": (
         "answers that the student wrote while it was trained. Orange tokens are those that the teacher finds "
@@ -149,7 +149,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as text."""
+    """Returns the page as text."""
     template = environment().get_template("report.html.j2")
     single = len(runs) == 1
     return template.render(
@@ -162,7 +162,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def environment() -> Environment:
-    """The template engine: everything from data is escaped, and a missing value is an error."""
+    """Returns the template engine: it escapes everything from data, and a missing value is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -200,7 +200,7 @@ def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """The learning curves of one run, or those of several laid over each other."""
+    """Draws the learning curves of one run, or those of several laid over each other."""
     charts = []
     for title, help, zero, keys in CURVES:
         series = []
@@ -226,7 +226,7 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
 
 
 def round_curves(run: Run) -> list[Chart]:
-    """mIoU over the rounds, base at 0, with its 95% intervals; a chart a test set (figure 5)."""
+    """Draws mIoU over the rounds, base at 0, with its 95% intervals: a chart a test set (figure 5)."""
     charts = []
     for testset in run.testsets if run.rounds else ():
         found = [e for e in run.evaluations if e.testset == testset]
@@ -273,7 +273,7 @@ def selection_chart(
 
 
 def timeline(row: Mapping[str, Any]) -> Timeline:
-    """One row of eval/timelines.jsonl as bars in percent of the duration."""
+    """Turns one row of eval/timelines.jsonl into bars in percent of the duration."""
     duration_s = float(row["duration"])
     truth = [(float(s), float(e)) for s, e in row["truth"]]
 
@@ -298,7 +298,7 @@ def timeline(row: Mapping[str, Any]) -> Timeline:
 
 
 def _film(frames: Sequence[str], times_s: Sequence[float], duration_s: float) -> list[tuple[str, float, str]]:
-    """Each frame over the stretch of time to which it is the nearest, so that the film and the bars align."""
+    """Lays each frame over the stretch of time that it is nearest to, so that film and bars align."""
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(times_s)), duration_s]
     widths = [100 * (b - a) / duration_s for a, b in pairwise(edges)]
     pictures = [uri if str(uri).startswith("data:") else f"data:image/jpeg;base64,{uri}" for uri in frames]
@@ -306,7 +306,7 @@ def _film(frames: Sequence[str], times_s: Sequence[float], duration_s: float) ->
 
 
 def rollouts(run: Run) -> tuple[list[RolloutView], list[RolloutView]]:
-    """Answers of the first and of the last steps; the second list is empty when there are few."""
+    """Returns responses of the first and of the last steps; the second list is empty when there are few."""
     rows = [row for row in run.rollouts if row.get("tokens")]
     late = rows[-MOST_ROLLOUTS:] if len(rows) >= 2 * MOST_ROLLOUTS else []
     return [_rollout(row) for row in rows[:MOST_ROLLOUTS]], [_rollout(row) for row in late]
@@ -323,7 +323,7 @@ def _rollout(row: Mapping[str, Any]) -> RolloutView:
 
 
 def credits_of(row: Mapping[str, Any]) -> Sequence[float | None]:
-    """What the tokens of a row were credited with: r_t, or without a teacher the advantage."""
+    """Returns the signal of each token of a row: r_t, or the advantage if there is no teacher."""
     credit: Sequence[float | None] = row["r"]
     return row.get("advantage") or credit if all(r is None for r in credit) else credit
 

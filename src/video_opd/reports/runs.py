@@ -1,6 +1,6 @@
-"""Run folders, read as they are: whatever a run has not written (yet) is simply absent.
+"""Reads run folders as they are: files that a run has not written (yet) are simply absent.
 
-Nothing is loaded but JSON and YAML, so a report can be made anywhere, also of a run that is still going on.
+Only JSON and YAML are loaded, so a report can be made anywhere, also of a run that is still going on.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Evaluation:
         return f"{protocol.get('name', '')}, but {others}" if others else str(protocol.get("name", ""))
 
     def _control(self, name: str, figure: str) -> float | None:
-        """A figure of a control: written plainly or inside its record."""
+        """Returns a figure of a control, which is written plainly or inside its record."""
         value = self.record.get(name)
         if isinstance(value, Mapping):
             value = value.get(figure)
@@ -66,7 +66,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder holds."""
+    """The contents of a run folder."""
 
     folder: Path
     name: str
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def student(self) -> str:
-        """The name under which what was trained in the end was evaluated."""
+        """The name under which the final model was evaluated."""
         rounds = [name for name in self.models if round_number(name)]
         return rounds[-1] if rounds else "student"
 
@@ -152,7 +152,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _together(run: Run, rounds: list[Run]) -> Run:
-    """``run`` with what its rounds hold: their steps one after another, their students by round."""
+    """Adds the contents of the rounds to ``run``: their steps one after another, their students by round."""
     if not rounds:
         return run
     metrics: list[Mapping[str, Any]] = []
@@ -201,13 +201,13 @@ def _in_order(found: list[Evaluation]) -> tuple[Evaluation, ...]:
 
 
 def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """One row a step, the last one written: a step that was repeated after a kill counts once."""
+    """Keeps one row a step, the last one written: a step that was repeated after a kill counts once."""
     by_step = {row["step"]: row for row in rows if _is_number(row.get("step"))}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that may be missing, or be written at this moment (a half last line is ignored)."""
+    """Reads a file that may be missing, or be written at this moment (a half last line is ignored)."""
     if not path.exists():
         return []
     rows = []

@@ -39,7 +39,7 @@ class Block:
 
 
 def blocks(run: Run) -> list[Block]:
-    """The before/after table: a block a test set, a row a model, base first."""
+    """Makes the before/after table: a block a test set, a row a model, base first."""
     result = []
     for testset in run.testsets:
         found = [e for model in run.models if (e := run.evaluation(model, testset))]
@@ -112,13 +112,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _trained(run: Run, testset: str) -> Evaluation | None:
-    """The evaluation of what the run trained: the student, or the only model there is."""
+    """Returns the evaluation of the trained model: the student, or the only model there is."""
     found = [e for e in run.evaluations if e.testset == testset]
     return run.evaluation(run.student, testset) or (found[0] if len(found) == 1 else None)
 
 
 def selection_facts(selection: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What select.json (the summary of ``video-opd select``) says, as label and value, in a fixed order."""
+    """Returns the facts of select.json (the summary of ``video-opd select``) as label and value."""
     labels = {
         "strategy": "strategy",
         "rank_by": "ranked by",
@@ -150,7 +150,7 @@ ROUND_HEADER = (
 
 
 def rounds_table(run: Run) -> list[list[str]]:
-    """What each round chose from what, below :data:`ROUND_HEADER`; δ is its mean."""
+    """Returns the counts of each round's selection, below :data:`ROUND_HEADER`; δ is its mean."""
     records = {record["round"]: record for record in (run.summary or {}).get("rounds", [])}
     rows = []
     for r, part in enumerate(run.rounds, start=1):

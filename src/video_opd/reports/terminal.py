@@ -1,4 +1,4 @@
-"""The before/after table for a terminal."""
+"""The before/after table on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from video_opd.terminal import columns
 
 
 def before_after(run: Run) -> list[str]:
-    """mIoU with its interval, a row a test set, a column a model; the best constant answer; the protocol."""
+    """Returns mIoU with its interval, a row a test set and a column a model, and the protocol below it."""
     rows = [["mIoU [95%]", *run.models, "best constant"]]
     for testset in run.testsets:
         found = [run.evaluation(model, testset) for model in run.models]
