@@ -34,9 +34,9 @@ def read_predictions(
 
     A row is ``{"id", "responses", "spans"?, "rules"?}``, ``{"id", "response"}`` or ``{"id", "span"}``. Text
     without spans is parsed here; with ``thinking`` only what follows ``</think>`` is read. A reversed or
-    empty span is None. Spans beside a text were read from it by the rules of ``paper``; a protocol with another
-    parser reads the text instead. Raises :class:`UserError` with file and line for any other form, for a row
-    of a data file, and for an id that comes twice.
+    empty span is None. Spans beside a text were read from it by the rules of ``paper``; a protocol with
+    another parser reads the text instead. Raises :class:`UserError` with file and line for any other form,
+    for a row of a data file, and for an id that comes twice.
     """
     protocol = get_protocol(protocol)
     predictions: dict[str, Prediction] = {}
