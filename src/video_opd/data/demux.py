@@ -18,6 +18,7 @@ from typing import Any
 
 import av
 
+from video_opd.data.containers import MAX_FRAME_PX, WatchedFile, open_options
 from video_opd.errors import UserError
 
 MAX_PACKETS = 5_000_000  # eleven hours at 120 fps: a file with more is broken, or not a video
@@ -84,27 +85,52 @@ class PacketTable:
     disordered: bool = False  # whether the first frames came in another order than their times say
 
 
-def open_container(path: Path, *, guess_times: bool = True) -> av.container.InputContainer:
-    """Opens a local file, never a URL that a playlist inside it might name. Raises VideoError.
+@contextlib.contextmanager
+def open_container(path: Path, *, guess_times: bool = True) -> Iterator[av.container.InputContainer]:
+    """Opens a local file of a known format, and no other that it may name. Raises VideoError.
 
     Without ``guess_times``, packets carry only the times that the file holds.
     """
+    with _open_watched(path, guess_times) as (container, watched):
+        watched.watching = False  # read_packets has read the whole file with the watch
+        yield container
+
+
+@contextlib.contextmanager
+def _open_watched(
+    path: Path, guess_times: bool = True
+) -> Iterator[tuple[av.container.InputContainer, WatchedFile]]:
     if not path.exists():
         raise VideoError(path, "no such file")
     if not path.is_file():
         raise VideoError(path, "not a file")
     if path.stat().st_size == 0:
         raise VideoError(path, "empty file")
-    options = {"protocol_whitelist": "file"} | ({} if guess_times else {"fflags": "nofillin"})
     try:
-        return av.open(
-            f"file:{path.absolute()}",
-            container_options=options,
-            timeout=(READ_TIMEOUT_S, READ_TIMEOUT_S),
-            **TOLERATE_METADATA,
-        )
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, f"cannot be opened as a video ({describe(error)})") from None
+        file = WatchedFile(path)
+    except OSError as error:
+        raise VideoError(path, f"cannot be opened ({describe(error)})") from None
+    with file:
+        try:
+            container = av.open(
+                file,
+                timeout=(READ_TIMEOUT_S, READ_TIMEOUT_S),
+                **open_options(guess_times),
+                **TOLERATE_METADATA,
+            )
+        except av.ArgumentError:  # FFmpeg says so of a format that is not on the list
+            raise VideoError(
+                path,
+                "not a video in a container that is opened (MP4, Matroska, AVI, MPEG and others; no "
+                "playlists, lists of files or pictures)",
+            ) from None
+        except (av.FFmpegError, OSError, ValueError) as error:
+            reason = file.gap if file.gave_up else describe(error)
+            raise VideoError(path, f"cannot be opened as a video ({reason})") from None
+        with container:
+            if file.gave_up:
+                raise VideoError(path, f"cannot be opened as a video ({file.gap})")
+            yield container, file
 
 
 def video_stream(container: av.container.InputContainer, path: Path) -> av.VideoStream:
@@ -119,8 +145,14 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.Video
     stream = max(streams, key=_preference)  # the first of equals
     try:
         stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PX)}
     except (AttributeError, RuntimeError):
         raise VideoError(path, "its video codec is not known to this FFmpeg") from None
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MAX_FRAME_PX:
+        raise VideoError(
+            path, f"frames of {width} × {height} pixels; more than {MAX_FRAME_PX:,} are not decoded"
+        )
     return stream
 
 
@@ -132,15 +164,16 @@ def _preference(stream: av.VideoStream) -> tuple[bool, int]:
 
 def read_packets(path: Path) -> PacketTable:
     """Passes over the packets once; decodes up to the first frame. Raises VideoError if there is none."""
-    with open_container(path) as container:
+    with _open_watched(path) as (container, file):
         stream = video_stream(container, path)
         table = _describe_stream(container, stream)
         sure = table.raw or not table.reorders or container.format.name.startswith(_TIMED_FORMATS)
         if sure:
-            _fill(table, container, stream, path)
+            _fill(table, _packets(container, file, path), container.format.name, stream, path)
     if not sure:
-        with open_container(path, guess_times=False) as container:
-            _fill(table, container, video_stream(container, path), path)
+        with _open_watched(path, guess_times=False) as (container, file):
+            stream = video_stream(container, path)
+            _fill(table, _packets(container, file, path), container.format.name, stream, path)
     if not table.pts:
         raise VideoError(path, "its video stream holds no frames")
     if table.first is None:
@@ -202,10 +235,10 @@ def _describe_stream(container: av.container.InputContainer, stream: av.VideoStr
 
 
 def _fill(
-    table: PacketTable, container: av.container.InputContainer, stream: av.VideoStream, path: Path
+    table: PacketTable, packets: Iterator[av.Packet], format_name: str, stream: av.VideoStream, path: Path
 ) -> None:
     last = newest = 0
-    for packet in _packets(container, path):
+    for packet in packets:
         last = max(last, packet.pos or 0)
         clock = packet.pts if packet.pts is not None else packet.dts
         if clock is not None and packet.time_base:
@@ -229,7 +262,7 @@ def _fill(
             newest = _decode_start(table, stream, packet, newest)
     if table.first is None:
         _decode_start(table, stream, None, newest)
-    _check_tail(path, container.format.name, last)
+    _check_tail(path, format_name, last)
 
 
 def _is_header(packet: av.Packet, codec: str) -> bool:
@@ -259,17 +292,20 @@ def _decode_start(table: PacketTable, stream: av.VideoStream, packet: av.Packet 
     return newest
 
 
-def _packets(container: av.container.InputContainer, path: Path) -> Iterator[av.Packet]:
+def _packets(container: av.container.InputContainer, file: WatchedFile, path: Path) -> Iterator[av.Packet]:
     count = 0
     # A file that breaks off raises here. The caller judges from the packets before that whether they suffice.
     with contextlib.suppress(av.FFmpegError, EOFError):
         for packet in container.demux():
+            file.found_packet()
             if packet.size == 0:
                 continue  # the mark at the end of each stream
             count += 1
             if count > MAX_PACKETS:
                 raise VideoError(path, f"more than {MAX_PACKETS:,} packets")
             yield packet
+    if file.gave_up:
+        raise VideoError(path, f"corrupt: {file.gap}")
 
 
 def _tagged_duration_s(stream: av.VideoStream) -> float | None:
