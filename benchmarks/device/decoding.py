@@ -5,12 +5,11 @@ Each process makes prompts' clips of the same H.264 file, from the file to resiz
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from part import Report, run
 from video_opd.bench.data import make_videos
 from video_opd.config import VideoConfig
 from video_opd.data.video import load_clip, probe
+from video_opd.pools import worker_pool
 
 PROCESSES = (1, 4, 8, 16)
 SIZE_PX, SECONDS = (360, 640), 20
@@ -60,9 +60,8 @@ def rate(processes: int, video: Path, seconds: float) -> tuple[float, int]:
     """(videos a second of all processes together, frames of a clip)."""
     # Forked from a server that has imported everything and run nothing: a fork of a process that has
     # decoded, whose threads are not in it, may wait for them for ever.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.transforms.functional", "video_opd.data.video"])
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    multiprocessing.set_forkserver_preload(["torchvision.transforms.functional", "video_opd.data.video"])
+    with worker_pool(processes, "forkserver") as pool:
         list(pool.map(decode_for, [video] * processes, [0.0] * processes))  # starts them, and warms up
         began_s = time.perf_counter()
         done = list(pool.map(decode_for, [video] * processes, [seconds] * processes))

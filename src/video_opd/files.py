@@ -13,6 +13,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -82,15 +83,17 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         _tidy(temporary, old, target)
 
 
-def discard_unfinished(folder: str | Path) -> None:
+def discard_unfinished(folder: str | Path, name: str = "") -> None:
     """Removes the unfinished files and folders that a kill left in ``folder``; nobody may be writing there.
 
-    A folder that was moved aside, and whose successor did not come, is brought back.
+    With ``name``, only those whose own names begin with it. A folder that was moved aside, and whose
+    successor did not come, is brought back.
     """
-    for old in Path(folder).glob(f"{REPLACED}*"):
+    pattern = f"{glob.escape(name)}*"
+    for old in Path(folder).glob(f"{REPLACED}{pattern}"):
         name = old.name.removeprefix(REPLACED)
         _tidy(old.with_name(f"{UNFINISHED}{name}"), old, old.with_name(name))
-    for path in Path(folder).glob(f"{UNFINISHED}*"):
+    for path in Path(folder).glob(f"{UNFINISHED}{pattern}"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

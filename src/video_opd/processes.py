@@ -6,6 +6,9 @@ torch is imported only if there are several.
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +18,7 @@ from video_opd.types import Sample
 
 # Processes wait for each other for as long as a stage takes; torch's own limit is some ten minutes.
 LONGEST_WAIT = timedelta(days=30)
+LOOK_EVERY_S = 0.2  # at the launcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,7 @@ class Processes:
         A command that runs on the first process alone must not call this: it would wait for the others.
         """
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        follow_launcher()
         if count > 1:
             from torch import distributed
 
@@ -59,6 +64,44 @@ class Processes:
                 f"another process stopped ({str(error).splitlines()[0]}); what was finished is kept: look at "
                 "its message, then repeat the command, with as many processes as you like"
             ) from error
+
+
+def follow_launcher() -> None:
+    """Ends this process when the torchrun or ``accelerate launch`` that started it is gone.
+
+    Launchers end their workers before they end themselves, but one that is killed cannot: its workers would
+    go on, beside those of the next start. Other parents, such as a shell, may leave before their children.
+    """
+    if _Follower.started or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    _Follower.started = True
+    threading.Thread(target=_Follower.follow, args=(os.getppid(),), daemon=True).start()
+
+
+class _Follower:
+    started = False
+
+    @staticmethod
+    def follow(launcher: int) -> None:
+        if _launcher_was_gone():
+            os._exit(1)
+        while os.getppid() == launcher:
+            time.sleep(LOOK_EVERY_S)
+        os._exit(1)
+
+
+def _launcher_was_gone() -> bool:
+    """Whether the launcher ended before this process came to look at its parent: then its store is closed."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address, timeout=60).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, KeyError, ValueError):
+        return False
+    return False
 
 
 def by_video(samples: Iterable[Sample]) -> list[list[Sample]]:

@@ -22,6 +22,8 @@ BASE = {
     "errors",
     "jsonl",
     "files",
+    "locks",
+    "pools",
     "seeds",
     "processes",
     "progress",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from video_opd.pools import worker_pool
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES, noun, phrase, variants
 from video_opd.world.render import Renderer
 from video_opd.world.scene import GRID_S, Scene, Spell, compose, style_name
@@ -118,7 +118,7 @@ def _render(args: tuple[str, int, int]) -> Example:
 
 
 def render_pool(split: str, seed: int, indices: Sequence[int], workers: int | None = None) -> list[Example]:
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         return list(pool.map(_render, [(split, seed, i) for i in indices], chunksize=16))
 
 

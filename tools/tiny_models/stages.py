@@ -36,7 +36,8 @@ from video_opd.config import Settings, read_settings
 from video_opd.config.settings import Number, several
 from video_opd.config.tree import parse_yaml
 from video_opd.errors import UserError, need
-from video_opd.files import write_text
+from video_opd.files import replacing_file, write_text
+from video_opd.locks import locked_folder
 from video_opd.models.loading import load_model
 from video_opd.progress import log, task
 from video_opd.world.measure import evaluate_model, make_test_sets
@@ -138,7 +139,8 @@ def run_recipe(path: str | Path | None, out: str | Path, workers: int | None = N
     """Runs the stages of a recipe (the shipped models' if None), and returns the model folders."""
     path = path or Path(__file__).with_name("pretraining.yaml")
     recipe, out = read_pretraining(path), Path(out)
-    Trainer(recipe, out, workers).run()
+    with locked_folder(out):
+        Trainer(recipe, out, workers).run()
     return [out / stage.save_as for stage in recipe.stages if stage.save_as]
 
 
@@ -171,7 +173,8 @@ class Trainer:
                 if stage.grow:
                     self.module, self.size = self.module.grown(stage.grow), stage.grow
                 self.stage(stage, index)
-                torch.save(self.module.state_dict(), weights)
+                with replacing_file(weights) as temporary:
+                    torch.save(self.module.state_dict(), temporary)
                 if stage.kind != "vision":
                     self.check(stage.name)
             if stage.save_as and not (self.out / stage.save_as / MADE).exists():

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
+from video_opd.processes import follow_launcher
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow each other tenfold when several processes share few cores. torch
     # reads this when it starts its threads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    follow_launcher()  # first of all, because importing torch takes seconds
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:

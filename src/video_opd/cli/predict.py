@@ -43,6 +43,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.protocols import get_protocol
+    from video_opd.locks import locked_file
     from video_opd.models.inference import load_inference_model, read_inference_config
     from video_opd.processes import Processes
 
@@ -51,8 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_inference_config(arguments.model, arguments.overrides, protocol, arguments.device)
     settings = response_settings(arguments, config, n=arguments.n, temperature=arguments.temperature)
     processes = Processes.of_environment()
-    model = load_inference_model(config, arguments.device)
-    result = respond(arguments, model, samples, arguments.out, settings, processes)
+    with locked_file(arguments.out, processes):  # before the model is loaded
+        model = load_inference_model(config, arguments.device)
+        result = respond(arguments, model, samples, arguments.out, settings, processes)
     if not is_first_process():
         return
     if arguments.json:

@@ -8,14 +8,11 @@ or have changed.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ from video_opd.data.annotations import Annotations, misspelt_keys, read_annotati
 from video_opd.data.prompts import CONTROL_TOKEN
 from video_opd.errors import UserError
 from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
+from video_opd.locks import locked_file
+from video_opd.pools import worker_pool
 from video_opd.progress import track
 from video_opd.types import Sample
 
@@ -194,8 +193,15 @@ def known_videos(
 def check_videos(
     samples: Sequence[Sample], out: str | Path, settings: CheckSettings
 ) -> dict[Path, CheckedVideo]:
-    """The facts of each video of ``samples``. Those in ``out`` are reused; the others are appended to it."""
-    out = Path(out)
+    """The facts of each video of ``samples``. Those in ``out`` are reused; the others are appended to it.
+
+    Raises :class:`UserError` if another command is appending to ``out``.
+    """
+    with locked_file(out):
+        return _check_videos(samples, Path(out), settings)
+
+
+def _check_videos(samples: Sequence[Sample], out: Path, settings: CheckSettings) -> dict[Path, CheckedVideo]:
     repair_jsonl(out)
     checked = known_videos(samples, out, decoded=settings.decode is not None)
     wanted = []
@@ -249,7 +255,7 @@ def _opened(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[P
     waiting = deque(videos)
     while waiting:
         suspects: list[Path] = []
-        with _pool(settings.workers) as pool:
+        with worker_pool(settings.workers) as pool:
             running: dict[Future[dict[str, Any]], Path] = {}
             try:
                 while waiting or running:
@@ -262,40 +268,19 @@ def _opened(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[P
                         yield running.pop(future), facts
             except BrokenProcessPool:
                 suspects = list(running.values())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
         yield from _one_by_one(suspects, settings)
 
 
 def _one_by_one(videos: Sequence[Path], settings: CheckSettings) -> Iterator[tuple[Path, dict[str, Any]]]:
     waiting = deque(videos)
     while waiting:
-        with _pool(1) as pool:
+        with worker_pool(1) as pool:
             try:
                 while waiting:
                     facts = pool.submit(open_video, waiting[0], settings.decode).result()
                     yield waiting.popleft(), facts
             except BrokenProcessPool:
                 yield waiting.popleft(), {"error": _CRASHED}
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # spawn: a fork would copy the locks of the caller's threads
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
-
-
-def _follow_parent() -> None:
-    """A worker leaves Ctrl-C to its parent, and ends if its parent was killed: else it would wait forever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def wait_for_end() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _stat(video: Path) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.config import Recipe
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
+from video_opd.locks import locked_file
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import InferenceConfig, InferenceModel, load_inference_model
 from video_opd.models.loading import check_same_tokens, read_config
@@ -49,31 +50,32 @@ def score_pool(
     """
     if teacher is not None and teacher_from is None:
         read_config(teacher.model.path)  # finds a missing teacher before minutes are spent on the student
-    loaded = load_inference_model(student, device, cache_dir)
-    lazy_teacher = None if teacher is None else LazyPolicy(lambda: _load_teacher(teacher, loaded, device))
-    if lazy_teacher is not None and teacher_from is None:
-        lazy_teacher.load()
-    provenance: dict[str, Any] = {
-        "student": loaded.provenance()["model"],
-        "student_dtype": student.model.dtype,
-        "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
-        "teacher_dtype": None if teacher is None else teacher.model.dtype,
-        "input": loaded.provenance()["input"],
-    }
-    return score(
-        loaded.policy,
-        lazy_teacher,
-        samples,
-        loaded.prompts,
-        out,
-        provenance=provenance,
-        settings=settings,
-        batch_size=batch_size,
-        teacher_from=teacher_from,
-        overwrite=overwrite,
-        repeatable=repeatable,
-        processes=processes,
-    )
+    with locked_file(out, processes):  # before the models are loaded
+        loaded = load_inference_model(student, device, cache_dir)
+        lazy_teacher = None if teacher is None else LazyPolicy(lambda: _load_teacher(teacher, loaded, device))
+        if lazy_teacher is not None and teacher_from is None:
+            lazy_teacher.load()
+        provenance: dict[str, Any] = {
+            "student": loaded.provenance()["model"],
+            "student_dtype": student.model.dtype,
+            "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
+            "teacher_dtype": None if teacher is None else teacher.model.dtype,
+            "input": loaded.provenance()["input"],
+        }
+        return score(
+            loaded.policy,
+            lazy_teacher,
+            samples,
+            loaded.prompts,
+            out,
+            provenance=provenance,
+            settings=settings,
+            batch_size=batch_size,
+            teacher_from=teacher_from,
+            overwrite=overwrite,
+            repeatable=repeatable,
+            processes=processes,
+        )
 
 
 def _load_teacher(teacher: InferenceConfig, student: InferenceModel, device: str | None) -> Policy:

@@ -21,6 +21,7 @@ from video_opd.evaluation.output import Output, append_batches
 from video_opd.evaluation.predict import GenerationSettings, generate_responses, samples_without_rows
 from video_opd.evaluation.resume import read_provenance
 from video_opd.jsonl import read_jsonl
+from video_opd.locks import locked_file
 from video_opd.processes import Processes
 from video_opd.progress import log
 from video_opd.temporal import best_iou, parse_answer
@@ -106,7 +107,7 @@ def score(
     settings. ``repeatable``: a killed output ends with the same bytes as another
     (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
     Raises :class:`UserError` where another teacher made the rows of ``teacher_from``, and where something
-    else made the rows of ``out``.
+    else made the rows of ``out``, and where another command is writing ``out``.
     """
     settings = settings or ScoreSettings()
     if teacher is None and (settings.reverse_kl or teacher_from is not None):
@@ -117,19 +118,20 @@ def score(
         "student_answers": asdict(settings.student),
         "reverse_kl": settings.reverse_kl,
     }
-    output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
-    candidates = [sample for sample in samples if sample.spans or settings.reverse_kl]
-    todo = samples_without_rows(candidates, output.rows, out)
-    reused = {} if teacher_from is None else _teacher_scores(teacher_from, provenance, todo)
-    kept = len(candidates) - len(todo)
-    reuse = f", the teacher's scores of {len(reused)} are reused" if reused else ""
-    log(f"{out}: {kept} of {len(candidates)} rows are there, {len(todo)} to score{reuse}")
+    with locked_file(out, processes):
+        output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
+        candidates = [sample for sample in samples if sample.spans or settings.reverse_kl]
+        todo = samples_without_rows(candidates, output.rows, out)
+        reused = {} if teacher_from is None else _teacher_scores(teacher_from, provenance, todo)
+        kept = len(candidates) - len(todo)
+        reuse = f", the teacher's scores of {len(reused)} are reused" if reused else ""
+        log(f"{out}: {kept} of {len(candidates)} rows are there, {len(todo)} to score{reuse}")
 
-    def rows_of(batch: Sequence[Item]) -> list[dict[str, Any]]:
-        return _score_batch(student, teacher, batch, settings, reused)
+        def rows_of(batch: Sequence[Item]) -> list[dict[str, Any]]:
+            return _score_batch(student, teacher, batch, settings, reused)
 
-    append_batches(output, todo, make_loader, batch_size, rows_of, "scoring")
-    output.finish(samples)
+        append_batches(output, todo, make_loader, batch_size, rows_of, "scoring")
+        output.finish(samples)
     scored = [sample for sample in todo if sample.id in output.ids]
     return ScoreResult(
         kept=kept,

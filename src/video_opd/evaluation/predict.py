@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader
 from video_opd.evaluation.output import Output, append_batches
+from video_opd.locks import locked_file
 from video_opd.processes import Processes
 from video_opd.progress import log
 from video_opd.seeds import derive_seed
@@ -112,12 +113,26 @@ def predict(
     settings made before are kept. A sample whose video fails gets no row: it counts as missing, and the next
     run tries it again. ``repeatable``: a killed output ends with the same bytes as another
     (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
-    Raises :class:`UserError` where ``out`` holds other rows.
+    Raises :class:`UserError` where ``out`` holds other rows, and where another command is writing it.
     """
     settings = settings or GenerationSettings()
     make_row = make_row or grounding_row
     provenance = {**provenance, "answers": asdict(settings)}
-    output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
+    with locked_file(out, processes):
+        output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
+        return _predict(policy, samples, make_loader, output, settings, batch_size, make_row)
+
+
+def _predict(
+    policy: Policy,
+    samples: Sequence[Sample],
+    make_loader: MakeLoader,
+    output: Output,
+    settings: GenerationSettings,
+    batch_size: int,
+    make_row: MakeRow,
+) -> PredictResult:
+    out = output.path
     todo = samples_without_rows(samples, output.rows, out)
     kept = len(samples) - len(todo)
     if kept:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import video_opd
 from video_opd.errors import UserError
 from video_opd.files import write_text
+from video_opd.locks import locked_folder
 from video_opd.progress import log
 from video_opd.suites import requirements
 from video_opd.suites.accuracy import (
@@ -99,8 +100,9 @@ def run(
 ) -> SuiteResult:
     """Runs the suite and writes ``results.json``.
 
-    Raises :class:`UserError` before a model is loaded if something is missing. Raises RuntimeError if
-    lmms-eval fails, if no video of a task can be read, or if lmms-eval's accuracy is not ours.
+    Raises :class:`UserError` before a model is loaded if something is missing, and if another command is
+    writing in the folder. Raises RuntimeError if lmms-eval fails, if no video of a task can be read, or if
+    lmms-eval's accuracy is not ours.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
@@ -125,31 +127,33 @@ def run(
         overwrite=overwrite,
     )
     config, answers = responder.config, responder.settings  # raises now for a wrong setting
-    digests = write_task_files(
-        settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
-    )
-    rehearse(found.rows)
-    scored = _run_lmms_eval(responder, settings.out / TASK_FILES, found.rows)
-    result = SuiteResult(
-        model=model,
-        scores=benchmark_scores(scored),
-        protocol={
-            "questions": "lmms-eval's, those for Qwen3-VL where a task has its own",
-            "system": None,
-            "letters": "read by video-opd, then scored by lmms-eval; unread and missing answers are wrong",
-            "judge": "lmms-eval's" if settings.judge else None,
-            "answers": asdict(answers),
-            "video": config.video.model_dump(),
-            "model": config.model.model_dump(),
-            "fingerprint": model_fingerprint(model),
-            "limit": settings.limit,
-            "rows": {task.name: digest for task, digest in digests.items()},
-            "ci95": "bootstrap over videos, 2000 draws, seed 0",
-        },
-        versions=versions(),
-    )
-    write_text(settings.out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
-    log(f"wrote {settings.out / 'results.json'}")
+    with locked_folder(settings.out):
+        digests = write_task_files(
+            settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
+        )
+        rehearse(found.rows)
+        scored = _run_lmms_eval(responder, settings.out / TASK_FILES, found.rows)
+        result = SuiteResult(
+            model=model,
+            scores=benchmark_scores(scored),
+            protocol={
+                "questions": "lmms-eval's, those for Qwen3-VL where a task has its own",
+                "system": None,
+                "letters": "read by video-opd, then scored by lmms-eval; "
+                "unread and missing answers are wrong",
+                "judge": "lmms-eval's" if settings.judge else None,
+                "answers": asdict(answers),
+                "video": config.video.model_dump(),
+                "model": config.model.model_dump(),
+                "fingerprint": model_fingerprint(model),
+                "limit": settings.limit,
+                "rows": {task.name: digest for task, digest in digests.items()},
+                "ci95": "bootstrap over videos, 2000 draws, seed 0",
+            },
+            versions=versions(),
+        )
+        write_text(settings.out / "results.json", json.dumps(result.to_json(), indent=2) + "\n")
+        log(f"wrote {settings.out / 'results.json'}")
     return result
 
 

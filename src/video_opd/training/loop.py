@@ -25,9 +25,10 @@ from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
+from video_opd.locks import locked_folder
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
-from video_opd.processes import LONGEST_WAIT
+from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher
 from video_opd.progress import log, task
 from video_opd.seeds import derive_seed
 from video_opd.training import checkpoint as checkpoints
@@ -66,10 +67,16 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     """Trains a model. A run that was killed is continued; one that is finished returns at once.
 
     ``build`` makes the components; tests and other engines give their own. Raises :class:`UserError` for
-    what a user can get wrong, at the earliest moment.
+    what a user can get wrong, at the earliest moment, and if another command is writing in the folder.
     """
-    folder = RunFolder(recipe.run.dir)
     accelerator = make_accelerator(recipe)
+    processes = Processes(rank=accelerator.process_index, count=accelerator.num_processes)
+    with locked_folder(recipe.run.dir, processes):
+        return _train(recipe, accelerator, build)
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, build: Build) -> RunResult:
+    folder = RunFolder(recipe.run.dir)
     if accelerator.is_main_process:
         folder.claim(recipe)
         folder.discard_unfinished()
@@ -240,6 +247,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     check_trackers(recipe)
     sharding_asked(recipe)
+    follow_launcher()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         # Without an accelerator, Accelerate would make each of torchrun's processes a run of its own.

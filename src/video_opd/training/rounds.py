@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +34,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation.rows import METRICS
 from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
+from video_opd.locks import locked_folder
 from video_opd.progress import is_first_process, log
 from video_opd.training.components import build_components
 from video_opd.training.final_evaluation import (
@@ -62,16 +64,24 @@ def run_rounds(
     """Runs all rounds. Rounds that were killed are continued; finished ones return at once.
 
     ``after_round`` is called with the folder after each round. Raises :class:`UserError` for what a user can
-    get wrong, at the earliest moment, and if the first selection is empty. A later empty selection ends the
+    get wrong, at the earliest moment, if another command is writing in the folder, and if the first selection
+    is empty. A later empty selection ends the
     rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
     rounds = Rounds(recipe, build)
-    if is_first_process():
-        rounds.folder.claim_for_rounds(recipe)
-        rounds.folder.discard_unfinished()
+    with ExitStack() as stack:
+        if is_first_process():
+            # The other processes write only in ``train``, which locks the folder of its round.
+            stack.enter_context(locked_folder(rounds.folder.path))
+            rounds.folder.claim_for_rounds(recipe)
+            rounds.folder.discard_unfinished()
+        return _run(rounds, after_round or (lambda folder: None))
+
+
+def _run(rounds: Rounds, after_round: Callable[[Path], object]) -> RoundsResult:
     if not rounds.finished:
-        rounds.run(after_round or (lambda folder: None))
+        rounds.run(after_round)
     else:
         log(f"{rounds.folder.path} is finished: nothing to do")
     summary = json.loads(rounds.summary.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from typing import Any
 from video_opd.config import Recipe, SelectionConfig, load_recipe
 from video_opd.errors import UserError
 from video_opd.files import write_text
+from video_opd.locks import locked_folder
 from video_opd.progress import log, track
 from video_opd.types import Sample
 from video_opd.world.measure import evaluate_model, make_test_sets
@@ -39,12 +40,19 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
     """Runs the demo in the folder ``out``, which becomes a run folder, and returns ``out``.
 
     ``steps`` is the number of optimiser steps, the recipe's if None. Raises
-    :class:`~video_opd.errors.UserError` if ``out`` cannot be written, and if it holds another demo or run.
+    :class:`~video_opd.errors.UserError` if ``out`` cannot be written, and if it holds another demo or run,
+    or one that is going on.
     """
     out = Path(out)
     recipe = demo_recipe(out, seed, steps)
-    _claim(out, recipe)
+    with locked_folder(out):
+        _claim(out, recipe)
+        _run(out, recipe)
+    return out
 
+
+def _run(out: Path, recipe: Recipe) -> None:
+    seed = recipe.run.seed
     from video_opd.curriculum.pool import inference_configs, score_pool
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.curriculum.tvdf import select_file
@@ -83,7 +91,6 @@ def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Pat
         for split, data in tests.items():
             evaluate_model(name, path, split, data, out / "eval")
     write_timelines(tests["short"], list(models), out / "eval")
-    return out
 
 
 def _claim(out: Path, recipe: Recipe) -> None:

@@ -6,17 +6,17 @@ adds videos to those that exist, and a run that was killed continues where it st
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from video_opd.errors import UserError
-from video_opd.files import replacing_file
+from video_opd.files import discard_unfinished, replacing_file
 from video_opd.jsonl import write_jsonl
+from video_opd.locks import locked_folder
+from video_opd.pools import worker_pool
 from video_opd.world.scene import STYLES, Scene, compose, scene_rng
 
 TEST_SPLITS = tuple(STYLES)
@@ -107,7 +107,8 @@ def make_world(
         The data file of each split.
 
     Raises:
-        UserError: for an unknown split, and if ``out`` cannot be written or the disk is full.
+        UserError: for an unknown split, and if ``out`` cannot be written, the disk is full, or another
+            command is writing there.
     """
     out = Path(out)
     wanted = dict(DEFAULT_VIDEOS if videos is None else videos)
@@ -117,17 +118,21 @@ def make_world(
     tasks = [(split, seed, i, str(out / "videos")) for split, n in wanted.items() for i in range(n)]
     made: dict[str, list[dict]] = {split: [] for split in wanted}
     try:
-        (out / "videos").mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            results: Iterable = pool.map(_make_one, tasks, chunksize=4)
-            if track is not None:
-                results = track(results, f"render {len(tasks)} videos", len(tasks))
-            for (split, *_), found in zip(tasks, results, strict=True):
-                made[split].extend(found)
-        paths = {}
-        for split, found in made.items():
-            paths[split] = out / f"{split}.jsonl"
-            write_jsonl(paths[split], found)
+        with locked_folder(out):
+            (out / "videos").mkdir(parents=True, exist_ok=True)
+            discard_unfinished(out / "videos")
+            for split in wanted:
+                discard_unfinished(out, f"{split}.jsonl")
+            with worker_pool(workers) as pool:
+                results: Iterable = pool.map(_make_one, tasks, chunksize=4)
+                if track is not None:
+                    results = track(results, f"render {len(tasks)} videos", len(tasks))
+                for (split, *_), found in zip(tasks, results, strict=True):
+                    made[split].extend(found)
+            paths = {}
+            for split, found in made.items():
+                paths[split] = out / f"{split}.jsonl"
+                write_jsonl(paths[split], found)
     except OSError as error:
         raise UserError(
             f"cannot write the world under {out}: {error.strerror or error}; free space or use --out"

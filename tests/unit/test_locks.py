@@ -1,0 +1,266 @@
+"""Two commands on one output: one works, the other is refused by the first one's name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import SRC
+
+from video_opd import locks
+from video_opd.errors import UserError
+from video_opd.locks import locked_file, locked_folder
+from video_opd.processes import Processes
+
+HOST = socket.gethostname()
+
+
+@contextmanager
+def other(code: str, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which runs ``code`` and then waits until its input is closed."""
+    script = (
+        "import sys\nfrom video_opd.locks import *\nfrom video_opd.processes import Processes\n"
+        f"{code}\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(SRC)},
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+FILE, FOLDER = "with locked_file(sys.argv[1]):", "with locked_folder(sys.argv[1]):"
+
+
+@pytest.mark.parametrize(("code", "lock"), [(FILE, locked_file), (FOLDER, locked_folder)])
+def test_a_second_process_is_refused_by_the_name_of_the_first(
+    tmp_path: Path, code: str, lock: Callable[[Path], Any]
+) -> None:
+    out = tmp_path / "new" / "out"
+    with other(code, out) as process:
+        with pytest.raises(UserError) as refused, lock(out):
+            pass
+        message = str(refused.value)
+        assert message.startswith(f"{out}: process {process.pid} on host {HOST} (since ")
+        assert "\n" not in message
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+    assert list(tmp_path.rglob("*lock")) == []  # the lock file goes with the lock
+    with lock(out):
+        pass
+
+
+def test_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
+    with other(FILE, tmp_path / "p") as process:
+        process.kill()
+        process.wait()
+        left = json.loads((tmp_path / "p.lock").read_text())
+        assert left["pid"] == process.pid and left["host"] == HOST
+        with locked_file(tmp_path / "p"):
+            assert json.loads((tmp_path / "p.lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_children_do_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess\n"
+        "with locked_file(sys.argv[1]):\n"
+        "    program = subprocess.Popen(['sleep', '600'], close_fds=False)\n"
+        "    fork = os.fork()\n"
+        "    if fork == 0: os.execvp('sleep', ['sleep', '600'])\n"
+        "    second = os.fork()\n"
+        "    if second == 0:\n"
+        "        import time; time.sleep(600)\n"
+        "    open(sys.argv[2], 'w').write(f'{program.pid} {fork} {second}')"
+    )
+    with other(code, tmp_path / "p", tmp_path / "pids") as process:
+        children = [int(word) for word in (tmp_path / "pids").read_text().split()]
+        try:
+            process.kill()
+            process.wait()
+            with locked_file(tmp_path / "p"):
+                assert all(Path(f"/proc/{child}").exists() or os.kill(child, 0) is None for child in children)
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+
+
+def test_a_fork_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
+    with locked_file(tmp_path / "p"):
+        child = os.fork()
+        if child == 0:
+            locks._leave(  # as if the fork left the block
+                locks._Lock(descriptor=None, process=os.getppid(), thread=0),
+                tmp_path / "p.lock",
+                Processes(),
+                finished=True,
+            )
+            try:
+                with locked_file(tmp_path / "p"):
+                    os._exit(1)
+            except UserError:
+                os._exit(0 if (tmp_path / "p.lock").exists() else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_block_inside_a_block_holds_the_same_lock(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("p")
+    with locked_file(tmp_path / "p"):
+        with locked_file(tmp_path / "link"):
+            pass
+        assert (tmp_path / "p.lock").exists()
+        with pytest.raises(ZeroDivisionError), locked_file(tmp_path / "p"):
+            1 / 0  # noqa: B018
+        assert refused_in_another_process(tmp_path / "p")
+    assert not (tmp_path / "p.lock").exists()
+
+
+def refused_in_another_process(out: Path) -> bool:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: _try(out))
+    process.start()
+    process.join()
+    return process.exitcode == 7
+
+
+def _try(out: Path) -> None:
+    try:
+        with locked_file(out):
+            pass
+    except UserError:
+        os._exit(7)
+
+
+def test_another_thread_is_refused(tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def run() -> None:
+        try:
+            with locked_file(tmp_path / "p"):
+                pass
+        except UserError as error:
+            found.append(str(error))
+
+    with locked_file(tmp_path / "p"):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert found and f"another thread of this process ({os.getpid()})" in found[0]
+
+
+def test_the_name_of_an_earlier_process_is_not_believed(tmp_path: Path) -> None:
+    """The holder has the lock, but its name is not in the file yet: there is that of a dead process."""
+    with other(FILE, tmp_path / "p") as dead:
+        dead.kill()
+        dead.wait()
+    stale = (tmp_path / "p.lock").read_text()
+    with other(FILE, tmp_path / "p") as process:
+        named = (tmp_path / "p.lock").read_text()
+        (tmp_path / "p.lock").write_text(stale)
+        timer = threading.Timer(0.1, lambda: (tmp_path / "p.lock").write_text(named))
+        timer.start()
+        with pytest.raises(UserError, match=f"process {process.pid} on host"), locked_file(tmp_path / "p"):
+            pass
+        timer.join()
+
+
+def test_a_process_of_another_host_is_named(tmp_path: Path) -> None:
+    with other(FILE, tmp_path / "p"):
+        elsewhere = {"host": "node-7", "pid": 1, "since": "2026-01-02 03:04:05+00:00"}
+        (tmp_path / "p.lock").write_text(json.dumps(elsewhere))
+        with pytest.raises(UserError, match=r"process 1 on host node-7 \(since 2026"):
+            with locked_file(tmp_path / "p"):
+                pass
+
+
+RANK = (
+    "processes = Processes(rank=int(sys.argv[2]), count=2)\n"
+    "Processes.wait = lambda self: None\n"
+    "with locked_file(sys.argv[1], processes):"
+)
+
+
+def test_the_processes_of_a_launcher_share_a_lock_and_each_of_them_keeps_others_out(tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    with other(RANK, out, 0) as first, other(RANK, out, 1) as second:
+        with pytest.raises(UserError, match=f"process {first.pid} on host"), locked_file(out):
+            pass
+        first.kill()  # as a machine without memory does; the other process goes on for a while
+        first.wait()
+        with pytest.raises(UserError, match=f"was started with process {first.pid} on host"):
+            with locked_file(out):
+                pass
+        second.kill()
+        second.wait()
+        with locked_file(out):
+            pass
+    assert not (tmp_path / "p.lock").exists()
+
+
+def test_a_file_system_without_locks_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    for _ in range(2):
+        with locked_file(tmp_path / "p"):
+            pass
+    told = capsys.readouterr().err
+    assert told.count("cannot be locked (No locks available)") == 1 and str(tmp_path / "p.lock") in told
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_where_nothing_can_be_written_nothing_is_locked(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with locked_file(tmp_path / "p"):
+        assert not (tmp_path / "p.lock").exists()
+
+
+def test_a_path_through_a_file_is_left_to_the_command(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with locked_file(tmp_path / "file" / "p"):
+        pass
+
+
+def test_the_lock_file_of_the_last_holder_is_not_taken_for_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder removes the file between our opening and our locking it: that lock would hold for nobody."""
+    real = locks._lock_all
+    calls = 0
+
+    def removed_before(descriptor: int) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (tmp_path / "p.lock").unlink()
+        return real(descriptor)
+
+    monkeypatch.setattr(locks, "_lock_all", removed_before)
+    with locked_file(tmp_path / "p"):
+        assert calls == 2 and (tmp_path / "p.lock").exists()
+        assert refused_in_another_process(tmp_path / "p")

@@ -1,0 +1,89 @@
+"""The workers of a pool end with their parent: when it is killed, when it is interrupted, when it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import SRC
+from process_cases import descendants, is_alive, needs_proc, wait_until
+
+from video_opd.pools import worker_pool
+
+# Two workers write their ids, and then work for ever.
+FOREVER = """
+import os, sys, time
+from video_opd.pools import worker_pool
+
+def work(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    while True:
+        time.sleep(60)
+
+if __name__ == "__main__":
+    with worker_pool(2, sys.argv[2]) as pool:
+        for _ in pool.map(work, [sys.argv[1]] * 6):
+            pass
+"""
+
+
+@pytest.fixture(params=["spawn", "forkserver"])
+def forever(request: pytest.FixtureRequest, tmp_path: Path) -> subprocess.Popen[str]:
+    """A process with a pool, in a process group of its own."""
+    script, pids = tmp_path / "script.py", tmp_path / "pids"
+    script.write_text(FOREVER)
+    pids.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, script, pids, request.param],
+        env=os.environ | {"PYTHONPATH": str(SRC)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: len(list(pids.iterdir())) == 2)
+    return process
+
+
+def ended(pids: Path) -> bool:
+    return not any(is_alive(int(file.name)) for file in pids.iterdir())
+
+
+@needs_proc
+def test_the_workers_of_a_killed_parent_end(forever: subprocess.Popen[str], tmp_path: Path) -> None:
+    below = descendants(forever.pid)
+    assert {int(file.name) for file in (tmp_path / "pids").iterdir()} <= below
+    forever.kill()
+    forever.wait()
+    wait_until(lambda: not any(map(is_alive, below)))  # multiprocessing's helpers, too
+
+
+@needs_proc
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_ends_all_of_them_in_the_middle_of_their_tasks(
+    forever: subprocess.Popen[str], tmp_path: Path, times: int
+) -> None:
+    below = descendants(forever.pid)
+    for _ in range(times):
+        if forever.poll() is None:
+            os.killpg(forever.pid, signal.SIGINT)  # as a terminal does
+    assert forever.wait(timeout=300) != 0
+    wait_until(lambda: not any(map(is_alive, below)))
+    assert forever.stderr is not None
+    assert "in work" not in forever.stderr.read()  # no worker shows a traceback
+
+
+def test_a_pool_gives_results_in_order() -> None:
+    with worker_pool(2) as pool:
+        assert list(pool.map(str, range(5))) == list("01234")
+
+
+def test_an_error_in_the_block_ends_the_workers_and_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), worker_pool(1) as pool:
+        worker = pool.submit(os.getpid).result()
+        assert is_alive(worker)
+        1 / 0  # noqa: B018
+    wait_until(lambda: not is_alive(worker))

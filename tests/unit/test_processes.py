@@ -1,0 +1,82 @@
+"""Workers of a launcher end when it is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import SRC
+from process_cases import is_alive, needs_proc, wait_until
+
+WORKER = """
+import pathlib, sys, time
+from video_opd.processes import follow_launcher
+follow_launcher()
+follow_launcher()
+pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
+while True:
+    time.sleep(60)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def launch(note: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """A launcher, whose worker writes its process id into ``note`` if it goes on."""
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, WORKER, str(note)],
+        env=os.environ | {"PYTHONPATH": str(SRC)} | environment,
+    )
+
+
+def worker_of(note: Path) -> int:
+    wait_until(lambda: note.exists() and note.read_text() != "")
+    return int(note.read_text())
+
+
+def launched(note: Path, **environment: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A launcher and the process id of its worker."""
+    return launch(note, **environment), worker_of(note)
+
+
+@needs_proc
+def test_a_worker_ends_with_its_launcher(tmp_path: Path) -> None:
+    launcher, worker = launched(tmp_path / "pid", TORCHELASTIC_RUN_ID="none")
+    assert is_alive(worker)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not is_alive(worker))
+
+
+@needs_proc
+def test_another_parent_may_leave_before_its_child(tmp_path: Path) -> None:
+    """Two workers, one of a launcher: when that one has ended, the other had the time to end, too."""
+    plain, stays = launched(tmp_path / "stays")
+    launcher, ends = launched(tmp_path / "ends", TORCHELASTIC_RUN_ID="none")
+    for process in (plain, launcher):
+        process.kill()
+        process.wait()
+    try:
+        wait_until(lambda: not is_alive(ends))
+        assert is_alive(stays)
+    finally:
+        os.kill(stays, signal.SIGKILL)
+
+
+@needs_proc
+@pytest.mark.parametrize("agents", ["True", "False"])
+def test_a_worker_whose_launcher_was_gone_before_it_looked_ends(tmp_path: Path, agents: str) -> None:
+    """It never saw the launcher alive; but nobody listens where the launcher's store was."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused, and nobody takes it
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": agents, **address}
+        launcher = launch(tmp_path / "pid", **environment)
+        if agents == "False":  # the store is the first worker's own, which may not be there yet
+            assert is_alive(worker_of(tmp_path / "pid"))
+            launcher.kill()
+        launcher.wait(timeout=300)  # it waits for its worker
