@@ -190,9 +190,9 @@ def test_a_process_of_another_host_is_named(tmp_path: Path) -> None:
     with other(FILE, tmp_path / "p"):
         elsewhere = {"host": "node-7", "pid": 1, "since": "2026-01-02 03:04:05+00:00"}
         (tmp_path / "p.lock").write_text(json.dumps(elsewhere))
-        with pytest.raises(UserError, match=r"process 1 on host node-7 \(since 2026"):
-            with locked_file(tmp_path / "p"):
-                pass
+        named = r"process 1 on host node-7 \(since 2026"
+        with pytest.raises(UserError, match=named), locked_file(tmp_path / "p"):
+            pass
 
 
 RANK = (
@@ -209,9 +209,9 @@ def test_the_processes_of_a_launcher_share_a_lock_and_each_of_them_keeps_others_
             pass
         first.kill()  # as a machine without memory does; the other process goes on for a while
         first.wait()
-        with pytest.raises(UserError, match=f"was started with process {first.pid} on host"):
-            with locked_file(out):
-                pass
+        named = f"was started with process {first.pid} on host"
+        with pytest.raises(UserError, match=named), locked_file(out):
+            pass
         second.kill()
         second.wait()
         with locked_file(out):
