@@ -101,7 +101,8 @@ def test_children_do_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
             process.kill()
             process.wait()
             with locked_file(tmp_path / "p"):
-                assert all(Path(f"/proc/{child}").exists() or os.kill(child, 0) is None for child in children)
+                for child in children:
+                    os.kill(child, 0)  # it is there
         finally:
             for child in children:
                 os.kill(child, signal.SIGKILL)
