@@ -142,6 +142,25 @@ def check_frames(
         assert clip.times_s == pytest.approx(times_s[clip.frame_indices], abs=tolerance_s)
 
 
+def write_sizes(path: Path, count: int, heights: Sequence[int], fps: int = 25) -> Path:
+    """A stream of each height, none the default one. Numbers in a stream begin at its height."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for height in heights:
+            stream = container.add_stream("libx264", rate=fps)
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width, stream.pix_fmt = height, 3 * height, "yuv420p"
+            stream.disposition = av.stream.Disposition(0)
+            streams.append(stream)
+        for number in range(count):
+            for stream in streams:
+                picture = numbered_frame(number + stream.height, stream.height, stream.width)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    return path
+
+
 def display_matrix(abcd: tuple[int, int, int, int], height: int, width: int) -> list[int]:
     """Nine integers, as ISO/IEC 14496-12 stores them, that also move the picture to where it is seen."""
     a, b, c, d = abcd

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from video_cases import decode_all, read_number, write_video
+from video_cases import decode_all, read_number, write_sizes, write_video
 
 from video_opd.config import VideoConfig
 from video_opd.data import torchcodec as backend
@@ -68,6 +68,8 @@ def test_the_real_library_takes_the_same_stream_and_windows(tmp_path: Path) -> N
     theirs = list(load_windows(path, NATIVE, 2.0, 1.0, backend="torchcodec"))
     assert [read_number(w.clip.frames[0]) for w in theirs] == [read_number(w.clip.frames[0]) for w in ours]
     assert read_number(theirs[0].clip.frames[0]) == 1000  # the second stream counts from there
+    path = write_sizes(tmp_path / "sizes.mkv", 20, (32, 64, 96))
+    assert read_number(load_clip(path, NATIVE, backend="torchcodec").frames[0]) == 96  # and the third
 
 
 @real
