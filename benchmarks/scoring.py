@@ -199,7 +199,7 @@ def measure(ways: Mapping[str, Job], repeats: int) -> dict[str, Any]:
             cpu[name].append(time.process_time() - cpu_s)
             wall[name].append(time.perf_counter() - wall_s)
             difference = max(difference, compare(expected["shared"], rollouts))
-    assert difference < TOLERANCE, f"log-probabilities differ by {difference}"
+    assert difference < TOLERANCE, f"log-probs differ by {difference}"
     return {
         "answers": len(expected["shared"]),
         "tokens": sum(len(rollout.token_ids) for rollout in expected["shared"]),

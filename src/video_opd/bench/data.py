@@ -1,4 +1,4 @@
-"""Decoding and encoding of videos, against qwen-vl-utils and the processor on the same files."""
+"""Compares decoding and encoding with qwen-vl-utils and the processor, on the same files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def make_videos(folder: Path, seconds: Sequence[int], size_px: tuple[int, int], fps: int = 30) -> list[Path]:
-    """H.264 files of a texture that moves, for machines without videos; (height, width)."""
+    """Writes an H.264 file of a moving texture for each of ``seconds``; ``size_px`` is (height, width)."""
     folder.mkdir(parents=True, exist_ok=True)
     height, width = size_px
     texture = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
@@ -54,10 +54,10 @@ def make_videos(folder: Path, seconds: Sequence[int], size_px: tuple[int, int], 
 def bench_data(
     processor: Any, videos: Sequence[Path], *, budget: VideoConfig, repeats: int = 5, workers: int = 2
 ) -> list[dict[str, Any]]:
-    """A record for each video: from the file to a prompt, by qwen-vl-utils and the processor, and by ours;
-    then one for all of them, with ``workers`` in the background.
+    """Measures the way from a file to a prompt: by qwen-vl-utils and the processor, and by this package.
 
-    Raises :class:`UserError` where qwen-vl-utils or a decoder for it is not installed.
+    Returns a record for each video, and one for all of them with ``workers`` in the background. Raises
+    :class:`UserError` if qwen-vl-utils, or a decoder for it, is not installed.
     """
     backend = library_backend()
     records: list[dict[str, Any]] = []
@@ -99,15 +99,15 @@ def library_backend() -> str:
     try:
         from qwen_vl_utils.vision_process import get_video_reader_backend
     except ImportError as error:
-        raise UserError("qwen-vl-utils is what is compared with: pip install qwen-vl-utils decord") from error
+        raise UserError("the comparison needs qwen-vl-utils: pip install qwen-vl-utils decord") from error
     backend = get_video_reader_backend()
-    if backend == "torchvision":  # whose reader of videos is gone
+    if backend == "torchvision":  # torchvision no longer reads videos
         raise UserError("qwen-vl-utils has no decoder here: pip install decord, or torchcodec")
     return backend
 
 
 def by_library(processor: Any, path: Path, budget: VideoConfig) -> dict[str, torch.Tensor]:
-    """As the documentation of Qwen3-VL says."""
+    """Makes a prompt as the documentation of Qwen3-VL says."""
     from qwen_vl_utils import process_vision_info
 
     shown = {
@@ -141,7 +141,7 @@ def by_ours(processor: Any, path: Path, budget: VideoConfig) -> EncodedPrompt:
 
 
 def differences(theirs: Any, ours: EncodedPrompt) -> dict[str, float]:
-    """Whether the same is shown: video tokens of either, and how far pixels are apart (of a range of 2)."""
+    """The video tokens of both prompts and, if these are equal, the mean difference of pixels in [-1, 1]."""
     grids = [
         int(grid.prod(dim=1).sum()) // 4
         for grid in (theirs["video_grid_thw"], ours.tensors["video_grid_thw"])
@@ -154,7 +154,7 @@ def differences(theirs: Any, ours: EncodedPrompt) -> dict[str, float]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The records as a Markdown table."""
     lines = ["| video | frames | way | seconds | frames a second | faster |", "|---|---|---|---|---|---|"]
     for record in records:
         for name, way in record["ways"].items():

@@ -1,4 +1,4 @@
-"""The prefix engine against the plain one: training steps, scoring, queries on one video, peak memory."""
+"""Compares the prefix engine with the plain one: training steps, scoring, queries on one video, memory."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def bench_engine(
     memory: bool = True,
     plain_up_to: int = 1500,
 ) -> list[dict[str, Any]]:
-    """A record for each prompt length and job: seconds, speed-ups with quartiles, peak memory.
+    """Measures every job at every prompt length: seconds, speed-ups with quartiles, peak memory.
 
-    GRPO is a job for each number of ``rollouts``. Of longer prompts than ``plain_up_to`` tokens nothing is
-    sampled without a cache. What ways are compared with is the first of them.
+    GRPO is a job for each number of ``rollouts``. The first way of a job is the reference of the speed-ups.
+    The ways that sample without a cache are left out for prompts of more than ``plain_up_to`` tokens.
 
-    Raises ``AssertionError`` where two ways give different answers, log-probabilities or gradients.
+    Returns a record for each length and job. Raises ``AssertionError`` if two ways give different responses,
+    log-probs or gradients.
     """
     device = next(model.parameters()).device
     records = []
@@ -74,8 +75,8 @@ def bench_engine(
                 )
                 for count in rollouts
             },
-            f"score, {SCORED} answers": (scoring_ways(policies, shown, tokens), same_answers),
-            f"{QUERIES} queries on a video": (query_ways(policies, asked, tokens), same_answers),
+            f"score, {SCORED} answers": (scoring_ways(policies, shown, tokens), same_responses),
+            f"{QUERIES} queries on a video": (query_ways(policies, asked, tokens), same_responses),
         }
         for job, (ways, same) in jobs.items():
             if length > plain_up_to:
@@ -101,8 +102,11 @@ def bench_engine(
 
 
 def step_ways(steps: Callable[..., Steps], method: str, rollouts: int) -> dict[str, Work]:
-    """A step by each engine, with and without computing again. ``plain`` shares nothing with anything;
-    ``plain update`` is sampled with a cache."""
+    """The ways to run a step of ``method``, by both engines, with and without recomputation.
+
+    ``plain`` runs every forward over whole sequences; ``plain update`` does so in the update alone, and
+    samples with a cache.
+    """
     return {
         "plain": steps(method, "plain", rollouts),
         "plain update": steps(method, "plain", rollouts, cached=True),
@@ -115,14 +119,14 @@ def step_ways(steps: Callable[..., Steps], method: str, rollouts: int) -> dict[s
 def scoring_ways(
     policies: Mapping[Engine, HFPolicy], prompts: Sequence[EncodedPrompt], tokens: int
 ) -> dict[str, Work]:
-    """``SCORED`` answers to each prompt."""
+    """The ways to sample ``SCORED`` responses to each prompt."""
 
     def all_at_once(policy: HFPolicy) -> Work:
-        return lambda: answers(policy, prompts, SCORED, tokens)
+        return lambda: sample(policy, prompts, SCORED, tokens)
 
     def one_by_one() -> list[list[Rollout]]:
         return [
-            [one(policies["prefix"], prompt, seed, tokens) for seed in seeds]
+            [sample_one(policies["prefix"], prompt, seed, tokens) for seed in seeds]
             for prompt, seeds in zip(prompts, seeds_of(prompts, SCORED), strict=True)
         ]
 
@@ -136,39 +140,42 @@ def scoring_ways(
 def query_ways(
     policies: Mapping[Engine, HFPolicy], prompts: Sequence[EncodedPrompt], tokens: int
 ) -> dict[str, Work]:
-    """One answer to each of the prompts, which show the same video."""
+    """The ways to sample one response to each of the prompts, which show the same video."""
 
     def one_by_one(engine: Engine) -> list[list[Rollout]]:
-        return [group for prompt in prompts for group in answers(policies[engine], [prompt], 1, tokens)]
+        return [group for prompt in prompts for group in sample(policies[engine], [prompt], 1, tokens)]
 
     return {
         "plain": lambda: one_by_one("plain"),
         "cached, one by one": lambda: one_by_one("prefix"),
-        "prefix": lambda: answers(policies["prefix"], prompts, 1, tokens),
+        "prefix": lambda: sample(policies["prefix"], prompts, 1, tokens),
     }
 
 
 @torch.no_grad()
-def one(policy: HFPolicy, prompt: EncodedPrompt, seed: int, tokens: int) -> Rollout:
+def sample_one(policy: HFPolicy, prompt: EncodedPrompt, seed: int, tokens: int) -> Rollout:
     return policy.sample([prompt], max_new_tokens=tokens, seeds=[[seed]])[0][0]
 
 
 @torch.no_grad()
-def answers(policy: HFPolicy, prompts: Sequence[EncodedPrompt], n: int, tokens: int) -> list[list[Rollout]]:
+def sample(policy: HFPolicy, prompts: Sequence[EncodedPrompt], n: int, tokens: int) -> list[list[Rollout]]:
     return policy.sample(prompts, n=n, max_new_tokens=tokens, seeds=seeds_of(prompts, n))
 
 
 def same_step(results: dict[str, StepResult], dtype: str) -> dict[str, float]:
-    """Largest relative difference of loss and gradient norm from the first way's; answers are equal."""
+    """The largest relative difference of loss and gradient norm from the first way's.
+
+    Raises ``AssertionError`` if it is too large, and in float32 if the responses differ.
+    """
     plain = next(iter(results.values()))
     worst = 0.0
     for name, step in results.items():
         mine, theirs = step.responses, plain.responses
         if len(mine) != len(theirs):
-            continue  # another number of rollouts
+            continue  # a way with another number of rollouts
         if dtype == "float32":
-            assert mine == theirs, f"{name}: other answers than the first way's"
-        # GRPO's terms cancel where answers are as long: rounding is relative to a term, not to their sum.
+            assert mine == theirs, f"{name}: other responses than the first way's"
+        # GRPO's terms cancel if responses are equally long: rounding is relative to a term, not to their sum.
         scale = max(abs(plain.loss), 1.0)
         worst = max(worst, abs(step.loss - plain.loss) / scale)
         if plain.grad_norm > 0 and math.isfinite(plain.grad_norm):
@@ -177,22 +184,25 @@ def same_step(results: dict[str, StepResult], dtype: str) -> dict[str, float]:
     return {"loss_and_gradient_norm": worst}
 
 
-def same_answers(results: dict[str, list[list[Rollout]]], dtype: str) -> dict[str, float]:
-    """Largest difference of a token's log-probability from the first way's, in nats; answers are equal."""
+def same_responses(results: dict[str, list[list[Rollout]]], dtype: str) -> dict[str, float]:
+    """The largest difference of a token's log-prob from the first way's, in nats.
+
+    Raises ``AssertionError`` if it is too large, and in float32 if the responses differ.
+    """
     worst = 0.0
     first = next(iter(results.values()))
     for name, groups in results.items():
         for group, plain in zip(groups, first, strict=True):
             for a, b in zip(group, plain, strict=True):
                 if dtype == "float32":
-                    assert a.token_ids == b.token_ids, f"{name}: other answers than the first way's"
+                    assert a.token_ids == b.token_ids, f"{name}: other responses than the first way's"
                     worst = max(worst, *(abs(x - y) for x, y in zip(a.recorded, b.recorded, strict=True)))
-    assert worst <= LOGPROB_TOLERANCE[dtype], f"log-probabilities differ by {worst:.2g} nats"
+    assert worst <= LOGPROB_TOLERANCE[dtype], f"log-probs differ by {worst:.2g} nats"
     return {"logprob": worst}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The records as a Markdown table."""
     lines = ["| job | prompt | way | seconds | faster than the first | peak |", "|---|---|---|---|---|---|"]
     for record in records:
         for name, way in record["ways"].items():
@@ -206,7 +216,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def against_grpo(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A step of Video-OPD in percent of one of GRPO, by either engine (figure 6); a line for each GRPO."""
+    """Compares a step of Video-OPD with one of GRPO, by both engines (figure 6): a line for each GRPO job."""
     lines = []
     for ours in records:
         for theirs in records:

@@ -1,16 +1,17 @@
-"""Floating-point operations of one step of each method, against the least that its prompts need.
+"""Counts the floating-point operations of a step, and compares them with the least that its prompts need.
 
-PyTorch's ``FlopCounterMode`` counts matrix products, convolutions and attention: two operations for each
-multiplication with its addition, from the shapes alone. Attention counts in full, masked or not. Norms,
-activations, the softmax, rotary positions, the draw of tokens and the optimiser count nothing. So a busy
-machine cannot blur a count, and a second run gives the same one wherever it samples the same tokens.
+PyTorch's ``FlopCounterMode`` counts matrix products, convolutions and attention from their shapes: two
+operations for each multiplication with its addition, and attention in full, masked or not. It does not count
+norms, activations, the softmax, rotary positions, the draw of tokens and the optimiser. A count therefore
+does not depend on the machine, and a second run gives the same one if it samples the same tokens.
+``benchmarks/paper_size.py`` predicts the same operations from a model's shapes, without running it.
 
-The least is one forward of each prompt by the student, a backward of twice a forward, and one forward of
-each prompt by the teacher, if the method has one. The gradient of the pixels, which nobody needs, is taken
-off. Each of these forwards is the stock model's over the prompt alone: vision tower and decoder, without
-``lm_head``. The tokens of the answers are not in the least, but they are in what a step counts. Attention's
-backward is five products to the forward's two, since it computes the scores again, so a step with much
-attention cannot reach the least.
+The least is one forward of each prompt by the student, a backward of twice a forward, and one forward of each
+prompt by the teacher, if the method has one. The gradient of the pixels is taken off, because nobody needs
+it. These forwards are the stock model's over the prompt alone: vision tower and decoder, without ``lm_head``.
+The tokens of responses belong to a step and not to the least. The backward of attention takes five products
+to the forward's two, because it computes the scores again. A step with much attention thus cannot reach the
+least.
 """
 
 from __future__ import annotations
@@ -38,26 +39,28 @@ ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention"
 
 
 def attention_operations(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Scores, and the values that they weigh: queries [..., Q, d], keys [..., K, d], values [..., K, v]."""
+    """The scores and the weighted values: queries [..., Q, d], keys [..., K, d], values [..., K, v]."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def attention_backward_operations(
     _: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any
 ) -> int:
-    """The scores again, and the gradients of scores, values, queries and keys."""
+    """The scores once more, and the gradients of scores, values, queries and keys."""
     return 2 * prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
 def grouped_product_operations(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """Experts: each row meets the matrix of its own group only, unless both sides are batches."""
+    """Products of experts: a row is multiplied with its own group's matrix only, unless both are batches."""
     groups = a[0] if len(a) == len(b) == 3 else 1
     return 2 * groups * a[-2] * a[-1] * b[-1]
 
 
 def _formulas() -> dict[Any, Any]:
-    """The formulas that some releases of PyTorch lack: attention on a CPU, fewer key heads than query heads,
-    and products of experts."""
+    """Formulas that some releases of PyTorch lack.
+
+    They are for attention on a CPU, for attention with fewer key heads than query heads, and for experts.
+    """
     formulas: dict[Any, Any] = {torch.ops.aten._grouped_mm: grouped_product_operations}
     for name in ATTENTION:
         formulas[getattr(torch.ops.aten, f"_scaled_dot_product_{name}")] = attention_operations
@@ -67,7 +70,7 @@ def _formulas() -> dict[Any, Any]:
 
 
 def operations(work: Work) -> int:
-    """Floating-point operations of ``work``, its backward included if it runs one."""
+    """Counts the operations of ``work``, with those of its backward if it runs one."""
     with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
         work()
     return counter.get_total_flops()
@@ -75,7 +78,7 @@ def operations(work: Work) -> int:
 
 @torch.no_grad()
 def forward_prompts(model: Any, prompts: Sequence[EncodedPrompt]) -> None:
-    """A forward of the stock model over each prompt: vision tower and decoder, no ``lm_head``, no cache."""
+    """Runs the stock model over each prompt: vision tower and decoder, no ``lm_head``, no cache."""
     device = next(model.parameters()).device
     for prompt in prompts:
         tensors = {name: tensor.to(device) for name, tensor in prompt.tensors.items()}
@@ -84,14 +87,16 @@ def forward_prompts(model: Any, prompts: Sequence[EncodedPrompt]) -> None:
 
 @torch.no_grad()
 def embed(model: Any, prompt: EncodedPrompt) -> None:
-    """The patch embedding alone: the gradient of its input would cost what its forward does."""
+    """Runs the patch embedding alone. The gradient of its input would cost as much as this forward."""
     embedding = model.model.visual.patch_embed
     embedding(prompt.tensors["pixel_values_videos"].to(embedding.proj.weight.device))
 
 
 def least_operations(student: Any, teacher: Any | None, prompts: Sequence[EncodedPrompt]) -> int:
-    """The least for a step on ``prompts`` that trains all weights of ``student``; ``teacher`` is None for a
-    method without one."""
+    """The least for a step on ``prompts`` that trains all weights of ``student``.
+
+    ``teacher`` is None for a method without one.
+    """
     pixels = sum(operations(lambda p=p: embed(student, p)) for p in prompts)  # type: ignore[misc]
     by_student = operations(lambda: forward_prompts(student, prompts))
     by_teacher = 0 if teacher is None else operations(lambda: forward_prompts(teacher, prompts))
@@ -110,8 +115,11 @@ def count_operations(
     tokens: int = 16,
     side_px: int = 64,
 ) -> list[dict[str, Any]]:
-    """A record for each prompt length and method: the least, and of each of ``WAYS`` what one step counts and
-    how many times the least that is. GRPO has a record for each number of ``rollouts``."""
+    """Counts a step of every method at every prompt length, in each of ``WAYS``.
+
+    Returns a record for each length and method (and number of ``rollouts`` of GRPO): the least and, for each
+    way, the count and its ratio to the least.
+    """
     records: list[dict[str, Any]] = []
     jobs = [
         ("video-opd", "video-opd", 1),
@@ -156,7 +164,7 @@ def count_operations(
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown; operations in 10⁹."""
+    """The records as a Markdown table, with operations in 10⁹."""
     lines = ["| job | prompt | way | operations | least | times the least |", "|---|---|---|---|---|---|"]
     for record in records:
         for name, way in record["ways"].items():

@@ -1,5 +1,7 @@
-"""Ways to do the same work take turns; ratios are taken within a turn, so that what else the machine does
-falls on all of them."""
+"""Measures several ways to do the same work, in turns.
+
+Ratios are taken within a turn, so that other work on the machine falls on all ways alike.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ def take_turns(
     device: torch.device,
     report: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """(what each way returned the first time, its seconds in each of ``repeats`` turns).
+    """Runs each way once to warm up, and then in each of ``repeats`` turns.
 
-    The first round warms up and is not counted. Every turn begins with another way.
+    Returns what each way returned when it warmed up, and its seconds in each turn. Every turn begins with
+    another way. ``report`` is called with the number of each finished turn.
     """
     names = list(ways)
     results: dict[str, Any] = {}
@@ -47,7 +50,7 @@ def take_turns(
 
 
 def summary(seconds: Mapping[str, Sequence[float]], reference: str) -> dict[str, dict[str, Any]]:
-    """Of each way: median seconds, and how many times longer ``reference`` took, with quartiles."""
+    """Gives each way's median seconds, and how many times as long ``reference`` took, with quartiles."""
     return {
         name: {
             "seconds": statistics.median(values),
@@ -63,10 +66,10 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def peak_bytes(work: Work, device: torch.device) -> int | None:
-    """Memory that ``work`` had at its peak above what there was before; None where it cannot be told.
+    """The peak memory of ``work`` above what was in use before it; None if the system does not tell.
 
-    On a GPU of what torch allocated. On a CPU, where Linux tells, of the resident set, after the C library
-    has given back what was freed before.
+    On a GPU this is the memory that torch allocates. On a CPU it is the resident set, which Linux tells,
+    after the C library has given back freed memory.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -83,13 +86,13 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
     trim(0)
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again
+        file.write("5")  # resets the high-water mark
     work()
     return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:
-    """Bytes, from /proc/self/status."""
+    """A value of /proc/self/status, in bytes."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith(key + ":"):

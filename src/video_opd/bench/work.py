@@ -1,4 +1,4 @@
-"""The work that is timed: prompts of a wanted length, and optimiser steps by the training loop's own code."""
+"""Makes prompts of a given length, and optimiser steps by the training loop's own code, to be timed."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ QUERIES = (
 def prompts_of(
     processor: Any, tokens: int, *, queries: int = 1, videos: int = 1, side_px: int = 64
 ) -> list[EncodedPrompt]:
-    """``queries`` prompts on each of ``videos`` noise videos, with frames of ``side_px`` × ``side_px``.
+    """Makes ``queries`` prompts on each of ``videos`` noise videos, with square frames of ``side_px``.
 
-    Each prompt has ``tokens`` tokens or more, and no more frames than that takes.
+    Each prompt has ``tokens`` tokens or more, with as few frames as that takes.
     """
     encoder = PromptEncoder(processor)
 
@@ -52,7 +52,7 @@ def prompts_of(
         return encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length
 
     one, two = length(1), length(2)
-    at_most = max(1, -(-(tokens - one) // (two - one)) + 1)  # time stamps grow with the time
+    at_most = max(1, -(-(tokens - one) // (two - one)) + 1)  # time stamps get longer with the time
     pairs = 1 + bisect.bisect_left(range(1, at_most), tokens, key=length)
     prompts: list[EncodedPrompt] = []
     for video in range(videos):
@@ -83,7 +83,7 @@ def seeds_of(prompts: Sequence[EncodedPrompt], n: int) -> list[list[int]]:
 
 
 def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts: int, tokens: int) -> Recipe:
-    """The recipe of the steps that are timed. A recipe of GRPO has two rollouts or more."""
+    """The recipe of the steps. GRPO's has two rollouts or more, because a recipe allows no fewer."""
     tree: dict[str, Any] = {
         "method": method,
         "model": {"path": "benchmark", "engine": engine, "dtype": dtype},
@@ -101,8 +101,7 @@ def step_recipe(method: str, engine: str, rollouts: int, *, dtype: str, prompts:
 
 
 class PlainUpdates(HFPolicy):
-    """Samples with a key/value cache, as ``generate`` does, and differentiates each response together with
-    its prompt."""
+    """Samples with a key/value cache, as ``generate`` does, and updates on whole prompts with responses."""
 
     def __init__(self, model: Any, processor: Any, *, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__(model, processor, "plain", compute_dtype=compute_dtype)
@@ -113,16 +112,17 @@ class PlainUpdates(HFPolicy):
 
 
 class OneRollout(GRPO):
-    """GRPO with groups of one rollout: they teach nothing, but here a step only has to cost."""
+    """GRPO with groups of one rollout. Such a step teaches nothing, and costs what any step does."""
 
     def signal(self, batch: Trajectories) -> Signal:
         return Signal(advantage_BT=torch.ones_like(batch.old_BT))
 
 
 class Steps:
-    """Optimiser steps of one method by one engine, at a learning rate of 0, so that every step is the first.
+    """Optimiser steps of one method by one engine.
 
-    ``cached`` lets the plain engine sample with a key/value cache.
+    The learning rate is 0, so that every step does the same work. ``cached`` lets the plain engine sample
+    with a key/value cache.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Steps:
     ) -> None:
         recipe = step_recipe(method, engine, rollouts, dtype=dtype, prompts=len(prompts), tokens=tokens)
         compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
-        if recompute:  # transformers changes the layers that it checkpoints, so they get a copy
+        if recompute:  # transformers changes the layers that it checkpoints, so the model is copied
             model = checkpointed(model, engine)
         policy: HFPolicy
         if cached and engine == "plain":
@@ -172,7 +172,7 @@ class Steps:
             loader=lambda _: (),
             evaluation_loader=lambda _: (),
         )
-        # A run writes its rollouts down; here the update alone is timed.
+        # No rollouts are recorded, because the step alone is timed.
         settings = replace(StepSettings.of(recipe, made.needs), rollouts=rollouts, shown_rollouts=0)
         self.stepper = Stepper(settings, make_accelerator(recipe), components, Stopwatch())
         self.rows = [Row(position=i, sample=_sample(p), prompt=p) for i, p in enumerate(prompts)]

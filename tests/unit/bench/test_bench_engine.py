@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from video_opd.bench import data as bench
 from video_opd.bench import engine
-from video_opd.bench.engine import bench_engine, same_answers, same_step, table
+from video_opd.bench.engine import bench_engine, same_responses, same_step, table
 from video_opd.bench.operations import (
     attention_operations,
     count_operations,
@@ -109,11 +109,11 @@ def test_other_results_are_an_error() -> None:
     def answered(logprob: float, token: int = 3) -> list[list[Rollout]]:
         return [[Rollout(token_ids=(token,), logprobs=(logprob,), text="", truncated=True)]]
 
-    same_answers({"plain": answered(-1.0), "prefix": answered(-1.00001)}, "float32")
+    same_responses({"plain": answered(-1.0), "prefix": answered(-1.00001)}, "float32")
     with pytest.raises(AssertionError, match=r"differ by 0\.01 nats"):
-        same_answers({"plain": answered(-1.0), "prefix": answered(-1.01)}, "float32")
-    with pytest.raises(AssertionError, match="other answers"):
-        same_answers({"plain": answered(-1.0), "prefix": answered(-1.0, token=4)}, "float32")
+        same_responses({"plain": answered(-1.0), "prefix": answered(-1.01)}, "float32")
+    with pytest.raises(AssertionError, match="other responses"):
+        same_responses({"plain": answered(-1.0), "prefix": answered(-1.0, token=4)}, "float32")
     shown = prompts_of(processor(), 60)
     settings: dict[str, Any] = {"method": "video-opd", "tokens": 4}
     step = Steps(model(sharpness=8), processor(), model(1), shown, engine="plain", **settings)()
