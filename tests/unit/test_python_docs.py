@@ -25,6 +25,15 @@ def cells(text: str) -> list[tuple[str, str | None]]:
     return found
 
 
+def test_the_loop_is_the_readme_s() -> None:
+    (algorithm,) = (
+        code
+        for code in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+        if "def video_opd_step" in code
+    )
+    assert algorithm in (ROOT / "docs" / "python.md").read_text()
+
+
 def test_the_document_runs_and_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
