@@ -184,7 +184,8 @@ def test_what_a_step_was_given_is_counted(watched: Any, data: Any, student: tupl
     assert record["answer_tokens"] == 4 and record["trained_weights"] == run.TRAINED_WEIGHTS
     assert record["patches_a_step"] == 2 * 12 * 4  # a visual token is 2 × 2 patches
     assert record["positions_a_step"] == prompt.length + (2 + prompt.length + 4)
-    assert record["peak_bytes"] >= record["loaded_bytes"] > 0
+    # Linux counts a process's pages in batches for each CPU, so that both figures may be off by some.
+    assert record["peak_bytes"] >= record["loaded_bytes"] - 2**20 > 0
 
 
 def test_rewards_are_the_same_however_they_are_asked_for() -> None:
