@@ -16,8 +16,11 @@ from video_opd.pools import worker_pool
 
 # Two workers write their ids, and then work for ever.
 FOREVER = """
-import os, sys, time
+import os, signal, sys, time
 from video_opd.pools import worker_pool
+
+# A shell starts what runs in its background with Ctrl-C ignored, and these tests may be such.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def work(folder):
     open(os.path.join(folder, str(os.getpid())), "w").close()
