@@ -29,5 +29,5 @@ def export(model: Any, processor: Any, path: Path) -> None:
     with no_library_bars():
         whole.save_pretrained(path)
     processor.save_pretrained(path)
-    shown = {"video": TINY_VIDEO, "prompt": {"style": "paper", "thinking": False}}
+    shown = {"video": TINY_VIDEO, "prompt": {"style": "paper", "thinking": False, "video_form": "nested"}}
     (path / SETTINGS_FILE).write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")

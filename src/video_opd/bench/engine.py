@@ -10,6 +10,7 @@ import torch
 
 from video_opd.bench.timing import Work, peak_bytes, summary, take_turns
 from video_opd.bench.work import Engine, Steps, prompts_of, seeds_of
+from video_opd.config import PromptConfig
 from video_opd.models.policy import HFPolicy
 from video_opd.progress import log
 from video_opd.training.step import StepResult
@@ -36,6 +37,7 @@ def bench_engine(
     side_px: int = 64,
     memory: bool = True,
     plain_up_to: int = 1500,
+    prompt: PromptConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Measures every job at every prompt length: seconds, speed-ups with quartiles, peak memory.
 
@@ -48,8 +50,8 @@ def bench_engine(
     device = next(model.parameters()).device
     records = []
     for length in lengths:
-        shown = prompts_of(processor, length, videos=prompts, side_px=side_px)
-        asked = prompts_of(processor, length, queries=QUERIES, side_px=side_px)
+        shown = prompts_of(processor, length, videos=prompts, side_px=side_px, prompt=prompt)
+        asked = prompts_of(processor, length, queries=QUERIES, side_px=side_px, prompt=prompt)
         policies = {engine: HFPolicy(model, processor, engine) for engine in ENGINES}
 
         def steps(method: str, engine: Engine, count: int, **settings: Any) -> Steps:

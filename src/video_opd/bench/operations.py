@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from video_opd.bench.timing import Work
 from video_opd.bench.work import Steps, prompts_of
-from video_opd.config import WITH_TEACHER
+from video_opd.config import WITH_TEACHER, PromptConfig
 from video_opd.progress import log
 from video_opd.types import EncodedPrompt
 
@@ -114,6 +114,7 @@ def count_operations(
     dtype: str = "float32",
     tokens: int = 16,
     side_px: int = 64,
+    prompt: PromptConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Counts a step of every method at every prompt length, in each of ``WAYS``.
 
@@ -127,7 +128,7 @@ def count_operations(
         *((method, method, 1) for method in ("op-rkd", "op-fkd", "sft")),
     ]
     for length in lengths:
-        shown = prompts_of(processor, length, videos=prompts, side_px=side_px)
+        shown = prompts_of(processor, length, videos=prompts, side_px=side_px, prompt=prompt)
         least = {
             with_teacher: least_operations(model, teacher if with_teacher else None, shown)
             for with_teacher in (False, True)

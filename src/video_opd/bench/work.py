@@ -16,7 +16,14 @@ import torch
 from video_opd.algorithms.grpo import GRPO
 from video_opd.algorithms.method import Method, Signal, Trajectories
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import WITH_TEACHER, GRPORecipe, GRPOSamplingConfig, Recipe, recipe_from_dict
+from video_opd.config import (
+    WITH_TEACHER,
+    GRPORecipe,
+    GRPOSamplingConfig,
+    PromptConfig,
+    Recipe,
+    recipe_from_dict,
+)
 from video_opd.data.encode import PromptEncoder
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
@@ -40,13 +47,19 @@ QUERIES = (
 
 
 def prompts_of(
-    processor: Any, tokens: int, *, queries: int = 1, videos: int = 1, side_px: int = 64
+    processor: Any,
+    tokens: int,
+    *,
+    queries: int = 1,
+    videos: int = 1,
+    side_px: int = 64,
+    prompt: PromptConfig | None = None,
 ) -> list[EncodedPrompt]:
     """Makes ``queries`` prompts on each of ``videos`` noise videos, with square frames of ``side_px``.
 
     Each prompt has ``tokens`` tokens or more, with as few frames as that takes.
     """
-    encoder = PromptEncoder(processor)
+    encoder = PromptEncoder(processor, prompt)
 
     def length(pairs: int) -> int:
         return encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length

@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.bench.operations import count_operations
     from video_opd.bench.operations import table as operations_table
     from video_opd.bench.timing import machine
+    from video_opd.models.inference import read_inference_config
     from video_opd.models.loading import check_same_tokens, load_model
     from video_opd.world.demo import shipped
 
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": arguments.dtype,
         "tokens": arguments.max_new_tokens,
         "side_px": arguments.frame_side,
+        "prompt": read_inference_config(str(student), []).prompt,
     }
     operations = count_operations(model, processor, loaded_teacher[0], **work)
     results: list[dict[str, Any]] = []

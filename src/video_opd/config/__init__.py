@@ -54,6 +54,7 @@ from video_opd.config.sections import (
     SelectionConfig,
     TVDFConfig,
     VideoConfig,
+    VideoForm,
 )
 from video_opd.config.settings import Settings, read_settings
 
@@ -91,6 +92,7 @@ __all__ = [
     "TVDFConfig",
     "TeacherConfig",
     "VideoConfig",
+    "VideoForm",
     "VideoOPDLossConfig",
     "VideoOPDRecipe",
     "dump_recipe",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ModelPart = Literal["vision", "merger", "language", "lm_head"]
 AdaptedPart = Literal["vision", "merger", "language"]
 Dtype = Literal["float32", "bfloat16"]
+VideoForm = Literal["release", "nested"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Beta = Annotated[float, Field(ge=0, lt=1), number]
 
@@ -162,6 +163,19 @@ class PromptConfig(Settings):
     thinking: bool = Field(
         default=False, description="reason before the answer; the paper finds no-thinking better, table 8"
     )
+    video_form: VideoForm | None = Field(
+        default=None,
+        description="markers around a video: release, as Qwen's own processor writes them, or nested, as "
+        "transformers 5.10 and later do; none: as the model was trained; ours",
+    )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_an_open_form(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A form that the model decides is no setting, so earlier files and this one agree."""
+        tree = dict(serialize(self))
+        if tree.get("video_form") is None:
+            tree.pop("video_form", None)
+        return tree
 
 
 class OptimConfig(Settings):

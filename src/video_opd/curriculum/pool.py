@@ -10,7 +10,13 @@ from video_opd.config import Recipe
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.locks import locked_file
 from video_opd.models.fingerprint import model_fingerprint
-from video_opd.models.inference import InferenceConfig, InferenceModel, load_inference_model
+from video_opd.models.inference import (
+    InferenceConfig,
+    InferenceModel,
+    load_inference_model,
+    log_other_video_form,
+    with_video_form,
+)
 from video_opd.models.loading import check_same_tokens, read_config
 from video_opd.types import Sample
 
@@ -21,7 +27,8 @@ if TYPE_CHECKING:
 
 def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, InferenceConfig | None]:
     """(student, teacher) of a recipe, with the same video budget and prompt. A recipe may name no teacher."""
-    student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=recipe.prompt)
+    prompt = with_video_form(recipe).prompt
+    student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=prompt)
     if not recipe.teacher.path:
         return student, None
     teacher = recipe.teacher
@@ -83,6 +90,7 @@ def _load_teacher(teacher: InferenceConfig, student: InferenceModel, device: str
     check_same_tokens(
         (student.policy.model, student.policy.processor), (loaded.policy.model, loaded.policy.processor)
     )
+    log_other_video_form(student.config.prompt.video_form, teacher.model.path)
     return loaded.policy
 
 

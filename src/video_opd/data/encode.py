@@ -17,32 +17,44 @@ import torch
 
 from video_opd.config import PromptConfig
 from video_opd.data.budget import CELL_PX, PAIR, count_tokens
-from video_opd.data.prompts import CONTROL_TOKEN, build_messages
+from video_opd.data.prompts import CONTROL_TOKEN, build_messages, opens_thinking
 from video_opd.errors import UserError
 from video_opd.types import Clip, EncodedPrompt
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
 
+PLACED = "<|vision_start|><|video_pad|><|vision_end|>"  # a video in Qwen3-VL's chat templates
 _TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
 
 
 class PromptEncoder:
     """Makes :class:`EncodedPrompt` objects. Threads may share one encoder.
 
-    Raises UserError for a processor whose video tokens are not Qwen3-VL's: 32×32 px of a pair of frames.
+    ``prompt.video_form`` must be chosen: ``release`` is ``<0.2 seconds><|vision_start|>…<|vision_end|>`` for
+    each pair of frames, and ``nested`` has one more ``<|vision_start|>`` before and ``<|vision_end|>`` behind
+    the whole video. Without ``prompt`` it is ``release``.
+
+    Raises UserError for a processor whose video tokens are not Qwen3-VL's, 32×32 px of a pair of frames, and
+    for a chat template that opens ``<think>`` if ``prompt.thinking`` is not set.
     """
 
     def __init__(self, processor: Qwen3VLProcessor, prompt: PromptConfig | None = None) -> None:
         self.processor = processor
-        self.prompt = prompt if prompt is not None else PromptConfig()
+        self.prompt = prompt if prompt is not None else PromptConfig(video_form="release")
+        assert self.prompt.video_form is not None, "choose_video_form says which"
         vision = processor.video_processor
         if vision.patch_size * vision.merge_size != CELL_PX or vision.temporal_patch_size != PAIR:
             raise UserError(
                 f"the processor's video tokens are {vision.patch_size * vision.merge_size} px of "
                 f"{vision.temporal_patch_size} frames, not {CELL_PX} px of {PAIR}; take a Qwen3-VL model"
             )
-        build_messages("", self.prompt.style, self.prompt.thinking)  # raises for an unknown style
+        if opens_thinking(self._render("")) and not self.prompt.thinking:
+            raise UserError(
+                "the model's chat template opens <think>, so it reasons before it answers: set "
+                "prompt.thinking and a length limit for the reasoning, or take the Instruct checkpoint "
+                "(methods sft, op-rkd and op-fkd need that one)"
+            )
         added = processor.tokenizer.get_added_vocab()
         self._control = tuple(token for token in added if CONTROL_TOKEN.fullmatch(token))
         self._vision_end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
@@ -67,9 +79,9 @@ class PromptEncoder:
             inputs = self._process(texts[0], frames, times_s)
             ids = inputs.pop("input_ids")
             shared = ids[0, : int((ids[0] == self._vision_end).nonzero()[-1]) + 1]
-            rows = [torch.cat([shared, self._ids(_after_video(text))]) for text in texts]
+            rows = [torch.cat([shared, self._ids(self._split(text)[1])]) for text in texts]
         assert torch.equal(rows[0], ids[0]), "the processor splits the text elsewhere than at the video's end"
-        assert all(_before_video(text) == _before_video(texts[0]) for text in texts)
+        assert all(self._split(text)[0] == self._split(texts[0])[0] for text in texts)
         video_tokens = self._check_parity(shared, inputs, frames, pair_times_s)
         pixels = {key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")}
         return [
@@ -94,12 +106,25 @@ class PromptEncoder:
     def _chat_text(self, query: str, sample_id: str) -> str:
         if (reason := self.refusal(query)) is not None:
             raise UserError(f"sample {sample_id!r}: {reason}")
+        text = self._render(query)
+        # transformers replaces the video token alone. Without the markers around it, that is Qwen's form.
+        return (
+            text if self.prompt.video_form == "nested" else text.replace(PLACED, self.processor.video_token)
+        )
+
+    def _render(self, query: str) -> str:
+        """The chat template's text, with the video as :data:`PLACED`. UserError for an unknown style."""
         messages = build_messages(query, self.prompt.style, self.prompt.thinking)
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
-        if text.count(self.processor.video_token) != 1:
-            raise UserError("the chat template does not place the video exactly once; take Qwen3-VL's own")
+        if text.count(self.processor.video_token) != 1 or PLACED not in text:
+            raise UserError(f"the chat template does not place {PLACED} exactly once; take Qwen3-VL's own")
         return text
+
+    def _split(self, text: str) -> tuple[str, str]:
+        """The texts before the video token, and behind the last marker of the video."""
+        before, _, after = text.partition(self.processor.video_token)
+        return before, after if self.prompt.video_form == "release" else after.removeprefix("<|vision_end|>")
 
     def _process(self, text: str, frames: np.ndarray, times_s: np.ndarray) -> dict[str, torch.Tensor]:
         video = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
@@ -145,6 +170,12 @@ class PromptEncoder:
         expected = [f"{time_s:.1f}" for time_s in pair_times_s]
         if written != expected:
             raise AssertionError(f"the times in the prompt are {written}, those of the frames are {expected}")
+        markers = len(pair_times_s) + (self.prompt.video_form == "nested")
+        for name in ("<|vision_start|>", "<|vision_end|>"):
+            found = int((shared == self.processor.tokenizer.convert_tokens_to_ids(name)).sum())
+            assert found == markers, (
+                f"{found} {name} around the video, not {markers} ({self.prompt.video_form})"
+            )
         types = inputs["mm_token_type_ids"][0, : len(shared)]
         assert torch.equal(types, self._types(shared)), "the processor marks other tokens as video"
         assert inputs["pixel_values_videos"].dtype == torch.float32
@@ -177,11 +208,3 @@ def _whole_pairs(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     if len(frames) % PAIR:
         frames, times_s = np.concatenate([frames, frames[-1:]]), np.append(times_s, times_s[-1])
     return frames, times_s
-
-
-def _before_video(text: str) -> str:
-    return text.partition("<|vision_end|>")[0]
-
-
-def _after_video(text: str) -> str:
-    return text.partition("<|vision_end|>")[2]

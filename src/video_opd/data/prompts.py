@@ -94,3 +94,9 @@ def build_messages(query: str, style: str = "paper", thinking: bool = False) -> 
     if not chosen.system:
         return [user]
     return [{"role": "system", "content": [{"type": "text", "text": chosen.system}]}, user]
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside ``<think>``, as those of thinking checkpoints do."""
+    turn = prompt.rpartition("<|im_start|>")[2]
+    return "</think>" not in turn.rpartition("<think>")[2] and "<think>" in turn

@@ -100,9 +100,14 @@ def _all_rows(out: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def read_provenance(out: str | Path) -> dict[str, Any]:
-    """Returns the provenance of ``out``. Raises :class:`UserError` if its file cannot be read."""
+    """Returns the provenance of ``out``. Raises :class:`UserError` if its file cannot be read.
+
+    Rows without ``prompt.video_form`` were made when ``nested`` was the only form.
+    """
     path = provenance_path(out)
     for _, row in read_jsonl(path):
+        if isinstance(shown := row.get("input"), dict) and isinstance(prompt := shown.get("prompt"), dict):
+            prompt.setdefault("video_form", "nested")
         return row
     raise UserError(f"{path} is empty: repeat with --overwrite")
 

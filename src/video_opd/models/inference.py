@@ -7,6 +7,7 @@ records both in ``video_opd.json``; other checkpoints get the defaults. ``--mode
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from video_opd.config import Dtype, ModelConfig, PromptConfig, Settings, VideoConfig, read_settings
+from video_opd.config import (
+    Dtype,
+    ModelConfig,
+    PromptConfig,
+    Recipe,
+    Settings,
+    VideoConfig,
+    VideoForm,
+    read_settings,
+)
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
 from video_opd.jsonl import no_key_twice
@@ -51,6 +61,7 @@ class InputProtocol(Protocol):
 
 
 Config = TypeVar("Config", bound=InferenceConfig)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def read_inference_config(
@@ -91,7 +102,8 @@ def _read(
         raise UserError(
             f"--prompt.style {config.prompt.style} is not how protocol {protocol.name} asks: leave out either"
         )
-    return config
+    form = choose_video_form(config.prompt, path)
+    return config if form == config.prompt.video_form else config.changed(**{"prompt.video_form": form})
 
 
 class _TeacherModel(Settings):
@@ -131,6 +143,53 @@ def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
     if not isinstance(settings, dict):
         raise UserError(f"{file}: not an object of settings; delete it to use the defaults")
     return settings
+
+
+def choose_video_form(prompt: PromptConfig, path: str | Path) -> VideoForm:
+    """The form in which the model ``path`` is shown a video: ``prompt.video_form`` or, without it, its own.
+
+    It logs a form that is not the model's own.
+    """
+    own = trained_video_form(path)
+    if prompt.video_form not in (None, own):
+        _log_once(
+            f"{path}: trained with prompt.video_form {own}, and it is shown {prompt.video_form}: its first "
+            "time stamp stands behind another token than in its training"
+        )
+    return prompt.video_form or own
+
+
+def with_video_form(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe with :func:`choose_video_form` of its student, so that what it writes can name the form."""
+    form = choose_video_form(recipe.prompt, recipe.model.path)
+    return recipe if form == recipe.prompt.video_form else recipe.changed(**{"prompt.video_form": form})
+
+
+def trained_video_form(path: str | Path) -> VideoForm:
+    """The form in which a model was shown its videos.
+
+    Qwen's checkpoints, which have no ``video_opd.json``, were trained with ``release``. A ``video_opd.json``
+    without the form was written when this project knew ``nested`` alone.
+    """
+    saved = read_saved_settings(path)
+    if saved is None:
+        return "release"
+    prompt = saved.get("prompt")
+    return read_settings(PromptConfig, prompt).video_form or "nested" if prompt else "nested"
+
+
+def log_other_video_form(form: VideoForm | None, teacher: str | Path) -> None:
+    """Logs, once, that a teacher is shown another form of a video (its student's) than in its training."""
+    if form not in (None, own := trained_video_form(teacher)):
+        _log_once(
+            f"teacher {teacher}: trained with prompt.video_form {own}; it scores the student's prompts, "
+            f"whose form is {form}: the same tokens but for two around the video"
+        )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log(message)
 
 
 @dataclass(frozen=True, kw_only=True)

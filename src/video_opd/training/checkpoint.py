@@ -22,7 +22,7 @@ import torch
 
 from video_opd.config import Recipe
 from video_opd.files import replacing_folder
-from video_opd.models.inference import SETTINGS_FILE
+from video_opd.models.inference import SETTINGS_FILE, with_video_form
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of
@@ -154,7 +154,7 @@ def _fill_model_folder(
         "method": recipe.method,
         "dtype": recipe.model.dtype,
         "video": recipe.video.without_decoder(),
-        "prompt": recipe.prompt.model_dump(),
+        "prompt": with_video_form(recipe).prompt.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
+from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
 from video_opd.models.loading import DTYPES, check_same_tokens, load_model, read_config
 from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
@@ -202,6 +203,7 @@ def load_teachers(
     def load(path: str) -> LocalTeacher:
         loaded = load_model(path, dtype=settings.dtype, device=device, attn=recipe.model.attn)
         check_same_tokens(student, loaded)
+        log_other_video_form(with_video_form(recipe).prompt.video_form, path)
         return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
 
     teachers = {path: load(path) for path in settings.paths}
@@ -234,7 +236,7 @@ def prompt_loader(
     ``skipped_path`` gets the rows whose videos cannot be decoded; more than ``max_failed_share`` of them stop
     the run.
     """
-    data, encoder = recipe.data, PromptEncoder(processor, recipe.prompt)
+    data, encoder = recipe.data, PromptEncoder(processor, with_video_form(recipe).prompt)
     a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
 
     def load(samples: Sequence[Sample]) -> PromptLoader:

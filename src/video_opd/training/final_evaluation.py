@@ -14,6 +14,7 @@ from video_opd.evaluation.comparison import evaluate_file
 from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.inference import with_video_form
 from video_opd.models.interfaces import Policy
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.policy import HFPolicy
@@ -90,7 +91,10 @@ def _evaluate(
             provenance={
                 "model": model_fingerprint(model),
                 "dtype": recipe.model.dtype,
-                "input": {"video": recipe.video.model_dump(), "prompt": recipe.prompt.model_dump()},
+                "input": {
+                    "video": recipe.video.model_dump(),
+                    "prompt": with_video_form(recipe).prompt.model_dump(),
+                },
             },
             settings=GenerationSettings(
                 max_new_tokens=settings.max_new_tokens,

@@ -26,6 +26,7 @@ from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.locks import locked_folder
+from video_opd.models.inference import with_video_form
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher
@@ -69,6 +70,7 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     ``build`` makes the components; tests and other engines give their own. Raises :class:`UserError` for
     what a user can get wrong, at the earliest moment, and if another command is writing in the folder.
     """
+    recipe = with_video_form(recipe)
     accelerator = make_accelerator(recipe)
     processes = Processes(rank=accelerator.process_index, count=accelerator.num_processes)
     with locked_folder(recipe.run.dir, processes):

@@ -35,6 +35,7 @@ from video_opd.evaluation.rows import METRICS
 from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
 from video_opd.locks import locked_folder
+from video_opd.models.inference import with_video_form
 from video_opd.progress import is_first_process, log
 from video_opd.training.components import build_components
 from video_opd.training.final_evaluation import (
@@ -69,6 +70,7 @@ def run_rounds(
     rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
+    recipe = with_video_form(recipe)
     rounds = Rounds(recipe, build)
     with ExitStack() as stack:
         if is_first_process():

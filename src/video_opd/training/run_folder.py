@@ -93,6 +93,8 @@ class RunFolder:
             remedy = f"choose another run.dir ({error})"
             raise FolderInUse(self.path, "a run whose recipe cannot be read", remedy) from error
         before, now = dict(flatten(stored.to_dict())), dict(flatten(recipe.to_dict()))
+        if "prompt.video_form" in now:  # before it was written, there was one form
+            before.setdefault("prompt.video_form", "nested")
         for key in dict.fromkeys((*now, *before)):
             # The folder may have been moved, or be named from elsewhere; shards change no result.
             if key in ("run.dir", "model.sharding") or key.startswith(ignored):

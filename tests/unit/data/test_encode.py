@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_cases import model, processor, stock_logprobs
 from places import REAL
 
-from video_opd.config import PromptConfig, VideoConfig
+from video_opd.config import PromptConfig, VideoConfig, VideoForm
 from video_opd.data.encode import PromptEncoder, collate
-from video_opd.data.prompts import CONTROL_TOKEN, build_messages
+from video_opd.data.prompts import CONTROL_TOKEN, build_messages, opens_thinking
 from video_opd.data.video import clip_digest, load_clip
 from video_opd.errors import UserError
+from video_opd.models.policy import HFPolicy
+from video_opd.models.sharing import find_trunks
 from video_opd.types import Clip
 from video_opd.world.tiny import build_processor
 
@@ -25,7 +28,12 @@ QUERY = "the red circle appears"
 
 @lru_cache(maxsize=1)
 def encoder() -> PromptEncoder:
-    return PromptEncoder(build_processor())
+    return encoder_of("nested")
+
+
+@lru_cache(maxsize=2)
+def encoder_of(form: VideoForm) -> PromptEncoder:
+    return PromptEncoder(build_processor(), PromptConfig(video_form=form))
 
 
 def make_clip(times_s: list[float], height_px: int = 64, width_px: int = 96, seed: int = 0) -> Clip:
@@ -75,6 +83,95 @@ def test_at_a_constant_rate_it_is_what_the_processor_makes():
     assert prompt.tensors["pixel_values_videos"].dtype == torch.float32
     assert prompt.pair_times_s == (0.25, 1.25)
     assert (prompt.sample_id, prompt.clip_digest, prompt.duration_s) == ("a", clip.digest, clip.duration_s)
+
+
+# The ids that the processor of transformers 4.57.1 (Qwen's release) makes of such a clip and QUERY, style
+# question, with the tiny tokenizer. 485, 486 and 489 are the vision's start, end and video token.
+IRREGULAR = [0.0, 0.31, 0.47, 2.9, 3.5]
+PAIR = [485, 489, 489, 489, 489, 489, 489, 486]
+RELEASED = [
+    *(483, 472, 198),
+    *(27, 15, 13, 17, 478, 29, *PAIR),
+    *(27, 16, 13, 22, 478, 29, *PAIR),
+    *(27, 18, 13, 20, 478, 29, *PAIR),
+    *(269, 317, 302, 461, 484, 198, 483, 479, 198),
+]
+
+
+def test_both_forms_of_a_video_are_those_of_their_releases():
+    clip = make_clip(IRREGULAR)
+    made = {}
+    for form in ("release", "nested"):
+        asked = PromptConfig(style="question", video_form=form)
+        prompt = PromptEncoder(build_processor(), asked).encode(clip, QUERY, "a")
+        made[form] = prompt.input_ids[0].tolist()
+        pads = prompt.input_ids == build_processor().video_token_id
+        assert torch.equal(prompt.tensors["mm_token_type_ids"], torch.where(pads, 2, 0))
+        assert prompt.video_tokens == int(pads.sum()) == prompt.tensors["video_grid_thw"].prod() // 4 == 18
+        assert prompt.pair_times_s == pytest.approx((0.155, 1.685, 3.5))
+    assert made["release"] == RELEASED
+    assert made["nested"] == [*RELEASED[:3], 485, *RELEASED[3:45], 486, *RELEASED[45:]]
+
+
+@pytest.mark.parametrize("style", ["paper", "timelens"])
+def test_queries_share_their_video_in_both_forms(style: Any):
+    clip, queries = make_clip(IRREGULAR), ["a", "<0.2 seconds> a blue square", "3 ein Würfel — 立方体"]
+    for form in ("release", "nested"):
+        asked = PromptEncoder(build_processor(), PromptConfig(style=style, video_form=form))
+        together = asked.encode_many(clip, queries, queries)
+        for query, prompt in zip(queries, together, strict=True):
+            assert torch.equal(prompt.input_ids, asked.encode(clip, query, query).input_ids)
+        trunks = find_trunks(together, build_processor().video_token_id)
+        assert trunks is not None and trunks.of_prompt == (0, 0, 0)
+
+
+@pytest.mark.parametrize("engine", ["plain", "prefix"])
+def test_both_forms_are_scored_as_by_the_stock_model(engine: Any):
+    """Positions included: the stock model numbers them from the ids alone."""
+    for form in ("release", "nested"):
+        clip = make_clip(IRREGULAR)
+        prompts = encoder_of(form).encode_many(clip, [QUERY, "another query"], ["a", "b"])
+        got = HFPolicy(model(sharpness=8), processor(), engine).logprobs(prompts, [[[9, 10, 11]]] * 2)
+        for row, prompt in enumerate(prompts):
+            expected = stock_logprobs(model(sharpness=8), prompt, (9, 10, 11))
+            expected = expected[torch.arange(3), torch.tensor([9, 10, 11])]
+            torch.testing.assert_close(got.logprobs_BT[row], expected, atol=1e-4, rtol=0)
+
+
+def test_a_processor_that_nests_otherwise_is_found_out():
+    def nested_again(real: Any, kwargs: Any) -> Any:
+        markers = f"<|vision_start|>{real.video_token}<|vision_end|>"
+        return real(**{**kwargs, "text": [kwargs["text"][0].replace(real.video_token, markers)]})
+
+    with pytest.raises(AssertionError):
+        PromptEncoder(Spoilt(nested_again)).encode(make_clip([0.0, 0.5]), QUERY, "a")
+
+
+def thinking_processor() -> Any:
+    """A processor whose template opens <think> behind the prompt, as the Thinking checkpoints do."""
+    made = build_processor()
+    made.chat_template = made.chat_template + "{%- if add_generation_prompt -%}<think>\n{%- endif -%}"
+    return made
+
+
+def test_a_template_that_opens_reasoning_needs_the_setting():
+    with pytest.raises(UserError, match=r"opens <think>.*set prompt\.thinking"):
+        PromptEncoder(thinking_processor())
+    asked = PromptEncoder(thinking_processor(), PromptConfig(thinking=True, video_form="release"))
+    assert asked.encode(make_clip([0.0, 0.5]), QUERY, "a").text.rstrip().endswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("end", "opened"),
+    [
+        ("<think>\n", True),
+        ("<think>\n\n</think>\n\n", False),  # reasoning that the template switches off
+        ("", False),
+    ],
+)
+def test_an_open_thought_is_told_from_a_closed_one(end: str, opened: bool):
+    asked = "<|im_start|>user\nThink first between <think> and </think>, then answer <think>.<|im_end|>\n"
+    assert opens_thinking(asked + "<|im_start|>assistant\n" + end) == opened
 
 
 def test_pixels_are_normalised_patches_in_the_models_order():
@@ -150,7 +247,7 @@ def test_every_control_token_is_known_to_a_check_without_the_model():
 
 
 def test_thinking_changes_the_prompt():
-    thinking = PromptEncoder(build_processor(), PromptConfig(thinking=True))
+    thinking = PromptEncoder(build_processor(), PromptConfig(thinking=True, video_form="nested"))
     clip = make_clip([0.0, 0.5])
     assert thinking.encode(clip, QUERY, "a").length > encoder().encode(clip, QUERY, "a").length
 
@@ -204,7 +301,7 @@ def test_another_family_of_processors_is_refused():
     with pytest.raises(UserError, match="28 px"):
         PromptEncoder(other)
     with pytest.raises(UserError, match="style"):
-        PromptEncoder(real, PromptConfig.model_construct(style="none"))
+        PromptEncoder(real, PromptConfig.model_construct(style="none", video_form="nested"))
 
 
 def test_a_batch_is_padded_on_the_left_and_keeps_its_videos_in_order():

@@ -123,7 +123,8 @@ def test_a_model_folder_says_how_it_was_shown_its_videos(tmp_path: Path):
     facts = read_saved_settings(tmp_path / "model")
     assert facts is not None and facts["video"]["max_video_tokens"] == 512
     assert "backend" not in facts["video"]  # how to decode is this machine's matter
-    assert facts["prompt"] == {"style": "paper", "thinking": True} and facts["method"] == "video-opd"
+    assert facts["prompt"] == {"style": "paper", "thinking": True, "video_form": "release"}
+    assert facts["method"] == "video-opd"
     assert read_saved_settings(tmp_path) is None
     (tmp_path / "model" / "video_opd.json").write_text("{")
     with pytest.raises(UserError, match=r"video_opd\.json"):

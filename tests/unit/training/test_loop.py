@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from model_cases import processor
 from places import ROOT
 from training_cases import (
@@ -65,6 +66,8 @@ def test_a_run_leaves_its_folder(undisturbed: RunResult):
     assert environment["seed"] == 0 and "torch" in environment["packages"]
     facts = json.loads((folder / "model" / "video_opd.json").read_text())
     assert facts["video"]["max_video_tokens"] == 8192 and facts["prompt"]["style"] == "paper"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert facts["prompt"]["video_form"] == recipe["prompt"]["video_form"] == "release"
 
 
 def test_every_metric_is_defined_in_the_docs(undisturbed: RunResult):
