@@ -42,9 +42,9 @@ K = 3
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pool of some fifteen rows, two of them without spans and two with wrong ones; one test video."""
+    """A pool of some fifteen rows, two of them without spans and two with wrong ones; two test videos."""
     folder = tmp_path_factory.mktemp("world")
-    make_world(folder, videos={"train": 3, "short": 1}, workers=1)
+    make_world(folder, videos={"train": 3, "short": 2}, workers=1)
     rows = rows_of(folder / "train.jsonl")
     for row in rows[:UNANNOTATED]:
         row["spans"] = []
