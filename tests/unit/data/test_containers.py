@@ -118,6 +118,17 @@ def test_a_raw_stream_has_the_rate_of_its_headers(tmp_path: Path, suffix: str, f
     check(write(tmp_path / f"v{suffix}", codec, {"bf": "2"}, fps=fps), range(COUNT), fps=fps)
 
 
+def test_frames_of_the_same_time_are_refused(tmp_path: Path) -> None:
+    """One such frame is left out; where every second one is, half of the video would be lost."""
+
+    def repeat(place: int, packet: av.Packet) -> av.Packet:
+        packet.pts, packet.dts = place // 2 * 2, place - 1
+        return packet
+
+    with pytest.raises(VideoError, match="many of its frames carry the same time"):
+        probe(write(tmp_path / "v.mp4", X264, {"bf": "0"}, change=repeat))
+
+
 def test_times_of_years_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "v.mkv", X264, ticks=[0, 1, 25 * 86400 * 40])
     with pytest.raises(VideoError, match="its times span 40 days"):

@@ -5,6 +5,7 @@ The program ffmpeg makes them from numbered frames. Where it is not installed, t
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -152,8 +153,8 @@ def test_joined_files_are_whole_or_refused(tmp_path: Path, suffix: str, options:
     try:
         load_clip(path, native())
     except VideoError as error:
-        reasons = {".mpg": "no times that could be used", ".mxf": "the same time"}
-        assert reasons[suffix] in error.reason
+        reasons = {".mpg": "no times that could be used", ".mxf": "the same time|cannot be opened"}
+        assert re.search(reasons[suffix], error.reason)
     else:
         check(path, range(2 * COUNT))
 
