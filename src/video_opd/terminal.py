@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,29 @@ if TYPE_CHECKING:
 _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 
 
+# Control characters (escape sequences begin with one), separators of lines, marks that turn the direction of
+# writing, and halves of surrogate pairs, as which a file name that is not UTF-8 is read.
+_UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Returns ``text`` with what could act on a terminal as its escape: ``\\x1b``, ``\\u202e``.
+
+    ``keep`` are characters that stay, such as ``"\\n"``. Everything from files, models and arguments that is
+    printed goes through here, in ``say``, ``progress.log`` and the last line of an error.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        character = found.group()
+        if character in keep:
+            return character
+        code = ord(character)
+        return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+    return _UNSAFE.sub(escaped, text)
+
+
 def stdout() -> Console:
     from rich.console import Console
 
@@ -18,8 +42,8 @@ def stdout() -> Console:
 
 
 def say(console: Console, line: str) -> None:
-    """Prints a line as it is: it is not wrapped, and nothing in it is markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Prints a line that is not wrapped: nothing in it is markup, and control characters are visible."""
+    console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_lines(lines: Iterable[str], console: Console | None = None) -> None:
@@ -37,7 +61,7 @@ def print_rows(console: Console, header: tuple[str, ...], rows: Sequence[tuple[s
 
         table = Table(*header)
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         console.print(table)
         return
     for name, *cells in rows:

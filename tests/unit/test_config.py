@@ -218,6 +218,7 @@ def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
             + b"".join(b"k%d: &k%d {<<: [*k%d, *k%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 31)),
             "line 13: more than 10000 values",
         ),
+        (b"optim: {lr: 0x" + b"f" * 5000 + b"}", "line 1: an integer of thousands of digits"),
         (b"a: &a {<<: *a}", "aliases that multiply"),
         (b"- [" + b"1," * 20_000 + b"]", "more than 10000 values"),
     ],

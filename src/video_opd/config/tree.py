@@ -13,6 +13,7 @@ import yaml
 from video_opd.errors import UserError, need
 
 MAX_NODES, MAX_DEPTH = 10_000, 50  # limits on a YAML tree
+MAX_BITS = 4096  # of an integer; Python does not print much longer ones
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -69,12 +70,23 @@ class _Loader(yaml.SafeLoader):
         self._extents[node] = extent
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        need(
+            value.bit_length() <= MAX_BITS,
+            f"line {node.start_mark.line + 1}: an integer of thousands of digits",
+        )
+        return value
+
     def _check_extent(self, values: int, levels: int, line: int) -> None:
         need(
             values <= MAX_NODES and levels <= MAX_DEPTH,
             f"line {line}: more than {MAX_NODES} values or {MAX_DEPTH} levels: take out aliases that "
             "multiply",
         )
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> None:

@@ -19,6 +19,7 @@ from video_opd.reports import story, tables
 from video_opd.reports.charts import Chart, Interval, Series, histogram, line_chart, number, stack_chart
 from video_opd.reports.runs import Run, read_run, round_number
 from video_opd.temporal import best_iou
+from video_opd.terminal import visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -138,11 +139,15 @@ class RolloutView:
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Reads the run folders and writes one HTML file, whole or not at all.
 
-    Raises UserError for a folder that is not a run's, and when the file cannot be written.
+    The page and stderr name what a run's files held and could not be used. Raises UserError for a folder
+    that is not a run's, and when the file cannot be written.
     """
     if not run_dirs:
         raise UserError("a report needs at least one run folder")
     runs = [read_run(folder) for folder in run_dirs]
+    for run in runs:
+        for line in run.left_out:
+            log(f"{run.folder}: left out: {line}")
     written = write_text(out, render(runs))
     log(f"wrote {written}")
     return written
@@ -165,13 +170,15 @@ def environment() -> Environment:
     """Returns the template engine: it escapes everything from data, and a missing value is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    engine = Environment(
         loader=PackageLoader("video_opd.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    engine.filters["visible"] = visible
+    return engine
 
 
 def _section(run: Run, charts: Sequence[Chart]) -> dict[str, Any]:
@@ -251,8 +258,8 @@ def round_curves(run: Run) -> list[Chart]:
 
 def round_selections(run: Run) -> list[Chart]:
     charts = [
-        selection_chart(part.selection or {}, f"round {number}: δ before and after the selection")
-        for number, part in enumerate(run.rounds, start=1)
+        selection_chart(part.selection or {}, f"round {part.number}: δ before and after the selection")
+        for part in run.rounds
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -299,6 +306,8 @@ def timeline(row: Mapping[str, Any]) -> Timeline:
 
 def _film(frames: Sequence[str], times_s: Sequence[float], duration_s: float) -> list[tuple[str, float, str]]:
     """Lays each frame over the stretch of time that it is nearest to, so that film and bars align."""
+    if not frames:
+        return []
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(times_s)), duration_s]
     widths = [100 * (b - a) / duration_s for a, b in pairwise(edges)]
     pictures = [uri if str(uri).startswith("data:") else f"data:image/jpeg;base64,{uri}" for uri in frames]

@@ -1,24 +1,28 @@
 """Reads run folders as they are: files that a run has not written (yet) are simply absent.
 
-Only JSON and YAML are loaded, so a report can be made anywhere, also of a run that is still going on.
+Only JSON and YAML are loaded, so a report can be made anywhere, also of a run that is still going on. A run
+that was killed, or whose disk failed, is read as far as it can be: ``Run.left_out`` says what was not usable.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from video_opd.errors import UserError
-from video_opd.jsonl import read_jsonl
+from video_opd.reports import records
+from video_opd.reports.records import METRICS as METRICS
+from video_opd.reports.run_files import Note, RunFiles
+from video_opd.terminal import visible
+
+T = TypeVar("T")
 
 ROLES = ("base", "student", "teacher")  # how models of one run are ordered and coloured
 ROUND = "round "  # and a number: the student after that round
-METRICS = ("mIoU", "R@0.3", "R@0.5", "R@0.7")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class Evaluation:
     n: int
     scores: Mapping[str, float]
     ci95: Mapping[str, tuple[float, float]]
-    record: Mapping[str, Any]  # the file as it is
+    record: Mapping[str, Any]  # the file, as ``records.metrics_record`` returns it
 
     @property
     def best_constant(self) -> float | None:
@@ -80,6 +84,8 @@ class Run:
     timelines: tuple[Mapping[str, Any], ...] = ()
     summary: Mapping[str, Any] | None = None  # rounds.json
     rounds: tuple[Run, ...] = ()  # of a folder of rounds; the other fields are then of all of them together
+    number: int = 0  # of a round, from 1
+    left_out: tuple[str, ...] = ()  # a line for each kind of damage that reading passed over
 
     @property
     def method(self) -> str:
@@ -87,7 +93,7 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one metric; rows that lack it are left out."""
-        points = [(row["step"], row[key]) for row in self.metrics if _is_number(row.get(key))]
+        points = [(row["step"], row[key]) for row in self.metrics if key in row]
         return [float(step) for step, _ in points], [float(value) for _, value in points]
 
     def evaluation(self, model: str, testset: str) -> Evaluation | None:
@@ -125,30 +131,58 @@ def round_number(model: str) -> int:
 def read_run(folder: str | Path) -> Run:
     """Reads one run folder, or a folder of rounds.
 
-    Raises UserError when the folder is not there, holds nothing of a run, or holds a file that is broken.
+    Raises UserError if the folder is not there or holds nothing of a run that can be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; name the folder of a run (run.dir of its recipe)")
-    recipe_path = folder / "recipe.yaml"
-    recipe_text = recipe_path.read_text(encoding="utf-8") if recipe_path.exists() else ""
-    run = Run(
-        folder=folder,
-        name=folder.resolve().name,
-        recipe=_yaml(recipe_text, recipe_path),
+    folder = Path(folder)
+    files = RunFiles(folder)
+    run = _read(files)
+    rounds = []
+    for name in files.names("", lambda name: bool(_ROUND_FOLDER.fullmatch(name))):
+        if not os.path.lexists(folder / name / "recipe.yaml"):
+            if os.path.isdir(folder / name):  # a round writes its recipe when it begins to train
+                continue
+            files.note(name, "no folder of a round")
+            continue
+        if os.path.realpath(folder / name) == os.path.realpath(folder):
+            files.note(name, "a link to its own run")
+            continue
+        rounds.append(replace(_read(RunFiles(folder / name, f"{name}/")), number=int(name[len("round-") :])))
+    run = replace(run, left_out=files.left_out)
+    if not (run.recipe or run.metrics or run.evaluations or rounds):
+        why = f" that can be read ({'; '.join(run.left_out)})" if run.left_out else ""
+        raise UserError(
+            f"{folder}: holds no recipe.yaml, metrics.jsonl or eval/*.json{why}; name a run's folder"
+        )
+    return _together(run, rounds)
+
+
+_ROUND_FOLDER = re.compile(r"round-[1-9][0-9]{0,5}")
+
+
+def _read(files: RunFiles) -> Run:
+    recipe, recipe_text = files.recipe("recipe.yaml")
+    return Run(
+        folder=files.folder,
+        name=visible(Path(os.path.realpath(files.folder)).name),
+        recipe=recipe,
         recipe_text=recipe_text,
-        environment=_json(folder / "environment.json") or {},
-        metrics=_by_step(_rows(folder / "metrics.jsonl")),
-        rollouts=tuple(_rows(folder / "rollouts.jsonl")),
-        evaluations=_evaluations(folder / "eval"),
-        selection=_json(folder / "select.json") or _json(folder / "eval" / "select.json"),
-        timelines=tuple(_rows(folder / "eval" / "timelines.jsonl")),
-        summary=_json(folder / "rounds.json"),
+        environment=_record(files, "environment.json", records.tree) or {},
+        metrics=_by_step(list(files.rows("metrics.jsonl", records.metrics_row))),
+        rollouts=tuple(files.rows("rollouts.jsonl", records.rollout_row)),
+        evaluations=_evaluations(files),
+        selection=_record(files, "select.json", records.selection)
+        or _record(files, "eval/select.json", records.selection),
+        timelines=tuple(files.rows("eval/timelines.jsonl", records.timeline_row)),
+        summary=_record(files, "rounds.json", records.rounds_record),
+        left_out=files.left_out,
     )
-    if not (run.recipe or run.metrics or run.evaluations):
-        raise UserError(f"{folder}: holds no recipe.yaml, metrics.jsonl or eval/*.json; name a run's folder")
-    found = sorted(folder.glob("round-*"), key=lambda path: (len(path.name), path.name))
-    return _together(run, [read_run(path) for path in found if (path / "recipe.yaml").exists()])
+
+
+def _record(files: RunFiles, file: str, check: Callable[[dict[str, Any], Note], T | None]) -> T | None:
+    record = files.record(file)
+    return None if record is None else check(record, lambda reason: files.note(file, reason))
 
 
 def _together(run: Run, rounds: list[Run]) -> Run:
@@ -158,13 +192,15 @@ def _together(run: Run, rounds: list[Run]) -> Run:
     metrics: list[Mapping[str, Any]] = []
     rollouts: list[Mapping[str, Any]] = []
     evaluations = list(run.evaluations)
-    for number, part in enumerate(rounds, start=1):
+    left_out = list(run.left_out)
+    for part in rounds:
         before = metrics[-1]["step"] if metrics else 0
         metrics += [{**row, "step": before + row["step"]} for row in part.metrics]
-        rollouts += [{**row, "step": before + row["step"]} for row in part.rollouts if "step" in row]
+        rollouts += [{**row, "step": before + row["step"]} for row in part.rollouts]
         evaluations += [
-            replace(e, model=f"{ROUND}{number}") for e in part.evaluations if e.model == "student"
+            replace(e, model=f"{ROUND}{part.number}") for e in part.evaluations if e.model == "student"
         ]
+        left_out += part.left_out
     return replace(
         run,
         environment=rounds[-1].environment,
@@ -172,23 +208,24 @@ def _together(run: Run, rounds: list[Run]) -> Run:
         rollouts=tuple(rollouts),
         evaluations=_in_order(evaluations),
         rounds=tuple(rounds),
+        left_out=tuple(left_out),
     )
 
 
-def _evaluations(folder: Path) -> tuple[Evaluation, ...]:
+def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
     found = []
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        record = _json(path) or {}
-        if not _is_number(record.get("mIoU")):
+    for name in files.names("eval", lambda name: name.endswith(".json") and not name.startswith(".")):
+        record = _record(files, f"eval/{name}", records.metrics_record)
+        if record is None:
             continue  # some other record
-        model, _, testset = path.stem.partition("-")
+        model, _, testset = visible(name.removesuffix(".json")).partition("-")
         found.append(
             Evaluation(
-                model=str(record.get("model") or model),
-                testset=str(record.get("testset") or testset or "test"),
-                n=int(record.get("n") or 0),
-                scores={key: float(record[key]) for key in METRICS if _is_number(record.get(key))},
-                ci95={k: (float(ci[0]), float(ci[1])) for k, ci in (record.get("ci95") or {}).items() if ci},
+                model=record["model"] or model,
+                testset=record["testset"] or testset or "test",
+                n=record["n"],
+                scores={key: record[key] for key in METRICS if key in record},
+                ci95=record["ci95"],
                 record=record,
             )
         )
@@ -202,42 +239,5 @@ def _in_order(found: list[Evaluation]) -> tuple[Evaluation, ...]:
 
 def _by_step(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     """Keeps one row a step, the last one written: a step that was repeated after a kill counts once."""
-    by_step = {row["step"]: row for row in rows if _is_number(row.get("step"))}
+    by_step = {row["step"]: row for row in rows}
     return tuple(by_step[step] for step in sorted(by_step))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Reads a file that may be missing, or be written at this moment (a half last line is ignored)."""
-    if not path.exists():
-        return []
-    rows = []
-    try:
-        for _, row in read_jsonl(path):
-            rows.append(row)
-    except UserError as error:
-        whole_lines = path.read_bytes().count(b"\n")
-        if f"{path}:{whole_lines + 1}:" not in str(error):
-            raise
-    return rows
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete it or write it again") from None
-    return value if isinstance(value, dict) else None
-
-
-def _yaml(text: str, path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({getattr(error, 'problem', error)}); write it again") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

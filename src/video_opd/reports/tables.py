@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from video_opd.config import recipe_from_dict
 from video_opd.config.tree import flatten
+from video_opd.errors import UserError
 from video_opd.reports.charts import number
 from video_opd.reports.runs import METRICS, ROLES, Evaluation, Run, round_number
 from video_opd.reports.story import METHODS, REVERSE_KL, STEP_S, interval, score
+from video_opd.terminal import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +107,24 @@ def compare(runs: Sequence[Run]) -> Comparison:
                 f"{fmean(step_s):.2f} s" if step_s else "–",
             ]
         )
-    flat = [dict(flatten(run.recipe)) for run in runs]
+    flat = _flat_recipes(runs)
     keys = list(dict.fromkeys(key for recipe in flat for key in recipe))
     differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in flat}) > 1]
     settings = [(key, [_plain(recipe.get(key)) for recipe in flat]) for key in differing]
     return Comparison(header=header, rows=rows, settings=settings)
+
+
+def _flat_recipes(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Returns the settings of the recipes by key, as today's reader understands them.
+
+    An earlier version wrote the keys of all methods, which differ from a new run's in nothing. If one of the
+    recipes cannot be read so, all are compared as they are written.
+    """
+    try:
+        trees = [recipe_from_dict(run.recipe).to_dict() for run in runs]
+    except UserError:
+        trees = [dict(run.recipe) for run in runs]
+    return [dict(flatten(tree)) for tree in trees]
 
 
 def _trained(run: Run, testset: str) -> Evaluation | None:
@@ -153,13 +169,13 @@ def rounds_table(run: Run) -> list[list[str]]:
     """Returns the counts of each round's selection, below :data:`ROUND_HEADER`; δ is its mean."""
     records = {record["round"]: record for record in (run.summary or {}).get("rounds", [])}
     rows = []
-    for r, part in enumerate(run.rounds, start=1):
-        chosen, delta = part.selection or {}, records.get(r, {}).get("delta", {})
+    for part in run.rounds:
+        chosen, delta = part.selection or {}, records.get(part.number, {}).get("delta", {})
         counts = ("rows", "used_before", "unannotated", "failed_gate", "candidates", "selected")
         means = [delta.get(name, {}).get("mean") for name in ("scored", "selected")]
         rows.append(
             [
-                str(r),
+                str(part.number),
                 *(f"{chosen[key]:,}" if key in chosen else "–" for key in counts),
                 *("–" if mean is None else f"{mean:+.2f}" for mean in means),
                 f"{len(part.metrics):,}",
@@ -175,4 +191,4 @@ def table(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
