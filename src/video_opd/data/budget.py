@@ -22,6 +22,7 @@ import numpy as np
 
 from video_opd.config import VideoConfig
 
+VideoBudget = VideoConfig  # the former name of the settings; scripts import it from here
 CELL_PX = 32  # side of a video token
 PAIR = 2  # frames that a temporal patch merges
 # qwen-vl-utils: a frame may cost this much more than the floor before the total is looked at.

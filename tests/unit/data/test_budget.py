@@ -202,3 +202,9 @@ def test_nearest_frames_are_the_nearest(gaps, n_frames):
 def test_an_impossible_budget_is_refused(wrong):
     with pytest.raises(UserError):
         read_settings(VideoConfig, wrong)
+
+
+def test_the_former_name_of_the_settings_still_works() -> None:
+    from video_opd.data.budget import VideoBudget
+
+    assert VideoBudget is VideoConfig
