@@ -1,4 +1,4 @@
-"""What the experiments share: runs of the ``video-opd`` command, and tables of what they score."""
+"""The functions that experiments share: runs of the ``video-opd`` command, and tables of their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPLITS = ("short", "long", "subtle")
 BASE, TEACHER = "tiny-base", "tiny-teacher"
 
 Scores = Mapping[str, Mapping[str, Any]]
-"""What one model scores: a record for each test set."""
+"""The results of one model: a record for each test set."""
 
 
 def train_command(
@@ -106,7 +106,7 @@ def make_pools(out: Path, seeds: Sequence[int], first_seed: int, videos: int) ->
 
 
 def shipped_scores(tests: Mapping[str, Path], out: Path) -> dict[str, list[dict[str, dict[str, Any]]]]:
-    """Of the base and the teacher, which have no seeds."""
+    """Returns the results of the base and the teacher, which have no seeds."""
     return {
         name: [
             {

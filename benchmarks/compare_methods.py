@@ -30,7 +30,7 @@ from common import (
 
 from video_opd.world.measure import make_test_sets
 
-# What is compared: a recipe of ``recipes/tiny``, and what is changed in it.
+# Each arm is a recipe of ``recipes/tiny`` and the changes to it.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "op-rkd": ("op-rkd", {}),

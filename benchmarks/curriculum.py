@@ -1,4 +1,4 @@
-"""What does TVDF add? Tables 2 and 7 on the generated world, at an equal number of training samples.
+"""The gain from TVDF: Tables 2 and 7 on the generated world, at an equal number of training samples.
 
     python benchmarks/curriculum.py --out runs/curriculum --seeds 0 1 2 --k 256 --steps 24
 
@@ -35,7 +35,7 @@ from video_opd.world.demo import shipped
 from video_opd.world.measure import make_test_sets
 
 POOL_SEED = 600  # + the run's seed
-# What each arm gives ``video-opd select``.
+# The flags that each arm gives ``video-opd select``.
 ARMS: dict[str, list[str]] = {
     "no TVDF (random)": ["--strategy", "random"],
     "TRPV only (random behind the gate)": ["--strategy", "random", "--min-teacher-iou", "0.5"],

@@ -1,4 +1,4 @@
-"""What a teacher's systematic error does to the student, with TRPV's gate and without it.
+"""The effect of a teacher's systematic error on the student, with TRPV's gate and without it.
 
     python benchmarks/noisy_teacher.py --out runs/noisy-teacher --seeds 0 1 2
 
@@ -37,7 +37,7 @@ from video_opd.world.measure import make_test_sets
 LESSON_SEED, POOL_SEED = 800, 700  # + the run's seed, for the pool
 GATE = ["--min-teacher-iou", "0.5"]
 NO_GATE = ["--min-teacher-iou", "0"]
-# What each arm gives ``video-opd select``.
+# The flags that each arm gives ``video-opd select``.
 ARMS: dict[str, list[str]] = {
     "random, gate": ["--strategy", "random", *GATE],
     "random, no gate": ["--strategy", "random", *NO_GATE],

@@ -82,10 +82,10 @@ def config_of(size: str, layers: int | None = None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a model does for each token: weights that it meets, and what attention scores add."""
+    """The work of a model for each token: the weights that it meets, and the attention scores."""
 
-    weights: int  # of the decoder layers
-    last: int  # of them, in the product that ends a layer
+    weights: int  # weights of the decoder layers
+    last: int  # those of them in the product that ends a layer
     scores: int  # decoder layers × heads × head size; 4 operations on each for a pair of query and key
     vision_weights: float  # of the vision tower, that a patch meets; mergers in proportion
     vision_scores: int
@@ -109,8 +109,8 @@ class Costs:
         return 2.0 * self.weights * tokens + 4.0 * self.scores * pairs
 
     def again(self, tokens: int, pairs: float) -> float:
-        """Of a forward that is recomputed: it stops before the last product of a layer, which the backward
-        does not need."""
+        """The work of a forward that is recomputed. It stops before the last product of a layer, which the
+        backward does not need."""
         return self.forward(tokens, pairs) - 2.0 * self.last * tokens
 
     def backward(self, tokens: int, pairs: float, trained: Trained) -> float:
@@ -141,9 +141,9 @@ class StepWork:
     trained: Trained = "adapters"
 
     def operations(self, student: Costs, teacher: Costs | None) -> dict[str, float]:
-        """Of each stage, after the cost model of docs/performance.md. A stage that does not happen is 0.
+        """The work of each stage, by the cost model of docs/performance.md; 0 for a stage that is left out.
 
-        The first token of an answer comes from the prefill. The vision tower is frozen.
+        The first token of a response comes from the prefill. The vision tower is frozen.
         """
         P, G, steps = self.prompt, self.rollouts, self.answer - 1
         read = (P, P * (P + 1) / 2)

@@ -1,4 +1,4 @@
-"""What does it save to read a video once for all that is asked about it?
+"""The time saved by prefilling a video once for all queries about it.
 
     python benchmarks/scoring.py --out runs/scoring
 

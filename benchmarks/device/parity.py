@@ -48,7 +48,7 @@ TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where and how a model computes."""
+    """The device and the settings with which a model computes."""
 
     device: str
     dtype: str = "float32"
@@ -63,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What the CPU says in float32 of its own greedy answers."""
+    """The CPU's values in float32 for its own greedy responses."""
 
     prompts: Sequence[EncodedPrompt]
     answers: list[list[tuple[int, ...]]]

@@ -245,8 +245,8 @@ class Bench:
         self.report.note(summary=f"{len(self.report.record['rows']) - 1} ways; the last: {figure}")
 
     def estimated_bytes(self, way: Way, tokens: int) -> int:
-        """Of the graph, by :mod:`video_opd.training.memory` or the formula of docs/performance.md, and of the
-        gradients with autocast's copies. For the prefix engine."""
+        """The memory of the graph, by :mod:`video_opd.training.memory` or the formula of docs/performance.md,
+        and of the gradients with autocast's copies. For the prefix engine."""
         text = self.student.config.text_config
         kept = graph_bytes(text, tokens, DTYPE)
         if way.recompute:

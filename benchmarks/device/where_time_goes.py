@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the longest kernels, and how long the card waits for the host.
+"""The time of a step by kernel: the longest kernels, and how long the card waits for the host.
 
 A step of the student alone, at the shape of the paper, with adapters; each stage is run without the profiler,
 for its seconds, and then under it. The card waits where no kernel runs: 1 − (union of the kernels' intervals)

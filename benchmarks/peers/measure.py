@@ -1,4 +1,4 @@
-"""What every framework's script measures, in the same way: it needs nothing but PyTorch and Linux.
+"""The measurements of every framework's script, the same for all. They need only PyTorch and Linux.
 
 A step ends where the optimiser has stepped, wherever that is called from; between two ends lies all that a
 step needs, reading videos included. Memory is the resident set of the process. What the model was given to
@@ -147,7 +147,7 @@ def status(key: str) -> int:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """What ``run.py`` asks of a framework: ``settings_of`` there makes it."""
+    """Reads the settings that ``settings_of`` in ``run.py`` made for a framework."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 

@@ -71,7 +71,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is the same for every way."""
+    """The sizes that are the same for every way."""
 
     pairs: int = 16
     side_px: int = 256
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def visual_tokens(self) -> int:
-        """Of a prompt."""
+        """The number of visual tokens of a prompt."""
         return self.pairs * (self.side_px // CELL_PX) ** 2
 
 
@@ -102,8 +102,10 @@ class Data:
 
 
 def jobs(prompts: int = 2, rollouts: int = 8, distilled: int = 8) -> dict[str, list[Way]]:
-    """What is compared with what. The first way of a job is ours with a recipe's default, a prompt at a time:
-    the others are measured against it."""
+    """Returns the jobs, each with the ways that it compares.
+
+    The others are measured against the first way: this project with a recipe's defaults, a prompt at a time.
+    """
     group = prompts * rollouts
     trl: dict[str, Any] = {"environment": "trl", "script": "with_trl.py"}
     swift: dict[str, Any] = {"environment": "ms-swift", "script": "with_ms_swift.py"}
@@ -221,7 +223,7 @@ def messages(query: str, video: str = "") -> list[dict[str, str]]:
 
 
 def settings_of(way: Way, plan: Plan, data: Data, folder: Path) -> dict[str, Any]:
-    """What a framework's script is asked for."""
+    """Returns the settings that a framework's script is given."""
     return {
         **asdict(plan),
         "visual_tokens": plan.visual_tokens,
@@ -301,7 +303,7 @@ def check_same_work(way: Way, plan: Plan, record: Mapping[str, Any]) -> None:
 
 
 def summarise(turns: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one way: medians over its turns, and how many times longer than ``reference`` it took in a turn."""
+    """Returns medians over the turns of a way, and how many times longer than ``reference`` a turn took."""
     seconds = [statistics.median(turn["seconds"]) for turn in turns]
     against = [statistics.median(turn["seconds"]) for turn in reference]
     return {

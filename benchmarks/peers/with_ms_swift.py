@@ -19,7 +19,7 @@ REWARD, CALLBACK, TEMPLATE = "peers_reward", "peers_measure", "peers_qwen3_vl"
 
 
 def arguments(asked: dict[str, Any]) -> list[str]:
-    """Of ``swift rlhf``."""
+    """Returns the arguments of ``swift rlhf``."""
     method, answers = asked["method"], asked["prompts"] * asked["rollouts"]
     given: dict[str, Any] = {
         "rlhf_type": "gkd" if method == "gkd" else "grpo",

@@ -65,7 +65,7 @@ _SHARE_WORD = re.compile(r"%|percent(?:ages?)?|pct|fractions?|proportion|ratio")
 _UNIT_WORD = re.compile(
     rf"{_SHARE_WORD.pattern}|frames?|frameno|minutes?|mins?|hours?|hrs?|milliseconds?|msecs?|ms|normali[sz]ed"
 )
-# What may stand between such a unit and its number: "frame numbers from 120", "start_frame: 120".
+# The words that may stand between such a unit and its number: "frame numbers from 120", "start_frame: 120".
 _LINK = re.compile(
     r"[:：=#()~≈]|numbers?|num|nos?|index|indices|idx|ids?|range|interval|window|span|from|between|start(?:s|ing)?"
     r"|begin(?:s|ning)?|end(?:s|ing)?|stops?|times?|timestamps?|is|are|to|and|about|around|approximately|approx"

@@ -50,7 +50,7 @@ class FakeLoader:
 
 
 class FakePrefix(list[EncodedPrompt]):
-    """What a fake policy made of prompts: the prompts."""
+    """The prefix that a fake policy makes: the prompts themselves."""
 
     def select(self, rows: Sequence[int]) -> FakePrefix:
         return FakePrefix(self[row] for row in rows)

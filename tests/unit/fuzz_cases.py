@@ -208,7 +208,7 @@ def prediction_case(rng: random.Random, folder: Path) -> str:
     return run_command("evaluate", "--data", data, "--predictions", answers, *words)
 
 
-# What YAML can say and a recipe should not.
+# Lines that are valid YAML and wrong in a recipe.
 YAML_LINES = (
     "optim: {lr: 1e999}", "optim: {lr: .nan}", "optim: {betas: [0.9]}", "video: {fps: 0x10}",
     "run: {seed: 1_0}", "data: 2026-99-99", "data: {train: 2026-11-24}", "optim: {lr: " + "9" * 400 + "}",

@@ -1,4 +1,4 @@
-"""Where the project's own files lie, and real videos where somebody has them (VIDEO_OPD_REAL)."""
+"""The places of the project's own files, and of real videos if there are any (VIDEO_OPD_REAL)."""
 
 import os
 from pathlib import Path

@@ -29,7 +29,7 @@ FIRST_CASE_S = 120.0  # imports and the good files that videos are made from
 
 
 def run_kind(kind: str, count: int, folder: Path, worker: str = "") -> tuple[Counter[str], list[str]]:
-    """What became of the cases, and what was wrong: ``"video 17: crashed with signal 11"``."""
+    """Returns the outcomes of the cases, and the failures: ``"video 17: crashed with signal 11"``."""
     found: Counter[str] = Counter()
     wrong: list[str] = []
     number = 0

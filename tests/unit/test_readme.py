@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type is valid."""
+"""The commands that the README tells a newcomer to type are valid."""
 
 from __future__ import annotations
 

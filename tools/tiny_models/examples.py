@@ -27,7 +27,7 @@ class Example:
     scene: Scene
     frames: np.ndarray
     times_s: np.ndarray
-    shift: tuple[float, float] = (0.0, 0.0)  # by which the picture was rolled, in units of the frame (y, x)
+    shift: tuple[float, float] = (0.0, 0.0)  # how far the picture was rolled, in units of the frame (y, x)
 
 
 _MIRRORED = {"moves left": "moves right", "moves right": "moves left"}

@@ -25,7 +25,7 @@ from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 from video_opd.world.scene import Question
 from video_opd.world.tokenizer import PHRASES
 
-ANSWER_TOKENS = 12  # of the longest response, without its end token
+ANSWER_TOKENS = 12  # tokens of the longest response, without its end token
 COLOUR_NAMES = tuple(COLOURS)
 START_HEAD, END_HEAD = 0, 1  # the attention heads that point at the event's start and at its end
 
@@ -35,7 +35,7 @@ class Asked:
     """A question of the batch, and the place of its answer in the sequence."""
 
     row: int
-    position: int  # of the answer's first token
+    position: int  # index of the response's first token
     digits: int  # number of tokens of the written start, which " to" and a space follow
     question: Question
 

@@ -85,7 +85,7 @@ class Pretraining(Settings):
     seed: int = 0
     videos: int = 7500
     check_videos: int = 40
-    questions: int = 4  # of each video
+    questions: int = 4  # questions about each video
     weight_decay: Number = 0.1
     stages: Annotated[tuple[Stage, ...], several] = ()
 

@@ -69,7 +69,7 @@ class Signal:
 
 
 class TrajectorySource(Protocol):
-    """Where a method's trajectories come from (``algorithms/trajectories.py`` has the two that there are)."""
+    """The source of a method's trajectories: one of the two in ``algorithms/trajectories.py``."""
 
     def __call__(
         self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]

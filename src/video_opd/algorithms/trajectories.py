@@ -1,4 +1,4 @@
-"""Where trajectories come from: the student samples them, or they are the text of the annotations."""
+"""The two sources of trajectories: the student samples them, or they are the text of the annotations."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        self.flags: list[str] = []  # in the order in which they were added, "--help" first
+        self.flags: list[str] = []  # flags in the order in which they were added, "--help" first
         self.commands: dict[str, Parser] = {}
         self.settings: tuple[str, ...] = NO_SETTINGS
         # The name of a positional that takes several words, which may stand anywhere between the flags.

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-# What other trainers call our keys.
+# The names that other trainers give our keys.
 SYNONYMS = {
     "learning_rate": "optim.lr",
     "num_generations": "sampling.rollouts",

@@ -109,7 +109,7 @@ class GRPOSamplingConfig(OnPolicySamplingConfig):
 
 
 class LossConfig(Settings):
-    """What every loss has: how it is summed, and when a step is refused."""
+    """The settings of every loss: how it is summed, and when a step is refused."""
 
     reduction: Literal["sum", "token_mean"] = Field(
         default="sum", description="sum over tokens, mean over trajectories: eq 6"
@@ -128,7 +128,7 @@ class LossConfig(Settings):
 
     @property
     def importance_limit(self) -> float | None:
-        """Where importance weights between sampler and trainer are cut off; None for no weights."""
+        """The cap of the importance weights between sampler and trainer; None for no weights."""
         return None
 
 

@@ -230,7 +230,7 @@ class OptimConfig(Settings):
 
 
 class RunConfig(Settings):
-    """Where a run lives, what it keeps, and what is checked before its first step."""
+    """The run folder, how much it keeps, and the checks before the first step."""
 
     dir: str = Field(default="runs/video-opd", min_length=1, description="a folder for the run")
     seed: int = Field(default=0, description="everything random follows from it")

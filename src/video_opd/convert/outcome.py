@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 _MANY = 10  # rows: fewer may all be about the first seconds
-_EARLY = 0.02  # of the duration: spans in minutes and durations in seconds end before 1/60
+_EARLY = 0.02  # share of the duration: spans in minutes and durations in seconds end before 1/60
 
 
 @dataclass(frozen=True, kw_only=True)

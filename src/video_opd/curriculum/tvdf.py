@@ -22,7 +22,7 @@ from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.types import Score, Strategy
 
-HISTOGRAM_BINS = 20  # of δ over [−1, 1]
+HISTOGRAM_BINS = 20  # bins of δ over [−1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)

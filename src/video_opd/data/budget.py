@@ -31,7 +31,7 @@ _FLOOR_SLACK = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPlan:
-    """What is taken of a video: ``n_frames`` (even) frames of ``height_px`` × ``width_px``."""
+    """The frames that are taken of a video: ``n_frames`` (even), each ``height_px`` × ``width_px``."""
 
     n_frames: int
     height_px: int

@@ -33,7 +33,7 @@ class IndexMismatch(VideoError):
 
 @dataclass
 class _Report:
-    """What a pass over the file found besides frames."""
+    """The findings of a pass over the file besides its frames."""
 
     errors: int = 0  # packets that the decoder refused
 

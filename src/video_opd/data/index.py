@@ -42,7 +42,7 @@ MAX_DAMAGED_SHARE = 0.05  # packets that cannot be decoded, in a file whose fram
 NEIGHBOURS = 2  # on either side, that a time of a program stream is compared with
 MAX_GAP_FRAMES = 1.5  # a longer gap that lies somewhere among untimed frames cannot be placed
 RAW_RATE_TOLERANCE, RAW_FRAMES = 0.01, 12  # durations must agree with the headers' rate on the first frames
-SLOW_FRAMES = 100  # in a file of a frame every minute, minutes are no jump
+SLOW_FRAMES = 100  # frames: a file with a frame every minute makes no jumps
 DISCONTINUITY_S = 10.0  # a longer jump ahead of an MPEG clock is no pause (ffmpeg's -dts_delta_threshold)
 
 
@@ -61,7 +61,7 @@ class PacketIndex:
     origin_s: float | None  # the first frame on the clock of all streams; None where that clock starts again
     nominal_fps: Fraction | None  # the rate that container or codec claim
     size_px: tuple[int, int]  # (height, width) as shown
-    orientation: Orientation  # of the first frame
+    orientation: Orientation  # orientation of the first frame
     stream_index: int
     codec: str
 

@@ -83,8 +83,8 @@ class Window:
     ``Window(number=1, count=9, start_s=30.0, end_s=90.0, clip=…)``, whose clip lasts 60 s.
     """
 
-    number: int  # from 0, in the order of time
-    count: int  # of the windows of the video
+    number: int  # position in time, from 0
+    count: int  # number of windows of the video
     start_s: float  # presentation times in the video
     end_s: float
     clip: Clip

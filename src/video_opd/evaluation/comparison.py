@@ -51,7 +51,7 @@ class Comparison:
     """
 
     protocol: Protocol
-    constants: Mapping[str, ConstantPrediction | None]  # of each data set
+    constants: Mapping[str, ConstantPrediction | None]  # data set -> its best constant
     results: Mapping[str, Mapping[str, Result]]
     baseline: str | None = None
 

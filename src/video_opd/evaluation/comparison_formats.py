@@ -45,7 +45,7 @@ class Cell:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     name: str
-    cells: Mapping[str, tuple[Cell, ...]]  # by data set, one for each of METRICS
+    cells: Mapping[str, tuple[Cell, ...]]  # data set -> a cell for each of METRICS
 
     def figures(self, data_set: str) -> tuple[Cell, ...]:
         """Returns the cells of a data set, dashes if the row has none."""

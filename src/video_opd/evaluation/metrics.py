@@ -52,7 +52,7 @@ class Metrics:
         record: dict[str, Any] = {"n": self.n, **self.values}
         record["ci95"] = dict(self.ci95)
         record |= {"unparsed": self.unparsed, "missing": self.missing, "rules": dict(self.rules)}
-        if self.protocol is not None:  # of the whole, not of a source
+        if self.protocol is not None:  # only the metrics of all sources together have it
             record |= {"unannotated": self.unannotated, "protocol": dict(self.protocol)}
             record["by_source"] = {name: part.to_json() for name, part in (self.by_source or {}).items()}
         return record

@@ -23,14 +23,14 @@ class Protocol:
     """How a model is asked and its responses are read: prompt, video budget, length, parser, rounding.
 
     A model that does not say otherwise itself gets ``video`` and ``max_new_tokens``. If responses were made
-    with something else, that is a deviation, and stands beside the result (:func:`deviations`).
+    with other settings, these are deviations, which are reported beside the result (:func:`deviations`).
     """
 
     name: str
-    prompt_style: str  # of data.prompts
+    prompt_style: str  # a name in data.prompts
     video: VideoConfig = field(default_factory=VideoConfig)
     max_new_tokens: int
-    parser: str  # of PARSERS
+    parser: str  # a key of PARSERS
     whole_seconds: bool = False  # round both ends of a prediction, halves to even, before it is compared
 
     def parse(self, text: str, *, thinking: bool = False) -> ParsedAnswer:

@@ -16,8 +16,8 @@ class PublishedRow:
     """A row of the paper. ``reproduced``: its authors ran this model themselves (an asterisk there)."""
 
     name: str
-    tables: str  # of the paper
-    scores: Mapping[str, Scores]  # by data set, in percent
+    tables: str  # the paper's tables that print the row
+    scores: Mapping[str, Scores]  # data set -> scores in percent
     reproduced: bool = False
 
 

@@ -27,7 +27,7 @@ class RowScore:
     iou: float
     missing: bool
     unparsed: bool
-    rule: str  # by which the response was read; empty if the prediction is missing
+    rule: str  # the rule by which the response was read; empty if the prediction is missing
 
 
 def score_rows(

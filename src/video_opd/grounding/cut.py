@@ -150,7 +150,7 @@ class _Sound:
         self.container, self.span = container, span
         self.pieces = _sound_pieces(video, origin_s, span)
         self.next = next(self.pieces, None)
-        self.written = 0  # in samples
+        self.written = 0  # samples of sound so far
         self.rate = 1
         self.stream: av.AudioStream | None = None
         if self.next is not None:  # some players fail on a track without samples

@@ -73,10 +73,10 @@ class WindowAnswer:
     """The answer within one window of the video: one response, or the consensus of several."""
 
     window: Interval  # seconds of the video
-    response: Response  # the one that was chosen
+    response: Response  # the chosen response
     samples: tuple[Response, ...]  # all of them; empty if only one was written
-    agreement: float | None  # of the samples (docs/ground.md); None without samples
-    frames: int  # that the model was shown
+    agreement: float | None  # mean overlap of the samples (docs/ground.md); None without samples
+    frames: int  # number of frames that the model was shown
     video_tokens: int
     thinned: bool  # whether these frames are fewer than the budget's rate asks for, as in a long window
 
@@ -95,7 +95,7 @@ class WindowAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedAnswer:
-    """Where an event lies in a video.
+    """The answer to one query on a video.
 
     ``windows`` holds an answer for every window that the model was shown, the best first. A video that was
     shown whole has one window. ``span`` and the other attributes are those of the best window. Example:
@@ -103,7 +103,7 @@ class GroundedAnswer:
     """
 
     query: str
-    duration_s: float  # of the video
+    duration_s: float  # duration of the video
     windows: tuple[WindowAnswer, ...]
 
     @property

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from video_opd.types import EncodedPrompt, Sample
 
 
-SETTINGS_FILE = "video_opd.json"  # in a model folder: the video budget and the prompt of its training
+SETTINGS_FILE = "video_opd.json"  # in a model folder, it holds the video budget and prompt of its training
 
 
 class InferenceConfig(Settings):

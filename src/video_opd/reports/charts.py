@@ -15,8 +15,8 @@ from statistics import fmean
 WIDTH, HEIGHT = 520.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 34.0
 MOST_POINTS = 400  # more are averaged into so many bins: a path of 10,000 steps draws the same picture
-INTERVAL_WIDTH = 2.0  # of the bar of a 95% interval
-MOST_COLUMNS = 60  # of a stacked chart
+INTERVAL_WIDTH = 2.0  # width of the bar of a 95% interval
+MOST_COLUMNS = 60  # columns of a stacked chart, at most
 SMOOTH_FROM = 24  # points from which a smoothed line is drawn over the raw one
 
 

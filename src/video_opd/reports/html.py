@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MOST_TIMELINES = 12
-MOST_ROLLOUTS = 8  # of the first steps, and as many of the last
+MOST_ROLLOUTS = 8  # shown of the first steps, and as many of the last
 R_FULL = 2.0  # |r_t| in nats at which a token has its full colour
 RUN_COLOURS = ("run-a", "run-b", "run-c", "run-d", "run-e", "run-f")
 

@@ -1,4 +1,7 @@
-"""What a run of the suite needs on this machine, and how to get what is missing. No model is loaded."""
+"""The requirements of a run of the suite on this machine, and how to meet those that are missing.
+
+No model is loaded.
+"""
 
 from __future__ import annotations
 

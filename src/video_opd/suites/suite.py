@@ -158,7 +158,7 @@ def run(
 
 
 def survey(settings: SuiteSettings) -> requirements.Survey:
-    """What the suite needs on this machine, and what of it is missing."""
+    """Returns the requirements of the suite on this machine, and which of them are missing."""
     _quiet_libraries()
     return requirements.survey(settings.tasks, settings.data_root, judge=settings.judge, limit=settings.limit)
 

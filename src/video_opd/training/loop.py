@@ -56,7 +56,7 @@ Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Components]
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """Where a finished run left its results. ``metrics`` is the last row of ``metrics.jsonl``."""
+    """The places of a finished run's results. ``metrics`` is the last row of ``metrics.jsonl``."""
 
     path: Path
     model: Path

@@ -30,7 +30,7 @@ def make_records(
 ) -> list[RolloutRecord]:
     """The rollouts of the prompts whose positions are ``shown``."""
     records: list[RolloutRecord] = []
-    b = -1  # of the rollout in the micro-batch
+    b = -1  # the rollout's index in the micro-batch
     rewards = scored.signal.reward_B
     for row, group in zip(scored.rows, scored.groups, strict=True):
         for index, rollout in enumerate(group):

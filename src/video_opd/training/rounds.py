@@ -52,7 +52,7 @@ POLL_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsResult:
-    """Where the rounds left their results. ``summary`` is the content of ``rounds.json``."""
+    """The places of the rounds' results. ``summary`` is the content of ``rounds.json``."""
 
     path: Path
     model: Path  # the last round's
@@ -182,7 +182,7 @@ class Rounds:
                 student_k=tvdf.student_k,
                 temperature=tvdf.temperature,
                 max_new_tokens=recipe.sampling.max_new_tokens,
-                seed=recipe.run.seed,  # in all rounds, so that the teacher's responses stay the same
+                seed=recipe.run.seed,  # one seed for all rounds: the teacher's responses stay the same
                 thinking=recipe.prompt.thinking,
                 reverse_kl=tvdf.rank_by == "reverse_kl",
             ),

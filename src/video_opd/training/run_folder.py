@@ -55,7 +55,7 @@ class RunFolder:
         self.skipped = self.path / "skipped.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
-        self.adapter = self.path / "adapter"  # of a LoRA run; merged in model/
+        self.adapter = self.path / "adapter"  # only a LoRA run writes it; model/ has it merged
         self.evaluations = self.path / "eval"
         self.done = self.path / "done.json"  # written last of all
 

@@ -55,7 +55,7 @@ class StepSettings:
 
     seed: int
     rollouts: int  # trajectories of a prompt
-    temperature: float  # of sampling, and of the student's own scores
+    temperature: float  # used for sampling and for the student's log-probs
     micro_batch_size: int  # prompts
     sampling_micro_batch_size: int | None  # prompts; None: each micro-batch is sampled by its first update
     teacher_micro_batch_size: int | None  # prompts; None: a micro-batch at a time

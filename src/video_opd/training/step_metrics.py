@@ -26,7 +26,7 @@ OUTLIER_NATS = 5.0  # |r_t| above this: one of the two models finds the token al
 
 @dataclass(frozen=True, kw_only=True)
 class TokenValues:
-    """What was measured at each response token: [B, T], float64, on the CPU.
+    """The measurements at each response token: [B, T], float64, on the CPU.
 
     A value is NaN where the token is padding or masked out of the loss, and where the method has no such
     quantity.
@@ -41,7 +41,7 @@ class TokenValues:
     ratio: torch.Tensor  # π_θ / π_old
     weight: torch.Tensor  # importance weight between sampler and trainer
     kl: torch.Tensor  # KL(π_θ ‖ π_tea) over the vocabulary
-    entropy: torch.Tensor  # of π_θ
+    entropy: torch.Tensor  # entropy of π_θ
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ class Style:
     families: tuple[str, ...]
     event_s: tuple[float, float]
     embedded: float  # chance that the actor is on screen, doing nothing, before and after an event
-    contrast: float  # of the background texture, from 0 to 1
-    noise: float  # its standard deviation, in 8-bit levels
+    contrast: float  # contrast of the background texture, from 0 to 1
+    noise: float  # standard deviation of the noise, in 8-bit levels
     crowd: int = 2  # actors on screen at once, at most
     vfr: float = 0.0  # chance of a variable frame rate
 
@@ -60,7 +60,7 @@ class Spell:
 
     start_s: float
     end_s: float
-    family: str  # of the event; "idle" if the actor only is there
+    family: str  # family of the event; "idle" if the actor is only there
     event_s: tuple[float, float]
     path: tuple[float, float, float, float]  # x0, y0 → x1, y1 in units of the frame
     other: int | None = None  # the actor that it meets
@@ -71,7 +71,7 @@ class Spell:
 class Actor:
     colour: str
     shape: str
-    radius: float  # in units of the shorter side
+    radius: float  # radius in units of the shorter side
     spells: tuple[Spell, ...]
 
 

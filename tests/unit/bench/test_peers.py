@@ -1,4 +1,4 @@
-"""What the comparison with other trainers rests on: the same work for all, and its sums."""
+"""The foundations of the comparison with other trainers: the same work for all, and the sums."""
 
 from __future__ import annotations
 

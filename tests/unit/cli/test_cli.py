@@ -127,7 +127,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(words, names, capsys, tmp_
         ("data stats d.jsonl --fps 1", "(did you mean --video.fps?); see video-opd data stats"),
         # A flag that is missing because it was misspelt.
         ("predict m d --uot p", "unrecognized arguments: --uot (did you mean --out?); see video-opd predict"),
-        # What the command does not read is not offered: predict has no optimiser, select no recipe.
+        # A command offers only the settings that it reads: predict has no optimiser, select no recipe.
         ("predict m d --out p --lr 1", "--lr 1; see video-opd predict --help"),
         ("select --data d --scores s --k 1 --out o --dtype x", "--dtype x; see video-opd select --help"),
         (
@@ -450,7 +450,7 @@ def test_score_by_options_and_by_recipe_agree(model_and_data, tmp_path, capsys) 
 
 @pytest.fixture
 def asked_of(monkeypatch) -> list:
-    """What score would ask of which models, without any."""
+    """Records the configurations of student and teacher that ``score`` is called with; loads no model."""
     from video_opd.curriculum import pool
     from video_opd.curriculum.scores import ScoreResult
 

@@ -151,7 +151,7 @@ def test_each_model_reads_a_prompt_once(tmp_path: Path, reverse_kl: bool, temper
     for policy in (student, teacher):
         assert sorted(i for ids in policy.read for i in ids) == [f"s{i}" for i in range(6)]
         assert len(policy.read) == 3  # batches
-    # What another file knows is read for the reverse KL only, and asked nothing.
+    # Scores that another file knows are read for the reverse KL only; the models are asked nothing.
     trained = {**PROVENANCE, "student": "trained"}
     second = tmp_path / "2.jsonl"
     samples = [*make_samples(7)[5:], *make_samples(5)]
@@ -221,7 +221,7 @@ def test_greedy_needs_one_answer(tmp_path: Path) -> None:
 
 
 def test_without_a_teacher_only_the_student_is_scored(tmp_path: Path) -> None:
-    """What GRPO's choice by difficulty reads (eqs 30–31)."""
+    """Scores of the student alone are enough for GRPO's choice by difficulty (eqs 30–31)."""
     out = tmp_path / "s.jsonl"
     student = FakePolicy(wavering)
     score(student, None, make_samples(4), FakeLoader(), out, provenance={**PROVENANCE, "teacher": None})

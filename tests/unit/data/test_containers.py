@@ -283,7 +283,7 @@ def test_packets_that_never_give_a_picture_are_no_frames(tmp_path: Path, window_
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".flv"])
 def test_decoding_times_in_the_place_of_presentation_times(tmp_path: Path, suffix: str) -> None:
-    """What remuxing an AVI with B-frames makes: the order of decoding is written as the order of display."""
+    """Remuxing an AVI with B-frames makes such a file: decoding order is written as display order."""
 
     def untimed(place: int, packet: av.Packet) -> av.Packet:
         packet.pts = packet.dts = place

@@ -1,4 +1,4 @@
-"""What the model is given: the processor's own tensors, with our frames and our times."""
+"""The model's input: the processor's own tensors, with our frames and our times."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor

@@ -81,7 +81,7 @@ def test_equal_seeds_draw_equal_videos_whatever_the_values() -> None:
 
 VIDEOS, CALLS, COLUMNS = 150, 40, 50
 SIMULATIONS = CALLS * COLUMNS
-# Of a count of covered truths that is binomial with a share of 95%: three standard errors, 1.5 points.
+# Three standard errors of a binomial share of 95%: 1.5 points.
 TOLERANCE = 3 * math.sqrt(0.95 * 0.05 / SIMULATIONS)
 
 
@@ -125,8 +125,8 @@ def test_intervals_cover_the_truth_at_the_nominal_rate() -> None:
 
 
 def test_intervals_over_rows_would_not_cover_it() -> None:
-    """What the intervals are over matters: rows of a video are not independent. (A difference is milder: what
-    the two models share cancels out.)"""
+    """Intervals over rows are too narrow, because the rows of a video are not independent. (A difference of
+    two models suffers less: the error that they share cancels out.)"""
     shares = coverage(over_videos=False, calls=8)
     assert all(shares[name] < 0.90 for name in ("mIoU", "R@0.5", "R@0.7"))
 

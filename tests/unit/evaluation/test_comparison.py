@@ -179,7 +179,7 @@ def test_markdown_holds_every_figure() -> None:
     assert rows["base"][3] == "33.3 [33.3, 33.3]"
     assert rows["student − base"][3] == "+44.4 [+44.4, +44.4]"
     assert rows["other"] == ["–"] * 4 + ["100.0 [100.0, 100.0]"] * 4
-    # What the paper printed stands apart, and only for its own data sets.
+    # The paper's own rows stand apart, and have figures only for its own data sets.
     assert "†" not in measured and all("†" in line for line in printed_rows.split("\n\n")[0].splitlines()[2:])
     line = next(line for line in printed_rows.splitlines() if line.startswith("| Video-OPD"))
     assert cells(line, "|")[2:-1] == ["73.1", "45.8", "32.4", "52.0", *"––––"]

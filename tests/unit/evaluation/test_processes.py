@@ -60,7 +60,7 @@ def answer_all(
 
 
 def in_processes(count: int, work: Callable[[Processes], Any], folder: Path) -> list[Any]:
-    """What ``work`` returned in each of ``count`` forks: its value, the error's text, or "killed"."""
+    """Returns the outcome of ``work`` in each of ``count`` forks: its value, error text, or "killed"."""
 
     def run(rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}

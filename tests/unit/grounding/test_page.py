@@ -205,7 +205,7 @@ def pressed(page: Page) -> list[str]:
 
 
 def operate(page: Page) -> None:
-    """What the keys do, with the video or with frames alone."""
+    """The keys work alike with the video and with frames alone."""
     page.ask("window.kept = [], addEventListener('keydown', (e) => kept.push(e.defaultPrevented)), 0")
     for key, modifiers, time_s in (
         ("ArrowRight", 0, 1.0),

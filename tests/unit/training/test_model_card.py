@@ -28,7 +28,7 @@ def sample(i: int, source: str | None = None) -> Sample:
 
 
 def model_card_data(text: str) -> ModelCardData:
-    """What the Hub's own parser reads."""
+    """Returns the card's data as the Hub's own parser reads them."""
     data = ModelCard(text).data
     assert isinstance(data, ModelCardData)
     return data

@@ -14,7 +14,7 @@ from video_opd.world.demo import demo_recipe
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a demo of 4 steps, seed 0, leaves when it is killed after its first step."""
+    """Makes the folder of a demo of 4 steps, seed 0, that was killed after its first step."""
     monkeypatch.chdir(tmp_path)
     out = Path("demo")
     write_text(out / "recipe.yaml", dump_recipe(demo_recipe(out, 0, 4)))

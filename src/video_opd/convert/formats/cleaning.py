@@ -1,4 +1,4 @@
-"""What the evaluations of the public sets do to a query before they ask it."""
+"""The cleaning of a query before it is asked, as in the evaluations of the public sets."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Format:
 
     name: str
     layout: str  # what a file of the format contains, for --list-formats
-    kinds: tuple[str, ...]  # of sources: "records", "mapping", "lines"
+    kinds: tuple[str, ...]  # kinds of source that it can be: "records", "mapping", "lines"
     matches: Callable[[Sequence[Entry]], bool]
     read: Callable[[Entry], Iterator[Question]]
     clean: Callable[[str], str]

@@ -39,7 +39,7 @@ class Entry:
 
     where: str  # for people: the file, and the line, index or key
     value: Any
-    key: str | None = None  # of a mapping
+    key: str | None = None  # the key of an entry of a mapping
 
 
 @dataclass(frozen=True, kw_only=True)
