@@ -1,9 +1,9 @@
-"""Runs the parts of the GPU check one after another, each with a time limit, and makes one table of them.
+"""Runs the sections of the GPU check one after another, each with a time limit, and makes one table of them.
 
     bash benchmarks/device/run.sh            # installs what was carried, then runs this
 
-A part is a script of this folder in a process of its own: it may fail, hang or be killed, and the next one
-goes on. Its rows are written while it works, so a part that ran out of time leaves what it has measured.
+A section is a script of this folder in a process of its own: it may fail, hang or be killed, and the next one
+goes on. Its rows are written while it works, so a section that ran out of time leaves what it has measured.
 Only the standard library is imported here: the runner must outlive a broken installation.
 """
 
@@ -25,12 +25,12 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TOTAL_S = 405.0  # of all parts: a second try fits into fifteen minutes
-PATIENCE = 6.0  # times the limits, where there is no card that somebody waits for
+TOTAL_S = 405.0  # limit of all sections together: a second try fits into fifteen minutes
+PATIENCE = 6.0  # factor on the limits on a machine without a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Section:
     """``command`` is called with ``--out FILE`` and, for tiny shapes, ``--tiny``."""
 
     name: str
@@ -38,12 +38,12 @@ class Part:
     limit_s: float
 
 
-def script(name: str, limit_s: float) -> Part:
-    return Part(name=name, command=(sys.executable, str(HERE / f"{name}.py")), limit_s=limit_s)
+def script(name: str, limit_s: float) -> Section:
+    return Section(name=name, command=(sys.executable, str(HERE / f"{name}.py")), limit_s=limit_s)
 
 
 MACHINE = script("machine", 60)
-PARTS = (
+SECTIONS = (
     script("parity", 75),
     script("real_shape", 170),
     script("where_time_goes", 60),
@@ -58,34 +58,40 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "device")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; without a GPU always")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], help="these parts")
     parser.add_argument(
-        "--limit", action="append", default=[], metavar="PART=SECONDS", help="another time limit of a part"
+        "--only", nargs="+", choices=[section.name for section in SECTIONS], help="these sections"
     )
     parser.add_argument(
-        "--total", type=float, help=f"seconds of all parts; default with a GPU: {TOTAL_S:.0f}"
+        "--limit",
+        action="append",
+        default=[],
+        metavar="SECTION=SECONDS",
+        help="another time limit of a section",
+    )
+    parser.add_argument(
+        "--total", type=float, help=f"seconds of all sections; default with a GPU: {TOTAL_S:.0f}"
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is not left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section is not left behind
     began_s = time.monotonic()
     patience = 1.0 if card_seen() else PATIENCE
-    first = run_part(MACHINE, arguments.out, MACHINE.limit_s * patience, tiny=False)
+    first = run_section(MACHINE, arguments.out, MACHINE.limit_s * patience, tiny=False)
     save([first], arguments.out)
-    # A card that torch was too slow to tell of is still there, and somebody waits for it.
+    # If torch was too slow to report the card, the system's own word counts.
     gpu = first["record"].get("gpu", card_seen())
     patience, tiny = (1.0, arguments.tiny) if gpu else (PATIENCE, True)
     limits = dict(given.split("=") for given in arguments.limit)
     chosen = [
-        Part(
-            name=part.name,
-            command=part.command,
-            limit_s=float(limits.get(part.name, part.limit_s * patience)),
+        Section(
+            name=section.name,
+            command=section.command,
+            limit_s=float(limits.get(section.name, section.limit_s * patience)),
         )
-        for part in PARTS
-        if arguments.only is None or part.name in arguments.only
+        for section in SECTIONS
+        if arguments.only is None or section.name in arguments.only
     ]
     left_s = (arguments.total or TOTAL_S * patience) - (time.monotonic() - began_s)
-    return run_parts(chosen, arguments.out, left_s, tiny=tiny, done=[first])
+    return run_sections(chosen, arguments.out, left_s, tiny=tiny, done=[first])
 
 
 def card_seen() -> bool:
@@ -93,33 +99,38 @@ def card_seen() -> bool:
     return any(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi") is not None
 
 
-def run_parts(
-    parts: Sequence[Part], out: Path, total_s: float, *, tiny: bool, done: Sequence[Mapping[str, Any]] = ()
+def run_sections(
+    sections: Sequence[Section],
+    out: Path,
+    total_s: float,
+    *,
+    tiny: bool,
+    done: Sequence[Mapping[str, Any]] = (),
 ) -> int:
-    """Runs them in order; 0 where all are ok. ``device.json`` and ``device.md`` grow with every part."""
+    """Runs them in order; 0 if all are ok. ``device.json`` and ``device.md`` grow with every section."""
     ends_s = time.monotonic() + total_s
     results = list(done)
-    for part in parts:
-        results.append(run_part(part, out, min(part.limit_s, ends_s - time.monotonic()), tiny=tiny))
+    for section in sections:
+        results.append(run_section(section, out, min(section.limit_s, ends_s - time.monotonic()), tiny=tiny))
         save(results, out)
     print("\n" + (out / "device.md").read_text(encoding="utf-8"))
     return int(any(result["outcome"] != "ok" for result in results))
 
 
-def run_part(part: Part, out: Path, limit_s: float, *, tiny: bool) -> dict[str, Any]:
-    """Outcome, seconds, and what the part wrote; what it printed goes to ``device.log``."""
+def run_section(section: Section, out: Path, limit_s: float, *, tiny: bool) -> dict[str, Any]:
+    """Returns outcome, seconds and record of the section; its printed lines go to ``device.log``."""
     if limit_s <= 0:
-        return {"part": part.name, "outcome": "no time left", "seconds": 0.0, "limit_s": 0.0, "record": {}}
+        return {"part": section.name, "outcome": "no time left", "seconds": 0.0, "limit_s": 0.0, "record": {}}
     out.mkdir(parents=True, exist_ok=True)
-    file, log = out / f"{part.name}.json", out / "device.log"
+    file, log = out / f"{section.name}.json", out / "device.log"
     file.unlink(missing_ok=True)
-    command = [*part.command, "--out", str(file), *(["--tiny"] if tiny else [])]
+    command = [*section.command, "--out", str(file), *(["--tiny"] if tiny else [])]
     began_s = time.monotonic()
     with log.open("a", encoding="utf-8") as output:
-        print(f"\n== {part.name}: {' '.join(command)}", file=output, flush=True)
+        print(f"\n== {section.name}: {' '.join(command)}", file=output, flush=True)
         outcome = run_limited(command, limit_s, output)
     result = {
-        "part": part.name,
+        "part": section.name,
         "outcome": outcome,
         "seconds": time.monotonic() - began_s,
         "limit_s": limit_s,
@@ -131,7 +142,7 @@ def run_part(part: Part, out: Path, limit_s: float, *, tiny: bool) -> dict[str, 
 
 
 def run_limited(command: Sequence[str], limit_s: float, output: Any) -> str:
-    """``ok``, ``failed`` or ``timed out``. Nothing that the command has started outlives it."""
+    """Returns ``ok``, ``failed`` or ``timed out``. No process that the command has started outlives it."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -152,7 +163,7 @@ def run_limited(command: Sequence[str], limit_s: float, output: Any) -> str:
 
 
 def environment() -> dict[str, str]:
-    """A part finds the package, and what the benchmarks share."""
+    """Returns the variables with which a section finds the package and the benchmarks' modules."""
     paths = [str(ROOT / "src"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -187,7 +198,7 @@ def row_of(result: Mapping[str, Any]) -> str:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row for each part, then the rows of each."""
+    """Returns Markdown: a row for each section, then the rows of each."""
     lines = ["| part | outcome | time | summary |", "|---|---|---|---|", *map(row_of, results)]
     for result in results:
         rows = result["record"].get("rows", [])

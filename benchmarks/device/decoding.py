@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from part import Report, run
+from section import Report, run
 
 from video_opd.bench.data import make_videos
 from video_opd.config import VideoConfig

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from part import Report, run
+from section import Report, run
 
 from video_opd.jsonl import read_jsonl
 

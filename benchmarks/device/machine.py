@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 
-from part import Report, run
+from section import Report, run
 
 PACKAGES = (
     *("torch", "torchvision", "transformers", "accelerate", "peft", "tokenizers", "numpy", "av", "pydantic"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from part import Report, run
+from section import Report, run
 
 from video_opd.bench.engine import LOGPROB_TOLERANCE
 from video_opd.bench.work import prompts_of

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from paper_size import Costs, StepWork, Trained, make, matrix_rate
-from part import Report, run
+from section import Report, run
 from stages import StageWatch, watched
 
 from video_opd.bench.timing import settle
@@ -37,7 +37,7 @@ STAGES = ("prefill", "sample", "teacher", "update", "backward", "optimiser")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of the whole part. Frames of 512 px make 256 tokens a pair, 32 pairs 8,192."""
+    """Sizes of the whole section. Frames of 512 px make 256 tokens a pair, 32 pairs 8,192."""
 
     size: str
     side_px: int
@@ -296,7 +296,7 @@ def summarise(report: Report) -> None:
 
 
 def any_ratio(steps: Steps) -> None:
-    """Rounding of bfloat16 in a large random model must not end a measurement; parity is another part."""
+    """Rounding of bfloat16 in a large random model must not end a measurement; parity is another section."""
     steps.stepper.settings = replace(steps.stepper.settings, ratio_tolerance=1e6)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from paper_size import make
-from part import Report, run
 from real_shape import DTYPE, REAL, TINY, Plan
+from section import Report, run
 from torch.profiler import ProfilerActivity, profile
 
 from video_opd.bench.timing import settle

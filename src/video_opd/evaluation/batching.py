@@ -16,36 +16,36 @@ Batch: TypeAlias = list[Item]
 MakeLoader: TypeAlias = Callable[[Sequence[Sample]], Iterable[Item]]
 """Reads the videos of the samples that are still to do; a sample whose video fails is not yielded."""
 
-WINDOW_BATCHES = 4  # batches that are sorted together
+BLOCK_BATCHES = 4  # batches that are sorted together
 # The pixels of a prompt take about 25 kB a video token: this bounds what waits to some 1.6 GB.
-WINDOW_TOKENS = 65_536
+BLOCK_TOKENS = 65_536
 
 
-def windows_of_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Batch]]:
-    """Cuts ``items`` into windows, sorts each by the videos' length, and yields a window's batches.
+def blocks_of_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Batch]]:
+    """Cuts ``items`` into blocks, sorts each by the length of its videos, and yields a block's batches.
 
     A batch has at most ``batch_size`` rows. It holds whole videos, because a policy prefills a video once for
     all of its queries in a batch; only a video with more than ``batch_size`` queries is spread over several.
-    A window ends where a video begins, so the queries of one video must come one after another
-    (:func:`video_opd.processes.by_video`). The rows of a window depend on the rows before it in no way, so
-    work that was cut off at the end of a window goes on with the same batches.
+    A block ends where a video begins, so the queries of one video must come one after another
+    (:func:`video_opd.processes.by_video`). A block's batches do not depend on the rows before it, so
+    work that was cut off at the end of a block goes on with the same batches.
     """
     assert batch_size >= 1
-    window: dict[str, list[Item]] = {}
+    block: dict[str, list[Item]] = {}
     for item in items:
         digest = item[1].clip_digest
-        if digest not in window and _is_full(list(window.values()), batch_size):
-            yield list(_batches(window.values(), batch_size))
-            window = {}
-        window.setdefault(digest, []).append(item)
-    if window:
-        yield list(_batches(window.values(), batch_size))
+        if digest not in block and _is_full(list(block.values()), batch_size):
+            yield list(_batches(block.values(), batch_size))
+            block = {}
+        block.setdefault(digest, []).append(item)
+    if block:
+        yield list(_batches(block.values(), batch_size))
 
 
 def _is_full(videos: Sequence[Sequence[Item]], batch_size: int) -> bool:
     rows = sum(map(len, videos))
     waiting = sum(video[0][1].video_tokens for video in videos)  # queries share their video's pixels
-    return rows >= WINDOW_BATCHES * batch_size or (waiting >= WINDOW_TOKENS and rows >= batch_size)
+    return rows >= BLOCK_BATCHES * batch_size or (waiting >= BLOCK_TOKENS and rows >= batch_size)
 
 
 def _batches(videos: Iterable[Sequence[Item]], batch_size: int) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.evaluation.batching import Batch, MakeLoader, windows_of_batches
+from video_opd.evaluation.batching import Batch, MakeLoader, blocks_of_batches
 from video_opd.evaluation.resume import (
     merge_process_files,
     open_output,
@@ -29,9 +29,9 @@ class Output:
     next opened, by any number of processes. Raises :class:`UserError` as :func:`open_output` does.
 
     A ``repeatable`` output, which a single process writes, ends with the same bytes whether it was killed on
-    the way or not. The rows that a kill leaves of a window (:mod:`video_opd.evaluation.batching`) would
-    otherwise stay, and the window's other rows would be batched and padded differently. So the writer calls
-    :meth:`end_window` after each window, ``OUT.window`` holds the size of ``out`` at that moment, and whoever
+    the way or not. The rows that a kill leaves of a block (:mod:`video_opd.evaluation.batching`) would
+    otherwise stay, and the block's other rows would be batched and padded differently. So the writer calls
+    :meth:`end_block` after each block, ``OUT.window`` holds the size of ``out`` at that moment, and whoever
     opens ``out`` again first cuts it to that size. The file is removed at the end.
     """
 
@@ -46,36 +46,36 @@ class Output:
     ) -> None:
         self.path = Path(out)
         self.processes = processes if processes is not None else Processes()
-        assert not repeatable or self.processes.count == 1, "the windows of several processes differ"
+        assert not repeatable or self.processes.count == 1, "the blocks of several processes differ"
         single = self.processes.count == 1
         self._mine = self.path if single else process_file_path(out, self.processes.rank)
-        self._window = self.path.with_name(f"{self.path.name}.window") if repeatable else None
-        if self._window is not None and not overwrite:
-            _cut_to_window(self.path, self._window)
+        self._block = self.path.with_name(f"{self.path.name}.window") if repeatable else None
+        if self._block is not None and not overwrite:
+            _cut_to_block(self.path, self._block)
         if self.processes.first:
             self.rows = open_output(out, provenance, overwrite=overwrite)
         self.processes.wait()  # no process may append before the files of the last run are merged
         if not self.processes.first:
             self.rows = read_rows(out)
         self.ids = set(self.rows)
-        self.end_window()
+        self.end_block()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         append_jsonl(self._mine, rows)
         self.ids.update(row["id"] for row in rows)
 
-    def end_window(self) -> None:
-        """Says that the rows so far are whole windows. Only a repeatable output takes note of it."""
-        if self._window is not None:
+    def end_block(self) -> None:
+        """Marks the end of a block: a kill leaves the rows so far. It does nothing if not ``repeatable``."""
+        if self._block is not None:
             size = self.path.stat().st_size if self.path.exists() else 0
-            write_text(self._window, str(size))
+            write_text(self._block, str(size))
 
     def finish(self, samples: Sequence[Sample]) -> None:
         """Leaves every row in ``out``, for every process; rows of several in the order of ``samples``."""
         if self.processes.count == 1:
             append_jsonl(self.path, [])  # an output without rows is a file, too
-            if self._window is not None:
-                self._window.unlink(missing_ok=True)
+            if self._block is not None:
+                self._block.unlink(missing_ok=True)
             return
         self.processes.wait()
         if self.processes.first:
@@ -98,14 +98,14 @@ def append_batches(
     """
     mine = output.processes.share(samples)
     with task(title, len(mine)) as bar:
-        for window in windows_of_batches(make_loader(mine) if mine else (), batch_size):
-            for batch in window:
+        for block in blocks_of_batches(make_loader(mine) if mine else (), batch_size):
+            for batch in block:
                 output.append(make_rows(batch))
                 bar.advance(len(batch))
-            output.end_window()
+            output.end_block()
 
 
-def _cut_to_window(out: Path, window: Path) -> None:
-    if out.exists() and window.exists():
-        size = int(window.read_text(encoding="utf-8"))
+def _cut_to_block(out: Path, block: Path) -> None:
+    if out.exists() and block.exists():
+        size = int(block.read_text(encoding="utf-8"))
         os.truncate(out, min(size, out.stat().st_size))

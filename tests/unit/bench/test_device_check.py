@@ -1,4 +1,4 @@
-"""The GPU check: its runner, and the sums that its figures rest on. Parts here are small commands."""
+"""The GPU check: its runner, and the sums that its figures rest on. Sections here are small commands."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _script(name: str) -> Any:
     return importlib.import_module(name)
 
 
-check, part, pins = (_script(name) for name in ("check", "part", "pins"))
+check, section, pins = (_script(name) for name in ("check", "section", "pins"))
 
 WRITES = 'printf \'{"summary": "%s", "rows": [{"what": "w", "figure": "f", "ok": true}]}\' "$0" > "$2"; '
 
 
 def command(name: str, script: str, limit_s: float = 60.0) -> Any:
-    """A part in shell: $0 is its name, $2 its file, $3 is --tiny."""
-    return check.Part(name=name, command=("sh", "-c", script, name), limit_s=limit_s)
+    """A section in shell: $0 is its name, $2 its file, $3 is --tiny."""
+    return check.Section(name=name, command=("sh", "-c", script, name), limit_s=limit_s)
 
 
 def outcomes(out: Path) -> dict[str, str]:
@@ -51,15 +51,15 @@ def outcomes(out: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ the runner
 
 
-def test_a_part_that_fails_leaves_the_others_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    parts = [
+def test_a_section_that_fails_leaves_the_others_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sections = [
         command("first", WRITES + 'echo "given $3"'),
         command("wrote, then failed", WRITES + "exit 1"),
         command("wrote nothing", "echo broken >&2; exit 3"),
-        check.Part(name="not there", command=(sys.executable, "no-such-script.py"), limit_s=60),
+        check.Section(name="not there", command=(sys.executable, "no-such-script.py"), limit_s=60),
         command("last", WRITES),
     ]
-    assert check.run_parts(parts, tmp_path, 600, tiny=True) == 1
+    assert check.run_sections(sections, tmp_path, 600, tiny=True) == 1
     assert outcomes(tmp_path) == {
         "first": "ok",
         "wrote, then failed": "failed",
@@ -77,23 +77,25 @@ def test_a_part_that_fails_leaves_the_others_whole(tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device.json", "device.log", "device.md"]
 
 
-def test_all_is_well_where_every_part_is(tmp_path: Path) -> None:
-    assert check.run_parts([command("a", WRITES), command("b", WRITES)], tmp_path, 600, tiny=False) == 0
+def test_all_is_well_where_every_section_is(tmp_path: Path) -> None:
+    assert check.run_sections([command("a", WRITES), command("b", WRITES)], tmp_path, 600, tiny=False) == 0
 
 
-def test_a_part_that_hangs_is_killed_with_all_its_processes(tmp_path: Path) -> None:
+def test_a_section_that_hangs_is_killed_with_all_its_processes(tmp_path: Path) -> None:
     hangs = WRITES + f"sleep 600 & echo $! > {tmp_path}/child; sleep 600"
     out = tmp_path / "out"
-    assert check.run_parts([command("hangs", hangs, 2), command("next", WRITES)], out, 600, tiny=False) == 1
+    assert (
+        check.run_sections([command("hangs", hangs, 2), command("next", WRITES)], out, 600, tiny=False) == 1
+    )
     assert outcomes(out) == {"hangs": "timed out", "next": "ok"}
     [hung, _] = json.loads((out / "device.json").read_text())
     assert hung["record"]["rows"], "what it had measured is lost"
     assert gone(int((tmp_path / "child").read_text()))
 
 
-def test_what_a_part_leaves_running_is_killed(tmp_path: Path) -> None:
+def test_what_a_section_leaves_running_is_killed(tmp_path: Path) -> None:
     leaves = WRITES + f"sleep 600 & echo $! > {tmp_path}/child"
-    assert check.run_part(command("leaves", leaves), tmp_path / "out", 60, tiny=False)["outcome"] == "ok"
+    assert check.run_section(command("leaves", leaves), tmp_path / "out", 60, tiny=False)["outcome"] == "ok"
     assert gone(int((tmp_path / "child").read_text()))
 
 
@@ -110,21 +112,21 @@ def gone(process: int) -> bool:
     return False
 
 
-def test_no_part_begins_when_the_time_of_all_is_used_up(tmp_path: Path) -> None:
-    assert check.run_parts([command("late", WRITES)], tmp_path, 0, tiny=False) == 1
+def test_no_section_begins_when_the_time_of_all_is_used_up(tmp_path: Path) -> None:
+    assert check.run_sections([command("late", WRITES)], tmp_path, 0, tiny=False) == 1
     assert outcomes(tmp_path) == {"late": "no time left"}
     assert "| late | no time left |" in (tmp_path / "device.md").read_text()
 
 
 def test_the_limits_leave_time_for_a_second_try() -> None:
-    before_the_demo = sum(p.limit_s for p in (check.MACHINE, *check.PARTS) if p.name != "demo")
+    before_the_demo = sum(p.limit_s for p in (check.MACHINE, *check.SECTIONS) if p.name != "demo")
     assert before_the_demo <= check.TOTAL_S <= 7 * 60
-    for p in (check.MACHINE, *check.PARTS):
+    for p in (check.MACHINE, *check.SECTIONS):
         assert Path(p.command[-1]).is_file(), p.name
 
 
 def test_a_report_is_written_with_every_row(tmp_path: Path) -> None:
-    report = part.Report(tmp_path / "a.json")
+    report = section.Report(tmp_path / "a.json")
 
     def written() -> dict[str, Any]:
         return json.loads((tmp_path / "a.json").read_text())

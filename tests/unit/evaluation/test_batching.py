@@ -1,4 +1,4 @@
-"""Outputs that were killed within a window of batches, and repeated, end with the same bytes."""
+"""Outputs that were killed within a block of batches, and repeated, end with the same bytes."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def ids(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("killed_at", range(8))
-def test_a_window_of_scores_that_was_cut_off_is_made_again(tmp_path: Path, killed_at: int) -> None:
-    """25 rows, one of which fails, are three windows of at most four batches of three. Lengths differ, so
-    that what is left of a window would be batched otherwise."""
+def test_a_block_of_scores_that_was_cut_off_is_made_again(tmp_path: Path, killed_at: int) -> None:
+    """25 rows, one of which fails, are three blocks of at most four batches of three. Lengths differ, so
+    that the rest of a block would be batched otherwise."""
 
     def run(folder: Path, student: Telling) -> Path:
         out = folder / "s.jsonl"

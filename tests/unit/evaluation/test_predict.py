@@ -12,7 +12,7 @@ from answer_cases import FakeLoader, FakePolicy, make_prompt, make_samples
 from prediction_cases import COUNTS, PROVENANCE, SAMPLED, queries_of, rows_of, seeded
 
 from video_opd.errors import UserError
-from video_opd.evaluation.batching import WINDOW_BATCHES, windows_of_batches
+from video_opd.evaluation.batching import BLOCK_BATCHES, blocks_of_batches
 from video_opd.evaluation.metrics import evaluate
 from video_opd.evaluation.predict import GenerationSettings, PredictResult, predict
 from video_opd.evaluation.predictions import read_predictions
@@ -84,7 +84,7 @@ def test_a_kill_loses_nothing_and_the_rest_is_done_once(tmp_path: Path) -> None:
             batch_size=2,
         )
     finished = rows_of(out)
-    assert len(finished) == 2 * WINDOW_BATCHES
+    assert len(finished) == 2 * BLOCK_BATCHES
     with out.open("a") as file:
         file.write('{"id": "s11", "resp')  # the kill came in the middle of a line
     loader = FakeLoader()
@@ -172,7 +172,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
 def test_batches_hold_like_lengths_and_every_item_once() -> None:
     items = [(sample, make_prompt(sample, 10 + 13 * i % 40)) for i, sample in enumerate(make_samples(30))]
-    batches = list(chain.from_iterable(windows_of_batches(items, 4)))
+    batches = list(chain.from_iterable(blocks_of_batches(items, 4)))
     assert sorted(s.id for batch in batches for s, _ in batch) == sorted(s.id for s, _ in items)
     assert max(map(len, batches)) == 4
     spread = [max(p.length for _, p in batch) - min(p.length for _, p in batch) for batch in batches]
@@ -180,7 +180,7 @@ def test_batches_hold_like_lengths_and_every_item_once() -> None:
     assert sum(spread) < sum(max(p.length for _, p in b) - min(p.length for _, p in b) for b in in_order)
 
 
-def test_long_videos_do_not_wait_for_a_full_window() -> None:
+def test_long_videos_do_not_wait_for_a_full_block() -> None:
     seen = 0
 
     def items() -> Any:
@@ -189,15 +189,15 @@ def test_long_videos_do_not_wait_for_a_full_window() -> None:
             seen += 1
             yield sample, make_prompt(sample, 40_000)
 
-    next(windows_of_batches(items(), 2))
-    assert seen == 5 < 2 * WINDOW_BATCHES  # two videos of 40,000 tokens, which their queries share
+    next(blocks_of_batches(items(), 2))
+    assert seen == 5 < 2 * BLOCK_BATCHES  # two videos of 40,000 tokens, which their queries share
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 8])
 def test_the_queries_of_a_video_are_in_one_batch(batch_size: int) -> None:
     samples = queries_of(COUNTS)
     items = [(sample, make_prompt(sample, 10 + 13 * int(sample.video.stem) % 40)) for sample in samples]
-    batches = list(chain.from_iterable(windows_of_batches(items, batch_size)))
+    batches = list(chain.from_iterable(blocks_of_batches(items, batch_size)))
     assert sorted(s.id for batch in batches for s, _ in batch) == sorted(s.id for s in samples)
     assert max(map(len, batches)) <= batch_size
     for v, count in enumerate(COUNTS):
