@@ -24,7 +24,7 @@ class Report:
         self._write()
 
     def add(self, what: str, figure: str, ok: bool | None = None, **numbers: Any) -> None:
-        """Adds a row: ``figure`` for the table, ``numbers`` for the file. ``ok`` is None if nothing is required."""
+        """Adds a row: ``figure`` for the table, ``numbers`` for the file; ``ok`` None: no requirement."""
         print(f"{what}: {figure}{'' if ok is None or ok else ' FAILED'}")
         self.record["rows"].append({"what": what, "figure": figure, "ok": ok, **numbers})
         self._write()
