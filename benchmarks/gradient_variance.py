@@ -2,8 +2,8 @@
 
     python benchmarks/gradient_variance.py --out runs/variance --prompts 8 --rollouts 128
 
-For every prompt, ``rollouts`` answers are sampled from the tiny base, and the gradient of log π(a_t|s_t) with
-respect to all weights is taken for every single token. With the methods' advantages A_t they give
+For every prompt, ``rollouts`` responses are sampled from the tiny base, and the gradient of log π(a_t|s_t)
+with respect to all weights is taken for every single token. With the methods' advantages A_t they give
 
     g_t = A_t ∇log π_t,    G = Σ_t g_t,    Var(G) = Σ_t Var(g_t) + 2 Σ_{t<t'} Cov(g_t, g_t')      (eq 10)
 
@@ -89,17 +89,17 @@ def measure(
     seeds = [[derive_seed(0, "variance", sample.id, i) for i in range(count)]]
     (rollouts,) = policy.sample([prompt], n=count, max_new_tokens=16, seeds=seeds)
     responses = [[rollout.token_ids for rollout in rollouts]]
-    judged = teacher.logprobs([prompt], responses, full=True)
+    scored_by_teacher = teacher.logprobs([prompt], responses, full=True)
     own = policy.logprobs([prompt], responses, full=True)
-    assert judged.full_BTV is not None and own.full_BTV is not None
+    assert scored_by_teacher.full_BTV is not None and own.full_BTV is not None
     mask_BT = own.mask_BT
-    r_BT = sampled_reverse_kl(judged.logprobs_BT, own.logprobs_BT)
+    r_BT = sampled_reverse_kl(scored_by_teacher.logprobs_BT, own.logprobs_BT)
     rewards = [checked_reward(IoUReward(), sample, rollout.text) for rollout in rollouts]
     group_B = group_advantages(torch.tensor(rewards), GROUP, True)
     scores_BTS = token_gradients(policy, prompt, rollouts, size)  # ∇log π_t, sketched
     advantages = {
         "video-opd": r_BT,
-        "video-opd, baseline kl": r_BT - kl_baseline(own.full_BTV, judged.full_BTV),
+        "video-opd, baseline kl": r_BT - kl_baseline(own.full_BTV, scored_by_teacher.full_BTV),
         "grpo": group_B[:, None].expand_as(r_BT),
     }
     found = {

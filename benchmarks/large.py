@@ -60,12 +60,12 @@ def main() -> None:
                 video_tokens=prompts[0].video_tokens,
                 frame_pairs=len(prompts[0].pair_times_s),
                 rollouts=rollouts,
-                answer=arguments.max_new_tokens,
+                response=arguments.max_new_tokens,
                 shared=name.startswith("prefix"),
                 recompute="recompute" in name,
             )
-            judge = costs["teacher"] if method == "video-opd" else None
-            operations = sum(work.operations(costs["student"], judge).values())
+            teacher = costs["teacher"] if method == "video-opd" else None
+            operations = sum(work.operations(costs["student"], teacher).values())
             way["share_of_matrix_rate"] = operations / way["seconds"] / rate
             way["prompt_tokens_a_second"] = prompts[0].length / way["seconds"]
             way["peak_bytes"] = peak_bytes(ways[name], device)

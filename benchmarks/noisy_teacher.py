@@ -96,22 +96,24 @@ def main() -> None:
         )
         for data in tests.values()
     ]
-    answers = {name: out / "answers" / name for name, _, _ in evaluations}
+    predictions = {name: out / "answers" / name for name, _, _ in evaluations}
     run_all(
         trainings
         + [
             video_opd(
-                "predict", model, data, "--out", answers[name] / f"student-{data.stem}.jsonl",
+                "predict", model, data, "--out", predictions[name] / f"student-{data.stem}.jsonl",
                 "--max-new-tokens", 16, "--batch-size", 32,
             )
             for name, model, data in evaluations
         ],
         arguments.jobs,
     )  # fmt: skip
-    rows = {name: [judged(folder, tests, family, arguments.shift)] for name, folder in answers.items()}
+    rows = {
+        name: [results_of(folder, tests, family, arguments.shift)] for name, folder in predictions.items()
+    }
     for number, arm in enumerate(ARMS):
         rows[arm] = [
-            judged(out / f"student-{number}-{seed}" / "eval", tests, family, arguments.shift)
+            results_of(out / f"student-{number}-{seed}" / "eval", tests, family, arguments.shift)
             for seed in arguments.seeds
         ]
     wrong = {seed: teacher_errors(out / f"scores-{seed}.jsonl", pool, family) for seed, pool in pools.items()}
@@ -180,31 +182,31 @@ def with_share(pool: Path, family: str, share: float, seed: int) -> Path:
     return path
 
 
-def judged(folder: Path, tests: dict[str, Path], family: str, shift_s: float) -> dict[str, float]:
-    """mIoU over all test sets: of the family with the truth and with the lesson, of the others."""
+def results_of(folder: Path, tests: dict[str, Path], family: str, shift_s: float) -> dict[str, float]:
+    """Returns mIoU over all test sets: the family against truth and lesson, and the other families."""
     truth: list[Sample] = []
-    answers: dict[str, Any] = {}
+    predictions: dict[str, Any] = {}
     for data in tests.values():
         truth += read_samples(data)
-        answers |= read_predictions(folder / f"student-{data.stem}.jsonl")
+        predictions |= read_predictions(folder / f"student-{data.stem}.jsonl")
     mine = [sample for sample in truth if sample.source == family]
     others = [sample for sample in truth if sample.source != family]
     lesson = [taught(sample, family, shift_s) for sample in mine]
     return {
         "n": len(mine),
-        "family": evaluate(mine, answers).miou,
-        "family_as_taught": evaluate(lesson, answers).miou,
-        "family_late_s": late_s(mine, answers),
-        "others": evaluate(others, answers).miou,
-        "others_late_s": late_s(others, answers),
+        "family": evaluate(mine, predictions).miou,
+        "family_as_taught": evaluate(lesson, predictions).miou,
+        "family_late_s": late_s(mine, predictions),
+        "others": evaluate(others, predictions).miou,
+        "others_late_s": late_s(others, predictions),
     }
 
 
-def late_s(samples: Sequence[Sample], answers: dict[str, Any]) -> float:
-    """How much later than the event an answer lies: the median over rows of what its middle is off."""
+def late_s(samples: Sequence[Sample], predictions: dict[str, Any]) -> float:
+    """Returns how much later than its event a prediction lies: the median distance of the middles."""
     found = [
         sum(row.span) / 2 - sum(row.sample.spans[0]) / 2
-        for row in score_rows(samples, answers)
+        for row in score_rows(samples, predictions)
         if row.span is not None
     ]
     return statistics.median(found)

@@ -135,8 +135,8 @@ class StepWork:
     video_tokens: int
     frame_pairs: int
     rollouts: int  # G
-    answer: int  # R
-    shared: bool  # the prefix engine; otherwise each answer stands behind a prompt of its own in the update
+    response: int  # R
+    shared: bool  # the prefix engine; otherwise each response stands behind a prompt of its own in the update
     recompute: bool
     trained: Trained = "adapters"
 
@@ -145,24 +145,24 @@ class StepWork:
 
         The first token of a response comes from the prefill. The vision tower is frozen.
         """
-        P, G, steps = self.prompt, self.rollouts, self.answer - 1
+        P, G, steps = self.prompt, self.rollouts, self.response - 1
         read = (P, P * (P + 1) / 2)
-        answers = (G * steps, G * (steps * P + steps * (steps + 1) / 2))
-        both = (read[0] + answers[0], read[1] + answers[1])
-        apart = (G * (P + self.answer), G * (P + self.answer) * (P + self.answer + 1) / 2)
+        written = (G * steps, G * (steps * P + steps * (steps + 1) / 2))
+        both = (read[0] + written[0], read[1] + written[1])
+        apart = (G * (P + self.response), G * (P + self.response) * (P + self.response + 1) / 2)
 
         def see(costs: Costs) -> float:
             return costs.see(self.video_tokens, self.frame_pairs)
 
         prefill = see(student) + student.forward(*read)
-        sample = student.forward(*answers)
+        sample = student.forward(*written)
         update = both if self.shared else apart
         again = student.again(*update) if self.recompute else 0.0
         stages = {
             "prefill": prefill if self.shared else 0.0,
             "sample": sample if self.shared else prefill + sample,
             "teacher": 0.0,
-            "update": student.forward(*answers)
+            "update": student.forward(*written)
             if self.shared
             else G * see(student) + student.forward(*apart),
             "backward": student.backward(*update, self.trained) + again,

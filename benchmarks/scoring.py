@@ -3,19 +3,19 @@
     python benchmarks/scoring.py --out runs/scoring
 
 Generated videos with five queries each, shown to the tiny base in frames of 64 tokens: prompts of some 1,500
-tokens. Two jobs: eight sampled answers to each of a video's queries (what the scores of TVDF need), and one
-greedy answer to each (what predictions need). Each is done in three ways, all by the ``prefix`` engine:
+tokens. Two jobs: eight sampled responses to each of a video's queries (what the scores of TVDF need), and one
+greedy response to each (what predictions need). Each is done in three ways, all by the ``prefix`` engine:
 
-- ``shared``: the queries of a video in one batch, whose prompts share the reading of the video;
+- ``shared``: the queries of a video in one batch, whose prompts share the video's prefill;
 - ``batched``: the same batch without that: the vision tower once a video, the language model once a prompt;
-- ``separate``: one prompt and one answer at a time, so the video is read for every answer.
+- ``separate``: one prompt and one response at a time, so the video is prefilled for every response.
 
 The ways take turns within a repeat, in another order every time, so what else the machine does falls on all
-of them; ratios are taken within a repeat. The answers must be equal, and their log-probabilities to 1e-4.
+of them; ratios are taken within a repeat. The responses must be equal, and their log-probabilities to 1e-4.
 
 With ``--predict`` the command itself is measured, decoding and writing included: five queries a video, as
-``video-opd predict`` batches them and one by one (``--batch-size 1``). The answers must be equal. Its figure
-is processor time in user mode, which other work on the machine changes little.
+``video-opd predict`` batches them and one by one (``--batch-size 1``). The responses must be equal. The
+figure is processor time in user mode, which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -212,8 +212,8 @@ def measure(ways: Mapping[str, Job], repeats: int) -> dict[str, Any]:
 
 
 def compare(expected: Sequence[Rollout], got: Sequence[Rollout]) -> float:
-    """The largest difference of log-probabilities, of answers that must be equal."""
-    assert [r.token_ids for r in got] == [r.token_ids for r in expected], "the answers differ"
+    """Returns the largest difference of log-probs between responses that must be equal."""
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected], "the responses differ"
     return max(
         abs(a - b)
         for x, y in zip(expected, got, strict=True)
@@ -252,7 +252,7 @@ def measure_predict(
     for repeat in range(repeats):
         for way in list(batch_sizes)[:: 1 if repeat % 2 else -1]:
             user_s, wall_s, rows = run(way)
-            assert rows == expected, f"{way}: the answers differ"
+            assert rows == expected, f"{way}: the responses differ"
             user[way].append(user_s)
             wall[way].append(wall_s)
     return {

@@ -1,7 +1,7 @@
 """Does the card compute what the CPU computes? The shipped tiny models, in float32 and bfloat16.
 
 The reference is always the plain engine on the CPU in float32. Compared are log-probs, gradients and greedy
-answers, the engines with each other, and one optimiser step of every method by the training loop itself.
+responses, the engines with each other, and one optimiser step of every method by the training loop itself.
 float32 means float32: TF32 is off, but for one row that says what it would change.
 """
 
@@ -66,7 +66,7 @@ class Reference:
     """The CPU's values in float32 for its own greedy responses."""
 
     prompts: Sequence[EncodedPrompt]
-    answers: list[list[tuple[int, ...]]]
+    responses: list[list[tuple[int, ...]]]
     logprobs: torch.Tensor
     gradients: torch.Tensor
 
@@ -119,9 +119,9 @@ def policy_of(setting: Setting) -> HFPolicy:
 def make_reference() -> Reference:
     policy = policy_of(Setting(device="cpu"))
     prompts = prompts_of(policy.processor, 200, queries=2, videos=2)
-    answers = greedy(policy, prompts)
-    logprobs, gradients = scores(policy, prompts, answers)
-    return Reference(prompts=prompts, answers=answers, logprobs=logprobs, gradients=gradients)
+    responses = greedy(policy, prompts)
+    logprobs, gradients = scores(policy, prompts, responses)
+    return Reference(prompts=prompts, responses=responses, logprobs=logprobs, gradients=gradients)
 
 
 def greedy(policy: HFPolicy, prompts: Sequence[EncodedPrompt]) -> list[list[tuple[int, ...]]]:
@@ -130,12 +130,12 @@ def greedy(policy: HFPolicy, prompts: Sequence[EncodedPrompt]) -> list[list[tupl
 
 
 def scores(
-    policy: HFPolicy, prompts: Sequence[EncodedPrompt], answers: Any
+    policy: HFPolicy, prompts: Sequence[EncodedPrompt], responses: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs of the answers' tokens, the gradient of their sum by every weight, as one vector), on the
-    CPU."""
+    """Returns the log-probs of the responses' tokens, and the gradient of their sum by every weight as one
+    vector, both on the CPU."""
     policy.model.zero_grad(set_to_none=True)
-    found = policy.logprobs(prompts, answers, grad=True)
+    found = policy.logprobs(prompts, responses, grad=True)
     found.logprobs_BT[found.mask_BT].sum().backward()
     gradients = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
     return found.logprobs_BT.detach()[found.mask_BT].float().cpu(), torch.cat(gradients).float().cpu()
@@ -149,10 +149,10 @@ def compare_engines(report: Report, reference: Reference, device: str, dtype: st
         "recompute": Setting(device=device, dtype=dtype, engine="prefix", recompute=True),
     }.items():
         policy = policy_of(setting)
-        found[name] = scores(policy, reference.prompts, reference.answers)
+        found[name] = scores(policy, reference.prompts, reference.responses)
         against_cpu(report, str(setting), found[name], reference, dtype)
         if name != "recompute":
-            compare_answers(report, str(setting), greedy(policy, reference.prompts), reference, dtype)
+            compare_responses(report, str(setting), greedy(policy, reference.prompts), reference, dtype)
     tolerance = SAME_CODE_TOLERANCE[dtype]
     for a, b in (("prefix", "plain"), ("recompute", "prefix")):
         where = f"{device} {dtype}, {a} against {b}"
@@ -171,11 +171,11 @@ def against_cpu(
     report.compare(f"gradients, {name}", relative(found[1], reference.gradients), GRADIENT_TOLERANCE[dtype])
 
 
-def compare_answers(report: Report, name: str, answers: Any, reference: Reference, dtype: str) -> None:
-    """In bfloat16 two tokens may be nearly as likely: every second answer may be another one."""
-    same = [a == b for a, b in zip(answers, reference.answers, strict=True)]
+def compare_responses(report: Report, name: str, responses: Any, reference: Reference, dtype: str) -> None:
+    """In bfloat16 two tokens may be nearly as likely: every second response may differ."""
+    same = [a == b for a, b in zip(responses, reference.responses, strict=True)]
     report.compare(
-        f"share of other greedy answers, {name}",
+        f"share of other greedy responses, {name}",
         1 - sum(same) / len(same),
         0.0 if dtype == "float32" else 0.5,
     )
@@ -185,7 +185,7 @@ def compare_tf32(report: Report, reference: Reference, device: str) -> None:
     torch.set_float32_matmul_precision("high")
     try:
         found, _ = scores(
-            policy_of(Setting(device=device, engine="prefix")), reference.prompts, reference.answers
+            policy_of(Setting(device=device, engine="prefix")), reference.prompts, reference.responses
         )
     finally:
         without_tf32()
@@ -195,13 +195,13 @@ def compare_tf32(report: Report, reference: Reference, device: str) -> None:
 def compare_attention(report: Report, reference: Reference, device: str) -> None:
     """The other attention implementations. Flash attention computes in bfloat16 only."""
     eager = Setting(device=device, engine="prefix", attn="eager")
-    found = scores(policy_of(eager), reference.prompts, reference.answers)
+    found = scores(policy_of(eager), reference.prompts, reference.responses)
     against_cpu(report, str(eager), found, reference, "float32")
     if device != "cuda" or importlib.util.find_spec("flash_attn") is None:
         report.add("flash attention", "not installed" if device == "cuda" else "needs a GPU")
         return
     flash = Setting(device=device, dtype="bfloat16", engine="prefix", attn="flash_attention_2")
-    found = scores(policy_of(flash), reference.prompts, reference.answers)
+    found = scores(policy_of(flash), reference.prompts, reference.responses)
     against_cpu(report, str(flash), found, reference, "bfloat16")
 
 
@@ -226,7 +226,7 @@ def compare_steps(report: Report, folder: Path, device: str) -> None:
 
 
 def compare_step(report: Report, folder: Path, data: Path, method: str, device: str) -> None:
-    """In float32 the answers are those of the CPU. In bfloat16 they may differ: the step must be finite."""
+    """In float32 the responses are those of the CPU. In bfloat16 they may differ: the step must be finite."""
     cpu = one_step(recipe_of(method, data, folder / f"{method}-cpu"), "cpu")
     mine = one_step(recipe_of(method, data, folder / f"{method}-float32"), device)
     worst = max(abs(mine[key] - cpu[key]) / max(abs(cpu[key]), 1e-3) for key in ("loss", "update/grad_norm"))

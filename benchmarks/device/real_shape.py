@@ -43,7 +43,7 @@ class Plan:
     side_px: int
     long: int  # prompt tokens, at least
     short: int
-    answer: int  # tokens, about an answer such as "12.54 to 17.83"
+    response: int  # tokens of a response, about those of "12.54 to 17.83"
     rollouts: int
     rank: int
     layers: int  # decoder layers that are trained in full
@@ -51,9 +51,9 @@ class Plan:
 
 
 REAL = Plan(
-    size="8b", side_px=512, long=8400, short=2100, answer=12, rollouts=8, rank=64, layers=8, matrix=8192
+    size="8b", side_px=512, long=8400, short=2100, response=12, rollouts=8, rank=64, layers=8, matrix=8192
 )
-TINY = Plan(size="test", side_px=64, long=120, short=60, answer=4, rollouts=2, rank=4, layers=1, matrix=256)
+TINY = Plan(size="test", side_px=64, long=120, short=60, response=4, rollouts=2, rank=4, layers=1, matrix=256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class Bench:
             engine=way.engine,
             rollouts=way.rollouts,
             dtype=DTYPE,
-            tokens=self.plan.answer,
+            tokens=self.plan.response,
             recompute=way.recompute,
             cached=True,
         )
@@ -191,13 +191,13 @@ class Bench:
 
     def add(self, way: Way, watch: StageWatch, result: StepResult, before: int) -> None:
         prompt = self.prompts_of(way)[0]
-        answer = max(map(len, result.responses))
+        longest = max(map(len, result.responses))
         work = StepWork(
             prompt=prompt.length,
             video_tokens=prompt.video_tokens,
             frame_pairs=len(prompt.pair_times_s),
             rollouts=way.rollouts,
-            answer=answer,
+            response=longest,
             shared=way.engine == "prefix",
             recompute=way.recompute,
             trained=way.trained,
@@ -231,10 +231,10 @@ class Bench:
             way=asdict(way),
             prompt_tokens=prompt.length,
             video_tokens=prompt.video_tokens,
-            answer_tokens=answer,
+            answer_tokens=longest,
             seconds=seconds,
             seconds_a_prompt=total_s / way.prompts,
-            seconds_a_sampled_token=seconds["sample"] / max(1, answer - 1) if work.shared else None,
+            seconds_a_sampled_token=seconds["sample"] / max(1, longest - 1) if work.shared else None,
             operations=operations,
             share_of_matrix_rate=share,
             share_of_matrix_rate_whole=whole,

@@ -95,7 +95,7 @@ class Student:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(trained, OptimConfig())
         self.prefix: Any = None
-        self.answers: list[list[tuple[int, ...]]] = []
+        self.responses: list[list[tuple[int, ...]]] = []
 
     def prefill(self) -> None:
         self.prefix = self.policy.prefill(self.prompts, grad=True)
@@ -104,16 +104,16 @@ class Student:
         groups = self.policy.sample(
             self.prefix,
             n=rollouts,
-            max_new_tokens=self.plan.answer,
+            max_new_tokens=self.plan.response,
             seeds=seeds_of(self.prompts, rollouts),
         )
-        self.answers = [[tuple(rollout.token_ids) for rollout in group] for group in groups]
+        self.responses = [[tuple(rollout.token_ids) for rollout in group] for group in groups]
 
     def sample_many(self) -> None:
         self.sample(self.plan.rollouts)
 
     def update(self) -> None:
-        found = self.policy.logprobs(self.prefix, self.answers, grad=True)
+        found = self.policy.logprobs(self.prefix, self.responses, grad=True)
         (-found.logprobs_BT.sum()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

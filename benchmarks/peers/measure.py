@@ -100,10 +100,10 @@ class Measure:
 
 
 class Tokens:
-    """Reads prompts and answers off what a student that is trained by transformers' Trainer is given.
+    """Counts prompts and responses in the inputs of a student that transformers' Trainer trains.
 
     The first call after a step has the prompts to sample from; a call with gradients has them with their
-    answers. Both are padded with ``pad``.
+    responses. Both are padded with ``pad``.
     """
 
     def __init__(self, measure: Measure, model: Any, pad: int, visual: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The same reward everywhere. What it rewards does not matter here, but that answers of a group differ."""
+"""The reward that all frameworks use. Its values do not matter; they only differ within a group."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def of_text(text: str) -> float:
-    """In [0, 1): a fixed, arbitrary function of the answer."""
+    """Returns a number in [0, 1): a fixed, arbitrary function of the response."""
     return sum((i + 1) * ord(letter) for i, letter in enumerate(text)) % 97 / 97
 
 
 def of_sample(sample: Any, text: str) -> float:
-    """As ``video-opd`` calls a reward."""
+    """The reward as ``video-opd`` calls it."""
     return of_text(text)
 
 
 def of_completions(completions: list[Any], **_: Any) -> list[float]:
-    """As TRL and ms-swift call one: texts, or conversations whose last message is the answer."""
+    """The reward as TRL and ms-swift call it: texts, or conversations that end with the response."""
     return [of_text(c if isinstance(c, str) else c[-1]["content"]) for c in completions]

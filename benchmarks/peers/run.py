@@ -2,7 +2,7 @@
 
     python benchmarks/peers/run.py --out runs/peers
 
-The same tiny Qwen3-VL, videos, number of visual tokens, answers, threads and updates; each framework in a
+The same tiny Qwen3-VL, videos, number of visual tokens, responses, threads and updates; each framework in a
 virtual environment of its own, which the first run builds from the package index with pip (about 6 GB each)
 and later ones use again. Ways take turns: one process each, one after another, ``--repeats`` times; ratios
 are taken within a turn. ``benchmarks/results/peers.json`` has everything.
@@ -54,7 +54,7 @@ ENDS, NEVER_SAID = ("<|im_end|>", "<|endoftext|>"), "<|vision_pad|>"
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One framework doing one job. ``at_once``: answers in one forward and backward."""
+    """One framework doing one job. ``at_once``: responses in one forward and backward."""
 
     framework: str
     method: str
@@ -191,7 +191,7 @@ def write_data(folder: Path, plan: Plan, videos: int) -> Data:
 
 
 def write_student(folder: Path) -> Path:
-    """The tiny base, but that it never ends an answer: all answers have as many tokens as are allowed.
+    """The tiny base, but that it never ends a response: all have as many tokens as are allowed.
 
     The head's rows of the two tokens that end one become that of a token that was never taught.
     """

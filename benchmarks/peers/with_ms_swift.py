@@ -69,7 +69,7 @@ def arguments(asked: dict[str, Any]) -> list[str]:
     elif method == "opd-rl":
         given |= {"num_generations": "1", "beta": "0", **teacher}
     else:
-        # lmbda 1: every answer is the student's own; beta 1: the reverse KL, over the whole vocabulary
+        # lmbda 1: every response is the student's own; beta 1: the reverse KL, over the whole vocabulary
         given |= {"lmbda": "1", "beta": "1", **teacher}
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
 

@@ -1,7 +1,7 @@
-"""The numbers of an answer's text, with their units: which of them may be times, and in which form.
+"""The numbers in a response, with their units: which of them may be times, and in which form.
 
 Only seconds and clock times are times. A unit may stand before its number ("frames 120 to 180") or after it,
-in English and, because answers mix languages, in plain Chinese, Japanese and Korean.
+in English and, because responses mix languages, in plain Chinese, Japanese and Korean.
 """
 
 from __future__ import annotations

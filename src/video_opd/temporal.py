@@ -95,7 +95,7 @@ def clock(time_s: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedAnswer:
-    """The span that an answer states, and the ``rule`` that matched (``"none"`` if none did).
+    """The span that a response states, and the ``rule`` that matched (``"none"`` if none did).
 
     ``span`` is None if no rule matched, and also if the rule found an empty or reversed span.
 
@@ -208,13 +208,13 @@ def _match(text: str) -> tuple[Interval, str] | None:
 
 
 def after_thinking(text: str) -> str | None:
-    """The text after the last ``</think>``; None without one: the length limit came before the answer."""
+    """Returns the text after the last ``</think>``, or None without one: the length limit came first."""
     _, closed, answer = text.rpartition("</think>")
     return answer if closed else None
 
 
 def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
-    """Read the span in a model's answer; never raises, and never makes up a number.
+    """Reads the span in a response; never raises, and never makes up a number.
 
     The first rule that matches counts, and within a rule the last place where it does:
 
@@ -224,9 +224,9 @@ def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
     4. ``clock``: a pair of mm:ss or hh:mm:ss in any of these shapes, or with a comma between;
     5. ``from_and``: "from A … to B", "between A and B", "start … A … end … B".
 
-    Two numbers that are not tied together by one of them are no answer, and neither are two numbers with a
+    Two numbers that are not tied together by one of them are no span, and neither are two numbers with a
     unit that is not seconds, before or after them ("frames 120 to 180"). With ``thinking`` only the text
-    after ``</think>`` is read, and a text without it holds no answer.
+    after ``</think>`` is read, and a text without it holds no span.
     """
     answer = after_thinking(text) if thinking else text
     match = None if answer is None else _match(answer.strip())

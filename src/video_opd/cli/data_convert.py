@@ -44,8 +44,8 @@ def add_arguments(parser: Parser) -> None:
         "--clips",
         choices=("cut", "whole"),
         default="cut",
-        help="rows about a part of a video: a file holds that part alone (cut, the default) or the whole "
-        "video (whole: their times are moved)",
+        help="rows about a stretch of a video: a file holds that stretch alone (cut, the default) or the "
+        "whole video (whole: their times are moved)",
     )
     parser.add_argument(
         "--workers", type=positive, default=4, metavar="N", help="threads of --probe; default: 4"

@@ -78,7 +78,7 @@ class SamplingConfig(Settings):
     max_new_tokens: int = Field(
         default=64,
         ge=1,
-        description="length limit; ours: an answer has about a dozen tokens; set it for thinking",
+        description="length limit; ours: a response has about a dozen tokens; set it for thinking",
     )
 
 

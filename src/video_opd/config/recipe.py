@@ -141,7 +141,7 @@ class OnPolicyRecipe(Recipe):
         need(
             not self.prompt.thinking or "max_new_tokens" in self.sampling.model_fields_set,
             "prompt.thinking without a length limit: reasoning has no natural end, so set "
-            "sampling.max_new_tokens (the paper's answers without it have about a dozen tokens)",
+            "sampling.max_new_tokens (the paper's responses without it have about a dozen tokens)",
         )
         self._need_plain("top_p", 1.0)
         self._need_plain("top_k", 0)

@@ -314,22 +314,22 @@ class TVDFConfig(SelectionConfig):
     )
     student_k: int | None = Field(default=None, description="the student's responses; none: as teacher_k")
     temperature: Number = Field(default=1.0, ge=0, description="of the responses; 0 is greedy; ours")
-    batch_size: int = Field(default=8, ge=1, description="candidates that are answered together; ours")
+    batch_size: int = Field(default=8, ge=1, description="candidates in a batch of responses; ours")
 
     @model_validator(mode="after")
     def _check_responses(self) -> Self:
         need(
-            self.answers_of_student >= 1,
-            f"student_k must be at least 1: strategy {self.strategy} reads the student's answers",
+            self.responses_of_student >= 1,
+            f"student_k must be at least 1: strategy {self.strategy} reads the student's responses",
         )
         need(
-            self.temperature > 0 or self.teacher_k == self.answers_of_student == 1,
-            "temperature 0 makes all answers the same: set tvdf.teacher_k and student_k to 1",
+            self.temperature > 0 or self.teacher_k == self.responses_of_student == 1,
+            "temperature 0 makes all responses the same: set tvdf.teacher_k and student_k to 1",
         )
         return self
 
     @property
-    def answers_of_student(self) -> int:
+    def responses_of_student(self) -> int:
         return self.teacher_k if self.student_k is None else self.student_k
 
     @property

@@ -191,11 +191,11 @@ def _scores_of(
 ) -> dict[str, Any]:
     """The keys of a row that one model's responses give."""
     parsed = [parse_answer(rollout.text, thinking=settings.thinking) for rollout in rollouts]
-    ious = [best_iou(answer.span, sample.spans) for answer in parsed]
+    ious = [best_iou(found.span, sample.spans) for found in parsed]
     return {
         f"{role}_iou": fsum(ious) / len(ious) if sample.spans else None,
-        f"{role}_spans": [answer.span for answer in parsed],
-        f"{role}_rules": [answer.rule for answer in parsed],
+        f"{role}_spans": [found.span for found in parsed],
+        f"{role}_rules": [found.rule for found in parsed],
         f"{role}_responses": [rollout.text for rollout in rollouts],
     }
 

@@ -44,7 +44,7 @@ class Summary:
     min_teacher_iou: float  # 0: no gate
     rows: int
     used_before: int  # rows that the caller excludes
-    unannotated: int  # rows without spans: the gate cannot judge the teacher; no gate, no exclusion
+    unannotated: int  # rows without spans, which the gate excludes: it cannot compare the teacher with them
     unscored: int  # rows that the scores file does not have
     unmeasured: int  # rows whose score lacks a finite value that the gate or the ranking needs
     failed_gate: int

@@ -294,7 +294,7 @@ def _decode_start(table: PacketTable, stream: av.VideoStream, packet: av.Packet 
 
 def _packets(container: av.container.InputContainer, file: WatchedFile, path: Path) -> Iterator[av.Packet]:
     count = 0
-    # A file that breaks off raises here. The caller judges from the packets before that whether they suffice.
+    # A file that breaks off raises here. The caller decides whether the packets before that suffice.
     with contextlib.suppress(av.FFmpegError, EOFError):
         for packet in container.demux():
             file.found_packet()

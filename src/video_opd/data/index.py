@@ -425,7 +425,7 @@ def _decode_all(path: Path) -> tuple[list[int], list[int], int]:
                     continue
                 output.update((int(frame.pts), None) for frame in frames if frame.pts is not None)
         except av.FFmpegError:
-            pass  # a file that breaks off: what came before was judged against its header
+            pass  # a file that breaks off: the packets before that were compared with its header
         try:
             frames = decode_packet(stream, None)
         except (av.FFmpegError, ValueError):

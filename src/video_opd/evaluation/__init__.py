@@ -1,1 +1,1 @@
-"""Metrics, prediction, the answer for one video."""
+"""Metrics, protocols, and the predictions that they evaluate."""

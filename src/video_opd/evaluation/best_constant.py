@@ -19,7 +19,7 @@ _CHUNK = 2_000_000  # IoUs that are held at a time
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantPrediction:
-    """The best prediction that ignores video and query: the same part of the duration every time."""
+    """The best prediction that ignores video and query: the same share of the duration every time."""
 
     start_fraction: float
     end_fraction: float
@@ -40,7 +40,7 @@ class ConstantPrediction:
 
 
 def best_constant(samples: Iterable[Sample], *, steps: int = 100) -> ConstantPrediction | None:
-    """Finds the constant prediction of highest mIoU on a grid of ``steps`` equal parts of the duration.
+    """Finds the constant prediction of highest mIoU on a grid of ``steps`` equal intervals of the duration.
 
     It is found on the test rows themselves, so it is an upper bound for what a prior can reach. None if no
     annotated row has a duration.
@@ -75,7 +75,7 @@ def _single_totals(single_N2: np.ndarray, steps: int) -> np.ndarray:
     """The sums [G, G] of the IoUs of every prediction [start, end] of the grid with rows of one span.
 
     Not every prediction of the grid is tried on every row. With a truth (u, v), the IoU of (s, e) is one of
-    four fractions, by where s and e lie, and the parts that depend on the row are summed once:
+    four fractions, by where s and e lie, and the terms that depend on the row are summed once:
 
     - e ≥ v, s ≤ u: (v − u) / (e − s)
     - e < v, s > u: (e − s) / (v − u)

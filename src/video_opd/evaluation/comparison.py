@@ -145,8 +145,8 @@ def evaluate_file(
 ) -> dict[str, Any]:
     """Returns the record of ``video-opd evaluate --json`` for one predictions file."""
     protocol = get_protocol(protocol)
-    answers = read_model_predictions([path], protocol, name="model")
-    compared = compare({"data": samples}, [answers], protocol)
+    predictions = read_model_predictions([path], protocol, name="model")
+    compared = compare({"data": samples}, [predictions], protocol)
     result = compared.results["model"]["data"]
     return evaluation_record(result.metrics, compared.constants["data"], result.swap)
 

@@ -173,7 +173,7 @@ def grounding_row(
         "id": sample.id,
         "query": sample.query,
         "responses": [rollout.text for rollout in rollouts],
-        "spans": [answer.span for answer in parsed],
-        "rules": [answer.rule for answer in parsed],
+        "spans": [found.span for found in parsed],
+        "rules": [found.rule for found in parsed],
         "truncated": [rollout.truncated for rollout in rollouts],
     }

@@ -68,8 +68,8 @@ def parse_row(
             rules = _rules(row, spans, where)
         else:
             parsed = [protocol.parse(text, thinking=thinking) for text in responses]
-            spans = [answer.span for answer in parsed]
-            rules = [answer.rule for answer in parsed]
+            spans = [found.span for found in parsed]
+            rules = [found.rule for found in parsed]
     elif "span" not in row and "spans" in row and "video" in row:
         # The spans of such a row are the annotation: as predictions, they would be right every time.
         raise UserError(

@@ -72,8 +72,8 @@ _TIMELENS = Protocol(
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        # Sec. 4.1 (budget) and figure 7 (prompt, two decimals). The paper gives no answer length; its answers
-        # are about a dozen tokens.
+        # Sec. 4.1 (budget) and figure 7 (prompt, two decimals). The paper gives no response length; its
+        # responses have about a dozen tokens.
         Protocol(name="paper", prompt_style="paper", max_new_tokens=64, parser="paper"),
         _TIMELENS,
         # The script before that commit counted tokens of 28 × 28 px for every model. Qwen3-VL's own are of
@@ -133,7 +133,7 @@ def prompt_style_of(provenance: Mapping[str, Any] | None) -> str | None:
 
 
 def is_thinking(provenance: Mapping[str, Any] | None) -> bool:
-    """Whether the provenance of an output says that the model thought before it answered."""
+    """Returns whether the model thought before it answered, as the provenance of an output says."""
     return (
         provenance is not None and _section(_section(provenance, "input"), "prompt").get("thinking") is True
     )

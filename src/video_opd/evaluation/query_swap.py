@@ -3,7 +3,7 @@
 For every two queries on one video whose events hardly overlap, each of the two predictions is compared with
 both events. A prediction is nearer its own event if its IoU with it is higher. Equal IoUs (as a rule 0 and
 0) are decided by the distance of the centres, and if that is equal, too, the comparison counts half. A row
-without a span is nearer nothing and counts 0. One answer to both queries is right for one of them, so a
+without a span is nearer nothing and counts 0. One span for both queries is right for one of them, so a
 model that does not listen scores 50%.
 
 A film can have thousands of queries, so the pairs are not gone through one by one. A prediction that
@@ -102,15 +102,15 @@ class _Rows:
         most = max(len(row.sample.spans) for row in rows)
         spans = [row.sample.spans + row.sample.spans[:1] * (most - len(row.sample.spans)) for row in rows]
         self.events_NK2 = np.array(spans, dtype=np.float64)
-        self.answered_N = np.array([row.span is not None for row in rows])
-        self.answer_N2 = np.array([row.span or (np.nan, np.nan) for row in rows], dtype=np.float64)
+        self.has_span_N = np.array([row.span is not None for row in rows])
+        self.predicted_N2 = np.array([row.span or (np.nan, np.nan) for row in rows], dtype=np.float64)
         self.iou_N = np.array([row.iou for row in rows], dtype=np.float64)
         self.centre_NK = _centres(self.events_NK2)
-        self.answer_centre_N = _centres(self.answer_N2)
-        self.distance_N = np.abs(self.answer_centre_N[:, None] - self.centre_NK).min(axis=1)
+        self.predicted_centre_N = _centres(self.predicted_N2)
+        self.distance_N = np.abs(self.predicted_centre_N[:, None] - self.centre_NK).min(axis=1)
         # Rows that are compared with every row of their video: several spans, or no proper interval.
         several_N = np.array([len(row.sample.spans) > 1 for row in rows])
-        infinite_N = self.answered_N & ~np.isfinite(self.answer_N2).all(axis=1)
+        infinite_N = self.has_span_N & ~np.isfinite(self.predicted_N2).all(axis=1)
         self.single_N = ~(several_N | infinite_N) & _proper(self.events_NK2).all(axis=1)
 
 
@@ -146,7 +146,7 @@ def _count(rows: _Rows) -> _Counts:
     single = np.flatnonzero(rows.single_N)
     # All pairs of single rows, as if no event overlapped another event or prediction.
     others_S = np.bincount(rows.video_N[single], minlength=rows.videos)[rows.video_N[single]] - 1
-    counts.add(rows, single, _far_sum(rows, single, others_S), _equal_answers(rows, single), others_S)
+    counts.add(rows, single, _far_sum(rows, single, others_S), _equal_predictions(rows, single), others_S)
     # The pairs in which one does.
     for own_P, other_P in _touching_pairs(rows, single):
         apart_P, nearer_P, same_P = _compare(rows, own_P, other_P)
@@ -159,16 +159,17 @@ def _count(rows: _Rows) -> _Counts:
 
 
 def _compare(rows: _Rows, own_P: np.ndarray, other_P: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Returns 0 or 1 (nearer: or 0.5): events told apart, answer nearer its own, both answers the same."""
+    """Returns three arrays of 0 or 1: the events differ, the prediction is nearer its own (or 0.5 for a tie),
+    both predictions are the same."""
     own_events, other_events = rows.events_NK2[own_P], rows.events_NK2[other_P]
     overlap_P = _ious(own_events[:, :, None], other_events[:, None]).max(axis=(1, 2))
     own_iou_P = rows.iou_N[own_P]
-    other_iou_P = _ious(rows.answer_N2[own_P][:, None], other_events).max(axis=1)
+    other_iou_P = _ious(rows.predicted_N2[own_P][:, None], other_events).max(axis=1)
     nearer_P = np.where(
         own_iou_P != other_iou_P, own_iou_P > other_iou_P, _nearer_by_centre(rows, own_P, other_P)
     )
-    same_P = (rows.answer_N2[own_P] == rows.answer_N2[other_P]).all(axis=1)
-    return (overlap_P <= MAX_EVENT_OVERLAP) * 1.0, nearer_P * rows.answered_N[own_P], same_P * 1.0
+    same_P = (rows.predicted_N2[own_P] == rows.predicted_N2[other_P]).all(axis=1)
+    return (overlap_P <= MAX_EVENT_OVERLAP) * 1.0, nearer_P * rows.has_span_N[own_P], same_P * 1.0
 
 
 def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -181,40 +182,40 @@ def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _nearer_by_centre(rows: _Rows, own_P: np.ndarray, other_P: np.ndarray) -> np.ndarray:
     own_s = rows.distance_N[own_P]
-    other_s = np.abs(rows.answer_centre_N[own_P][:, None] - rows.centre_NK[other_P]).min(axis=1)
+    other_s = np.abs(rows.predicted_centre_N[own_P][:, None] - rows.centre_NK[other_P]).min(axis=1)
     return np.where(own_s == other_s, 0.5, own_s < other_s)
 
 
 def _far(rows: _Rows, own_P: np.ndarray, other_P: np.ndarray) -> np.ndarray:
-    """How near the own event the answers are if no answer overlaps the other event."""
+    """Returns 1 if the prediction is nearer its own event, 0.5 for a tie, else 0; none overlaps the other."""
     by_centre_P = _nearer_by_centre(rows, own_P, other_P)
-    return np.where(rows.iou_N[own_P] > 0, 1.0, by_centre_P) * rows.answered_N[own_P]
+    return np.where(rows.iou_N[own_P] > 0, 1.0, by_centre_P) * rows.has_span_N[own_P]
 
 
 def _far_sum(rows: _Rows, single: np.ndarray, others_S: np.ndarray) -> np.ndarray:
     """:func:`_far` of each single row, summed over the other single rows of its video."""
     sums_S = others_S.astype(np.float64)
-    sums_S[~rows.answered_N[single]] = 0.0
-    silent = np.flatnonzero(rows.answered_N[single] & (rows.iou_N[single] == 0) & (others_S > 0))
+    sums_S[~rows.has_span_N[single]] = 0.0
+    silent = np.flatnonzero(rows.has_span_N[single] & (rows.iou_N[single] == 0) & (others_S > 0))
     if not len(silent):
         return sums_S
     order = _VideoOrder(rows.video_N[single], rows.centre_NK[single, 0])
     asked = single[silent]
-    video, at_s, within_s = rows.video_N[asked], rows.answer_centre_N[asked], rows.distance_N[asked]
+    video, at_s, within_s = rows.video_N[asked], rows.predicted_centre_N[asked], rows.distance_N[asked]
     nearer = order.count_within(video, at_s, within_s, strict=True)
     equal = order.count_within(video, at_s, within_s, strict=False) - nearer
     sums_S[silent] -= nearer + 0.5 * (equal - 1)  # its own centre is among the equal ones
     return sums_S
 
 
-def _equal_answers(rows: _Rows, single: np.ndarray) -> np.ndarray:
+def _equal_predictions(rows: _Rows, single: np.ndarray) -> np.ndarray:
     """How many other single rows of its video have the same span as each single row."""
-    keys = np.column_stack([rows.video_N[single], rows.answer_N2[single] + 0.0])  # -0.0 is 0.0
+    keys = np.column_stack([rows.video_N[single], rows.predicted_N2[single] + 0.0])  # -0.0 is 0.0
     found = np.zeros(len(single))
-    answered = np.flatnonzero(rows.answered_N[single])
-    if len(answered):
-        _, group, sizes = np.unique(keys[answered], axis=0, return_inverse=True, return_counts=True)
-        found[answered] = sizes[group.reshape(-1)] - 1
+    predicted = np.flatnonzero(rows.has_span_N[single])
+    if len(predicted):
+        _, group, sizes = np.unique(keys[predicted], axis=0, return_inverse=True, return_counts=True)
+        found[predicted] = sizes[group.reshape(-1)] - 1
     return found
 
 
@@ -267,7 +268,7 @@ class _VideoOrder:
 
 
 def _touching_pairs(rows: _Rows, single: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Directed pairs of single rows in which the own event or answer overlaps the other event, each once."""
+    """Yields, once each, the ordered pairs of single rows whose event or span overlaps the other event."""
     events_S2 = rows.events_NK2[single, 0]
     length_S = events_S2[:, 1] - events_S2[:, 0]
     # Events of about one length lie close together if they overlap one interval.
@@ -277,8 +278,8 @@ def _touching_pairs(rows: _Rows, single: np.ndarray) -> Iterator[tuple[np.ndarra
         order = _VideoOrder(rows.video_N[these], rows.events_NK2[these, 0, 0])
         longest = float((rows.events_NK2[these, 0, 1] - rows.events_NK2[these, 0, 0]).max()) * (1 + 1e-9)
         candidates = these[order.order]
-        for intervals_N2, by_event in ((rows.events_NK2[:, 0], True), (rows.answer_N2, False)):
-            asking = single if by_event else single[rows.answered_N[single]]
+        for intervals_N2, by_event in ((rows.events_NK2[:, 0], True), (rows.predicted_N2, False)):
+            asking = single if by_event else single[rows.has_span_N[single]]
             start, end = intervals_N2[asking].T
             low = order.first_at_least(rows.video_N[asking], start - longest - np.spacing(np.abs(start)))
             high = order.first_at_least(rows.video_N[asking], end)

@@ -48,7 +48,7 @@ class InferenceConfig(Settings):
 
 
 class InputProtocol(Protocol):
-    """The part of an evaluation protocol that decides a model's inputs (``evaluation/protocols.py``)."""
+    """The fields of an evaluation protocol that decide a model's inputs (``evaluation/protocols.py``)."""
 
     @property
     def name(self) -> str: ...
@@ -208,7 +208,7 @@ class InferenceModel:
     workers: int = 2
 
     def provenance(self) -> dict[str, Any]:
-        """Everything about the model that its answers depend on."""
+        """Returns everything about the model that its responses depend on."""
         from video_opd.models.fingerprint import model_fingerprint
 
         return {

@@ -1,7 +1,7 @@
 """One self-contained HTML file about one or several runs: tables, curves, timelines, tokens.
 
 No script, no font and no picture is fetched: the file can be mailed, archived and opened offline. Text that
-comes from data (queries, answers, paths) is escaped by the template engine.
+comes from data (queries, responses, paths) is escaped by the template engine.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ RUN_COLOURS = ("run-a", "run-b", "run-c", "run-d", "run-e", "run-f")
 CURVES: tuple[tuple[str, str, bool, Mapping[str, str]], ...] = (
     (
         "Reverse KL to the teacher",
-        "How far the student's answers are from what the teacher would say. It should fall towards 0.",
+        "How far the student's responses are from what the teacher would say. It should fall towards 0.",
         True,
         {"reverse_kl/sampled": "sampled", "reverse_kl/analytic": "analytic"},
     ),
     (
-        "Overlap of the answers that were trained on",
+        "Overlap of the responses that were trained on",
         "Mean IoU with the annotation. GRPO is rewarded for it, Video-OPD never sees it, annotations have 1.",
         True,
-        {"response/iou_mean": "IoU of the answers"},
+        {"response/iou_mean": "IoU of the responses"},
     ),
     (
         "Reward",
-        "With a teacher: mean over tokens of log π_teacher − log π_student; 0: both agree. GRPO: of answers.",
+        "With a teacher: mean over tokens of log π_teacher − log π_student. GRPO: reward of a response.",
         True,
         {"reward/mean": "mean reward"},
     ),
     (
-        "Surprise at the answers that are trained on",
+        "Surprise at the responses that are trained on",
         "Mean of −log π_student over their tokens, in nats. Supervised training lowers it.",
         True,
         {"response/nll": "nats a token"},
     ),
     (
         "Gradient norm",
-        "Before clipping. Spikes mean single answers that the teacher finds very unlikely.",
+        "Before clipping. Spikes mean single responses that the teacher finds very unlikely.",
         True,
         {"update/grad_norm": "gradient norm"},
     ),
     (
-        "Faulty answers",
-        "Share of the sampled answers that cannot be read as a time span, or hit the length limit.",
+        "Faulty responses",
+        "Share of the sampled responses that cannot be read as a time span, or hit the length limit.",
         True,
         {"response/unparsed_share": "not a time span", "response/truncated_share": "cut off"},
     ),
@@ -71,23 +71,23 @@ CURVES: tuple[tuple[str, str, bool, Mapping[str, str]], ...] = (
 # How to read the colours of the tokens, by method.
 TOKEN_HELP = {
     "video-opd": (
-        "answers that the student wrote while it was trained. Orange tokens are those that the teacher finds "
+        "responses that the student wrote in training. Orange tokens are those that the teacher finds "
         "less likely than the student did (r_t < 0) and are pushed down; blue ones are pushed up. Colour "
         "fades as the two agree."
     ),
     "grpo": (
-        "answers that the student wrote while it was trained. All tokens of an answer share its advantage: "
-        "orange answers overlap less with the truth than the others of their group and are pushed down; blue "
-        "ones are pushed up."
+        "responses that the student wrote in training. All tokens of a response share its advantage: "
+        "orange responses overlap less with the truth than the others of their group and are pushed down; "
+        "blue ones are pushed up."
     ),
-    "sft": "annotations as answers. Every token is pushed up; there is no other signal.",
+    "sft": "annotations in the answer format. Every token is pushed up; there is no other signal.",
     "op-rkd": (
-        "annotations as answers. Orange tokens are those that the teacher finds less likely than the student "
-        "did (r_t < 0) and are pushed down; blue ones are pushed up."
+        "annotations in the answer format. Orange tokens are those that the teacher finds less likely "
+        "than the student did (r_t < 0) and are pushed down; blue ones are pushed up."
     ),
     "op-fkd": (
-        "annotations as answers. Orange tokens are those that the teacher finds less likely than the student "
-        "did; the loss compares whole distributions at each of them."
+        "annotations in the answer format. Orange tokens are those that the teacher finds less likely "
+        "than the student did; the loss compares whole distributions at each of them."
     ),
 }
 TIMES = {
@@ -223,12 +223,12 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
                 series.append(Series(label=name, colour=colour, xs=xs, ys=ys, dashed=k > 0))
         charts.append(line_chart(title, help, series, zero=zero))
     if len(runs) == 1:
-        parts = [
+        stages = [
             Series(label=label, colour=f"part-{i}", xs=xs, ys=ys)
             for i, (key, label) in enumerate(TIMES.items())
             for xs, ys in [runs[0].series(key)]
         ]
-        charts.append(stack_chart("Where the time goes", "Seconds a step, by what was being done.", parts))
+        charts.append(stack_chart("Where the time goes", "Seconds a step, by stage.", stages))
     return [chart for chart in charts if chart is not None]
 
 
@@ -258,8 +258,8 @@ def round_curves(run: Run) -> list[Chart]:
 
 def round_selections(run: Run) -> list[Chart]:
     charts = [
-        selection_chart(part.selection or {}, f"round {part.number}: δ before and after the selection")
-        for part in run.rounds
+        selection_chart(each.selection or {}, f"round {each.number}: δ before and after the selection")
+        for each in run.rounds
     ]
     return [chart for chart in charts if chart is not None]
 

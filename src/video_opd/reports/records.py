@@ -43,7 +43,7 @@ def text(value: Any, most: int = MOST_TEXT) -> str | None:
 
 
 def span(value: Any) -> tuple[float, float] | None:
-    """``[start_s, end_s]`` as a span, or None. A model's answer may begin and end at one time."""
+    """``[start_s, end_s]`` as a span, or None. A model's prediction may begin and end at one time."""
     if not isinstance(value, list) or len(value) != 2:
         return None
     start_s, end_s = (number(time_s, 0, MOST_DURATION_S) for time_s in value)
@@ -112,7 +112,7 @@ def _signal(values: Any, length: int) -> list[float | None] | None:
 
 
 def timeline_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
-    """A row of timelines.jsonl. An answer that is no span is left out; null is a model without an answer."""
+    """A row of timelines.jsonl. A value that is no span is left out; null is a model without a prediction."""
     duration_s = number(row.get("duration"), 1e-6, MOST_DURATION_S)
     if duration_s is None:
         note("a row whose duration is not a number of seconds above 0")

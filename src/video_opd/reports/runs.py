@@ -42,12 +42,12 @@ class Evaluation:
 
     @property
     def best_constant(self) -> float | None:
-        """mIoU in percent of the best answer that ignores the video."""
+        """mIoU in percent of the best constant, which ignores the video."""
         return self._control("best_constant", "mIoU")
 
     @property
     def query_swap(self) -> float | None:
-        """Percent of answers that are nearer to their own event than to the other query's (chance: 50)."""
+        """Percent of predictions that are nearer their own event than the other query's (chance: 50)."""
         return self._control("query_swap", "share")
 
     @property
@@ -193,14 +193,14 @@ def _together(run: Run, rounds: list[Run]) -> Run:
     rollouts: list[Mapping[str, Any]] = []
     evaluations = list(run.evaluations)
     left_out = list(run.left_out)
-    for part in rounds:
+    for each in rounds:
         before = metrics[-1]["step"] if metrics else 0
-        metrics += [{**row, "step": before + row["step"]} for row in part.metrics]
-        rollouts += [{**row, "step": before + row["step"]} for row in part.rollouts]
+        metrics += [{**row, "step": before + row["step"]} for row in each.metrics]
+        rollouts += [{**row, "step": before + row["step"]} for row in each.rollouts]
         evaluations += [
-            replace(e, model=f"{ROUND}{part.number}") for e in part.evaluations if e.model == "student"
+            replace(e, model=f"{ROUND}{each.number}") for e in each.evaluations if e.model == "student"
         ]
-        left_out += part.left_out
+        left_out += each.left_out
     return replace(
         run,
         environment=rounds[-1].environment,

@@ -73,8 +73,8 @@ def headline(run: Run) -> str:
         return first + (f"; {scores}" if scores else "") + "."
     rounds = f" in {_plural(len(run.rounds), 'round')}" if run.rounds else ""
     first = (
-        f"After {_plural(len(run.metrics), 'step')} of {method}{rounds} the student's answers overlap the "
-        f"true moments by {found.student:.1f}%, {_change(found)} {found.base:.1f}%"
+        f"After {_plural(len(run.metrics), 'step')} of {method}{rounds} the student's predictions overlap "
+        f"the true moments by {found.student:.1f}%, {_change(found)} {found.base:.1f}%"
     )
     return first + ("." if found.teacher is None else f"; its teacher's by {found.teacher:.1f}%.")
 
@@ -104,7 +104,7 @@ def outcome(run: Run) -> list[list[str]]:
     """Returns base and student on each shared test set, and their mean, below :data:`OUTCOME_HEADER`.
 
     ``student's interval`` lies above or below the base's, or the two overlap. The best constant is the best
-    answer that ignores the video.
+    prediction that ignores the video.
     """
     found = gap(run)
     if found is None:

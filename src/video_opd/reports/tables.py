@@ -169,16 +169,16 @@ def rounds_table(run: Run) -> list[list[str]]:
     """Returns the counts of each round's selection, below :data:`ROUND_HEADER`; δ is its mean."""
     records = {record["round"]: record for record in (run.summary or {}).get("rounds", [])}
     rows = []
-    for part in run.rounds:
-        chosen, delta = part.selection or {}, records.get(part.number, {}).get("delta", {})
+    for each in run.rounds:
+        chosen, delta = each.selection or {}, records.get(each.number, {}).get("delta", {})
         counts = ("rows", "used_before", "unannotated", "failed_gate", "candidates", "selected")
         means = [delta.get(name, {}).get("mean") for name in ("scored", "selected")]
         rows.append(
             [
-                str(part.number),
+                str(each.number),
                 *(f"{chosen[key]:,}" if key in chosen else "–" for key in counts),
                 *("–" if mean is None else f"{mean:+.2f}" for mean in means),
-                f"{len(part.metrics):,}",
+                f"{len(each.metrics):,}",
             ]
         )
     return rows

@@ -1,6 +1,6 @@
 """FSDP2: each process holds one shard of the master weights, the gradients and the optimiser's state.
 
-The model is gathered once a step, not once a forward. A step here is many forwards of parts of the model,
+The model is gathered once a step, not once a forward. A step here is many forwards of some of the modules,
 and their number differs between processes because responses differ in length. A gather inside a forward would
 make every process wait for the same forward of all others: for each token, in each layer. So the weights are
 whole while the model is run and in shards while the optimiser works. In between, gradients are reduced once:

@@ -172,8 +172,8 @@ def measure(
 ) -> Measured:
     """Sums up one micro-batch. ``clip`` and ``thinking`` are the recipe's."""
     rollouts, samples = scored.trajectories.rollouts, scored.trajectories.samples
-    answers = [parse_answer(rollout.text, thinking=thinking) for rollout in rollouts]
-    annotated = [(a, sample) for a, sample in zip(answers, samples, strict=True) if sample.spans]
+    parsed = [parse_answer(rollout.text, thinking=thinking) for rollout in rollouts]
+    annotated = [(a, sample) for a, sample in zip(parsed, samples, strict=True) if sample.spans]
     sampled_B1 = torch.tensor([rollout.logprobs is not None for rollout in rollouts])[:, None]
     clipped = Summary()
     if clip is not None:
@@ -195,7 +195,7 @@ def measure(
         rollout_reward=Summary.of(rewards),
         length=Summary.of([len(rollout.token_ids) for rollout in rollouts]),
         truncated=Summary.of([rollout.truncated for rollout in rollouts]),
-        unparsed=Summary.of([a.span is None for a in answers]),
+        unparsed=Summary.of([a.span is None for a in parsed]),
         iou=Summary.of([best_iou(a.span, sample.spans) for a, sample in annotated]),
         repeated_prompt=Summary.of(
             [p.length for p, group in zip(prompts, scored.groups, strict=True) for _ in group]

@@ -1,7 +1,7 @@
 """Writes the splits of the world: H.264 files, and one JSONL file of rows for each split.
 
-A video depends on (split, seed, index) alone, so any part of a split can be made at any time: a larger number
-adds videos to those that exist, and a run that was killed continues where it stopped.
+A video depends on (split, seed, index) alone, so any range of a split can be made at any time: a larger
+number adds videos to those that exist, and a run that was killed continues where it stopped.
 """
 
 from __future__ import annotations

@@ -387,8 +387,8 @@ def test_the_sampled_gradient_is_on_average_the_analytic_one(baseline: str):
         )
         responses = [[rollout.token_ids for rollout in groups[0]]]
         student = policy.logprobs([row.prompt], responses, grad=True, full=True)
-        judged = teacher.logprobs([row.prompt], responses, full=True)
-        batch = make_trajectories([row], groups, student, judged)
+        scored_by_teacher = teacher.logprobs([row.prompt], responses, full=True)
+        batch = make_trajectories([row], groups, student, scored_by_teacher)
         losses = [m.loss(student, batch, m.signal(batch), float(rollouts)) for m in (sampled, analytic)]
         net.zero_grad()
         losses[0].backward(retain_graph=True)
@@ -416,15 +416,15 @@ def test_a_small_step_of_video_opd_lowers_the_reverse_kl():
     prompts, samples = [row.prompt for row in ROWS], [row.sample for row in ROWS]
     groups = method.trajectories(policy, prompts, samples, [range(64 * i, 64 * i + 64) for i in range(3)])
     responses = [[rollout.token_ids for rollout in group] for group in groups]
-    judged = HFPolicy(TEACHER.double(), processor()).logprobs(prompts, responses, full=True)
+    scored_by_teacher = HFPolicy(TEACHER.double(), processor()).logprobs(prompts, responses, full=True)
 
     def divergence(grad: bool = False) -> torch.Tensor:
         p = policy.logprobs(prompts, responses, grad=grad, full=True)
-        assert p.full_BTV is not None and judged.full_BTV is not None
-        return (p.full_BTV.exp() * (p.full_BTV - judged.full_BTV)).sum(-1)[p.mask_BT].mean()
+        assert p.full_BTV is not None and scored_by_teacher.full_BTV is not None
+        return (p.full_BTV.exp() * (p.full_BTV - scored_by_teacher.full_BTV)).sum(-1)[p.mask_BT].mean()
 
     student = policy.logprobs(prompts, responses, grad=True)
-    batch = make_trajectories(ROWS, groups, student, judged)
+    batch = make_trajectories(ROWS, groups, student, scored_by_teacher)
     sampled = flat_gradient(net, method.loss(student, batch, method.signal(batch), 192.0))
     analytic = flat_gradient(net, divergence(grad=True))
     expected = step * float(sampled @ analytic) / float(sampled.norm())

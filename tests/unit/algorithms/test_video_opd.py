@@ -56,8 +56,8 @@ def test_one_step_on_tiny_models_has_the_gradient_of_eq_6():
     ((a, b),) = groups = method.trajectories(policy, [PROMPT], [sample(0)], [[1, 2]])
     responses = [[a.token_ids, b.token_ids]]
     scored = policy.logprobs([PROMPT], responses, grad=True)
-    judged = LocalTeacher(HFPolicy(teacher, processor())).logprobs([PROMPT], responses)
-    batch = make_trajectories(ROWS[:1], groups, scored, judged)
+    scored_by_teacher = LocalTeacher(HFPolicy(teacher, processor())).logprobs([PROMPT], responses)
+    batch = make_trajectories(ROWS[:1], groups, scored, scored_by_teacher)
     check_ratio(batch, scored, 1e-3)
     method.loss(scored, batch, method.signal(batch), 2.0).backward()
     ours = student.lm_head.weight.grad.clone()

@@ -254,7 +254,7 @@ def test_the_pins_are_those_of_the_other_machine() -> None:
 
 # --------------------------------------------------------------------------------- operations, by the formula
 
-ROLLOUTS, ANSWER = 3, 9
+ROLLOUTS, RESPONSE = 3, 9
 
 
 class Counted:
@@ -275,7 +275,7 @@ class Counted:
             video_tokens=self.prompt.video_tokens,
             frame_pairs=len(self.prompt.pair_times_s),
             rollouts=ROLLOUTS,
-            answer=ANSWER,
+            response=RESPONSE,
             shared=True,
             recompute=recompute,
             trained="adapters" if adapters else "full",
@@ -288,12 +288,12 @@ class Counted:
         groups = self.count(
             "sample",
             lambda: policy.sample(
-                prefix, n=ROLLOUTS, max_new_tokens=ANSWER, seeds=seeds_of(prompts, ROLLOUTS)
+                prefix, n=ROLLOUTS, max_new_tokens=RESPONSE, seeds=seeds_of(prompts, ROLLOUTS)
             ),
         )
-        assert max(len(rollout.token_ids) for rollout in groups[0]) == ANSWER
-        answers = [[(rollout.token_ids + groups[0][0].token_ids)[:ANSWER] for rollout in groups[0]]]
-        found = self.count("update", lambda: policy.logprobs(prefix, answers, grad=True))
+        assert max(len(rollout.token_ids) for rollout in groups[0]) == RESPONSE
+        responses = [[(rollout.token_ids + groups[0][0].token_ids)[:RESPONSE] for rollout in groups[0]]]
+        found = self.count("update", lambda: policy.logprobs(prefix, responses, grad=True))
         self.count("backward", found.logprobs_BT.sum().backward)
 
     def count(self, stage: str, work: Callable[[], Any]) -> Any:
@@ -338,10 +338,10 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(adapters: bool, re
         assert 0.96 < ratio < 1.15, f"{stage}: {ratio}"
 
 
-def test_without_a_shared_prefix_every_answer_has_its_prompt() -> None:
+def test_without_a_shared_prefix_every_response_has_its_prompt() -> None:
     paper_size = _script("paper_size")
     costs = counted(False, False).costs
-    settings = {"prompt": 1000, "video_tokens": 900, "frame_pairs": 9, "answer": 10, "recompute": False}
+    settings = {"prompt": 1000, "video_tokens": 900, "frame_pairs": 9, "response": 10, "recompute": False}
     one, eight = (
         paper_size.StepWork(rollouts=n, shared=False, **settings).operations(costs, costs) for n in (1, 8)
     )

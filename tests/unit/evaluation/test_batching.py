@@ -85,8 +85,8 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_bytes(tmp_path: Path,
         tree: dict[str, Any] = {"method": "sft", "data": {"train": "unused"}}
         recipe = recipe_from_dict({**tree, "evaluate": {"data": [str(data)], "batch_size": 3}})
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        parts: Any = SimpleNamespace(policy=student, evaluation_loader=FakeLoader(failing=["s4"]))
-        evaluate_model(recipe, parts, RunFolder(folder))
+        components: Any = SimpleNamespace(policy=student, evaluation_loader=FakeLoader(failing=["s4"]))
+        evaluate_model(recipe, components, RunFolder(folder))
         return folder / "eval" / "student-test.jsonl"
 
     whole, cut = killed_and_repeated(tmp_path, killed_at, run)

@@ -302,8 +302,8 @@ def test_rules_are_counted(tmp_path: Path) -> None:
     assert record["rules"] == {"exact": 2}
     assert (record["unparsed"], record["missing"]) == (1, 1)  # a reversed span keeps its rule
     sources = [Sample(**{**vars(sample), "source": sample.id}) for sample in SAMPLES]
-    parts = evaluate_file(sources, tmp_path / "p.jsonl")["by_source"]
-    assert [parts[i]["rules"] for i in "abc"] == [{"exact": 1}, {"exact": 1}, {}]
+    by_source = evaluate_file(sources, tmp_path / "p.jsonl")["by_source"]
+    assert [by_source[i]["rules"] for i in "abc"] == [{"exact": 1}, {"exact": 1}, {}]
 
 
 # --- the protocol of a model that answers

@@ -87,8 +87,8 @@ def test_a_dense_student_learns_from_a_teacher_with_experts(tmp_path: Path) -> N
 
     class Taught(Build):
         def __call__(self, *given: Any) -> Any:
-            parts = super().__call__(*given)
-            return replace(parts, teacher=LocalTeacher(HFPolicy(teacher, processor(), self.engine)))
+            components = super().__call__(*given)
+            return replace(components, teacher=LocalTeacher(HFPolicy(teacher, processor(), self.engine)))
 
     runs = [train(make_recipe(tmp_path / b.engine, optim={"max_steps": 2}, model={"engine": b.engine}), b)
             for b in (Taught(engine="prefix"), Taught(engine="plain"))]  # fmt: skip

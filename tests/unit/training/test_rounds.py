@@ -443,12 +443,12 @@ def test_gaussian_needs_no_teacher(world: Path, tmp_path: Path, monkeypatch: pyt
 SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"rounds": {"count": 0}}, r"rounds\.count must be at least 1"),
     ({"tvdf": {"k": 0}}, r"tvdf\.k must be at least 1"),
-    ({"tvdf": {"strategy": "gaussian", "student_k": 0}}, "gaussian reads the student's answers"),
+    ({"tvdf": {"strategy": "gaussian", "student_k": 0}}, "gaussian reads the student's responses"),
     ({"tvdf": {"strategy": "gaussian", "rank_by": "reverse_kl"}}, r"tvdf\.rank_by means nothing to strategy"),
     ({"tvdf": {"buckets": 3}}, r"tvdf\.buckets means nothing to strategy topk \(only to bbds\)"),
     ({"tvdf": {"center": 0.5}}, r"tvdf\.center means nothing"),
     ({"tvdf": {"strategy": "gwds", "sigma": 0.0}}, r"tvdf\.sigma must be above 0"),
-    ({"tvdf": {"temperature": 0.0}}, "makes all answers the same"),
+    ({"tvdf": {"temperature": 0.0}}, "makes all responses the same"),
     ({"tvdf": {"min_teacher_iou": 50}}, "at most 1"),
     ({"tvdf": {"strategy": "top"}}, "did you mean topk"),
     ({"tvdf": {"kk": 3}}, r"did you mean tvdf\.k\b"),
@@ -484,7 +484,7 @@ def test_the_defaults_are_the_papers() -> None:
         "iou_gap",
         0.5,
     )
-    assert recipe.tvdf.teacher_k == recipe.tvdf.answers_of_student == ScoreSettings().k
+    assert recipe.tvdf.teacher_k == recipe.tvdf.responses_of_student == ScoreSettings().k
     ungated = recipe_from_dict(
         {"teacher": {"path": "t"}, "data": {"train": "d"}, "tvdf": {"strategy": "random"}}
     )
