@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.bench.operations import table as operations_table
     from video_opd.bench.timing import machine
     from video_opd.models.inference import read_inference_config
-    from video_opd.models.loading import check_same_tokens, load_model
+    from video_opd.models.loading import load_model
+    from video_opd.models.same_tokens import check_same_tokens
     from video_opd.world.demo import shipped
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

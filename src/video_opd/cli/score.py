@@ -13,13 +13,13 @@ from video_opd.errors import UserError
 from video_opd.progress import is_first_process
 
 if TYPE_CHECKING:
-    from video_opd.models.inference import InferenceConfig
+    from video_opd.models.inference import InferenceConfig, TeacherInferenceConfig
 
 HELP = "TVDF scores: how well teacher and student answer each row; repeated, it continues"
 EXAMPLE = (
     "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl"
 )
-SETTINGS = (*MODEL_SETTINGS, "teacher.dtype")
+SETTINGS = (*MODEL_SETTINGS, "teacher.dtype", "teacher.other_template")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -88,7 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored")
 
 
-def _inputs(arguments: argparse.Namespace) -> tuple[InferenceConfig, InferenceConfig | None, str, str | None]:
+def _inputs(
+    arguments: argparse.Namespace,
+) -> tuple[InferenceConfig, TeacherInferenceConfig | None, str, str | None]:
     """``(student, teacher, data file, video root)``, from the recipe or from the options.
 
     The teacher is shown what the student is shown. It is None where no teacher is named.

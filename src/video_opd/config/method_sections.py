@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class TeacherConfig(Settings):
-    """A frozen teacher. The paper's, Qwen3-VL-32B after GRPO (sec. 4.1), is not public: name yours.
+    """A frozen teacher. The paper's is Qwen3-VL-32B after GRPO (sec. 4.1), public since June 2026 as
+    ``williamljz/Video-opd-teacher-Qwen3-VL-32B-GRPO``.
 
     A method that does not learn from a teacher may name one for TVDF's scores and for comparison.
     """
@@ -34,6 +35,10 @@ class TeacherConfig(Settings):
         ge=1,
         description="prompts that the teacher, or the reference, scores together; none: as "
         "optim.micro_batch_size",
+    )
+    other_template: bool = Field(
+        default=False,
+        description="accept a teacher whose chat template writes other prompts; it is given the student's",
     )
 
     @property

@@ -13,11 +13,15 @@ from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import (
     InferenceConfig,
     InferenceModel,
+    TeacherInferenceConfig,
     load_inference_model,
     log_other_video_form,
+    teacher_config,
     with_video_form,
 )
-from video_opd.models.loading import check_same_tokens, read_config
+from video_opd.models.loading import load_model, read_config
+from video_opd.models.policy import HFPolicy
+from video_opd.models.same_tokens import check_same_tokens
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
@@ -25,19 +29,19 @@ if TYPE_CHECKING:
     from video_opd.processes import Processes
 
 
-def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, InferenceConfig | None]:
+def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, TeacherInferenceConfig | None]:
     """(student, teacher) of a recipe, with the same video budget and prompt. A recipe may name no teacher."""
     prompt = with_video_form(recipe).prompt
     student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=prompt)
     if not recipe.teacher.path:
         return student, None
     teacher = recipe.teacher
-    return student, student.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
+    return student, teacher_config(student, teacher.path, teacher.dtype, teacher.other_template)
 
 
 def score_pool(
     student: InferenceConfig,
-    teacher: InferenceConfig | None,
+    teacher: TeacherInferenceConfig | None,
     samples: Sequence[Sample],
     out: str | Path,
     *,
@@ -85,13 +89,14 @@ def score_pool(
         )
 
 
-def _load_teacher(teacher: InferenceConfig, student: InferenceModel, device: str | None) -> Policy:
-    loaded = load_inference_model(teacher, device)
-    check_same_tokens(
-        (student.policy.model, student.policy.processor), (loaded.policy.model, loaded.policy.processor)
+def _load_teacher(teacher: TeacherInferenceConfig, student: InferenceModel, device: str | None) -> Policy:
+    settings, policy = teacher.model, student.policy
+    loaded = load_model(
+        settings.path, dtype=settings.dtype, device=device or policy.device, attn=settings.attn
     )
-    log_other_video_form(student.config.prompt.video_form, teacher.model.path)
-    return loaded.policy
+    check_same_tokens((policy.model, policy.processor), loaded, other_template=teacher.other_template)
+    log_other_video_form(student.config.prompt.video_form, settings.path)
+    return HFPolicy(*loaded, settings.engine, vocabulary=policy.vocabulary)
 
 
 class LazyPolicy:

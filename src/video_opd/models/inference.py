@@ -47,6 +47,12 @@ class InferenceConfig(Settings):
     prompt: PromptConfig = PromptConfig()
 
 
+class TeacherInferenceConfig(InferenceConfig):
+    """The settings of a teacher, which is given what its student is given."""
+
+    other_template: bool = False  # whether its chat template may write other prompts
+
+
 class InputProtocol(Protocol):
     """The fields of an evaluation protocol that decide a model's inputs (``evaluation/protocols.py``)."""
 
@@ -110,6 +116,7 @@ class _TeacherModel(Settings):
     """The settings in which a teacher may differ from its student."""
 
     dtype: Dtype | None = None  # None: the student's dtype
+    other_template: bool = False
 
 
 class _PairConfig(InferenceConfig):
@@ -118,17 +125,26 @@ class _PairConfig(InferenceConfig):
 
 def read_inference_pair(
     student: str, teacher: str | None, overrides: Sequence[str], device: str | None = None
-) -> tuple[InferenceConfig, InferenceConfig | None]:
+) -> tuple[InferenceConfig, TeacherInferenceConfig | None]:
     """The settings of a student and, if one is named, of a teacher that is given the same inputs.
 
-    ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default.
+    ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default, and
+    ``--teacher.other_template``.
     """
     pair = _read(_PairConfig, student, overrides, None, device)
     own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
     if teacher is None:
         return own, None
     dtype = pair.teacher.dtype or own.model.dtype
-    return own, own.changed(**{"model.path": teacher, "model.dtype": dtype})
+    return own, teacher_config(own, teacher, dtype, pair.teacher.other_template)
+
+
+def teacher_config(
+    student: InferenceConfig, path: str, dtype: Dtype, other_template: bool
+) -> TeacherInferenceConfig:
+    """The settings of the teacher ``path`` that is given what ``student`` is given."""
+    shown = student.changed(**{"model.path": path, "model.dtype": dtype})
+    return TeacherInferenceConfig(**dict(shown), other_template=other_template)
 
 
 def read_saved_settings(path: str | Path) -> dict[str, Any] | None:

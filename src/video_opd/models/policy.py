@@ -52,6 +52,9 @@ class HFPolicy:
     the layer again; without it, everything that the backward needs is kept. It concerns the language model of
     the ``prefix`` engine. The vision tower and the ``plain`` engine have transformers' own gradient
     checkpointing.
+
+    ``vocabulary`` is the student's, for a teacher: log-probabilities are then renormalised over the tokens
+    that the student can write, though the teacher may know more. Without it, it is the model's own.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class HFPolicy:
         compute_dtype: torch.dtype | None = None,
         forward_module: nn.Module | None = None,
         recompute: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         if engine not in ("prefix", "plain"):
             raise ValueError(f"engine is {engine!r}; it must be 'prefix' or 'plain'")
@@ -72,7 +76,7 @@ class HFPolicy:
         self.compute_dtype = compute_dtype
         self.forward_module = forward_module
         self.recompute = recompute
-        self.vocabulary = Vocabulary.of(model, processor)
+        self.vocabulary = vocabulary or Vocabulary.of(model, processor)
         self.head = ResponseHead(model.lm_head, self.vocabulary)
         self.passes = ForwardPasses(model, self.vocabulary.pad_id, compute_dtype)
         self._warned_of_concatenation = False

@@ -18,11 +18,13 @@ from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
 from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
-from video_opd.models.loading import DTYPES, check_same_tokens, load_model, read_config
+from video_opd.models.loading import DTYPES, load_model, no_library_warnings, read_config
 from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
 from video_opd.models.parts import cast_weights, part_modules
 from video_opd.models.policy import HFPolicy
+from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, LocalTeacher, RoutedTeacher
+from video_opd.models.vocabulary import Vocabulary
 from video_opd.progress import log
 from video_opd.training.memory import recomputes
 from video_opd.training.run_folder import RunFolder
@@ -88,7 +90,10 @@ def build_components(
         # The prefix engine needs the cache of its decoder layers, and checkpoints them itself.
         checkpointed = model.model.visual if recipe.model.engine == "prefix" else model
         old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
-        getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        # It warns of a vision tower without token embeddings. Gradients reach all weights without them,
+        # because checkpointing that is not reentrant needs no input that requires gradients.
+        with no_library_warnings():
+            getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
     forward_module, optimizer = prepare(recipe, accelerator, model)
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
@@ -142,11 +147,13 @@ def load_student(
     model, which needs no adapters.
     """
     if not recipe.lora.parts or merged:
-        model, processor = load_model(weights, dtype="float32", device=device, attn=recipe.model.attn)
+        model, processor = load_model(
+            weights, dtype="float32", device=device, attn=recipe.model.attn, trained=True
+        )
         freeze(model, recipe.model)
         return model, processor
     # The base stays on the CPU in float32 until its frozen weights are cast: the device may have no room.
-    model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn)
+    model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn, trained=True)
     adapt(model, recipe, weights)
     return model.to(device), processor
 
@@ -202,9 +209,10 @@ def load_teachers(
 
     def load(path: str) -> LocalTeacher:
         loaded = load_model(path, dtype=settings.dtype, device=device, attn=recipe.model.attn)
-        check_same_tokens(student, loaded)
+        check_same_tokens(student, loaded, other_template=settings.other_template)
         log_other_video_form(with_video_form(recipe).prompt.video_form, path)
-        return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
+        policy = HFPolicy(*loaded, recipe.model.engine, vocabulary=Vocabulary.of(*student))
+        return LocalTeacher(policy, nonfinite=recipe.loss.nonfinite)
 
     teachers = {path: load(path) for path in settings.paths}
     if not settings.by_source:

@@ -11,10 +11,11 @@ from model_cases import mixed_prompts, mixture, model, processor, stock_logprobs
 from training_cases import Build, make_recipe, rows_of
 
 from video_opd.config import LoraConfig
-from video_opd.models.loading import FAMILIES, check_same_tokens, load_model
+from video_opd.models.loading import FAMILIES, load_model
 from video_opd.models.lora import add_adapters
 from video_opd.models.patch_embedding import PatchProjection
 from video_opd.models.policy import HFPolicy
+from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import LocalTeacher
 from video_opd.training.loop import train
 from video_opd.types import TokenLogprobs

@@ -12,9 +12,11 @@ from model_cases import encode, model, processor
 from safetensors.torch import load_file, save_file
 
 from video_opd.errors import UserError
-from video_opd.models.loading import check_same_tokens, load_model
+from video_opd.models.loading import load_model
 from video_opd.models.policy import HFPolicy
+from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vision_attention import NAME
+from video_opd.models.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,47 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def cut_half(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((40).to_bytes(8, "little") + b"?" * 100)
+
+
+def point(folder: Path, name: str) -> None:
+    """As a clone without git-lfs leaves it."""
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def rename_weights(folder: Path) -> None:
+    """Half of the names of Qwen2.5-VL's releases, without the ones that transformers converts."""
+    weights = load_file(folder / "model.safetensors")
+    other = {name.replace("model.visual.", "visual.tower."): value for name, value in weights.items()}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def drop_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def only_an_adapter(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def quantise(folder: Path, method: str) -> None:
+    edit_config(folder, quantization_config={"quant_method": method, "weight_block_size": [16, 16]})
+
+
 def drop_processor(folder: Path) -> None:
     for pattern in ("*processor*", "token*", "chat_template*", "special*"):
         for file in folder.glob(pattern):
@@ -76,7 +119,18 @@ def drop_processor(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("{"), "config.json cannot be loaded"),
         (lambda f: edit_config(f, model_type="qwen2"), "'qwen2' model"),
         (lambda f: (f / "model.safetensors").unlink(), "the weights cannot be loaded"),
-        (truncate, "the weights cannot be loaded"),
+        (truncate, r"model\.safetensors is cut off \(1,000 bytes, and its header needs [\d,]+"),
+        (cut_half, r"model\.safetensors is cut off"),
+        (garble, "the weights cannot be loaded"),
+        (lambda f: point(f, "model.safetensors"), r"model\.safetensors is a git-lfs pointer"),
+        (lambda f: point(f, "tokenizer.json"), r"tokenizer\.json is a git-lfs pointer"),
+        (rename_weights, r"other names.*'visual\..* is unknown and 'model\.visual\..* is missing \(\d+ in"),
+        (lose_shard, r"model-00002-of-00002\.safetensors is missing, which model\.safetensors\.index"),
+        (drop_template, "no chat template in it"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in it"),
+        (only_an_adapter, r"an adapter for some/base, not a model; merge it into that"),
+        (lambda f: quantise(f, "awq"), r"quantised \(awq\).*video-opd reads fp8 alone; give the checkpoint"),
+        (lambda f: quantise(f, "bitsandbytes"), r"quantised \(bitsandbytes\)"),
         (drop_weight, "1 weights are missing, first 'lm_head.weight'"),
         (drop_processor, "processor"),
     ],
@@ -86,6 +140,55 @@ def test_a_damaged_folder_is_named(folder: Path, damage: Callable[[Path], Any], 
     with pytest.raises(UserError, match=message) as caught:
         load_model(folder, dtype="float32")
     assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_folder_is_one_line_of_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rename_weights(folder)
+    with pytest.raises(UserError):
+        load_model(folder, dtype="float32")
+    assert capsys.readouterr() == ("", "")
+
+
+def to_fp8(folder: Path, scale: float = 0.01) -> dict[str, torch.Tensor]:
+    """Quantises the language model as Qwen's FP8 copies are; returns the weights that it stands for."""
+    weights, meant = load_file(folder / "model.safetensors"), {}
+    for name in [n for n in weights if "language_model.layers" in n and n.endswith("proj.weight")]:
+        rows, columns = (-(-size // 16) for size in weights[name].shape)
+        eighth = (weights[name].float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        meant[name] = eighth.float() * scale
+        weights[name], weights[name + "_scale_inv"] = eighth, torch.full((rows, columns), scale)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    quantise(folder, "fp8")
+    return meant
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_fp8_teacher_is_dequantised(folder: Path, dtype: str) -> None:
+    meant = to_fp8(folder)
+    loaded, _ = load_model(folder, dtype=dtype)
+    found = dict(loaded.named_parameters())
+    assert {p.dtype for p in found.values()} == {getattr(torch, dtype)} and meant
+    for name, value in meant.items():
+        torch.testing.assert_close(found[name].float(), value, atol=0, rtol=2**-8)  # bfloat16 rounds so
+
+
+def test_a_quantised_student_is_refused_by_the_name_of_what_is_wanted(folder: Path) -> None:
+    to_fp8(folder)
+    with pytest.raises(UserError, match=r"quantised \(fp8\) and cannot be trained; give the checkpoint in"):
+        load_model(folder, trained=True)
+    named = folder / "Qwen3-VL-8B-Instruct-FP8"
+    named.mkdir()
+    for file in folder.glob("*.*"):
+        (named / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"give Qwen3-VL-8B-Instruct, the checkpoint that it was made from"):
+        load_model(named, trained=True)
+
+
+def test_a_weight_without_a_place_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    load_model(folder)
+    assert "1 weights have no place in the model, first 'extra.weight'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c", "missing"])
@@ -134,15 +237,62 @@ def set_eos(changed: Any, _: Any) -> None:
     changed.generation_config.eos_token_id = [changed.config.text_config.eos_token_id, 17]
 
 
+def unspecial(_: Any, changed: Any) -> None:
+    """The teacher's <|im_start|> becomes text that decoding shows."""
+    state = json.loads(changed.tokenizer.backend_tokenizer.to_str())
+    next(token for token in state["added_tokens"] if token["id"] == 483)["special"] = False
+    changed.tokenizer._tokenizer = type(changed.tokenizer.backend_tokenizer).from_str(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, p: setattr(p, "chat_template", "{# fixed by another tool #}\n" + p.chat_template),
+        lambda m, p: setattr(p.tokenizer, "pad_token", "<|im_end|>"),  # fills what is masked
+        lambda m, p: p.tokenizer.add_tokens(["<answer>", "</answer>"]),  # the student never writes them
+    ],
+)
+def test_what_makes_no_difference_is_no_obstacle(change: Callable[[Any, Any], None]) -> None:
+    check_same_tokens(*pair(change))
+
+
+def test_a_teacher_without_a_token_of_the_student_is_refused() -> None:
+    student, teacher = pair(lambda m, p: p.tokenizer.add_tokens(["<extra>"]))
+    with pytest.raises(UserError, match=r"is '<extra>', the teacher's None"):
+        check_same_tokens(teacher, student)
+
+
+def test_another_template_can_be_accepted() -> None:
+    student, teacher = pair(lambda m, p: setattr(p, "chat_template", p.chat_template + "<think>\n"))
+    check_same_tokens(student, teacher, other_template=True)
+
+
+def test_a_teacher_with_more_tokens_scores_over_the_students() -> None:
+    """Its own tokens get no probability: the distributions of both are over what the student can write."""
+    _, (larger, its_processor) = pair(lambda m, p: p.tokenizer.add_tokens(["<answer>", "</answer>"]))
+    own = Vocabulary.of(model(), processor())
+    teacher = HFPolicy(larger, its_processor, vocabulary=own)
+    alone = HFPolicy(larger, processor())
+    prompts, responses = [encode("when?")], [[[9, 10, 11]]]
+    got, expected = (p.logprobs(prompts, responses, full=True) for p in (teacher, alone))
+    assert got.full_BTV is not None and expected.full_BTV is not None
+    assert got.full_BTV.shape[-1] == own.size
+    assert torch.equal(got.full_BTV, expected.full_BTV)
+    assert HFPolicy(larger, its_processor).vocabulary.size == own.size + 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (swap_two_tokens, "token 200 is"),
-        (lambda m, p: p.tokenizer.add_tokens(["<extra>"]), "is None, the teacher's '<extra>'"),
-        (lambda m, p: setattr(p.tokenizer, "pad_token", "<|im_end|>"), "special tokens: pad_token"),
+        (unspecial, "special tokens: added token 483"),
         (set_eos, r"token 17 .* ends a response of only one"),
         (lambda m, p: setattr(m.config, "video_token_id", 3), "video_token_id"),
-        (lambda m, p: setattr(p, "chat_template", p.chat_template + " "), "chat templates, from character"),
+        (
+            lambda m, p: setattr(p, "chat_template", p.chat_template + "<think>\n"),
+            r"do not write a prompt alike: behind '.*assistant\\n' the student's goes on with '', the "
+            r"teacher's with '<think>.*set teacher\.other_template",
+        ),
         (lambda m, p: setattr(p.video_processor, "image_mean", [0.1, 0.5, 0.5]), "image_mean"),
         (lambda m, p: setattr(m.config.vision_config, "patch_size", 14), "patch_size"),
     ],

@@ -1,0 +1,119 @@
+"""Looks at the files of a checkpoint before a library reads them, to say in one line what is wrong.
+
+No torch. A name on a hub has no files yet; the library's own message then has to do.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from video_opd.errors import UserError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+# Suffixes with which quantised copies are published: Qwen3-VL-8B-Instruct-FP8, …-bnb-4bit, …-AWQ-4bit.
+_QUANTISED_ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit", "-AWQ-4bit", "-AWQ-8bit", "-AWQ", "-GPTQ", "-FP8")
+
+
+def check_model_files(path: str | Path) -> None:
+    """Raises :class:`UserError` for a folder without config, with an adapter alone, and for weight files that
+    are missing, cut off, or only git-lfs pointers."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{path}: a file, not a model folder; give a folder that save_pretrained wrote")
+        if isinstance(path, Path) or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+            raise UserError(f"{path}: no such model folder")  # "organisation/name" may be on a hub
+        return
+    weights = sorted({*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")})
+    weights = [file for file in weights if not file.name.startswith("adapter_model")]
+    if (folder / "adapter_config.json").is_file() and not weights:
+        raise UserError(
+            f"{path}: an adapter for {_base_of(folder)}, not a model; merge it into that (peft: "
+            "merge_and_unload), save the result with the processor, and give that folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in it; give a folder that save_pretrained wrote")
+    for file in [*sorted(folder.glob("*.json")), *weights]:
+        with file.open("rb") as handle:
+            if handle.read(len(_POINTER)) == _POINTER:
+                raise UserError(
+                    f"{path}: {file.name} is a git-lfs pointer in place of the file; run git lfs pull there"
+                )
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_length(path, file)
+    index = folder / "model.safetensors.index.json"
+    for name in sorted(set(_object(index).get("weight_map", {}).values())):
+        if not (folder / name).is_file():
+            raise UserError(f"{path}: {name} is missing, which {index.name} names; download it again")
+
+
+def check_processor_files(path: str | Path) -> None:
+    """Raises :class:`UserError` for a folder without a tokenizer or without the settings of a processor.
+
+    transformers would make up a tokenizer of one token.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    advice = "copy it from the checkpoint that this one was made from"
+    tokenizers = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
+    there = {file.name for file in folder.iterdir()}
+    if not any(names <= there for names in tokenizers):
+        raise UserError(
+            f"{path}: no tokenizer in it (tokenizer.json, or vocab.json with merges.txt) for the processor; "
+            f"{advice}"
+        )
+    if not there & set(_PROCESSOR):
+        raise UserError(f"{path}: no processor in it ({' or '.join(_PROCESSOR)}); {advice}")
+
+
+def quantisation_of(config: Any) -> str | None:
+    """The method by which the weights of a checkpoint are quantised (``fp8``, ``awq``, …), or None."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    return str(settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method)
+
+
+def unquantised_name(path: str | Path) -> str:
+    """What to ask for in place of a quantised checkpoint."""
+    name = str(path).rstrip("/")
+    for ending in _QUANTISED_ENDINGS:
+        if name.lower().endswith(ending.lower()):
+            return f"{Path(name).name[: -len(ending)]}, the checkpoint"
+    return "the checkpoint in bfloat16"
+
+
+def _check_length(path: str | Path, file: Path) -> None:
+    """A safetensors file begins with the length of a header, which says where the last tensor ends."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        try:
+            header = json.loads(handle.read(length)) if 8 + length <= size else {}
+        except ValueError:
+            return  # no safetensors file; the library says so
+    ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise UserError(
+            f"{path}: {file.name} is cut off ({size:,} bytes, and its header needs {expected:,} or more); "
+            "download it again"
+        )
+
+
+def _base_of(folder: Path) -> str:
+    return str(_object(folder / "adapter_config.json").get("base_model_name_or_path") or "another model")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object, or nothing if it cannot be read: the library that needs it says why."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
