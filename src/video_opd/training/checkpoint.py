@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from video_opd.training.model_card import CARD
 
 ADAPTER = "adapter"
 _PREFIX = "step-"
+_EXPERTS = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +149,15 @@ def _fill_model_folder(
     recipe: Recipe,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
+    state = state or state_of(model)
     with no_library_bars():
-        model.save_pretrained(folder, state_dict=state or state_of(model))
+        if any(_EXPERTS.search(name) for name in state):
+            # transformers would write its own layout of experts. It reads both; other tools read the hub's.
+            state = {name: _as_on_hub(name, value) for name, value in state.items()}
+            model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        else:
+            model.save_pretrained(folder, state_dict=state)
+    _write_one_truth(folder / "config.json")
     processor.save_pretrained(folder)
     facts = {
         "method": recipe.method,
@@ -157,6 +166,32 @@ def _fill_model_folder(
         "prompt": with_video_form(recipe).prompt.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_on_hub(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Experts as [E, in, out]; transformers holds [E, out, in].
+
+    transformers tells the two apart by their sizes, so a square matrix has to stay as it is held. No
+    published model has one.
+    """
+    if not _EXPERTS.search(name) or value.shape[1] == value.shape[2]:
+        return value
+    return value.transpose(1, 2).contiguous()
+
+
+def _write_one_truth(file: Path) -> None:
+    """Mends two keys of ``config.json`` that transformers writes for other tools to stumble over.
+
+    ``tie_word_embeddings`` stands in it twice, and the text section may have its class's default in place of
+    the model's value. ``num_experts`` is written under transformers' own name alone.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    text = config["text_config"]
+    if "tie_word_embeddings" in text:
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    if "num_local_experts" in text:
+        text["num_experts"] = text["num_local_experts"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Qwen3-VL with experts: the same code passes the tests of the dense model."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from model_cases import mixed_prompts, mixture, model, processor, stock_logprobs
+from safetensors.torch import load_file
 from training_cases import Build, make_recipe, rows_of
 
 from video_opd.config import LoraConfig
@@ -75,6 +77,17 @@ def test_a_run_leaves_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     assert isinstance(loaded, transformers.Qwen3VLMoeForConditionalGeneration)
     assert isinstance(loaded.model.visual.patch_embed.proj, PatchProjection)
     stock = transformers.AutoModelForImageTextToText.from_pretrained(run.model)
+    on_disk = load_file(run.model / "model.safetensors")
+    for name, weight in loaded.state_dict().items():  # the hub's layout: [experts, in, out]
+        if "experts" in name:
+            assert weight.shape[1] != weight.shape[2]
+            assert torch.equal(on_disk[name], weight.transpose(1, 2)), name
+        else:
+            assert torch.equal(on_disk[name], weight), name
+    assert on_disk.keys() == loaded.state_dict().keys()
+    config = json.loads((run.model / "config.json").read_text())
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert config["text_config"]["num_experts"] == 4
     before = mixture().state_dict()
     for name, weight in stock.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
