@@ -1,4 +1,4 @@
-"""Queries, settings and rows for tests of what models answer to data files."""
+"""Queries, settings and rows for tests of predictions for data files."""
 
 from __future__ import annotations
 

@@ -209,9 +209,9 @@ def test_files_are_evaluated_without_torch(tmp_path: Path) -> None:
         "from video_opd.evaluation.predictions import read_predictions\n"
         "from video_opd.evaluation.terminal import print_metrics\n"
         f"samples = read_samples({str(tmp_path / 'd.jsonl')!r})\n"
-        f"answers = read_predictions({str(tmp_path / 'p.jsonl')!r})\n"
-        "print_metrics({'m': evaluate(samples, answers)}, constant=best_constant(samples),\n"
-        "              swaps={'m': query_swap(samples, answers)})\n"
+        f"predictions = read_predictions({str(tmp_path / 'p.jsonl')!r})\n"
+        "print_metrics({'m': evaluate(samples, predictions)}, constant=best_constant(samples),\n"
+        "              swaps={'m': query_swap(samples, predictions)})\n"
         "assert 'torch' not in sys.modules\n"
     )
     assert "mIoU 50.0" in out and "query swap 50.0%" in out

@@ -106,14 +106,14 @@ def test_long_prompts_are_not_sampled_without_a_cache() -> None:
 
 
 def test_other_results_are_an_error() -> None:
-    def answered(logprob: float, token: int = 3) -> list[list[Rollout]]:
+    def responses(logprob: float, token: int = 3) -> list[list[Rollout]]:
         return [[Rollout(token_ids=(token,), logprobs=(logprob,), text="", truncated=True)]]
 
-    same_responses({"plain": answered(-1.0), "prefix": answered(-1.00001)}, "float32")
+    same_responses({"plain": responses(-1.0), "prefix": responses(-1.00001)}, "float32")
     with pytest.raises(AssertionError, match=r"differ by 0\.01 nats"):
-        same_responses({"plain": answered(-1.0), "prefix": answered(-1.01)}, "float32")
+        same_responses({"plain": responses(-1.0), "prefix": responses(-1.01)}, "float32")
     with pytest.raises(AssertionError, match="other responses"):
-        same_responses({"plain": answered(-1.0), "prefix": answered(-1.0, token=4)}, "float32")
+        same_responses({"plain": responses(-1.0), "prefix": responses(-1.0, token=4)}, "float32")
     shown = prompts_of(processor(), 60)
     settings: dict[str, Any] = {"method": "video-opd", "tokens": 4}
     step = Steps(model(sharpness=8), processor(), model(1), shown, engine="plain", **settings)()
@@ -261,20 +261,20 @@ def test_experts_are_counted() -> None:
 
 
 def test_the_count_of_a_step_is_the_count_by_hand() -> None:
-    """The backward, the answers on top of the prompt, ``lm_head`` and layers that are run again are seen."""
+    """The backward, the responses on top of the prompt, ``lm_head`` and layers that run again are seen."""
     student = model()
     shown = prompts_of(processor(), 300)
     settings: dict[str, Any] = {"method": "sft", "engine": "prefix"}
     step = Steps(student, processor(), model(1), shown, **settings)
     alone = step()
-    answer = len(alone.responses[0])
+    tokens_written = len(alone.responses[0])
     grid = grid_of(shown[0])
     embedding, vision_linear, attention = vision_by_hand(student.config, grid)
     prompt_linear, prompt_attention = decoder_by_hand(student.config, shown[0].length)
-    # The last token of an answer predicts nothing.
-    more_linear, more_attention = decoder_by_hand(student.config, answer - 1, shown[0].length)
+    # The last token of a response predicts nothing.
+    more_linear, more_attention = decoder_by_hand(student.config, tokens_written - 1, shown[0].length)
     policy: Any = step.stepper.components.policy
-    head = 2 * answer * student.config.text_config.hidden_size * policy.vocabulary.size
+    head = 2 * tokens_written * student.config.text_config.hidden_size * policy.vocabulary.size
     decoder_linear, decoder_attention = prompt_linear + more_linear, prompt_attention + more_attention
     expected = (
         2 * embedding  # pixels have no gradient
@@ -291,7 +291,7 @@ def test_the_count_of_a_step_is_the_count_by_hand() -> None:
     text, vision = student.config.text_config, student.config.vision_config
     patches, cells, wide = math.prod(grid), math.prod(grid) // 4, 4 * vision.hidden_size
     mergers = 2 * cells * (1 + len(vision.deepstack_visual_indexes)) * wide * (wide + vision.out_hidden_size)
-    tokens = shown[0].length + answer - 1
+    tokens = shown[0].length + tokens_written - 1
     last = 2 * patches * vision.depth * vision.hidden_size * vision.intermediate_size
     last += 2 * tokens * text.num_hidden_layers * text.hidden_size * text.intermediate_size
     repeated = vision_linear - mergers + attention + decoder_linear + decoder_attention - last
@@ -315,7 +315,7 @@ def test_the_prefix_engine_stays_near_the_least() -> None:
         }
         assert 1 < ways["prefix"]["ratio"] < (1.2 if job.startswith("grpo") else 1.12), job
         assert ways["prefix"]["ratio"] < ways["prefix, recompute"]["ratio"] < ways["prefix"]["ratio"] + 0.5
-    assert records["grpo, 8 rollouts"]["ways"]["plain update"]["ratio"] > 8  # a prompt for each answer
+    assert records["grpo, 8 rollouts"]["ways"]["plain update"]["ratio"] > 8  # a prompt for each response
     assert records["video-opd"]["ways"]["plain update"]["ratio"] > 1.2  # sampled and differentiated apart
     assert counted_at(300) == records
 

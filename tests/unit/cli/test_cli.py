@@ -172,11 +172,11 @@ def test_an_interrupt_says_that_the_command_continues(monkeypatch, capsys) -> No
 
 def test_a_reader_who_leaves_is_no_traceback(tmp_path) -> None:
     data = write_rows(tmp_path / "d.jsonl", [{"id": "a", "video": "v.mp4", "query": "q", "spans": [[0, 1]]}])
-    answers = write_rows(tmp_path / "p.jsonl", [{"id": "a", "span": [0, 1]}])
+    predictions = write_rows(tmp_path / "p.jsonl", [{"id": "a", "span": [0, 1]}])
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "video_opd", "evaluate", "--data", data, "--predictions", answers],
+        [sys.executable, "-m", "video_opd", "evaluate", "--data", data, "--predictions", predictions],
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,
@@ -276,7 +276,7 @@ def test_evaluate_needs_no_torch(tmp_path) -> None:
         tmp_path / "d.jsonl",
         [{"id": i, "video": f"{i}.mp4", "query": i, "duration": 10, "spans": [[2, 6]]} for i in "abcd"],
     )
-    answers = write_rows(
+    predictions = write_rows(
         tmp_path / "p.jsonl",
         [
             {"id": "a", "response": "2.00 to 6.00"},
@@ -285,7 +285,7 @@ def test_evaluate_needs_no_torch(tmp_path) -> None:
         ],
     )
     record_path = tmp_path / "deep" / "m.json"
-    words = ("evaluate", "--data", data, "--predictions", answers)
+    words = ("evaluate", "--data", data, "--predictions", predictions)
     done = run_without_torch(*words, "--json", record_path)
     assert done.returncode == 0, done.stderr
     record = json.loads(record_path.read_text())

@@ -168,7 +168,7 @@ def test_each_model_reads_a_prompt_once(tmp_path: Path, reverse_kl: bool, temper
 
 
 def test_real_models_see_each_video_once_a_batch(tmp_path: Path) -> None:
-    """Two models, k answers each and the reverse KL: one forward a level of the tree, then the answers."""
+    """Two models, k responses each and the reverse KL: one forward a level of the tree, then responses."""
     prompts = mixed_prompts()
     samples = [replace(s, id=p.sample_id) for s, p in zip(make_samples(3), prompts, strict=True)]
     student, teacher = (HFPolicy(model(seed), processor()) for seed in (0, 1))
@@ -196,10 +196,10 @@ def test_real_models_see_each_video_once_a_batch(tmp_path: Path) -> None:
     patches = sum(len(p.tensors["pixel_values_videos"]) for p in prompts[:2])  # the third shows the second's
     assert passes == {"student": [patches], "teacher": [patches]}
     for name, k in (("student", 3), ("teacher", 2)):
-        (videos, _), (queries, _), *answers = tokens[name]
+        (videos, _), (queries, _), *written = tokens[name]
         assert (videos, queries) == (2, 3)
-        assert answers[:-1] == [(3, k)] * (len(answers) - 1)  # k answers to a prompt, side by side
-        rows, columns = answers[-1]  # the student's three, scored
+        assert written[:-1] == [(3, k)] * (len(written) - 1)  # k responses to a prompt, side by side
+        rows, columns = written[-1]  # the student's three, scored
         assert rows == 3 and columns % 3 == 0 and columns <= 3 * 3  # at most max_new_tokens - 1 each
     # And the figures are those of the plain engine, one prompt at a time.
     fresh = [HFPolicy(model(seed), processor(), "plain") for seed in (0, 1)]

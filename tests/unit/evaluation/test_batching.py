@@ -18,7 +18,7 @@ from video_opd.training.run_folder import RunFolder
 
 
 class Telling(FakePolicy):
-    """An answer tells its batch, as the last digits of a real one do; may be killed at its n-th batch."""
+    """A response tells its batch, as the last digits of a real one do; may be killed at its n-th batch."""
 
     def __init__(self, killed_at: int | None = None) -> None:
         super().__init__(lambda sample_id, seed: f"{sample_id} of {self.calls[-1]['ids']}")

@@ -41,7 +41,7 @@ def samples(name: str, videos: int = 6, queries: int = 2) -> list[Sample]:
     ]
 
 
-def answers(name: str, *files: Mapping[str, tuple[float, float] | None]) -> ModelPredictions:
+def model_predictions(name: str, *files: Mapping[str, tuple[float, float] | None]) -> ModelPredictions:
     return ModelPredictions(
         name=name,
         files=tuple(
@@ -68,9 +68,9 @@ SETS = {"Charades-TimeLens": A, "mine": B}
 
 def compared() -> Comparison:
     """The student is 1 s off, the base 4 s, and 2 s on the second set; the other answered one set only."""
-    base = answers("base", shifted(A, 4.0), shifted(B, 2.0))
-    student = answers("student", shifted(A, 1.0) | shifted(B, 1.0))
-    return compare(SETS, [student, answers("other", shifted(B, 0.0))], PAPER, base)
+    base = model_predictions("base", shifted(A, 4.0), shifted(B, 2.0))
+    student = model_predictions("student", shifted(A, 1.0) | shifted(B, 1.0))
+    return compare(SETS, [student, model_predictions("other", shifted(B, 0.0))], PAPER, base)
 
 
 def test_models_times_data_sets_by_hand() -> None:
@@ -100,12 +100,14 @@ def test_a_difference_is_drawn_in_pairs_over_videos() -> None:
     rows = samples("r", videos=30, queries=3)
     before = {s.id: (s.spans[0][0], s.spans[0][1] + float(rng.uniform(0, 8))) for s in rows}
     after = {i: (start, end - float(rng.uniform(-2, 4))) for i, (start, end) in before.items()}
-    found = compare({"r": rows}, [answers("after", after)], PAPER, answers("before", before))
+    found = compare(
+        {"r": rows}, [model_predictions("after", after)], PAPER, model_predictions("before", before)
+    )
     difference = found.results["after"]["r"].difference
     assert difference is not None
     values = {}
     for name, given in (("before", before), ("after", after)):
-        single = compare({"r": rows}, [answers(name, given)], PAPER).results[name]["r"]
+        single = compare({"r": rows}, [model_predictions(name, given)], PAPER).results[name]["r"]
         assert single.metrics.miou == pytest.approx(found.results[name]["r"].metrics.miou)
         values[name] = single.metrics.miou
     assert difference["mIoU"].value == pytest.approx(values["after"] - values["before"])
@@ -122,17 +124,19 @@ def test_a_difference_is_drawn_in_pairs_over_videos() -> None:
 
 def test_what_cannot_be_told_apart_is_refused() -> None:
     with pytest.raises(UserError, match=r"a-0-0.*one.*two"):
-        compare({"one": A, "two": A}, [answers("m", shifted(A, 0))], PAPER)
+        compare({"one": A, "two": A}, [model_predictions("m", shifted(A, 0))], PAPER)
     with pytest.raises(UserError, match=r"'m'.*NAME="):
-        compare({"one": A}, [answers("m", shifted(A, 0)), answers("m", shifted(A, 1))], PAPER)
+        compare(
+            {"one": A}, [model_predictions("m", shifted(A, 0)), model_predictions("m", shifted(A, 1))], PAPER
+        )
     with pytest.raises(UserError, match=r"m-0\.jsonl.*made from this data"):
-        compare({"one": A}, [answers("m", shifted(B, 0))], PAPER)
+        compare({"one": A}, [model_predictions("m", shifted(B, 0))], PAPER)
     with pytest.raises(UserError, match=r"m-1\.jsonl.*m-0\.jsonl"):
-        compare({"one": A}, [answers("m", shifted(A, 0), shifted(A, 0))], PAPER)
+        compare({"one": A}, [model_predictions("m", shifted(A, 0), shifted(A, 0))], PAPER)
 
 
 def test_a_file_without_any_answer_counts_as_missing() -> None:
-    found = compare({"one": A}, [answers("m", {})], PAPER).results["m"]["one"].metrics
+    found = compare({"one": A}, [model_predictions("m", {})], PAPER).results["m"]["one"].metrics
     assert (found.missing, found.miou) == (12, 0.0)
 
 

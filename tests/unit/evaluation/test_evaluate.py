@@ -21,7 +21,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two data sets of three rows; answers of a base (4 s off) and of a student (1 s off)."""
+    """Two data sets of three rows; predictions of a base (4 s off) and of a student (1 s off)."""
     monkeypatch.chdir(tmp_path)
     for name in ("charades-timelens", "other"):
         spans = {f"{name}-{i}": (float(10 + i), float(18 + i)) for i in range(3)}
@@ -260,7 +260,7 @@ def test_a_thinking_model_needs_a_length(model_and_data, tmp_path, capsys) -> No
 
 
 def test_evaluating_a_model_continues_by_content(model_and_data, tmp_path, capsys, monkeypatch) -> None:
-    """No file is named, and yet nothing that was answered is lost, and nobody else's answers are taken."""
+    """No file is named, yet no prediction is lost, and nobody else's predictions are taken."""
     from video_opd.models.policy import HFPolicy
 
     model, data = model_and_data
@@ -282,7 +282,7 @@ def test_evaluating_a_model_continues_by_content(model_and_data, tmp_path, capsy
     kept.write_text(whole[: whole.rstrip("\n").rindex("\n") + 20])
     assert json.loads(run(capsys, *words)) == first and sum(answered) == 4
     assert sorted(kept.read_text().splitlines()) == sorted(whole.splitlines())
-    # Another length, another protocol: other answers.
+    # Another length, another protocol: other responses.
     run(capsys, *words[:-4], "--max-new-tokens", "5", "--json", "-")
     run(capsys, *words, "--protocol", "timelens")
     assert sum(answered) == 10
@@ -301,7 +301,7 @@ def test_kept_answers_are_named_by_what_they_depend_on(tmp_path, monkeypatch) ->
     path = cached_predictions_path(provenance, rows)
     assert path.parent == tmp_path / "video-opd" / "answers"
     mended = [Sample(id="a", video=Path("a.mp4"), query="q", spans=((1.0, 3.0),))]
-    assert cached_predictions_path(provenance, mended) == path  # an answer does not depend on the annotation
+    assert cached_predictions_path(provenance, mended) == path  # a response does not depend on the annotation
     others = [
         cached_predictions_path({**provenance, "model": "abd"}, rows),
         cached_predictions_path(provenance, [Sample(id="a", video=Path("a.mp4"), query="r")]),

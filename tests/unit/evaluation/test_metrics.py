@@ -121,7 +121,7 @@ def test_recall_is_exact_at_its_thresholds(rows: list[tuple[int, int, int, int]]
 
 
 @pytest.mark.parametrize(
-    ("windows", "answer", "iou"),
+    ("spans", "prediction", "iou"),
     [
         ([(10, 20)], (10, 20), 1),
         ([(10, 20)], (15, 25), Fraction(5, 15)),
@@ -132,7 +132,7 @@ def test_recall_is_exact_at_its_thresholds(rows: list[tuple[int, int, int, int]]
         ([(10, 20)], (20, 10), 0),  # reversed
         ([(10, 20)], (15, 15), 0),  # empty
         ([(10, 20)], None, 0),
-        # several windows: the best of them, not their union and not their mean
+        # several spans: the best of them, not their union and not their mean
         ([(0, 4), (10, 20)], (10, 20), 1),
         ([(0, 4), (10, 20)], (0, 20), Fraction(10, 20)),
         ([(0, 4), (10, 20)], (2, 12), Fraction(2, 12)),  # of (10, 20) it is 2/18
@@ -141,56 +141,56 @@ def test_recall_is_exact_at_its_thresholds(rows: list[tuple[int, int, int, int]]
         ([(0, 10), (2, 8), (4, 6)], (4, 6), 1),
     ],
 )
-def test_iou_with_windows_by_hand(
-    windows: list[tuple[float, float]], answer: tuple[float, float] | None, iou: Fraction
+def test_iou_with_several_spans_by_hand(
+    spans: list[tuple[float, float]], prediction: tuple[float, float] | None, iou: Fraction
 ) -> None:
-    metrics = evaluate([sample("a", *windows, duration_s=50.0)], said(a=answer), draws=2)
+    metrics = evaluate([sample("a", *spans, duration_s=50.0)], said(a=prediction), draws=2)
     assert metrics.miou == pytest.approx(100 * float(iou))
-    assert metrics.unparsed == (answer is None)
+    assert metrics.unparsed == (prediction is None)
 
 
-def swept_iou(answer: tuple[int, int] | None, window: tuple[int, int]) -> Fraction:
+def swept_iou(prediction: tuple[int, int] | None, span: tuple[int, int]) -> Fraction:
     """IoU by a sweep over the pieces between all ends, in whole hundredths: no formula of ours is in it."""
-    if answer is None or answer[0] >= answer[1]:
+    if prediction is None or prediction[0] >= prediction[1]:
         return Fraction(0)
-    ends = sorted({*answer, *window})
+    ends = sorted({*prediction, *span})
     both = either = 0
     for start, end in itertools.pairwise(ends):
-        inside = [a <= start and end <= b for a, b in (answer, window)]
+        inside = [a <= start and end <= b for a, b in (prediction, span)]
         both += (end - start) * all(inside)
         either += (end - start) * any(inside)
     return Fraction(both, either)
 
 
 def test_ten_thousand_random_rows_equal_an_independent_implementation() -> None:
-    """Hundredths of a second, as models write them; one to four windows, answers near one or anywhere."""
+    """Hundredths of a second, as models write them; one to four spans, predictions near one or anywhere."""
     rng = np.random.default_rng(11)
     samples, exact = [], []
     predictions: dict[str, Prediction] = {}
     for number in range(10_000):
-        windows = []
+        spans = []
         for _ in range(int(rng.integers(1, 5))):
             start, end = sorted(int(x) for x in rng.choice(6000, 2, replace=False))
-            windows.append((start, end))
+            spans.append((start, end))
         kind = number % 5
-        answer: tuple[int, int] | None = (int(rng.integers(0, 6000)), int(rng.integers(0, 6000)))
-        if kind < 2:  # near one of the windows; else anywhere, in half of the cases reversed
-            start, end = windows[int(rng.integers(len(windows)))]
-            answer = (start + int(rng.integers(-300, 300)), end + int(rng.integers(-300, 300)))
+        prediction: tuple[int, int] | None = (int(rng.integers(0, 6000)), int(rng.integers(0, 6000)))
+        if kind < 2:  # near one of the spans; else anywhere, in half of the cases reversed
+            start, end = spans[int(rng.integers(len(spans)))]
+            prediction = (start + int(rng.integers(-300, 300)), end + int(rng.integers(-300, 300)))
         elif kind == 2 and number % 3 == 0:
-            answer = None
+            prediction = None
         samples.append(
             sample(
-                str(number), *((a / 100, b / 100) for a, b in windows), video=f"{number // 3}", duration_s=60
+                str(number), *((a / 100, b / 100) for a, b in spans), video=f"{number // 3}", duration_s=60
             )
         )
         if number % 50:  # else it is missing
             predictions |= said(
-                **{str(number): None if answer is None else (answer[0] / 100, answer[1] / 100)}
+                **{str(number): None if prediction is None else (prediction[0] / 100, prediction[1] / 100)}
             )
         else:
-            answer = None
-        exact.append(max(swept_iou(answer, window) for window in windows))
+            prediction = None
+        exact.append(max(swept_iou(prediction, span) for span in spans))
     metrics = evaluate(samples, predictions, draws=2)
     assert (metrics.n, metrics.missing) == (10_000, 200)
     assert metrics.miou == pytest.approx(100 * math.fsum(map(float, exact)) / 10_000, abs=1e-9)
@@ -229,7 +229,7 @@ def test_timelens_rounds_predictions_to_whole_seconds() -> None:
     assert evaluate(samples, predictions, "paper").miou == pytest.approx(100 * (0.9 + 0.2 / 8) / 2)
     rounded = evaluate(samples, predictions, "timelens")
     assert rounded.miou == pytest.approx(50.0)  # b becomes 2 to 2: nothing
-    assert rounded.unparsed == 0  # but it was an answer
+    assert rounded.unparsed == 0  # but it was parsed
     assert rounded.to_json()["protocol"]["rounding"] == "whole seconds"
 
 
@@ -331,11 +331,11 @@ def test_best_constant_equals_trying_every_answer() -> None:
     assert best is not None
     found = {}
     for a, b in itertools.combinations(range(21), 2):
-        answers = {}
+        predictions = {}
         for s in samples:
             assert s.duration_s
-            answers[s.id] = (a / 20 * s.duration_s, b / 20 * s.duration_s)
-        found[a / 20, b / 20] = evaluate(samples, said(**answers), draws=2).values
+            predictions[s.id] = (a / 20 * s.duration_s, b / 20 * s.duration_s)
+        found[a / 20, b / 20] = evaluate(samples, said(**predictions), draws=2).values
     highest = max(found, key=lambda ab: found[ab]["mIoU"])
     assert (best.start_fraction, best.end_fraction) == highest
     assert best.values == pytest.approx(found[highest])
@@ -389,8 +389,8 @@ def test_query_swap_knows_who_listens() -> None:
         )
     }
     first_seen = {s.id: PAIRS[i - i % 2].spans[0] for i, s in enumerate(PAIRS)}
-    for answers, share, same in ((listens, 100.0, 0.0), (crossed, 0.0, 0.0), (first_seen, 50.0, 100.0)):
-        swap = query_swap(PAIRS, said(**answers))
+    for predictions, share, same in ((listens, 100.0, 0.0), (crossed, 0.0, 0.0), (first_seen, 50.0, 100.0)):
+        swap = query_swap(PAIRS, said(**predictions))
         assert swap is not None
         assert (swap.share, swap.same_answer) == (share, same)
         assert (swap.comparisons, swap.videos) == (60, 30)
@@ -415,7 +415,7 @@ def test_query_swap_ties_and_silence() -> None:
 
     assert share(a=(3.0, 4.0), b=(6.0, 7.0)) == 100.0  # no overlap with either: the centre decides
     assert share(a=(4.5, 5.5), b=(4.5, 5.5)) == 50.0  # exactly between: half
-    assert share(a=(0.0, 2.0), b=None) == 50.0  # an unparsed answer is nearer nothing
+    assert share(a=(0.0, 2.0), b=None) == 50.0  # an unparsed response is nearer nothing
     assert share(a=(0.0, 2.0)) == 50.0  # nor is a missing one
 
 
@@ -485,9 +485,9 @@ def test_a_table_on_a_terminal() -> None:
 
 def test_record_carries_its_controls() -> None:
     samples = [sample("a", (0.0, 10.0)), sample("b", (12.0, 18.0), video="a.mp4")]
-    answers = said(a=(0.0, 10.0), b=(12.0, 18.0))
+    predictions = said(a=(0.0, 10.0), b=(12.0, 18.0))
     record = evaluation_record(
-        evaluate(samples, answers), best_constant(samples), query_swap(samples, answers)
+        evaluate(samples, predictions), best_constant(samples), query_swap(samples, predictions)
     )
     record = json.loads(json.dumps(record))
     assert record["query_swap"]["share"] == 100.0

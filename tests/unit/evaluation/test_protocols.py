@@ -1,4 +1,4 @@
-"""Protocols: what each fixes, how TimeLens reads an answer, what is said of answers made otherwise."""
+"""Protocols: what each fixes, how TimeLens reads a response, and deviations."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_timelens_reading_takes_linear_time(piece: str) -> None:
     assert time.process_time() - start < 1.0
 
 
-# --- answers made otherwise
+# --- deviations
 
 
 def test_deviations_name_what_differs() -> None:
@@ -253,8 +253,8 @@ def test_answers_of_another_protocol_are_refused_without_the_flag(tmp_path: Path
         match=r"p\.jsonl.*protocol timelens-2026-02.*--protocol timelens-2026-02.*--any-protocol",
     ):
         read_model_predictions([path], PAPER, name="m")
-    answers = read_model_predictions([path], PAPER, name="m", any_protocol=True)
-    assert file_deviations(answers.files, PAPER) == {
+    predictions = read_model_predictions([path], PAPER, name="m", any_protocol=True)
+    assert file_deviations(predictions.files, PAPER) == {
         "prompt.style": "timelens",
         "video.min_frame_tokens": 64,
         "video.max_video_tokens": 14_336,

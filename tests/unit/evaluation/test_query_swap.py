@@ -88,12 +88,14 @@ def random_case(seed: int) -> tuple[list[Sample], dict[str, Prediction]]:
             sample = Sample(id=f"{v}-{q}", video=Path(f"{v}.mp4"), query="q", spans=spans)
             samples.append(sample)
             kind = rng.random()
-            answer = span() if kind < 0.6 or not spans else spans[0] if kind < 0.8 else None
+            predicted = span() if kind < 0.6 or not spans else spans[0] if kind < 0.8 else None
             if kind > 0.95:
-                answer = (50.0, 60.0)  # one answer to many
+                predicted = (50.0, 60.0)  # one span for many
             if kind < 0.97:
-                rule = () if answer is None else ("given",)
-                predictions[sample.id] = Prediction(id=sample.id, responses=(), spans=(answer,), rules=rule)
+                rule = () if predicted is None else ("given",)
+                predictions[sample.id] = Prediction(
+                    id=sample.id, responses=(), spans=(predicted,), rules=rule
+                )
     return [samples[i] for i in rng.permutation(len(samples))], predictions
 
 
@@ -101,7 +103,7 @@ def random_case(seed: int) -> tuple[list[Sample], dict[str, Prediction]]:
 def test_every_pair_is_compared_as_defined(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", [500_000, 7][seed % 2])
     samples, predictions = random_case(seed)
-    protocol = ["paper", "timelens"][seed // 2 % 2]  # whole seconds may leave an answer empty
+    protocol = ["paper", "timelens"][seed // 2 % 2]  # whole seconds may leave a prediction empty
     expected, found = pair_by_pair(samples, predictions, protocol), query_swap(samples, predictions, protocol)
     if expected is None:
         assert found is None

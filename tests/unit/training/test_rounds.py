@@ -204,10 +204,10 @@ def test_what_is_evaluated_as_the_base_is_what_predict_answers(
         out = tmp_path / f"{name}.jsonl"
         words = ["predict", str(shipped(f"tiny-{name}")), str(world / "short.jsonl"), "--out", str(out)]
         assert main([*words, "--max-new-tokens", "14", "--batch-size", "2"]) == 0
-        answers = {row["id"]: row["responses"] for row in rows_of(out)}
+        responses = {row["id"]: row["responses"] for row in rows_of(out)}
         assert {
             row["id"]: row["responses"] for row in rows_of(folder / f"eval/{name}-short.jsonl")
-        } == answers
+        } == responses
 
 
 def test_a_finished_folder_returns_at_once_and_refuses_another_recipe(

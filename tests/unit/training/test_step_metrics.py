@@ -135,7 +135,7 @@ def test_each_metric_by_hand():
     assert math.isclose(row["advantage/mean"], sum(advantages) / 5)
     assert row["response/length_mean"] == 2.0 and row["response/length_max"] == 3
     assert row["response/truncated_share"] == row["response/unparsed_share"] == 1 / 3
-    assert row["response/iou_mean"] == 0.5  # of the two annotated ones; an unparsed answer counts 0
+    assert row["response/iou_mean"] == 0.5  # of the two annotated ones; an unparsed response counts 0
     assert row["loss/masked_tokens"] == 1
 
 

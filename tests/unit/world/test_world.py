@@ -1,4 +1,4 @@
-"""The world: exact labels, determinism, resumability, and no answer that ignores the video."""
+"""The world: exact labels, determinism, resumability, and no shortcut that ignores the video."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_two_questions_of_a_video_ask_the_same_thing_with_other_answers():
 
 @pytest.mark.parametrize("split", TEST_SPLITS)
 def test_best_constant_answer_stays_below_a_quarter(split):
-    """Brute force over constant answers relative to the duration, with its own arithmetic."""
+    """Brute force over constant predictions relative to the duration, with its own arithmetic."""
     truth = np.array(
         [(q.span[0] / s.duration_s, q.span[1] / s.duration_s) for s in scenes(split, 60) for q in s.questions]
     )
