@@ -84,7 +84,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def discard_unfinished(folder: str | Path, name: str = "") -> None:
-    """Removes the unfinished files and folders that a kill left in ``folder``; nobody may be writing there.
+    """Removes the unfinished files and folders that a kill left in ``folder``. Nothing may be writing there.
 
     With ``name``, only those whose own names begin with it. A folder that was moved aside, and whose
     successor did not come, is brought back.

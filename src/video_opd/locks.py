@@ -57,7 +57,7 @@ class _Lock:
     depth: int = 1  # how many blocks of this thread are inside each other
 
 
-_locks: dict[str, _Lock] = {}  # by the path of the lock file
+_locks: dict[str, _Lock] = {}  # path of the lock file -> lock
 _guard = threading.Lock()
 _told: set[str] = set()
 # A fork has the dictionary, but not the locks.

@@ -1,6 +1,6 @@
 """Packs all queries of a video into one sequence, with the same tokens that the processor would write.
 
-Shapes: B videos, L positions, N frame pairs in the whole batch, M supervised answer positions.
+Shapes: B videos, L positions, N frame pairs in the whole batch, M supervised response positions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ START_HEAD, END_HEAD = 0, 1  # the attention heads that point at the event's sta
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question of the batch, and the place of its answer in the sequence."""
+    """A question of the batch, and the place of its response in the sequence."""
 
     row: int
     position: int  # index of the response's first token
@@ -177,7 +177,7 @@ class Packer:
             span = blur(span, example.scene.duration_s, jitter, rng) if jitter else span
         prompt = [*self.before, *self.tokenizer.encode(query), *self.after]
         answer = [*self.tokenizer.encode(format_span(span)), *self.eos]
-        if not per_video:  # room for the longest answer
+        if not per_video:  # room for the longest response
             answer += self.eos * (ANSWER_TOKENS + 1 - len(answer))
         position = len(row.ids) + len(prompt)
         row.text(
@@ -196,7 +196,7 @@ def _chosen(example: Example, rng: np.random.Generator, per_video: int) -> list[
 def _pointers(
     asked: Asked, stop: int, example: Example, closing: Sequence[int]
 ) -> list[tuple[int, int, int, int]]:
-    """The pairs to point at while the answer's digits are written: (row, position, head, vision_end)."""
+    """The pairs to point at while the response's digits are written: (row, position, head, vision_end)."""
     times = example.times_s
 
     def pair(when: float) -> int:

@@ -66,7 +66,7 @@ class Stage(Settings):
     pairs: int | None = None
     lr: Number = 1.5e-3
     muon_lr: Number = 0.02
-    vision_lr: Number = 0.3  # factor on the vision tower's learning rates while answers are trained
+    vision_lr: Number = 0.3  # factor on the vision tower's learning rates while responses are trained
     warmup: int = 30
     decay: Number = 0.0  # share of the steps, at the end, in which the rate falls to a hundredth
     blur: Number = 0.0

@@ -13,7 +13,7 @@ import yaml
 from video_opd.errors import UserError, need
 
 MAX_NODES, MAX_DEPTH = 10_000, 50  # limits on a YAML tree
-MAX_BITS = 4096  # of an integer; Python does not print much longer ones
+MAX_BITS = 4096  # bits of an integer; Python does not print much longer ones
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -24,9 +24,10 @@ from video_opd.types import Sample
 class Output:
     """Rows that are appended as soon as they are finished; a kill costs only the unfinished ones.
 
-    A single process appends to ``out`` itself. Each of several appends to a file of its own beside ``out``,
-    and the first process merges these at the end. Process files that a kill left are merged when ``out`` is
-    next opened, by any number of processes. Raises :class:`UserError` as :func:`open_output` does.
+    A single process appends to ``out`` itself. Each of several processes appends to its own process file
+    beside ``out``, and the first process merges these at the end. Process files that a kill
+    left are merged when ``out`` is next opened, by any number of processes. Raises :class:`UserError` as
+    :func:`open_output` does.
 
     A ``repeatable`` output, which a single process writes, ends with the same bytes whether it was killed on
     the way or not. The rows that a kill leaves of a block (:mod:`video_opd.evaluation.batching`) would

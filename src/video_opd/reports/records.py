@@ -14,14 +14,14 @@ from typing import Any
 from video_opd.reports.run_files import Note
 from video_opd.terminal import visible
 
-MOST = 1e100  # in size; sums and products of such numbers are still finite
+MOST = 1e100  # largest size of a number; sums and products of such numbers are still finite
 MOST_STEP = 2**53
 MOST_DURATION_S = 1e7
 MOST_TEXT = 10_000  # characters
 MOST_NAME = 200
-MOST_TOKENS = 4096  # of a rollout
+MOST_TOKENS = 4096  # tokens of a rollout
 MOST_FRAMES = 100
-MOST_VALUES, MOST_LEVELS = 10_000, 30  # of a tree
+MOST_VALUES, MOST_LEVELS = 10_000, 30  # values and levels of a tree
 METRICS = ("mIoU", "R@0.3", "R@0.5", "R@0.7")
 _PICTURE = re.compile(r"(data:image/(jpeg|png|gif|webp);base64,)?[A-Za-z0-9+/=]+")
 

@@ -22,11 +22,11 @@ from video_opd.terminal import visible
 T = TypeVar("T")
 Note = Callable[[str], None]  # takes a reason, "duration is 0"
 
-MOST_BYTES = 1 << 28  # of a file of rows
+MOST_BYTES = 1 << 28  # bytes of a file of rows
 MOST_LINE_BYTES = 1 << 24
-MOST_RECORD_BYTES = 1 << 24  # of a file that holds one record
-MOST_FILES = 1000  # of eval/, and of rounds
-MOST_REASONS = 20  # of a folder, each with the count of its cases
+MOST_RECORD_BYTES = 1 << 24  # bytes of a file that holds one record
+MOST_FILES = 1000  # files of eval/, and rounds
+MOST_REASONS = 20  # reasons shown of a folder, each with its count
 MOST_REASON_LETTERS = 200
 
 

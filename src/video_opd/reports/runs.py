@@ -83,8 +83,8 @@ class Run:
     selection: Mapping[str, Any] | None = None
     timelines: tuple[Mapping[str, Any], ...] = ()
     summary: Mapping[str, Any] | None = None  # rounds.json
-    rounds: tuple[Run, ...] = ()  # of a folder of rounds; the other fields are then of all of them together
-    number: int = 0  # of a round, from 1
+    rounds: tuple[Run, ...] = ()  # a folder of rounds has them; its other fields join those of all rounds
+    number: int = 0  # number of the round, from 1
     left_out: tuple[str, ...] = ()  # a line for each kind of damage that reading passed over
 
     @property

@@ -93,7 +93,7 @@ def _last(pattern: str, text: str) -> str | None:
 
 
 def _standing(key: str, text: str) -> list[int]:
-    """The ends of all places in which ``key``, as printed, stands as a word of its own."""
+    """Returns the ends of all places where ``key``, as printed, is a separate word."""
     return [place.end() for place in re.finditer(rf"(?<![\w'’.]){re.escape(key)}(?![\w'’]|\.\w)", text)]
 
 

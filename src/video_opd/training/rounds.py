@@ -137,7 +137,7 @@ class Rounds:
         log(f"{done} of {count} rounds are done" + (f"; {ended}" if ended else ""))
 
     def round_recipe(self, number: int) -> Recipe:
-        """The recipe of a round for ``train``: the last student, and rows and a seed of its own."""
+        """Returns a round's recipe for ``train``: it starts from the last student, with new rows and seed."""
         recipe, folder = self.recipe, self.folder.round(number)
         return recipe.changed(
             **{

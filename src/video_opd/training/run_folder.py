@@ -115,7 +115,7 @@ class RunFolder:
         return self.done.exists() and self.model.is_dir()
 
     def discard_unfinished(self) -> None:
-        """Removes the unfinished files and folders that a kill left; nobody may be writing in the folder."""
+        """Removes the unfinished files and folders that a kill left. Nothing may be writing in the folder."""
         for place in (self.path, self.checkpoints, self.model, self.evaluations):
             discard_unfinished(place)
 

@@ -335,7 +335,7 @@ class Stepper:
         """A backward with zero gradients: other processes have rows left, and wait for this one's."""
         model, wrapper = self.components.model, self.components.forward_module
         if wrapper is model:
-            return  # one process, or shards: nobody waits
+            return  # one process, or sharded weights: nothing to wait for
 
         def zero() -> torch.Tensor:
             return torch.stack([parameter.sum() for parameter in self.components.parameters]).sum() * 0.0
