@@ -36,8 +36,8 @@ def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     OSError, and if ``path`` is not a plain file: replacing a device or a pipe would take it away from
     everybody. Other exceptions of the block pass unchanged. The temporary file is removed in every case.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    target = _target(path)
+    if os.path.exists(target) and not os.path.isfile(target):
         raise UserError(f"{path}: not a plain file; name a file to write")
     # The name ends in random letters: it matches no pattern such as *.json, and two writers do not collide.
     temporary = target.with_name(f"{UNFINISHED}{target.name}.{os.urandom(4).hex()}")
@@ -63,8 +63,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     Raises :class:`UserError` that names ``path`` and the remedy if the block or the replacement raises
     OSError, and if ``path`` is a file. Other exceptions of the block pass unchanged.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_dir():
+    target = _target(path)
+    if os.path.exists(target) and not os.path.isdir(target):
         raise UserError(f"{path}: a file; name a folder to write")
     temporary = target.with_name(f"{UNFINISHED}{target.name}")
     old = target.with_name(f"{REPLACED}{target.name}")
@@ -102,9 +102,12 @@ def discard_unfinished(folder: str | Path, name: str = "") -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Replaces ``path`` by ``text`` in UTF-8 and returns it. Raises as :func:`replacing_file` does."""
+    """Replaces ``path`` by ``text`` in UTF-8 and returns it. Raises as :func:`replacing_file` does.
+
+    A lone surrogate, from a broken file name for example, has no UTF-8 form: its escape is written.
+    """
     with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
@@ -119,6 +122,15 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             f"{path}: cannot be written ({reason}; {_free(path)}): free some space or choose another place, "
             "then repeat the command; what was written before is kept"
         ) from error
+
+
+def _target(path: str | Path) -> Path:
+    """The place that ``path`` names, links followed. Raises :class:`UserError` if it names none."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:  # the working folder was deleted; a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a path that can be written ({reason}); choose another place") from None
 
 
 def _tidy(temporary: Path, old: Path, target: Path) -> None:

@@ -13,12 +13,15 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
+
+from video_opd.terminal import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -32,10 +35,11 @@ def log(message: str) -> None:
     """Prints one line on stderr, above the bars if there are any."""
     if not is_first_process():
         return
+    message = visible(message, keep="\n")
     if _Bars.live is not None:
-        _Bars.live.console.print(message, markup=False, highlight=False)
+        _Bars.live.console.print(message, markup=False, highlight=False, emoji=False)
     else:
-        print(message, file=sys.stderr, flush=True)
+        _print(message)
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -72,6 +76,11 @@ class Task:
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
         self._report(self.done, note)
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # work goes on if stderr is full or closed
+        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -113,7 +122,7 @@ class _Lines:
         text = f"{self.description}: {count}, {duration(spent_s)}"
         if self.total and 0 < self.done < self.total:
             text += f", about {duration(spent_s / self.done * (self.total - self.done))} left"
-        print(text + (f", {note}" if note else ""), file=sys.stderr, flush=True)
+        _print(visible(text + (f", {note}" if note else "")))
 
 
 class _Bars:

@@ -43,7 +43,7 @@ def stdout() -> Console:
 
 def say(console: Console, line: str) -> None:
     """Prints a line that is not wrapped: nothing in it is markup, and control characters are visible."""
-    console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def print_lines(lines: Iterable[str], console: Console | None = None) -> None:
@@ -51,6 +51,11 @@ def print_lines(lines: Iterable[str], console: Console | None = None) -> None:
     console = console or stdout()
     for line in lines:
         say(console, line)
+
+
+def print_line(line: str) -> None:
+    """Prints one line to stdout."""
+    print(visible(line))
 
 
 def print_rows(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -7,6 +7,7 @@ import argparse
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import NO_SETTINGS, Parser
+from video_opd.terminal import print_lines
 
 HELP = "open every video and find what cannot be used; exit code 1 if there is any; repeated, it continues"
 EXAMPLE = "video-opd data check train.jsonl --write-good train-good.jsonl"
@@ -52,5 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(record)
     else:
-        print("\n".join(check_lines(record)))
+        print_lines(check_lines(record))
     return 1 if record["problems"] else 0

@@ -8,6 +8,7 @@ from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.errors import UserError
+from video_opd.terminal import print_lines
 
 HELP = "make a data file from a public format of annotations"
 EXAMPLE = "video-opd data convert charades_sta_test.json --video-root Charades_v1 --out charades.jsonl"
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
             print_json({name: format.layout for name, format in FORMATS.items()})
             return
-        print("\n".join(format_lines()))
+        print_lines(format_lines())
         return
     if not 1 <= len(arguments.words) <= 2:
         raise UserError("convert needs INPUT, or FORMAT and INPUT; see video-opd data convert --help")
@@ -85,4 +86,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(result.to_json())
     else:
-        print("\n".join(conversion_lines(result)))
+        print_lines(conversion_lines(result))

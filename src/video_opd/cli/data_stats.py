@@ -8,6 +8,7 @@ from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import VIDEO_SETTINGS, Parser
 from video_opd.progress import log
+from video_opd.terminal import print_lines
 
 HELP = "describe a data file: durations, spans, queries, sources, tokens"
 EXAMPLE = "video-opd data stats train.jsonl --size 640x360 --html stats.html"
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(record)
     else:
-        print("\n".join(stats_lines(record)))
+        print_lines(stats_lines(record))
     if arguments.html:
         from video_opd.reports.dataset import write_page
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.parser import NO_SETTINGS, Parser
+from video_opd.terminal import print_line, print_lines
 
 HELP = "generated videos, tiny models: select, train, evaluate, report"
 EXAMPLE = "video-opd demo --out runs/demo --seed 0"
@@ -27,5 +28,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder = run_demo(Path(arguments.out), seed=arguments.seed, steps=arguments.steps)
     written = write_report([folder], Path(arguments.out) / "report.html")
-    print("\n".join(before_after(read_run(folder))))
-    print(f"report: {written}")
+    print_lines(before_after(read_run(folder)))
+    print_line(f"report: {written}")

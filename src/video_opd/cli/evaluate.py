@@ -282,7 +282,9 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
         write_text(out, as_json(record) + "\n" if form == "json" else writers[form](table))
         log(f"wrote {out}")
     elif form != "text":
-        print(writers[form](table), end="")
+        from video_opd.terminal import print_lines
+
+        print_lines(writers[form](table).removesuffix("\n").split("\n"))
     elif _is_single(compared) and not arguments.published:
         _print_single(compared)
     else:

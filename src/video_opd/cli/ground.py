@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from video_opd.cli.arguments import add_shared, positive
+from video_opd.cli.output import print_json_text
 from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.progress import log
@@ -104,7 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     chosen = arguments.format or ("text" if sys.stdout.isatty() else "json")
     if text := FORMATS[chosen](video, answers):
-        print(text, flush=True)
+        if chosen == "json":
+            print_json_text(text)
+        else:
+            print(text, flush=True)
     if chosen == "srt":
         for answer in answers:
             if answer.span is None:

@@ -1,15 +1,31 @@
-"""Results as JSON: on stdout, or in a file."""
+"""Results on stdout or in a file, whatever stdout is: a terminal, ASCII only, closed, or on a full disk."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import re
+import sys
 from typing import Any
 
 from video_opd.files import write_text
 
+# Control characters that JSON leaves as they are, and marks that turn the direction of writing.
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+
 
 def print_json(record: Any) -> None:
-    print(as_json(record))
+    print_json_text(as_json(record))
+
+
+def print_json_text(text: str) -> None:
+    """Prints JSON. What stdout cannot hold, or a terminal would obey, is written as JSON's escapes."""
+    whole = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    unsafe = _UNSAFE_IN_JSON if whole else _NOT_ASCII
+    print(unsafe.sub(lambda found: json.dumps(found.group())[1:-1], text), flush=True)
 
 
 def write_json(path: str, record: Any) -> None:
@@ -19,3 +35,34 @@ def write_json(path: str, record: Any) -> None:
 
 def as_json(record: Any) -> str:
     return json.dumps(record, indent=2, ensure_ascii=False, default=str)
+
+
+def prepare_streams() -> io.StringIO | None:
+    """Makes stdout and stderr take any text: a character that they cannot encode is written as its escape.
+
+    Returns what stands in for stdout if it is closed. No file that is opened later gets the number of a
+    closed stream: a library's message would be written into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    closed = io.StringIO() if sys.stdout is None else None
+    if closed is not None:
+        sys.stdout = closed
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return closed
+
+
+def lost_output() -> str | None:
+    """The reason why stdout cannot be written, or None if it can; Python would complain again at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return str(getattr(error, "strerror", None) or error)
+    return None

@@ -11,6 +11,7 @@ from video_opd.cli.output import print_json
 from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.progress import is_first_process
+from video_opd.terminal import print_line
 
 if TYPE_CHECKING:
     from video_opd.evaluation.predict import GenerationSettings, PredictResult
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
     else:
-        print(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
+        print_line(f"{arguments.out}: {result.kept + result.answered} of {len(samples)} rows answered")
 
 
 def response_settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from video_opd.cli.parser import NO_SETTINGS, Parser
+from video_opd.terminal import print_line
 
 HELP = "one HTML file about one or several runs"
 EXAMPLE = "video-opd report runs/a runs/b --out report.html"
@@ -19,4 +20,4 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.reports.html import write_report
 
-    print(write_report(arguments.runs, arguments.out))
+    print_line(str(write_report(arguments.runs, arguments.out)))

@@ -9,6 +9,7 @@ from video_opd.cli.arguments import add_shared
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import ALL_SETTINGS, Parser
 from video_opd.progress import is_first_process
+from video_opd.terminal import print_line, print_lines
 
 HELP = "score, select, train and evaluate, repeated from the last student; repeated, it continues"
 EXAMPLE = "video-opd rounds recipes/tiny/rounds.yaml --rounds.count 2 --tvdf.k 128 --run.dir runs/b"
@@ -44,10 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for record in result.summary["rounds"]:
         counts = f"{record['selected']} of {record['rows']} rows, {record['steps']} steps"
-        print(f"round {record['round']}: {counts}; model: {result.path / record['model']}")
+        print_line(f"round {record['round']}: {counts}; model: {result.path / record['model']}")
     finished = read_run(result.path)
     if finished.testsets:
-        print("\n".join(before_after(finished)))
+        print_lines(before_after(finished))
     if result.summary["ended"]:
-        print(result.summary["ended"])
-    print(f"report: {written}")
+        print_line(result.summary["ended"])
+    print_line(f"report: {written}")

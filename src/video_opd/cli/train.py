@@ -9,6 +9,7 @@ from video_opd.cli.arguments import add_shared
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import ALL_SETTINGS, Parser
 from video_opd.progress import is_first_process
+from video_opd.terminal import print_line
 
 HELP = "one post-training run; repeated, it continues"
 EXAMPLE = "video-opd train recipes/tiny/video-opd.yaml --optim.lr 1e-4 --run.dir runs/a"
@@ -32,4 +33,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(asdict(result))
     else:
-        print(f"{result.steps} steps; model: {result.model}")
+        print_line(f"{result.steps} steps; model: {result.model}")

@@ -8,6 +8,7 @@ from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.progress import track
+from video_opd.terminal import print_line
 
 HELP = "render videos with exactly known events"
 EXAMPLE = "video-opd world make --out world --videos train=200 short=40"
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({split: str(path) for split, path in files.items()})
         return
     for split, path in files.items():
-        print(f"{split}: {path}")
+        print_line(f"{split}: {path}")
 
 
 def _count_of(text: str) -> tuple[str, int]:

@@ -187,6 +187,7 @@ def histogram(values: np.ndarray, *, top: float | None = None, whole: bool = Fal
 def _round_step(rough: float, whole: bool) -> float:
     if whole and rough <= 1:
         return 1.0
+    rough = max(rough, 1e-9)  # edges have 12 decimals
     power = 10.0 ** math.floor(math.log10(rough))
     steps = (1, 2, 5, 10) if whole else _STEPS
     return next(factor * power for factor in steps if factor * power >= rough * 0.999)

@@ -55,7 +55,10 @@ def _number(row: Mapping[str, Any], key: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f'"{key}" must be a number or null, not {value!r}')
-    return float(value) if math.isfinite(value) else math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
 
 
 def _iou(row: Mapping[str, Any], key: str) -> float:

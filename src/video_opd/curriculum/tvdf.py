@@ -176,7 +176,7 @@ class _Mover:
         row = dict(row)
         video = Path(row["video"])
         # A file that is not there was meant for a --video-root, so its path stays.
-        if self.moves and not video.is_absolute() and (self.base / video).exists():
+        if self.moves and not video.is_absolute() and os.path.exists(self.base / video):
             assert self.target is not None
             row["video"] = Path(os.path.relpath(self.base / video, self.target)).as_posix()
         return row

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 REQUIRED_KEYS = ("id", "video", "query")
 KNOWN_KEYS = (*REQUIRED_KEYS, "duration", "spans", "source")
+MOST_SECONDS = 1e9  # of a time: sums and counts of frames stay numbers
 # A key counts as a misspelling of a known one if difflib finds them this alike (0 to 1) and their lengths
 # differ by at most this many letters.
 _LIKENESS, _MOST_LETTERS = 0.8, 2
@@ -212,6 +212,6 @@ def _number(value: Any, what: str) -> float:
     # of digits does not fit into a float. None of these is a time.
     if isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
-            if math.isfinite(number := float(value)):
+            if abs(number := float(value)) <= MOST_SECONDS:
                 return number
     raise UserError(f"{what} is {reprlib.repr(value)}; it must be a number of seconds")

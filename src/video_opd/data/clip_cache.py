@@ -54,7 +54,7 @@ class ClipCache:
     def _entry(self, path: Path, budget: VideoConfig, backend: str) -> Path | None:
         try:
             stat = path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return None  # load_clip raises the error that names the problem
         file = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
         known = [FORMAT, *file, backend, budget.without_decoder()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -100,15 +101,18 @@ def open_container(path: Path, *, guess_times: bool = True) -> Iterator[av.conta
 def _open_watched(
     path: Path, guess_times: bool = True
 ) -> Iterator[tuple[av.container.InputContainer, WatchedFile]]:
-    if not path.exists():
-        raise VideoError(path, "no such file")
-    if not path.is_file():
-        raise VideoError(path, "not a file")
-    if path.stat().st_size == 0:
-        raise VideoError(path, "empty file")
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise VideoError(path, "not a file")
+        if found.st_size == 0:
+            raise VideoError(path, "empty file")
         file = WatchedFile(path)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError):
+        raise VideoError(path, "no such file") from None
+    except VideoError:
+        raise
+    except (OSError, ValueError) as error:  # a name too long, a link to itself; a zero byte
         raise VideoError(path, f"cannot be opened ({describe(error)})") from None
     with file:
         try:

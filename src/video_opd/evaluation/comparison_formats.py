@@ -24,6 +24,7 @@ from video_opd.evaluation.notes import (
 )
 from video_opd.evaluation.published import published, published_columns
 from video_opd.evaluation.rows import METRICS
+from video_opd.terminal import visible
 
 FORMATS = ("text", "markdown", "latex", "json")
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json", ".txt": "text"}
@@ -147,21 +148,26 @@ def _facts(result: Result) -> str:
 # --- writers -----------------------------------------------------------------------------------------
 
 
+_MARKDOWN = "\\|<`[]"  # characters by which a name could end its cell, or become HTML, code or a link
+
+
 def as_markdown(table: Table) -> str:
     """Returns a table of the measured rows, one of the published rows, and the notes."""
     parts = [_markdown_rows(table, table.measured)]
     if table.published:
         parts.append(f"{table.published_title}:\n\n{_markdown_rows(table, table.published)}")
-    parts.append("\n".join(f"- {_escaped(note, '|')}" for note in table.notes))
+    parts.append("\n".join(f"- {_escaped(note, '|<`')}" for note in table.notes))
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_rows(table: Table, rows: Sequence[Row]) -> str:
-    header = [f"{_escaped(n, '|')} {m}" if m == METRICS[0] else m for n in table.data_sets for m in METRICS]
+    header = [
+        f"{_escaped(n, _MARKDOWN)} {m}" if m == METRICS[0] else m for n in table.data_sets for m in METRICS
+    ]
     lines = ["| | " + " | ".join(header) + " |", "|---|" + "---|" * len(header)]
     for row in rows:
         cells = [str(cell) for name in table.data_sets for cell in row.figures(name)]
-        lines.append(f"| {_escaped(row.name, '|')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_escaped(row.name, _MARKDOWN)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -184,7 +190,7 @@ def as_latex(table: Table) -> str:
         title = rf"\multicolumn{{{columns}}}{{l}}{{\textit{{{_latex(table.published_title)}}}}} \\"
         lines += [r"\midrule", title, *(_latex_row(table, row) for row in table.published)]
     lines += [r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*lines, *(f"% {note}" for note in table.notes)]) + "\n"
+    return "\n".join([*lines, *(f"% {visible(note)}" for note in table.notes)]) + "\n"
 
 
 def _latex_row(table: Table, row: Row) -> str:
@@ -212,7 +218,7 @@ def _latex(text: str) -> str:
     # A sign is set as mathematics: "-3.1" would begin with a hyphen.
     if text[:1] in ("+", "-") and text[1:2].isdigit():
         return f"${text}$"
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in visible(text))
 
 
 def as_text(table: Table) -> str:
@@ -223,14 +229,14 @@ def as_text(table: Table) -> str:
             for name in row.cells:
                 figures = zip(METRICS, row.figures(name), strict=True)
                 said = ", ".join(f"{metric} {cell}" for metric, cell in figures)
-                lines.append(f"{row.name}{mark}, {name}: {said}")
+                lines.append(visible(f"{row.name}{mark}, {name}: {said}"))
     if table.published:
         lines.append(table.published_title)
-    return "\n".join([*lines, *table.notes]) + "\n"
+    return "\n".join([*lines, *map(visible, table.notes)]) + "\n"
 
 
 def _escaped(text: str, characters: str) -> str:
-    return "".join(f"\\{character}" if character in characters else character for character in text)
+    return "".join(f"\\{character}" if character in characters else character for character in visible(text))
 
 
 def as_json(comparison: Comparison, *, with_published: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from video_opd.evaluation.notes import (
 )
 from video_opd.evaluation.query_swap import QuerySwap
 from video_opd.evaluation.rows import METRICS
-from video_opd.terminal import print_lines, print_rows, say, stdout
+from video_opd.terminal import print_lines, print_rows, say, stdout, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +72,7 @@ def _signed(difference: Difference) -> str:
 def print_table(table: Table, console: Console) -> None:
     """Prints a table on a terminal, one a data set if one for all is too wide; elsewhere plain lines."""
     if not console.is_terminal:
-        print_lines(as_text(table).splitlines(), console)
+        print_lines(as_text(table).removesuffix("\n").split("\n"), console)
         return
     whole = _rich_table(table, table.data_sets)
     options = console.options.update(max_width=10_000)  # how wide it would like to be
@@ -88,17 +88,17 @@ def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
 
     alone = len(data_sets) == 1
     shown = RichTable(
-        title=Text(data_sets[0]) if alone else None,
+        title=Text(visible(data_sets[0])) if alone else None,
         caption=table.published_title if table.published else None,
     )
     shown.add_column("", overflow="fold")
     for name in data_sets:
         for metric in METRICS:
-            above = name if metric == METRICS[0] else ""
+            above = visible(name) if metric == METRICS[0] else ""
             shown.add_column(Text(metric if alone else f"{above}\n{metric}"), justify="right")
     for row in table.measured:
         if any(name in row.cells for name in data_sets):
-            shown.add_row(Text(row.name), *_rich_cells(row, data_sets))
+            shown.add_row(Text(visible(row.name)), *_rich_cells(row, data_sets))
     if table.published:
         shown.add_section()
         for row in table.published:

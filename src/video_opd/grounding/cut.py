@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -70,7 +71,7 @@ def check_target(video: Path, out: Path) -> None:
         raise UserError(f"{out}: a clip is written as MP4; name a file that ends in .mp4")
     if out.is_dir():
         raise UserError(f"{out}: this is a folder; name a file that ends in .mp4")
-    if out.exists() and video.exists() and out.samefile(video):
+    if os.path.exists(out) and os.path.exists(video) and out.samefile(video):
         raise UserError(f"{out}: this is the video itself; name another file for the clip")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from video_opd.grounding.ground import GroundedAnswer
 from video_opd.temporal import Interval
+from video_opd.terminal import visible
 
 COLUMNS = (
     "query",
@@ -37,7 +39,7 @@ def as_text(video: Path, answers: Sequence[GroundedAnswer]) -> str:
         shown = "the window" if len(answer.windows) > 1 else "the video"
         counts = Counter(response.line(shown) for response in answer.samples)
         lines += [f"  {count} × {line}" for line, count in counts.most_common()]
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))
 
 
 def as_json(video: Path, answers: Sequence[GroundedAnswer]) -> str:
@@ -54,7 +56,9 @@ def as_srt(video: Path, answers: Sequence[GroundedAnswer]) -> str:
 def _cue(number: int, span: Interval, query: str) -> str:
     start_ms, end_ms = (round(time_s * 1000) for time_s in span)
     end_ms = max(end_ms, start_ms + 1)  # players do not show a cue of length 0
-    text = " ".join(query.split()).replace("-->", "→")  # an arrow would begin another cue
+    text = visible(" ".join(query.split())).replace("-->", "→")  # an arrow would begin another cue
+    # Players read <b> and {\\an8} as marks of style; other brackets are shown as they are.
+    text = re.sub(r"<(?=[A-Za-z/!])", "‹", text).replace("{\\", "{ \\")
     return f"{number}\n{time_code(start_ms)} --> {time_code(end_ms)}\n{text}\n"
 
 
@@ -62,6 +66,19 @@ def time_code(time_ms: int) -> str:
     """A time as SubRip writes it: ``00:00:12,540``."""
     seconds, milliseconds = divmod(time_ms, 1000)
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d},{milliseconds:03d}"
+
+
+def cell(text: str) -> str:
+    """Text as a field of a CSV file: a spreadsheet shows it, and does not run it as a formula.
+
+    An apostrophe before ``=``, ``+``, ``-`` or ``@`` says that text follows. Control characters, carriage
+    returns among them, are written as escapes.
+    """
+    text = visible(text, keep="\n\t")
+    return f"'{text}" if text.lstrip()[:1] in _FORMULA else text
+
+
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def as_csv(video: Path, answers: Sequence[GroundedAnswer]) -> str:
@@ -73,11 +90,11 @@ def as_csv(video: Path, answers: Sequence[GroundedAnswer]) -> str:
         start_s, end_s = ("", "") if answer.span is None else (f"{x:.3f}" for x in answer.span)
         writer.writerow(
             [
-                answer.query,
+                cell(answer.query),
                 start_s,
                 end_s,
-                answer.text,
-                answer.rule,
+                cell(answer.text),
+                cell(answer.rule),
                 json.dumps(answer.clamped),
                 json.dumps(answer.truncated),
                 f"{answer.logprob:.4f}",

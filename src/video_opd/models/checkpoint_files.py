@@ -6,6 +6,7 @@ No torch. A name on a hub has no files yet; the library's own message then has t
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def check_model_files(path: str | Path) -> None:
     """Raises :class:`UserError` for a folder without config, with an adapter alone, and for weight files that
     are missing, cut off, or only git-lfs pointers."""
     folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists():
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
             raise UserError(f"{path}: a file, not a model folder; give a folder that save_pretrained wrote")
         if isinstance(path, Path) or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
             raise UserError(f"{path}: no such model folder")  # "organisation/name" may be on a hub

@@ -129,7 +129,38 @@ def read_config(path: str | Path) -> Any:
     if config.model_type not in FAMILIES:
         known = " and ".join(FAMILIES)
         raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with {known} checkpoints")
+    _check_sizes(path, config)
     return config
+
+
+_SIZES = {
+    "text_config": (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+        "vocab_size", "head_dim",
+    ),
+    "vision_config": (
+        "hidden_size", "intermediate_size", "num_heads", "depth", "patch_size", "temporal_patch_size",
+        "spatial_merge_size", "in_channels", "out_hidden_size", "num_position_embeddings",
+    ),
+}  # fmt: skip
+
+
+def _check_sizes(path: str | Path, config: Any) -> None:
+    """Raises :class:`UserError` for a size that no model has: a division by it would be the first to fail."""
+    for part, names in _SIZES.items():
+        section = getattr(config, part, None)
+        for name in names:
+            size = getattr(section, name, None)
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise UserError(
+                    f"{path}: config.json has {part}.{name} {size!r}, and it must be an integer from 1; "
+                    "copy config.json from the checkpoint that it was made from"
+                )
+    heads, shared = config.text_config.num_attention_heads, config.text_config.num_key_value_heads
+    if heads % shared:
+        raise UserError(
+            f"{path}: config.json has {heads} attention heads, which {shared} key heads cannot share"
+        )
 
 
 def load_processor(path: str | Path) -> Qwen3VLProcessor:
@@ -154,14 +185,12 @@ def load_processor(path: str | Path) -> Qwen3VLProcessor:
 
 def _read(path: str | Path, what: str, read: Any, **options: Any) -> Any:
     """``read(path, **options)``, with the many errors that transformers raises for a damaged folder as
-    :class:`UserError`."""
-    from safetensors import SafetensorError
-
+    :class:`UserError`: some of them, such as those of a config's types, share no base but Exception."""
     try:
         return read(path, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         raise UserError(f"{path}: {what} cannot be loaded ({reason})") from error
 
 

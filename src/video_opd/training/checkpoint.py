@@ -205,7 +205,8 @@ def _replacing(path: str | Path) -> Iterator[Path]:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         except RuntimeError as error:
-            if "PytorchStreamWriter" in str(error):  # torch.save
+            # torch.save has no error of its own: it says "unexpected pos 64 vs 0" or "iostream error".
+            if re.search("PytorchStreamWriter|inline_container|iostream error", str(error)):
                 raise OSError(str(error)) from error
             raise
 

@@ -15,8 +15,20 @@ from video_cases import decode_all, numbered_frame, read_number, write_sound, wr
 from video_opd.config import VideoConfig
 from video_opd.data import decode, demux, video
 from video_opd.data.budget import count_tokens
+from video_opd.data.clip_cache import ClipCache
 from video_opd.data.video import VideoError, clip_digest, load_clip, probe
 from video_opd.errors import UserError
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "a/" * 3000, "a\0b", "loop", "\udcff", "f/v.mp4"])
+def test_a_path_that_no_file_can_have_is_a_video_error(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "f").write_text("")
+    cache = ClipCache(tmp_path / "cache", max_bytes=1 << 20)
+    for read in (probe, lambda path: load_clip(path, SMALL), lambda path: cache.load(path, SMALL, "pyav")):
+        with pytest.raises(VideoError, match=r"no such file|cannot be opened"):
+            read(tmp_path / name)
+
 
 SMALL = VideoConfig(min_frame_tokens=8, max_frame_tokens=16)
 NATIVE = VideoConfig(min_frame_tokens=1)  # frames of 64×192 stay as they are

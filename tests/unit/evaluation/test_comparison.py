@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,22 @@ def test_latex_is_a_whole_tabular() -> None:
 )
 def test_latex_names_are_escaped(name: str, written: str) -> None:
     assert comparison_formats._latex(name) == written
+
+
+def test_no_name_ends_its_place_in_any_format() -> None:
+    odd = "a\n% b\r| <script> `x` [l](u) \x1b[31m \\input"
+    cells = (comparison_formats.Cell(value="1"),) * 4
+    row = comparison_formats.Row(name=odd, cells={odd: cells})
+    table = comparison_formats.Table(data_sets=(odd,), measured=(row,), published=(), notes=(odd,))
+    plain = replace(table, measured=(replace(row, name="m"),), data_sets=("d",), notes=("n",))
+    for write in (comparison_formats.as_markdown, comparison_formats.as_latex, comparison_formats.as_text):
+        text = write(table)
+        assert text.count("\n") == write(plain).count("\n")
+        assert "\r" not in text and "\x1b" not in text
+    markdown = comparison_formats.as_markdown(table)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)`x", markdown)
+    latex = comparison_formats.as_latex(table)
+    assert r"\input" not in "\n".join(line for line in latex.splitlines() if not line.startswith("%"))
 
 
 def test_json_keeps_published_rows_apart() -> None:

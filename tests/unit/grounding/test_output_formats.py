@@ -169,6 +169,23 @@ def test_csv_is_read_back() -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-2", "@SUM(A1)", " =x", "\t=x", "＝1", "\r=x", "\x1b[31m"])
+def test_a_spreadsheet_runs_no_field_of_csv(text: str) -> None:
+    one = answer(text, (1.0, 2.0), text=text)
+    (row,) = csv.DictReader(io.StringIO(as_csv(VIDEO, [one])))
+    for key in ("query", "text"):
+        assert row[key].lstrip()[:1] not in {"=", "+", "-", "@", "＝"}
+        assert not set(row[key]) & {"\r", "\x1b"} and text.strip()[1:] in row[key]
+    assert float(row["logprob"]) == -0.25  # a number stays one
+
+
+def test_a_query_is_no_style_and_no_escape_sequence() -> None:
+    odd = answer("<b>a < b</b> {\\an8}\x1b[31m\u202e", (1.0, 2.0), text="\x1b[2J")
+    cue = as_srt(VIDEO, [odd])
+    assert not re.search(r"<[a-z/]|\{\\|\x1b|\u202e", cue) and "a < b" in cue
+    assert "\x1b" not in as_text(VIDEO, [odd, odd])
+
+
 def test_every_format_that_the_command_offers_is_one() -> None:
     from video_opd.cli.commands import build_parser
 

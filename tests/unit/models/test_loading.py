@@ -12,7 +12,7 @@ from model_cases import encode, model, processor
 from safetensors.torch import load_file, save_file
 
 from video_opd.errors import UserError
-from video_opd.models.loading import load_model
+from video_opd.models.loading import load_model, read_config
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vision_attention import NAME
@@ -41,6 +41,28 @@ def test_a_saved_folder_loads_as_it_was(saved: Path) -> None:
     got = HFPolicy(loaded, loaded_processor).logprobs([prompt], responses).logprobs_BT
     expected = HFPolicy(model(), processor(), "plain").logprobs([prompt], responses).logprobs_BT
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True])
+@pytest.mark.parametrize(
+    "key",
+    ["text_config.num_attention_heads", "text_config.num_key_value_heads", "text_config.hidden_size",
+     "text_config.vocab_size", "vision_config.num_heads", "vision_config.patch_size",
+     "vision_config.spatial_merge_size", "vision_config.depth"],
+)  # fmt: skip
+def test_a_size_that_no_model_has_is_refused(folder: Path, key: str, size: Any) -> None:
+    part, name = key.split(".")
+    config = json.loads((folder / "config.json").read_text())
+    config[part][name] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_folder_of_an_impossible_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="no such model folder"):
+        read_config(Path(name))
 
 
 def test_precision_and_attention_are_chosen(saved: Path) -> None:

@@ -26,6 +26,7 @@ from video_opd.models.inference import read_saved_settings
 from video_opd.models.loading import load_model
 from video_opd.training.checkpoint import (
     Checkpoint,
+    _replacing,
     find_checkpoints,
     load_training_state,
     random_state,
@@ -96,6 +97,24 @@ def save_with_little_room(root: Path, recipe: Recipe, limit: int, answer: Any) -
         answer.send(repr(error))
     else:
         answer.send("saved")
+
+
+def test_torch_save_on_a_full_disk_is_told_so_wherever_it_stops(tmp_path: Path) -> None:
+    """The kernel refuses at the head of the file, in each tensor, in the directory and in its last bytes."""
+    tensors = {"a": torch.zeros(5000), "b": [torch.ones(100) for _ in range(20)]}
+    torch.save(tensors, tmp_path / "whole")
+    size = (tmp_path / "whole").stat().st_size
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1, 63, 100, 1000, size // 2, *range(size - 6000, size, 500), size - 22, size - 1):
+        with (
+            pytest.raises(UserError, match="model: cannot be written"),
+            _replacing(tmp_path / "model") as folder,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most[1]))
+            try:
+                torch.save(tensors, folder / "training.pt")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
 
 @pytest.mark.parametrize("limit", [1_000, 20_000, 300_000])
