@@ -291,7 +291,7 @@ def test_a_dumped_recipe_holds_every_key():
 
 def test_float32_asks_for_a_tighter_ratio():
     assert make().ratio_tolerance == 1e-3
-    assert make(model={"dtype": "bfloat16"}).ratio_tolerance == 0.5
+    assert make(model={"dtype": "bfloat16"}).ratio_tolerance == 0.1
     assert make(loss={"ratio_tolerance": 0.1}).ratio_tolerance == 0.1
 
 

@@ -180,10 +180,11 @@ def _as_on_hub(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _write_one_truth(file: Path) -> None:
-    """Mends two keys of ``config.json`` that transformers writes for other tools to stumble over.
+    """Completes ``config.json``, which transformers 5 writes in its own way, for other tools.
 
     ``tie_word_embeddings`` stands in it twice, and the text section may have its class's default in place of
-    the model's value. ``num_experts`` is written under transformers' own name alone.
+    the model's value. ``num_experts``, ``rope_scaling`` and ``rope_theta`` are added under the names of the
+    hub's files; transformers 4 does not load a Qwen3-VL without the last two.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     text = config["text_config"]
@@ -191,6 +192,9 @@ def _write_one_truth(file: Path) -> None:
         text["tie_word_embeddings"] = config["tie_word_embeddings"]
     if "num_local_experts" in text:
         text["num_experts"] = text["num_local_experts"]
+    if (rope := text.get("rope_parameters")) is not None:
+        text["rope_theta"] = rope["rope_theta"]
+        text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -88,6 +88,9 @@ def test_a_run_leaves_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     config = json.loads((run.model / "config.json").read_text())
     assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
     assert config["text_config"]["num_experts"] == 4
+    rope = config["text_config"]["rope_parameters"]
+    again = config["text_config"]["rope_scaling"] | {"rope_theta": config["text_config"]["rope_theta"]}
+    assert again == rope == loaded.config.text_config.rope_parameters
     before = mixture().state_dict()
     for name, weight in stock.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
