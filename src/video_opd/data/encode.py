@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import jinja2
 import numpy as np
 import torch
 
@@ -115,7 +116,11 @@ class PromptEncoder:
     def _render(self, query: str) -> str:
         """The chat template's text, with the video as :data:`PLACED`. UserError for an unknown style."""
         messages = build_messages(query, self.prompt.style, self.prompt.thinking)
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:  # transformers renders templates in jinja's sandbox
+            text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"the chat template fails ({reason}); take Qwen3-VL's own") from error
         assert isinstance(text, str)
         if text.count(self.processor.video_token) != 1 or PLACED not in text:
             raise UserError(f"the chat template does not place {PLACED} exactly once; take Qwen3-VL's own")

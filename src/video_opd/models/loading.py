@@ -69,6 +69,7 @@ def load_model(
             dtype=DTYPES[dtype],
             attn_implementation=attn,
             output_loading_info=True,
+            weights_only=True,  # of a pytorch_model.bin, which is a pickle: nothing but tensors
         )
     _check_names(path, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]))
     if quantised:
@@ -185,9 +186,13 @@ def load_processor(path: str | Path) -> Qwen3VLProcessor:
 
 def _read(path: str | Path, what: str, read: Any, **options: Any) -> Any:
     """``read(path, **options)``, with the many errors that transformers raises for a damaged folder as
-    :class:`UserError`: some of them, such as those of a config's types, share no base but Exception."""
+    :class:`UserError`: some of them, such as those of a config's types, share no base but Exception.
+
+    No code of the folder is run, and nobody is asked whether it may be.
+    """
     try:
-        return read(path, **options)
+        with _custom_code_refused():
+            return read(path, trust_remote_code=False, **options)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
@@ -205,6 +210,22 @@ def no_library_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _custom_code_refused() -> Iterator[None]:
+    """Inside, transformers raises where it would ask on standard input whether to run a folder's own code.
+
+    ``trust_remote_code=False`` does not reach every class that a processor loads.
+    """
+    from transformers import dynamic_module_utils
+
+    wait_s = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = wait_s
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

@@ -7,6 +7,7 @@ W x + (alpha / rank) B A x, with W frozen and A [rank, in] and B [out, rank] in 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ NAME = "default"  # peft keeps adapters by name; there is only one here
 WEIGHTS = "adapter_model.safetensors"  # peft's own file name
 # The weights of parts that are trained in full beside the adapters: peft's format has no place for them.
 FULL_WEIGHTS = "trained_in_full.safetensors"
+# Keys of peft's config that say where an adapter comes from, and change nothing.
+_DESCRIPTIVE = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 _PREFIX = "base_model.model."  # every key in peft's file begins with this
 
 
@@ -160,25 +163,58 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises :class:`UserError` for an adapter that does not fit the model.
     """
-    import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     assert not has_adapters(model), "the model has an adapter already"
     folder = Path(folder)
     try:
-        config = peft.LoraConfig.from_pretrained(folder)
+        config = _read_config(folder / "adapter_config.json")
         weights = load_file(folder / WEIGHTS)
         full = load_file(folder / FULL_WEIGHTS) if (folder / FULL_WEIGHTS).exists() else {}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read ({error})") from error
-    _inject(model, config)
+    try:
+        _inject(model, config)
+    except (ValueError, RuntimeError, re.error) as error:
+        raise UserError(f"{folder}: the adapter does not fit the model ({error})") from error
     mine = {
         name.replace(f".{NAME}.", "."): parameter.data for name, parameter in adapter_weights(model).items()
     }
     _copy({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, mine, folder)
     others = {name: parameter.data for name, parameter in model.named_parameters() if name in full}
     _copy(full, others, folder)
+
+
+def _read_config(file: Path) -> Any:
+    """peft's config of an adapter, made of rank, alpha and layers alone.
+
+    Other settings would change what is computed, and peft imports the module that ``megatron_core`` names.
+    Raises ValueError if one of them is not at its default.
+    """
+    import peft
+
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file.name} is no object")
+    rank, layers, alpha = stored.get("r"), stored.get("target_modules"), stored.get("lora_alpha")
+    listed = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not layers:
+        raise ValueError(f"{file.name} lacks r, lora_alpha or target_modules")
+    if not listed and not isinstance(layers, str):
+        raise ValueError(f"{file.name}: target_modules is neither a pattern nor a list of names")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=layers,
+        base_model_name_or_path=stored.get("base_model_name_or_path"),
+    )
+    plain = json.loads(json.dumps(config.to_dict(), default=list))
+    for key, value in stored.items():
+        if key not in _DESCRIPTIVE and value != plain.get(key) and key != "target_modules":
+            raise ValueError(f"{file.name}: {key} is {value!r}, and only plain adapters are read")
+    return config
 
 
 def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], folder: Path) -> None:

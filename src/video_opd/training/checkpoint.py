@@ -1,20 +1,22 @@
-"""Checkpoints that are either complete or not there, and model folders that anyone can load.
+"""Checkpoints that are either intact or not used, and model folders that anyone can load.
 
 ``checkpoints/step-N/`` holds ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser
-and random states) and ``state.json`` (the step, and the sizes of all files). With LoRA, ``adapter/`` stands
-in place of ``model/``: it holds what is trained, and nothing of the base. Folders are replaced whole or not
-at all (:mod:`video_opd.files`), so a kill or a full disk leaves the earlier checkpoints.
+and random states, tensors and numbers only) and ``state.json`` (the step, the recipe, and the size and digest
+of every file). With LoRA, ``adapter/`` stands in place of ``model/``: it holds what is trained, and nothing
+of the base. Folders are replaced whole or not at all (:mod:`video_opd.files`), so a kill or a full disk
+leaves the earlier checkpoints. Nothing that is read here can run code.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +24,37 @@ import numpy as np
 import torch
 
 from video_opd.config import Recipe
+from video_opd.errors import UserError
 from video_opd.files import replacing_folder
 from video_opd.models.inference import SETTINGS_FILE, with_video_form
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of
+from video_opd.progress import log
+from video_opd.training.digests import Damage, check_files, read_list, write_list
 from video_opd.training.model_card import CARD
 
 ADAPTER = "adapter"
+STATE = "state.json"
+DIGESTS = "digests.json"  # in the model folder and the adapter folder of a finished run
 _PREFIX = "step-"
 _EXPERTS = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
+_STEP = re.compile(r"step-\d{1,12}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk; ``step`` optimiser steps were done."""
+    """A checkpoint on disk, which :func:`check_checkpoint` may find damaged; ``step`` optimiser steps were
+    done.
+
+    ``recipe`` is that of its run, as :meth:`Recipe.to_dict` gives it; None in those that an earlier version
+    wrote. ``files`` has (size, digest) by name; the digest is None in those.
+    """
 
     path: Path
     step: int
+    recipe: Mapping[str, Any] | None = None
+    files: Mapping[str, tuple[int, str | None]] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Path:
@@ -48,8 +63,8 @@ class Checkpoint:
     @property
     def weights(self) -> Path:
         """The folder that a resume loads: a whole model, or the adapters for the base."""
-        adapter = self.path / ADAPTER
-        return adapter if adapter.is_dir() else self.model
+        adapted = any(name.startswith(f"{ADAPTER}/") for name in self.files)
+        return self.path / ADAPTER if adapted else self.model
 
 
 def save_model_folder(
@@ -67,12 +82,21 @@ def save_model_folder(
         _fill_model_folder(model, processor, folder, recipe)
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
+        write_list(folder, DIGESTS, {}, without=(CARD,))
 
 
 def save_adapter_folder(model: Any, path: str | Path) -> None:
     """Writes the adapters in peft's format. It replaces and raises as :func:`save_model_folder` does."""
     with _replacing(path) as folder:
         save_adapter(model, folder)
+        write_list(folder, DIGESTS, {})
+
+
+def check_model_folder(path: Path, *, listed: bool) -> None:
+    """Raises :class:`Damage` if a folder that :func:`save_model_folder` or :func:`save_adapter_folder` wrote
+    has changed since, its card apart. Those of earlier versions have no list; ``listed`` says that it has."""
+    if listed or (path / DIGESTS).exists():
+        check_files(path, read_list(path, DIGESTS)["files"], without=(DIGESTS, CARD))
 
 
 def save_checkpoint(
@@ -99,34 +123,112 @@ def save_checkpoint(
         else:
             _fill_model_folder(model, processor, folder / "model", recipe, weights)
         torch.save(dict(training), folder / "training.pt")
-        state = {"step": step, "files": _sizes(folder)}
-        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    for old in find_checkpoints(root)[recipe.run.keep_checkpoints :]:
+        write_list(folder, STATE, {"step": step, "recipe": recipe.to_dict()})
+    # Later ones are there only if they were found damaged, and this run will replace them.
+    earlier = [found for found in find_checkpoints(root) if found.step <= step]
+    for old in earlier[recipe.run.keep_checkpoints :]:
         shutil.rmtree(old.path)
-    return Checkpoint(path=path, step=step)
+    return _read_state(path)
 
 
 def find_checkpoints(root: Path) -> list[Checkpoint]:
-    """The complete checkpoints under ``root``, newest first."""
+    """The checkpoints under ``root`` that are complete by the sizes of their files, newest first.
+
+    :func:`intact_checkpoints` reads the files, too.
+    """
     found = []
-    for path in root.glob(f"{_PREFIX}*") if root.is_dir() else ():
-        step = _complete_step(path)
-        if step is not None:
-            found.append(Checkpoint(path=path, step=step))
-    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+    for path in _folders(root):
+        with contextlib.suppress(Damage):
+            checkpoint = _read_state(path)
+            _check_sizes(checkpoint)
+            found.append(checkpoint)
+    return found
+
+
+def stated_recipes(root: Path) -> list[Mapping[str, Any]]:
+    """The recipes that the checkpoints under ``root`` state, damaged ones included, newest first."""
+    found = []
+    for path in _folders(root):
+        with contextlib.suppress(Damage):
+            found.append(_read_state(path).recipe)
+    return [recipe for recipe in found if recipe is not None]
+
+
+def intact_checkpoints(root: Path) -> Iterator[Checkpoint]:
+    """Yields the checkpoints that are as they were written, newest first. It logs what is wrong with others.
+
+    All files are read, half a second a gigabyte; the caller takes as many as it needs.
+    """
+    for path in _folders(root):
+        try:
+            checkpoint = _read_state(path)
+            check_checkpoint(checkpoint)
+        except Damage as damage:
+            log(f"{path} is damaged and left out: {damage}")
+        else:
+            yield checkpoint
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Raises :class:`Damage` unless all files are there as they were written, and no others.
+
+    A checkpoint of an earlier version states sizes only.
+    """
+    files = checkpoint.files
+    if all(digest is not None for _, digest in files.values()):
+        check_files(checkpoint.path, files, without=(STATE,))
+        return
+    log(f"{checkpoint.path} was written by an earlier version: only the sizes of its files are checked")
+    _check_sizes(checkpoint)
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    for name, (size, _) in checkpoint.files.items():
+        try:
+            found = (checkpoint.path / name).stat().st_size
+        except OSError:
+            raise Damage(f"{name} is missing") from None
+        if found != size:
+            raise Damage(f"{name} has {found} bytes, and was written with {size}")
 
 
 def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ``training`` of :func:`save_checkpoint`, on the CPU."""
-    # weights_only refuses the random states of numpy and Python. The file is this run's own.
-    return torch.load(checkpoint.path / "training.pt", map_location="cpu", weights_only=False)
+    """The ``training`` of :func:`save_checkpoint`, on the CPU.
+
+    Raises :class:`UserError` if the file holds anything but tensors, numbers, texts and lists and mappings of
+    these: reading other objects would run their code.
+    """
+    path = checkpoint.path / "training.pt"
+    try:
+        with torch.serialization.safe_globals(_OLD_GENERATORS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        lines = str(error).strip().splitlines()
+        raise UserError(
+            f"{path}: not a training state of tensors and numbers ({lines[0] if lines else error!r}); "
+            f"delete {checkpoint.path} to continue from the checkpoint before it"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: a {type(state).__name__}, not a training state; delete {checkpoint.path}")
+    return state
+
+
+# Earlier versions kept numpy's state as an array. These classes only hold bytes and their form.
+_OLD_GENERATORS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np.ndarray(0).__reduce__()[0],  # the function that makes an empty array
+    codecs.encode,  # pickle's way to write bytes
+]
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all generators of this process."""
+    """The states of all generators of this process, as numbers and tensors."""
+    name, key, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, [int(word) for word in key], int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -135,8 +237,11 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    """Gives the generators of this process what :func:`random_state` returned."""
+    name, key, *rest = state["numpy"]
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state((name, np.asarray(key, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -215,16 +320,29 @@ def _replacing(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def _folders(root: Path) -> list[Path]:
+    """The folders named step-N, the highest N first."""
+    named = [path for path in root.glob(f"{_PREFIX}*") if _STEP.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(named, key=lambda path: -int(path.name.removeprefix(_PREFIX)))
 
 
-def _complete_step(path: Path) -> int | None:
-    """The step of a checkpoint whose files are all there in full, else None."""
+def _read_state(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``; its other files are not read. Raises :class:`Damage`."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        complete = all((path / name).stat().st_size == size for name, size in state["files"].items())
-        return int(state["step"]) if complete else None
-    except (OSError, ValueError, KeyError):
-        return None
+        written = json.loads((path / STATE).read_text(encoding="utf-8"))
+        sizes = written["files"]
+        old = bool(sizes) and all(type(size) is int for size in sizes.values()) and "digest" not in written
+        state = written if old else read_list(path, STATE)
+        files = {name: (size, None) if old else tuple(size) for name, size in state["files"].items()}
+        step, recipe = state["step"], state.get("recipe")
+        if not all(len(file) == 2 for file in files.values()) or not files:
+            raise Damage(f"{STATE} holds no list of files")
+    except OSError as error:
+        raise Damage(f"{STATE} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, Damage):
+            raise
+        raise Damage(f"{STATE} is not what a checkpoint holds") from None
+    if type(step) is not int or path.name != f"{_PREFIX}{step}":
+        raise Damage(f"{STATE} is that of step {step}")
+    return Checkpoint(path=path, step=step, recipe=recipe, files=files)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 STAGES = ("decode_wait", "prefill", "sample", "teacher", "reference", "update", "checkpoint")
 PROGRESS = {"reverse_kl/sampled": "reverse KL", "reward/mean": "reward", "response/nll": "nats a token"}
+T = TypeVar("T")
 Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Components]
 
 
@@ -83,13 +84,14 @@ def _train(recipe: Recipe, accelerator: Accelerator, build: Build) -> RunResult:
         folder.claim(recipe)
         folder.discard_unfinished()
     accelerator.wait_for_everyone()
+    _on_first_process(accelerator, folder.put_damage_aside)
     if folder.finished:
         log(f"{folder.path} is finished: nothing to do")
         return _result(folder)
     check_evaluation_files(recipe)
     if folder.model.is_dir():  # trained, but not yet evaluated
         return _finish(recipe, accelerator, folder, build(recipe, accelerator, folder, folder.model))
-    saved = next(iter(checkpoints.find_checkpoints(folder.checkpoints)), None)
+    saved = _on_first_process(accelerator, lambda: _checkpoint_to_continue(folder))
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
     if accelerator.is_main_process:
@@ -287,14 +289,56 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
             tracker.finish()
 
 
+def _on_first_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The result of ``work`` on the first process, in all processes; an error there is raised in all."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _checkpoint_to_continue(folder: RunFolder) -> checkpoints.Checkpoint | None:
+    """The newest intact checkpoint whose steps all have their rows of metrics, so that lost rows are made
+    again. If there is none of these, the newest intact one. None: the run begins anew."""
+    reported, newest = folder.reported_steps(), None
+    for found in checkpoints.intact_checkpoints(folder.checkpoints):
+        if found.step <= reported:
+            if newest is not None:
+                log(f"{folder.metrics} has the rows of {reported} steps only: the later steps are made again")
+            return found
+        newest = newest or found
+    if newest is not None:
+        log(
+            f"{folder.metrics} has the rows of {reported} steps, and {newest.path} continues after "
+            f"{newest.step}: the rows between them are lost"
+        )
+    elif folder.metrics.exists() and reported:
+        log(f"no intact checkpoint is left in {folder.checkpoints}: the run begins anew")
+    return newest
+
+
 def _resume(saved: checkpoints.Checkpoint | None, components: Components, accelerator: Accelerator) -> int:
     """Restores the optimiser and the random states, and returns the steps done. Weights are loaded before."""
     if saved is None:
         return 0
     state = checkpoints.load_training_state(saved)
-    load_optimizer_state(components.model, components.optimizer, state["optimizer"])
-    states = state["random"]
-    checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
+    try:
+        load_optimizer_state(components.model, components.optimizer, state["optimizer"])
+        states = state["random"]
+        checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{saved.path}: its training state does not fit the model ({error!r}); delete the folder to "
+            "continue from the checkpoint before it"
+        ) from error
     log(f"continuing after step {saved.step} ({saved.path})")
     return saved.step
 

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,8 +18,10 @@ import video_opd
 from video_opd.config import Recipe, dump_recipe
 from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.rows import METRICS
-from video_opd.training.run_folder import RunFolder
 from video_opd.types import Sample
+
+if TYPE_CHECKING:
+    from video_opd.training.run_folder import RunFolder
 
 CARD = "README.md"
 OURS = "this model"

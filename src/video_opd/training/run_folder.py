@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import video_opd
-from video_opd.config import Recipe, dump_recipe, load_recipe
+from video_opd.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
-from video_opd.files import discard_unfinished, write_text
+from video_opd.files import discard_unfinished, disk_errors, write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
+from video_opd.progress import log
+from video_opd.training.checkpoint import check_model_folder, stated_recipes
+from video_opd.training.digests import Damage
 
+ROUNDS_ONLY = ("tvdf.", "rounds.")  # sections of a recipe that train ignores
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
 
@@ -68,17 +75,26 @@ class RunFolder:
         """
         if self.round(1).exists():
             raise FolderInUse(self.path, "the rounds of video-opd rounds")
-        if self.recipe.exists() and (self.metrics.exists() or self.model.exists()):
-            self._check_same(recipe, ("tvdf.", "rounds."))  # train ignores these sections
-            return
+        # Checkpoints state their recipe: recipe.yaml and the metrics may have been lost.
+        saved = stated_recipes(self.checkpoints)
+        for tree in saved:
+            self._check_same(recipe, self._parsed(partial(recipe_from_dict, tree)), ROUNDS_ONLY)
+        if self.metrics.exists() or self.model.exists() or self._has_checkpoints():
+            if self.recipe.exists():
+                self._check_same(recipe, self._parsed(partial(load_recipe, self.recipe)), ROUNDS_ONLY)
+                return
+            if not saved:
+                raise FolderInUse(self.path, f"a run whose {self.recipe.name} is gone")
         write_text(self.recipe, dump_recipe(recipe))
 
     def claim_for_rounds(self, recipe: Recipe) -> None:
         """The same for several rounds; a start that failed before its first score leaves the folder free."""
         if self.metrics.exists() or self.model.exists():
             raise FolderInUse(self.path, "a run of video-opd train")
-        if self.recipe.exists() and self.round(1).exists():
-            self._check_same(recipe)
+        if self.round(1).exists():
+            if not self.recipe.exists():
+                raise FolderInUse(self.path, f"rounds whose {self.recipe.name} is gone")
+            self._check_same(recipe, self._parsed(partial(load_recipe, self.recipe)))
             return
         write_text(self.recipe, dump_recipe(recipe))
 
@@ -86,12 +102,17 @@ class RunFolder:
         """The folder of round ``number`` (from 1), which is a run folder itself."""
         return self.path / f"round-{number}"
 
-    def _check_same(self, recipe: Recipe, ignored: tuple[str, ...] = ()) -> None:
+    def _has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
+
+    def _parsed(self, read: Callable[[], Recipe]) -> Recipe:
         try:  # through the reader: an earlier version wrote the keys of other methods, too
-            stored = load_recipe(self.recipe)
+            return read()
         except UserError as error:
             remedy = f"choose another run.dir ({error})"
             raise FolderInUse(self.path, "a run whose recipe cannot be read", remedy) from error
+
+    def _check_same(self, recipe: Recipe, stored: Recipe, ignored: tuple[str, ...] = ()) -> None:
         before, now = dict(flatten(stored.to_dict())), dict(flatten(recipe.to_dict()))
         if "prompt.video_form" in now:  # before it was written, there was one form
             before.setdefault("prompt.video_form", "nested")
@@ -100,7 +121,7 @@ class RunFolder:
             if key in ("run.dir", "model.sharding") or key.startswith(ignored):
                 continue
             old, new = before.get(key, "not set"), now.get(key, "not set")
-            if old != new:
+            if old != new and not _moved_along(old, stored, new, recipe):
                 raise FolderInUse(
                     self.path,
                     f"a run with {key} = {old}, now it is {new}",
@@ -119,13 +140,39 @@ class RunFolder:
         for place in (self.path, self.checkpoints, self.model, self.evaluations):
             discard_unfinished(place)
 
+    def put_damage_aside(self) -> None:
+        """Renames ``model/`` and ``adapter/`` if they are not as they were written, so that the run writes
+        them again; the log names what is wrong. All their files are read."""
+        listed = bool(stated_recipes(self.checkpoints))  # earlier versions stated none
+        for path in (self.model, self.adapter):
+            if not path.is_dir():
+                continue
+            try:
+                check_model_folder(path, listed=listed)
+            except Damage as damage:
+                aside = path.with_name(f"damaged-{path.name}")
+                log(f"{path} is damaged, kept as {aside.name} and made again: {damage}")
+                with disk_errors(path):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+                    if self.model.is_dir():  # both come from the last step, which is made again
+                        shutil.rmtree(self.model)
+
+    def reported_steps(self) -> int:
+        """How many steps have their row of metrics, counted from the first without a gap."""
+        if not self.metrics.exists():
+            return 0
+        repair_jsonl(self.metrics)
+        steps = {row.get("step") for _, row in read_jsonl(self.metrics)}
+        return next(step for step in itertools.count() if step + 1 not in steps)
+
     def rewind(self, step: int) -> None:
         """Removes the rows of all steps after ``step``; the run makes these steps again."""
         for path in (self.metrics, self.rollouts):
             if path.exists():
                 repair_jsonl(path)
                 rows = [row for _, row in read_jsonl(path)]
-                kept = [row for row in rows if row["step"] <= step]
+                kept = [row for row in rows if _is_step(row) and row["step"] <= step]
                 if len(kept) < len(rows):
                     write_jsonl(path, kept)
 
@@ -149,6 +196,22 @@ class RunFolder:
             **facts,
         }
         write_text(self.environment, json.dumps(environment, indent=2) + "\n")
+
+
+def _moved_along(old: Any, stored: Recipe, new: Any, recipe: Recipe) -> bool:
+    """Whether two values are one path inside the rounds' folder, which was moved with all its rounds."""
+    places = Path(stored.run.dir), Path(recipe.run.dir)
+    if not all(place.name.startswith("round-") for place in places):
+        return False
+    try:
+        before, now = (Path(v).relative_to(p.parent) for v, p in zip((old, new), places, strict=True))
+    except (TypeError, ValueError):
+        return False
+    return before == now
+
+
+def _is_step(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("step"), int)
 
 
 def _versions() -> Iterator[tuple[str, str]]:

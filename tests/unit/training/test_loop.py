@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -194,14 +195,15 @@ def test_a_run_cut_off_at_the_worst_places_continues(undisturbed: RunResult, tmp
 
 
 def test_a_checkpoint_of_an_earlier_version_is_continued(undisturbed: RunResult, tmp_path: Path):
-    """It numbers the weights in the optimiser's state, where ours names them."""
+    """It numbers the weights in the optimiser's state, where ours names them, keeps numpy's random state as
+    an array, and states sizes in place of digests."""
     path = tmp_path / "run"
     shutil.copytree(undisturbed.path, path)
     (path / "done.json").unlink()
     shutil.rmtree(path / "model")
     shutil.rmtree(path / "checkpoints" / "step-4")
     saved = path / "checkpoints" / "step-2"
-    training = torch.load(saved / "training.pt", weights_only=False)
+    training = torch.load(saved / "training.pt", weights_only=True)
     state = training["optimizer"]
     names = [name for group in state["param_groups"] for name in group["params"]]
     assert set(state["state"]) == set(names) and all(isinstance(name, str) for name in names)
@@ -212,10 +214,14 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(undisturbed: RunResult,
             for group in state["param_groups"]
         ],
     }
+    for generators in training["random"]:
+        name, key, *rest = generators["numpy"]
+        generators["numpy"] = (name, np.array(key, dtype=np.uint32), *rest)
     torch.save(training, saved / "training.pt")
-    facts = json.loads((saved / "state.json").read_text())
-    facts["files"]["training.pt"] = (saved / "training.pt").stat().st_size
-    (saved / "state.json").write_text(json.dumps(facts))
+    (saved / "state.json").unlink()
+    names = [file for file in saved.rglob("*") if file.is_file()]
+    sizes = {file.relative_to(saved).as_posix(): file.stat().st_size for file in names}
+    (saved / "state.json").write_text(json.dumps({"step": 2, "files": sizes}))
     run(path, optim={"epochs": 2})
     assert_same_run(undisturbed.path, path)
 
