@@ -252,6 +252,7 @@ def test_lost_rows_of_metrics_are_made_again_or_named(
         assert steps == [] and "the rows between them are lost" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl", "recipe.yaml", "environment.json"])
 def test_a_damaged_file_of_a_run_is_refused_or_changes_nothing(
