@@ -15,15 +15,18 @@ from video_opd.algorithms.video_opd import VideoOPD
 from video_opd.config import GRPORecipe, OPFKDRecipe, OPRKDRecipe, Recipe, SFTRecipe, VideoOPDRecipe
 
 
-def make_method(recipe: Recipe, tokenizer: Any) -> Method:
-    """The method of a recipe. Off-policy methods encode annotations with ``tokenizer``."""
+def make_method(recipe: Recipe, tokenizer: Any, *, opened: bool = False) -> Method:
+    """The method of a recipe. Off-policy methods encode annotations with ``tokenizer``.
+
+    ``opened`` says that the prompt ends inside ``<think>``.
+    """
     match recipe:
         case VideoOPDRecipe():
             return VideoOPD(recipe.sampling, recipe.loss, recipe.teacher.reward_scale)
         case GRPORecipe():
             return GRPO(
                 recipe.sampling,
-                make_reward(recipe),
+                make_reward(recipe, opened=opened),
                 recipe.loss,
                 normalise_std=recipe.reward.normalise_std,
                 annotated=recipe.reward.function is None,
@@ -37,7 +40,7 @@ def make_method(recipe: Recipe, tokenizer: Any) -> Method:
     raise AssertionError(f"no method {recipe.method}")
 
 
-def make_reward(recipe: GRPORecipe) -> Reward:
+def make_reward(recipe: GRPORecipe, *, opened: bool = False) -> Reward:
     """The reward that ``recipe.reward`` describes.
 
     Raises :class:`~video_opd.errors.UserError` if it is a user's function that cannot be imported.
@@ -50,6 +53,7 @@ def make_reward(recipe: GRPORecipe) -> Reward:
         iou_weight=settings.iou_weight,
         format_weight=settings.format_weight,
         thinking=recipe.prompt.thinking,
+        opened=opened,
     )
 
 

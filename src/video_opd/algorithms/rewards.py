@@ -49,6 +49,7 @@ class IoUReward:
     iou_weight: float = 1.0
     format_weight: float = 0.0
     thinking: bool = False
+    opened: bool = False  # the prompt ends with <think>, so the response begins inside of it
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,6 +61,7 @@ class IoUReward:
 
     def __call__(self, sample: Sample, text: str) -> float:
         answer = parse_answer(text, thinking=self.thinking)
+        text = f"<think>{text}" if self.opened else text
         well_formed = answer.rule == "exact" and (not self.thinking or _THOUGHT.match(text) is not None)
         return self.iou_weight * self._iou(sample, answer.span) + self.format_weight * well_formed
 

@@ -50,7 +50,8 @@ class PromptEncoder:
                 f"the processor's video tokens are {vision.patch_size * vision.merge_size} px of "
                 f"{vision.temporal_patch_size} frames, not {CELL_PX} px of {PAIR}; take a Qwen3-VL model"
             )
-        if opens_thinking(self._render("")) and not self.prompt.thinking:
+        self.opens_thinking = opens_thinking(self._render(""))
+        if self.opens_thinking and not self.prompt.thinking:
             raise UserError(
                 "the model's chat template opens <think>, so it reasons before it answers: set "
                 "prompt.thinking and a length limit for the reasoning, or take the Instruct checkpoint "

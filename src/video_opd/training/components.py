@@ -79,7 +79,8 @@ def build_components(
             read_config(path)
     device = accelerator.device
     model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
-    method = make_method(recipe, processor.tokenizer)
+    encoder = PromptEncoder(processor, with_video_form(recipe).prompt)
+    method = make_method(recipe, processor.tokenizer, opened=encoder.opens_thinking)
     samples = usable_samples(recipe, method, samples)
     teacher = None
     if method.needs.teacher:

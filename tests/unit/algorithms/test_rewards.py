@@ -104,6 +104,21 @@ def test_the_format_of_a_thinking_response(text: str, formatted: float, overlap:
     assert IoUReward(kind="plain", thinking=True)(SAMPLE, text) == overlap
 
 
+@pytest.mark.parametrize(
+    ("text", "formatted"),
+    [
+        ("It falls.</think>\n\n4 to 8", 1.0),
+        ("<think>It falls.</think>4 to 8", 0.0),  # opened twice
+        ("It falls.</think>b</think>4 to 8", 0.0),
+        ("It falls. 4 to 8", 0.0),  # never closed
+    ],
+)
+def test_a_thinking_checkpoint_begins_inside_its_thought(text: str, formatted: float):
+    """Its prompt ends with <think>."""
+    reward = IoUReward(iou_weight=0, format_weight=1, thinking=True, opened=True)
+    assert reward(SAMPLE, text) == formatted
+
+
 def test_a_long_thought_is_read_in_linear_time():
     reward = IoUReward(iou_weight=0.0, format_weight=1.0, thinking=True)
     assert reward(SAMPLE, "<think>" + "<" * 200_000 + "</think>4 to 8") == 1.0
