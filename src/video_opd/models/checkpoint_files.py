@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ def check_model_files(path: str | Path) -> None:
     if not os.path.isdir(folder):
         if os.path.exists(folder):
             raise UserError(f"{path}: a file, not a model folder; give a folder that save_pretrained wrote")
-        if isinstance(path, Path) or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-            raise UserError(f"{path}: no such model folder")  # "organisation/name" may be on a hub
+        if isinstance(path, Path) or not is_hub_name(path):
+            raise UserError(f"{path}: no such model folder")
+        if os.path.isdir(folder.parent) and not _known_without_asking(path):
+            raise UserError(
+                f"{path}: no such folder in {folder.parent}, which is a folder here; if a model on a hub is "
+                f"meant, download it first (hf download {path})"
+            )
         return
     weights = sorted({*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")})
     weights = [file for file in weights if not file.name.startswith("adapter_model")]
@@ -50,6 +56,18 @@ def check_model_files(path: str | Path) -> None:
     for name in sorted(set(_object(index).get("weight_map", {}).values())):
         if not (folder / name).is_file():
             raise UserError(f"{path}: {name} is missing, which {index.name} names; download it again")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path reads as ``owner/name`` and nothing of that name is here. A hub need not know it."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not os.path.exists(path)
+
+
+def _known_without_asking(name: str) -> bool:
+    """Whether no hub is asked about a name: hubs are switched off, or the model was downloaded before."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    return constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def check_processor_files(path: str | Path) -> None:

@@ -18,6 +18,7 @@ import video_opd
 from video_opd.config import Recipe, dump_recipe
 from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.rows import METRICS
+from video_opd.models.checkpoint_files import is_hub_name
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
@@ -61,17 +62,23 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
     sources = Counter(sample.source or Path(recipe.data.train).stem for sample in samples)
     evaluations = _evaluations(recipe, folder)
     name = _name(folder.path)
-    about = _metadata(name, recipe, list(sources), evaluations)
+    base = public_name(recipe.model.path)
+    title = f"{Path(base).name}-{recipe.method}"
+    published = [source for source in sources if is_hub_name(source)]
+    about = _metadata(title, recipe, published, evaluations)
     protocols = [record["protocol"] for record in evaluations if record["model"] == OURS]
     notes = [line for each in protocols for line in (protocol_line(each), *deviation_lines(each))]
     return environment.get_template("model_card.md.j2").render(
         name=name,
+        title=title,
         metadata=yaml.safe_dump(about, sort_keys=False, allow_unicode=True),
-        base=public_name(recipe.model.path),
+        base=base,
+        local_base=not is_hub_name(recipe.model.path),
         teacher=public_name(recipe.teacher.path) if recipe.teacher.path else None,
         method=METHODS[recipe.method],
         version=video_opd.__version__,
         data=dict(sources),
+        local_data=len(published) < len(sources),
         steps=folder.last_metrics().get("step", 0),
         recipe=yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True),
         metrics=METRICS,
@@ -127,13 +134,16 @@ def _evaluations(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
 def _metadata(
     name: str, recipe: Recipe, datasets: Sequence[str], evaluations: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """See https://huggingface.co/docs/hub/model-cards#model-card-metadata."""
+    """See https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+
+    A hub refuses a ``base_model`` or data set that is no ``owner/name``, so the metadata leave others out.
+    """
     about: dict[str, Any] = {
-        "base_model": public_name(recipe.model.path),
+        **({"base_model": recipe.model.path} if is_hub_name(recipe.model.path) else {}),
         "pipeline_tag": "video-text-to-text",
         "library_name": "transformers",
         "tags": list(dict.fromkeys(["video-opd", "temporal-grounding", recipe.method])),
-        "datasets": list(datasets),
+        **({"datasets": list(datasets)} if datasets else {}),
     }
     results = [
         {

@@ -12,6 +12,7 @@ from model_cases import encode, model, processor
 from safetensors.torch import load_file, save_file
 
 from video_opd.errors import UserError
+from video_opd.models.checkpoint_files import check_model_files
 from video_opd.models.loading import load_model, read_config
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
@@ -322,6 +323,24 @@ def test_a_teacher_with_more_tokens_scores_over_the_students() -> None:
 def test_a_difference_is_named(change: Callable[[Any, Any], None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_same_tokens(*pair(change))
+
+
+def test_a_hub_is_not_asked_about_a_name_in_a_folder_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    cached = {"models/known": str(tmp_path / "config.json")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: cached.get(name))
+    with pytest.raises(UserError, match=r"^models/studnt: no such folder in models, .*hf download") as error:
+        check_model_files("models/studnt")
+    assert "\n" not in str(error.value)
+    check_model_files("models/known")  # downloaded before
+    check_model_files("Qwen/Qwen3-VL-2B-Instruct")  # no folder Qwen is here: a hub may know it
+    for path in ("./models/studnt", "~/studnt", "/studnt", "a/b/studnt", "studnt"):
+        with pytest.raises(UserError, match="no such model folder"):
+            check_model_files(path)
 
 
 def test_a_name_that_no_hub_knows_might_have_been_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

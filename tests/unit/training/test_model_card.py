@@ -57,19 +57,22 @@ def test_a_hub_reads_the_card(run: RunFolder, tmp_path: Path):
         reward={"function": f"{tmp_path}/mine.py:reward"},
         evaluate={"data": [str(tmp_path / "charades.jsonl")]},
     )
-    text = model_card(recipe, run, [sample(0, "charades"), sample(1, "qvhighlights"), sample(2, "charades")])
+    sources = ("charades", "lmms-lab/qvhighlights", "charades")
+    text = model_card(recipe, run, [sample(i, source) for i, source in enumerate(sources)])
     data = model_card_data(text)
     about = data.to_dict()
     assert about["base_model"] == "Qwen/Qwen3-VL-2B-Instruct"
     assert about["pipeline_tag"] == "video-text-to-text" and about["library_name"] == "transformers"
     assert about["tags"] == ["video-opd", "temporal-grounding", "grpo"]
-    assert about["datasets"] == ["charades", "qvhighlights"]
+    assert about["datasets"] == ["lmms-lab/qvhighlights"]  # the other is no name on a hub
     results = {result.metric_type: result for result in data.eval_results or ()}
-    assert data.model_name == "kitchen"
+    assert data.model_name == "Qwen3-VL-2B-Instruct-grpo"
     assert {r.dataset_name for r in results.values()} == {"charades"}
     assert results["mIoU"].metric_value == 50.0 and results["R@0.7"].metric_value == 50.0
     assert str(tmp_path) not in text and "cache_dir" not in text
-    assert "| charades | 2 |" in text and "| qvhighlights | 1 |" in text
+    assert "| charades | 2 |" in text and "| lmms-lab/qvhighlights | 1 |" in text
+    assert "# Qwen3-VL-2B-Instruct-grpo (kitchen)\n" in text and "Names without an owner" in text
+    assert "was a local folder" not in text
     lines = text.splitlines()
     (ours,) = [line for line in lines if line.startswith("| charades | this model |")]
     (base,) = [line for line in lines if line.startswith("| charades | base |")]
@@ -96,8 +99,23 @@ def test_the_recipe_is_in_the_card_without_folders_of_this_machine(run: RunFolde
         del whole[section][key]
     del whole["evaluate"]["video_root"]
     assert shown == whole
-    assert model_card_data(text).datasets == ["train"]  # rows without a source
+    assert "| train | 1 |" in text  # rows without a source
     assert "the teacher was large" in text and str(tmp_path) not in text
+
+
+def test_the_metadata_name_nothing_that_no_hub_has(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in (str(tmp_path / "models" / "tiny"), "models/tiny"):  # the second has the form of a hub's name
+        text = model_card(make_recipe(run.path, model={"path": path}), run, [sample(0, "charades")])
+        about = model_card_data(text).to_dict()
+        assert "base_model" not in about and "datasets" not in about and about["pipeline_tag"]
+        assert "The base, tiny, was a local folder" in text and "# tiny-video-opd (kitchen)\n" in text
+        assert "Names without an owner" in text
+    hub = make_recipe(run.path, model={"path": "Qwen/Qwen3-VL-2B-Instruct"})
+    assert "Names without an owner" not in model_card(hub, run, [sample(0, "lmms-lab/charades")])
 
 
 def test_names_are_public(tmp_path: Path):
