@@ -20,7 +20,7 @@ SETTINGS = NO_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the candidates")
+    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the pool: rows to choose from")
     parser.add_argument("--scores", required=True, metavar="S.jsonl", help="made by video-opd score")
     parser.add_argument("--strategy", choices=get_args(Strategy), help="needed with --out")
     parser.add_argument("--k", required=True, type=positive, metavar="N", help="rows to choose")
@@ -53,13 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.strategy is None:
         raise UserError("select --out needs a --strategy; see video-opd select --help")
     from video_opd.config import SelectionConfig, read_settings
-    from video_opd.curriculum.terminal import print_summary
+    from video_opd.curriculum.terminal import print_summary, warning_lines
     from video_opd.curriculum.tvdf import select_file
 
     names = ("k", "strategy", "rank_by", "min_teacher_iou", "buckets", "center", "sigma")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     settings = read_settings(SelectionConfig, given)
-    _, summary = select_file(
+    rows, summary = select_file(
         arguments.data,
         arguments.scores,
         settings,
@@ -73,6 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         print_summary(summary)
     log(f"wrote {arguments.out}")
+    for line in warning_lines(summary, rows):
+        log(line)
 
 
 def _explain(arguments: argparse.Namespace) -> None:

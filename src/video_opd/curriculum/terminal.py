@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from video_opd.curriculum.tvdf import Summary, ThresholdRow, histogram_edges
 from video_opd.terminal import bar, print_lines
@@ -27,16 +27,8 @@ def print_explanation(rows: Sequence[ThresholdRow], k: int, console: Console | N
 def summary_lines(summary: Summary) -> Iterator[str]:
     gate = f"teacher IoU ≥ {summary.min_teacher_iou:g}" if summary.min_teacher_iou > 0 else "no gate"
     yield f"{summary.rows} rows → {summary.candidates} candidates ({gate}) → {summary.selected} selected"
-    excluded = (
-        ("used before", summary.used_before),
-        ("without annotation", summary.unannotated),
-        ("without a score", summary.unscored),
-        ("with a score that is missing or not finite", summary.unmeasured),
-        ("where the teacher failed the gate", summary.failed_gate),
-    )
-    for what, count in excluded:
-        if count:
-            yield f"  {count} {what}"
+    for reason in _exclusions(summary):
+        yield f"  {reason}"
     if summary.unknown_scores:
         yield f"  {summary.unknown_scores} scores belong to no row of the data"
     yield f"strategy {summary.strategy}, ranked by {summary.rank_by}"
@@ -50,6 +42,35 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         for source, counted in summary.by_source.items():
             counts = f"{counted.rows} rows, {counted.candidates} candidates, {counted.selected} selected"
             yield f"{source:{width}}  {counts}"
+
+
+def warning_lines(summary: Summary, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a user should know of a selection that may not be worth training on.
+
+    ``rows`` are the selected rows, each with its ``"tvdf"`` block.
+    """
+    if not summary.selected:
+        reasons = ", ".join(_exclusions(summary)) or "the pool is empty"
+        yield f"nothing is selected: of {summary.rows} rows of the pool, {reasons}"
+    if summary.strategy == "topk" and summary.rank_by == "iou_gap":
+        mastered = sum(row["tvdf"]["delta"] <= 0 for row in rows)
+        if mastered:
+            yield (
+                f"{mastered} of {len(rows)} selected rows have δ ≤ 0: the student is already as good there; "
+                "lower --k"
+            )
+
+
+def _exclusions(summary: Summary) -> list[str]:
+    """Why rows of the pool are no candidates, with their numbers; reasons that no row has are left out."""
+    counts = (
+        ("used before", summary.used_before),
+        ("without annotation", summary.unannotated),
+        ("without a score", summary.unscored),
+        ("with a score that is missing or not finite", summary.unmeasured),
+        ("where the teacher failed the gate", summary.failed_gate),
+    )
+    return [f"{count} {what}" for what, count in counts if count]
 
 
 def _histogram_lines(summary: Summary) -> Iterator[str]:

@@ -92,9 +92,15 @@ def select_file(
     Returns the selected data rows with a ``"tvdf"`` block, in rank order, and a summary; writes the rows to
     ``out`` if it is given. ``exclude`` are ids that may not be selected again; ``seed`` and ``fill`` are
     those of :func:`~video_opd.curriculum.samplers.select`. Raises :class:`UserError` for a mistake in the
-    files.
+    files, and for scores without a reverse KL if that is to rank them.
     """
     data_rows, scores_by_id = _read_rows(data), read_scores(scores)
+    ranks_by_kl = settings.strategy != "gaussian" and settings.rank_by == "reverse_kl"
+    if ranks_by_kl and scores_by_id and all(score.reverse_kl is None for score in scores_by_id.values()):
+        raise UserError(
+            f"{scores}: no row has reverse_kl, which the rows are to be ranked by; "
+            "score the pool with --reverse-kl, or rank by iou_gap"
+        )
     pool = _pool(data_rows, scores_by_id, settings, frozenset(exclude))
     selection = select(pool.candidates, settings, seed=seed, fill=fill)
     summary = _summarise(data_rows, scores_by_id, pool, selection, settings)

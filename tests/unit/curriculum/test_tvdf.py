@@ -17,7 +17,7 @@ from rich.console import Console
 
 from video_opd.config import SelectionConfig
 from video_opd.curriculum.score_files import read_scores
-from video_opd.curriculum.terminal import print_explanation, print_summary
+from video_opd.curriculum.terminal import print_explanation, print_summary, warning_lines
 from video_opd.curriculum.tvdf import explain, explain_file, histogram, histogram_edges, select_file
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
@@ -220,6 +220,34 @@ def test_what_is_printed(files: tuple[Path, Path]) -> None:
     assert "x     2 rows, 2 candidates, 2 selected" in text
     assert "too few" in text
     json.dumps(summary.to_json(), allow_nan=False)
+
+
+def test_a_ranking_by_a_reverse_kl_that_nothing_measured_is_refused(tmp_path: Path) -> None:
+    files = (
+        write(tmp_path / "d.jsonl", [data_row("a"), data_row("b")]),
+        write(tmp_path / "s.jsonl", [score_row("a", 0.9, 0.1), score_row("b", 0.9, 0.1, reverse_kl=None)]),
+    )
+    with pytest.raises(UserError, match=r"s\.jsonl: no row has reverse_kl, .*--reverse-kl"):
+        select_file(*files, topk(1, rank_by="reverse_kl"), out=tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert select_file(*files, topk(1))[1].selected == 1
+    write(tmp_path / "s.jsonl", [score_row("a", 0.9, 0.1), score_row("b", 0.9, 0.1, reverse_kl=0.0)])
+    assert [row["id"] for row in select_file(*files, topk(2, rank_by="reverse_kl"))[0]] == ["b"]
+
+
+def test_a_selection_that_teaches_little_is_told(files: tuple[Path, Path]) -> None:
+    def warnings(settings: SelectionConfig) -> list[str]:
+        rows, summary = select_file(*files, settings)
+        return list(warning_lines(summary, rows))
+
+    # δ of a, b and e: 0.8, 0.1 and 0.
+    told = ["1 of 3 selected rows have δ ≤ 0: the student is already as good there; lower --k"]
+    assert warnings(topk(3)) == told and warnings(topk(2)) == []
+    assert warnings(topk(3, strategy="dsus")) == warnings(topk(3, rank_by="reverse_kl")) == []
+    assert warnings(topk(3, min_teacher_iou=0.95)) == [
+        "nothing is selected: of 8 rows of the pool, 1 without annotation, 1 without a score, 2 with a score "
+        "that is missing or not finite, 4 where the teacher failed the gate"
+    ]
 
 
 def test_selecting_costs_little_more_than_reading_and_no_torch(tmp_path: Path) -> None:
