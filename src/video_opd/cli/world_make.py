@@ -9,16 +9,22 @@ from video_opd.cli.output import print_json
 from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.progress import track
 from video_opd.terminal import print_line
+from video_opd.world import DEFAULT_VIDEOS
 
 HELP = "render videos with exactly known events"
 EXAMPLE = "video-opd world make --out world --videos train=200 short=40"
 SETTINGS = NO_SETTINGS
+_DEFAULTS = " ".join(f"{split}={n}" for split, n in DEFAULT_VIDEOS.items())
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
-        "--videos", nargs="+", type=_count_of, metavar="SPLIT=N", help="how many of each split"
+        "--videos",
+        nargs="+",
+        type=_count_of,
+        metavar="SPLIT=N",
+        help=f"the splits to make, and how many videos of each; default: {_DEFAULTS}",
     )
     add_shared(parser, "--seed")
     parser.add_argument(
@@ -47,5 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _count_of(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
     if not name or not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not SPLIT=N, e.g. train=200")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not SPLIT=N, e.g. train=200; the splits are {', '.join(DEFAULT_VIDEOS)}"
+        )
     return name, int(number)

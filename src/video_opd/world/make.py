@@ -17,11 +17,11 @@ from video_opd.files import discard_unfinished, replacing_file
 from video_opd.jsonl import write_jsonl
 from video_opd.locks import locked_folder
 from video_opd.pools import worker_pool
+from video_opd.world import DEFAULT_VIDEOS
 from video_opd.world.scene import STYLES, Scene, compose, scene_rng
 
 TEST_SPLITS = tuple(STYLES)
 SPLITS = ("train", *TEST_SPLITS)
-DEFAULT_VIDEOS = {"train": 1500, "short": 48, "long": 30, "subtle": 48}
 CLOCK_HZ = 1000
 
 

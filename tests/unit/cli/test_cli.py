@@ -95,6 +95,10 @@ def test_every_command_has_an_example_that_parses() -> None:
         (["select", "--data=d", "--scores=s", "--k=1", "--out=o"], "--strategy"),
         (["score", "--student", "a", "--out", "s"], "--teacher"),
         (["ground", "m", "no/such.mp4", "a cat"], "no/such.mp4"),
+        (
+            ["world", "make", "--out", "w", "--videos", "4"],
+            "train=200; the splits are train, short, long, subtle",
+        ),
         (["world", "make", "--out", "w", "--videos", "train"], "SPLIT=N"),
         (["world", "train", "--recipe", "r.yaml"], "tools/tiny_models"),
     ],
@@ -243,6 +247,9 @@ def test_select_needs_no_torch(tmp_path) -> None:
     assert (summary["selected"], summary["failed_gate"]) == (2, 1)
     shown = run_without_torch(*words).stdout
     assert "4 rows → 3 candidates" in shown and "+0.8 to +0.9        1       1" in shown
+    none = run_without_torch(*words, "--min-teacher-iou", 1)
+    assert none.returncode == 0 and out.read_text() == ""
+    assert "nothing is selected: of 4 rows of the pool, 4 where the teacher failed the gate" in none.stderr
 
 
 def test_select_explains_what_each_gate_would_leave_and_writes_nothing(tmp_path) -> None:

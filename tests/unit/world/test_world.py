@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from video_opd.errors import UserError
-from video_opd.world.make import TEST_SPLITS, frame_times, make_world, rows, write_video
+from video_opd.world import DEFAULT_VIDEOS
+from video_opd.world.make import SPLITS, TEST_SPLITS, frame_times, make_world, rows, write_video
 from video_opd.world.queries import FAMILIES
 from video_opd.world.render import Renderer
 from video_opd.world.scene import Scene, compose
@@ -161,3 +162,7 @@ def test_make_world_resumes_and_grows(tmp_path, monkeypatch):
     assert len(now) == 3 and all(now[name] == stamp for name, stamp in kept.items())
     written = [json.loads(line) for line in first.read_text().splitlines()]
     assert written == [row for s in scenes("short", 3) for row in rows(s)]
+
+
+def test_every_split_has_a_default_count() -> None:
+    assert tuple(DEFAULT_VIDEOS) == SPLITS
