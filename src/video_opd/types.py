@@ -128,7 +128,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """TVDF's measurements of one candidate (appendix B). NaN stands for a value that was not measured."""
+    """TVDF's measurements of one row of a pool (appendix B). NaN stands for a value that was not measured."""
 
     id: str
     teacher_iou: float

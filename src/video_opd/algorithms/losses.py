@@ -3,7 +3,7 @@
 Shapes: ``B`` trajectories, ``T`` response tokens (right-padded), ``V`` vocabulary, ``K`` kept tokens.
 Log-probabilities are natural; every loss is in nats.
 
-Every loss is a *sum* divided by ``divisor``, a count over the global batch (all ranks, all micro-batches)
+Every loss is a *sum* divided by ``divisor``, a count over the global batch (all processes and micro-batches)
 that the caller passes in. So the losses of the micro-batches add up to the loss of the global batch, however
 it was split.
 """

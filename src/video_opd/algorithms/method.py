@@ -98,5 +98,5 @@ class Method(Protocol):
     def loss(
         self, student: TokenLogprobs, batch: Trajectories, signal: Signal, divisor: float
     ) -> torch.Tensor:
-        """A scalar to minimise. Summed over the micro-batches of all ranks, it is the loss of the step."""
+        """A scalar to minimise. Its sum over the micro-batches of all processes is the loss of the step."""
         ...

@@ -56,7 +56,9 @@ def add_arguments(parser: Parser) -> None:
         "--any-protocol", action="store_true", help="accept predictions that were made under another protocol"
     )
     parser.add_argument(
-        "--thinking", action="store_true", help="read only what follows </think>; known where a note says so"
+        "--thinking",
+        action="store_true",
+        help="read only what follows </think>; needless where a .meta.json says so",
     )
     parser.add_argument("--by-source", action="store_true", help="a data set for each source of the rows")
     parser.add_argument(

@@ -17,9 +17,7 @@ SETTINGS = ALL_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file as for train; data.train is the candidate pool"
-    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file as for train; data.train is the pool")
     add_shared(parser, "--json")
 
 

@@ -1,4 +1,4 @@
-"""``video-opd score``: TVDF's measurements of the candidates."""
+"""``video-opd score``: TVDF's measurements of the rows of a pool."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="M",
         help="the teacher's (its type: --teacher.dtype); left out, only the student is scored, for gaussian",
     )
-    parser.add_argument("--data", metavar="D.jsonl", help="the candidates")
+    parser.add_argument("--data", metavar="D.jsonl", help="the pool: rows to choose from later")
     parser.add_argument("--out", required=True, metavar="S.jsonl", help="the scores file")
     parser.add_argument("--k", type=positive, default=4, metavar="K", help="responses a model; default: 4")
     parser.add_argument("--student-k", type=positive, metavar="K", help="the student's; default: as --k")

@@ -78,7 +78,7 @@ class ScaledTeacherConfig(DistillationTeacherConfig):
 
 class SamplingConfig(Settings):
     """How long the student's responses may be wherever it writes any: in the check before the first step, and
-    when its candidates are scored."""
+    when its pool is scored."""
 
     max_new_tokens: int = Field(
         default=64,

@@ -214,7 +214,7 @@ class DistillationRecipe(Recipe):
         super().check_rounds()
         need(
             not self.teacher.by_source or not self.tvdf.asks_teacher,
-            "teacher.by_source: a selection asks one teacher about all candidates; run the rounds for each "
+            "teacher.by_source: a selection asks one teacher about the whole pool; run the rounds for each "
             "source with its own teacher.path",
         )
 

@@ -264,7 +264,7 @@ class EvaluateConfig(Settings):
 
 
 class SelectionConfig(Settings):
-    """Which k of the scored candidates are selected: gate, ranking, sampler (sec. 3.2, appendix B)."""
+    """Which k of the scored rows are selected: gate, ranking, sampler (sec. 3.2, appendix B)."""
 
     k: int = Field(default=2500, ge=1, description="rows to select, because training needs some; sec. 4.1")
     strategy: Strategy = Field(default="topk", description="the sampler; eq 16")
@@ -310,11 +310,11 @@ class TVDFConfig(SelectionConfig):
     """How ``video-opd rounds`` scores and selects what a round trains on; ``train`` ignores it."""
 
     teacher_k: int = Field(
-        default=4, ge=1, description="the teacher's responses to a candidate; sec. 3.2 leaves it open"
+        default=4, ge=1, description="the teacher's responses to a row; sec. 3.2 leaves it open"
     )
     student_k: int | None = Field(default=None, description="the student's responses; none: as teacher_k")
     temperature: Number = Field(default=1.0, ge=0, description="of the responses; 0 is greedy; ours")
-    batch_size: int = Field(default=8, ge=1, description="candidates in a batch of responses; ours")
+    batch_size: int = Field(default=8, ge=1, description="rows in a batch of responses; ours")
 
     @model_validator(mode="after")
     def _check_responses(self) -> Self:
@@ -343,5 +343,5 @@ class RoundsConfig(Settings):
 
     count: int = Field(default=3, ge=1, description="rounds; sec. D.4, table 6")
     reuse: bool = Field(
-        default=False, description="whether a row that was trained on is a candidate again; ours"
+        default=False, description="whether a row that was trained on may be chosen again; ours"
     )

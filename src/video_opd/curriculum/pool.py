@@ -1,4 +1,4 @@
-"""Loads a student and a teacher and scores a candidate pool: ``video-opd score``, the demo and the rounds."""
+"""Loads a student and a teacher and scores a pool of rows: ``video-opd score``, the demo and the rounds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def score_pool(
 ) -> ScoreResult:
     """Loads the models and scores ``samples``, as :func:`~video_opd.curriculum.scores.score` does.
 
-    With ``teacher_from`` the teacher is loaded only when a candidate needs it. ``cache_dir`` keeps decoded
+    With ``teacher_from`` the teacher is loaded only when a row needs it. ``cache_dir`` keeps decoded
     clips. Raises :class:`UserError` for models that do not share their tokens, and as ``score`` does.
     """
     if teacher is not None and teacher_from is None:

@@ -31,8 +31,8 @@ class Selection:
     ids: tuple[str, ...]
     ranks: tuple[int, ...]
     strategy: Strategy
-    candidates: int  # scores with a finite value to rank by
-    excluded: int  # scores without one
+    candidates: int  # the given scores (those that passed the gate) with a finite value to rank by
+    excluded: int  # the given scores without one
     filled: int  # BBDS: selected in place of members that small buckets lack
 
 

@@ -1,4 +1,4 @@
-"""Reads scores files, which hold the measurements of each candidate. No torch."""
+"""Reads scores files, which hold the measurements of each row of a pool. No torch."""
 
 from __future__ import annotations
 

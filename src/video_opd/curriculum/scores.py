@@ -1,4 +1,4 @@
-"""Scores every candidate: how well the teacher and the student find its span.
+"""Scores every row of a pool: how well the teacher and the student find its span.
 
 A row of the scores file holds the teacher's k responses and the student's, the spans read in them, their
 mean IoU with the annotation (τ and σ of appendix B; a response without a span counts 0), and on request the
@@ -30,15 +30,15 @@ from video_opd.types import Rollout, Sample
 if TYPE_CHECKING:
     from video_opd.models.interfaces import Policy
 
-K = 4  # responses of a model to a candidate; the paper leaves it open
+K = 4  # responses of a model to a row; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """How candidates are scored. ``temperature`` 0 is greedy, with k = 1.
+    """How the rows of a pool are scored. ``temperature`` 0 is greedy, with k = 1.
 
-    ``reverse_kl`` lets the teacher score the student's responses, too. Candidates without an annotation are
+    ``reverse_kl`` lets the teacher score the student's responses, too. Rows without an annotation are
     then scored as well; their IoUs are null.
     """
 
@@ -120,12 +120,12 @@ def score(
     }
     with locked_file(out, processes):
         output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
-        candidates = [sample for sample in samples if sample.spans or settings.reverse_kl]
-        todo = samples_without_rows(candidates, output.rows, out)
+        wanted = [sample for sample in samples if sample.spans or settings.reverse_kl]
+        todo = samples_without_rows(wanted, output.rows, out)
         reused = {} if teacher_from is None else _teacher_scores(teacher_from, provenance, todo)
-        kept = len(candidates) - len(todo)
+        kept = len(wanted) - len(todo)
         reuse = f", the teacher's scores of {len(reused)} are reused" if reused else ""
-        log(f"{out}: {kept} of {len(candidates)} rows are there, {len(todo)} to score{reuse}")
+        log(f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score{reuse}")
 
         def rows_of(batch: Sequence[Item]) -> list[dict[str, Any]]:
             return _score_batch(student, teacher, batch, settings, reused)
@@ -137,7 +137,7 @@ def score(
         kept=kept,
         scored=len(scored),
         failed=len(todo) - len(scored),
-        unannotated=len(samples) - len(candidates),
+        unannotated=len(samples) - len(wanted),
         reused=sum(sample.id in reused for sample in scored),
     )
 

@@ -38,7 +38,8 @@ class Policy(Protocol):
         """``n`` rollouts for each prompt.
 
         Rollout j of prompt i depends on the non-negative ``seeds[i][j]`` and on no other seed, so rollouts do
-        not change with micro-batches, ranks or resumes. Greedy sampling (``temperature=0``) needs no seeds.
+        not change with micro-batches, processes or resumes. Greedy sampling (``temperature=0``) needs no
+        seeds.
         The recorded log-probabilities are those of the distribution that was sampled, filters included; for
         greedy rollouts they are the model's at temperature 1.
         """

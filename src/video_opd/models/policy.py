@@ -7,8 +7,8 @@ Two engines give the same numbers:
 
 - ``prefix`` prefills each prompt once and puts all of its responses on top of the key/value cache, side by
   side. Tokens that prompts on one video share are prefilled once for all of them.
-- ``plain`` is the reference: one ordinary forward of the stock model over prompt and response, for which the
-  model numbers the positions itself and every row has its own copy of the video.
+- ``plain`` is the stock forward that ``prefix`` is tested against: one ordinary call of the model over prompt
+  and response. The model numbers the positions itself, and every row has its own copy of the video.
 
 Both engines apply ``lm_head`` only at positions that predict a response token.
 """

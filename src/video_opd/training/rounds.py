@@ -170,7 +170,7 @@ class Rounds:
         recipe, tvdf, folder = self.recipe, self.recipe.tvdf, self.folder.round(number)
         used = set() if recipe.rounds.reuse else self._used(number)
         wanted = [s for s in self.samples if s.id not in used and (s.spans or not tvdf.gated)]
-        log(f"round {number} of {recipe.rounds.count}: scoring {len(wanted)} candidates")
+        log(f"round {number} of {recipe.rounds.count}: scoring {len(wanted)} rows of the pool")
         student, teacher = inference_configs(self.round_recipe(number))
         score_pool(
             student,
@@ -266,7 +266,7 @@ def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:
     }
     counts = [f"{chosen[key]} {what}" for key, what in reasons.items() if chosen[key]]
     return (
-        f"round {number} has nothing to train on: of {chosen['rows']} candidates, "
+        f"round {number} has nothing to train on: of the pool's {chosen['rows']} rows, "
         f"{', '.join(counts) or 'none is left'}"
     )
 

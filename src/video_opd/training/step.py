@@ -6,8 +6,8 @@ from keeps its graph and is the forward of the first update, too. A micro-batch 
 sampled, scored and differentiated before the next one, so that memory holds one graph at a time.
 
 The loss is divided by a count over the global batch, which is known only when every process has sampled all
-of its trajectories. Gradients are linear in one over that count: each micro-batch is divided by the count
-that is assumed beforehand, and the sum of the gradients is rescaled once.
+of its trajectories. Gradients are linear in one over that count: each micro-batch is divided by an assumed
+divisor, the planned number of rollouts, and the sum of the gradients is rescaled once.
 
 Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, ``V`` vocabulary.
 """
@@ -127,7 +127,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Differentiated:
-    """A micro-batch after its backward; ``loss`` is its share of the loss, over the assumed count."""
+    """A micro-batch after its backward; ``loss`` is its share of the loss, over the assumed divisor."""
 
     batch: ScoredBatch
     loss: float
@@ -171,7 +171,9 @@ class Stepper:
 
         Raises :class:`UserError` for numbers that are not finite, unless ``loss.nonfinite`` masks them.
         """
-        assumed = float(batch.planned * self.settings.rollouts)  # unless videos fail, the number of rollouts
+        # The assumed divisor. With reduction sum it is exact unless videos fail; with token_mean the divisor
+        # counts tokens.
+        assumed = float(batch.planned * self.settings.rollouts)
         first = not any(isinstance(micro, ScoredBatch) for micro in batch.micro_batches)
         done: list[_Differentiated] = []
         scored: list[MicroBatch] = []

@@ -1,6 +1,6 @@
 """Video-OPD from end to end on the generated world, with nothing to prepare.
 
-world → scores of a candidate pool → TVDF → Video-OPD → evaluation of base, student, teacher → report
+world → scores of a pool of rows → TVDF → Video-OPD → evaluation of base, student, teacher → report
 
 Every stage runs the code of the command with its name, and is skipped if its files exist, so that a killed
 demo continues. Only the inputs are special: generated videos, and the two tiny models that the package ships.
@@ -22,8 +22,8 @@ from video_opd.progress import log, track
 from video_opd.types import Sample
 from video_opd.world.measure import evaluate_model, make_test_sets
 
-POOL_VIDEOS = 160  # videos of the training split, with about 690 candidates
-SELECTED = 448  # candidates that are trained on at most, a few times each
+POOL_VIDEOS = 160  # videos of the training split, with about 690 rows: the pool
+SELECTED = 448  # rows of the pool that are trained on at most, a few times each
 # The pool's seed is this plus the demo's seed. No pool has a video that the tiny models were made on.
 TRAIN_SEED = 100
 TEACHER_K, STUDENT_K = 4, 2
@@ -82,7 +82,10 @@ def _run(out: Path, recipe: Recipe) -> None:
         seed=seed,
         out=out / "selected.jsonl",
     )
-    log(f"TVDF: {summary.selected} of {summary.rows} candidates; {summary.candidates} passed the gate")
+    log(
+        f"TVDF: the pool has {summary.rows} rows, {summary.candidates} of them passed the gate (candidates), "
+        f"{summary.selected} are selected"
+    )
     write_text(out / "select.json", json.dumps(summary.to_json()) + "\n")
     train(recipe)
 

@@ -422,7 +422,7 @@ def test_a_first_round_without_a_single_row_is_an_error(
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(make_recipe(world, tmp_path / "run", evaluate={"data": []})))
     assert main(["rounds", str(path), "--data.train", str(tmp_path / "bare.jsonl")]) == 2
-    assert "of 3 candidates, 3 have no spans" in capsys.readouterr().err
+    assert "of the pool's 3 rows, 3 have no spans" in capsys.readouterr().err
     assert not (tmp_path / "run" / "round-1" / "recipe.yaml").exists()
 
 
@@ -467,7 +467,7 @@ def test_impossible_settings_are_refused_with_the_recipe(sections: dict[str, Any
     [
         ({"method": "grpo"}, "tvdf.strategy topk asks a teacher"),
         ({"method": "grpo", "tvdf": {"strategy": "gaussian", "min_teacher_iou": 0.5}}, "asks a teacher"),
-        ({"teacher": {"path": "t", "by_source": {"web": "w"}}}, "one teacher about all candidates"),
+        ({"teacher": {"path": "t", "by_source": {"web": "w"}}}, "one teacher about the whole pool"),
     ],
 )
 def test_what_only_rounds_need_is_not_asked_of_train(sections: dict[str, Any], expected: str) -> None:
