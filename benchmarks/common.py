@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -60,6 +61,13 @@ def train_command(
     recipe = ROOT / "recipes" / "tiny" / f"{method}.yaml"
     return video_opd(
         "train", recipe, *(word for key, value in settings.items() for word in (f"--{key}", value))
+    )
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes a parser that shows a script's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from common import (
     machine,
     make_pools,
+    parser,
     run_all,
     shipped_scores,
     step_seconds,
@@ -92,20 +93,18 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for videos and runs")
-    parser.add_argument("--name", default="compare_methods", help="of the file in benchmarks/results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--videos", type=int, default=100, help="generated training videos, four rows each")
-    parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--engine", default="prefix", choices=("prefix", "plain"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--evaluation", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for videos and runs")
+    options.add_argument("--name", default="compare_methods", help="of the file in benchmarks/results")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument("--videos", type=int, default=100, help="generated training videos, four rows each")
+    options.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
+    options.add_argument("--engine", default="prefix", choices=("prefix", "plain"))
+    options.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    options.add_argument("--evaluation", action=argparse.BooleanOptionalAction, default=True)
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from common import (
     machine,
     make_pools,
     mean_miou,
+    parser,
     run_all,
     student_scores,
     table,
@@ -94,16 +95,14 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for videos and runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--videos", type=int, default=160, help="of the pool, four candidates each")
-    parser.add_argument("--k", type=int, default=256, help="rows that each arm trains on")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for videos and runs")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--videos", type=int, default=160, help="of the pool, four candidates each")
+    options.add_argument("--k", type=int, default=256, help="rows that each arm trains on")
+    options.add_argument("--steps", type=int, default=24)
+    options.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    return options.parse_args()
 
 
 def scores_of(out: Path, seed: int) -> Path:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BASE, TEACHER, machine, write_result
+from common import BASE, TEACHER, machine, parser, write_result
 
 from video_opd.algorithms.rewards import IoUReward, checked_reward
 from video_opd.algorithms.signals import group_advantages, kl_baseline, sampled_reverse_kl
@@ -69,16 +69,14 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for the generated videos")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--rollouts", type=int, default=128, help="a prompt; a multiple of 8")
-    parser.add_argument("--sketch", type=int, default=4096)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for the generated videos")
+    options.add_argument("--prompts", type=int, default=8)
+    options.add_argument("--rollouts", type=int, default=128, help="a prompt; a multiple of 8")
+    options.add_argument("--sketch", type=int, default=4096)
+    arguments = options.parse_args()
     if arguments.rollouts % GROUP or arguments.rollouts < 4 * GROUP:
-        parser.error("--rollouts must be a multiple of 8, at least 32")
+        options.error("--rollouts must be a multiple of 8, at least 32")
     return arguments
 
 

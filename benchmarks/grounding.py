@@ -19,7 +19,7 @@ from typing import Any
 
 import av
 import numpy as np
-from common import BASE, TEACHER, machine, write_result
+from common import BASE, TEACHER, machine, parser, write_result
 
 from video_opd.api import ground, load
 from video_opd.data.annotations import read_samples
@@ -53,14 +53,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for videos")
-    parser.add_argument("--seed", type=int, default=11, help="of the world")
-    parser.add_argument("--joined", type=int, default=4, help="videos that make a long one")
-    parser.add_argument("--window", type=float, default=12.0, help="seconds; they overlap by half")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for videos")
+    options.add_argument("--seed", type=int, default=11, help="of the world")
+    options.add_argument("--joined", type=int, default=4, help="videos that make a long one")
+    options.add_argument("--window", type=float, default=12.0, help="seconds; they overlap by half")
+    return options.parse_args()
 
 
 Answered = tuple[Sample, GroundedAnswer, GroundedAnswer]

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from common import write_result
+from common import parser, write_result
 from paper_size import SIZES, Costs, StepWork, make, matrix_rate
 
 from video_opd.bench.timing import machine, peak_bytes, summary, take_turns
@@ -95,22 +95,20 @@ def adapt(model: Any, arguments: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--student", choices=SIZES, default="8b")
-    parser.add_argument("--teacher", choices=SIZES, default="32b")
-    parser.add_argument("--video-tokens", type=int, default=8192, help="of the prompt, at least")
-    parser.add_argument("--frame-side", type=int, default=320, help="pixels; 100 tokens a frame pair")
-    parser.add_argument("--rollouts", type=int, default=8, help="of GRPO")
-    parser.add_argument("--rank", type=int, default=64, help="of the adapters")
-    parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices that are multiplied")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--name", default="large", help="of the file in benchmarks/results")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--student", choices=SIZES, default="8b")
+    options.add_argument("--teacher", choices=SIZES, default="32b")
+    options.add_argument("--video-tokens", type=int, default=8192, help="of the prompt, at least")
+    options.add_argument("--frame-side", type=int, default=320, help="pixels; 100 tokens a frame pair")
+    options.add_argument("--rollouts", type=int, default=8, help="of GRPO")
+    options.add_argument("--rank", type=int, default=64, help="of the adapters")
+    options.add_argument("--max-new-tokens", type=int, default=16)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--matrix", type=int, default=8192, help="side of the matrices that are multiplied")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    options.add_argument("--device", help="default: a GPU where there is one")
+    options.add_argument("--name", default="large", help="of the file in benchmarks/results")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

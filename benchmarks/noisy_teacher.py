@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import BASE, TEACHER, machine, make_pools, run_all, train_command, video_opd, write_result
+from common import BASE, TEACHER, machine, make_pools, parser, run_all, train_command, video_opd, write_result
 
 from video_opd.data.annotations import read_samples, write_rows
 from video_opd.evaluation.metrics import evaluate
@@ -244,24 +244,22 @@ def table(rows: dict[str, list[dict[str, float]]], family: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for videos and runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--family", default="moves right", help="the event family that is taught wrongly")
-    parser.add_argument("--shift", type=float, default=1.0, help="seconds by which its spans are wrong")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for videos and runs")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--family", default="moves right", help="the event family that is taught wrongly")
+    options.add_argument("--shift", type=float, default=1.0, help="seconds by which its spans are wrong")
+    options.add_argument(
         "--share", type=float, default=1 / 3, help="of the candidates that are of that family"
     )
-    parser.add_argument("--lessons", type=int, default=400, help="videos that the teacher is spoilt on")
-    parser.add_argument("--lesson-steps", type=int, default=120)
-    parser.add_argument("--lesson-lr", type=float, default=5e-4)
-    parser.add_argument("--videos", type=int, default=240, help="of the pool, four candidates each")
-    parser.add_argument("--k", type=int, default=320, help="rows that each arm trains on")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
-    return parser.parse_args()
+    options.add_argument("--lessons", type=int, default=400, help="videos that the teacher is spoilt on")
+    options.add_argument("--lesson-steps", type=int, default=120)
+    options.add_argument("--lesson-lr", type=float, default=5e-4)
+    options.add_argument("--videos", type=int, default=240, help="of the pool, four candidates each")
+    options.add_argument("--k", type=int, default=320, help="rows that each arm trains on")
+    options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import machine, make_pools, step_seconds, train_command, write_result
+from common import machine, make_pools, parser, step_seconds, train_command, write_result
 
 from video_opd.bench.timing import summary
 from video_opd.jsonl import read_jsonl
@@ -100,15 +100,13 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for videos and runs")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--videos", type=int, default=24, help="of the pool, four candidates each")
-    parser.add_argument("--steps", type=int, default=5, help="of a run; the first is not counted")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for videos and runs")
+    options.add_argument("--processes", type=int, default=2)
+    options.add_argument("--videos", type=int, default=24, help="of the pool, four candidates each")
+    options.add_argument("--steps", type=int, default=5, help="of a run; the first is not counted")
+    options.add_argument("--repeats", type=int, default=3, help="turns")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from common import (
     machine,
     make_pools,
     mean_miou,
+    parser,
     run_all,
     shipped_scores,
     student_scores,
@@ -89,17 +90,15 @@ def folder(out: Path, count: int, seed: int) -> Path:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for videos and runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--videos", type=int, default=320, help="of the pool, four candidates each")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--k", type=int, default=192, help="rows of one of the rounds")
-    parser.add_argument("--steps", type=int, default=24, help="optimiser steps of one of the rounds")
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for videos and runs")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--videos", type=int, default=320, help="of the pool, four candidates each")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--k", type=int, default=192, help="rows of one of the rounds")
+    options.add_argument("--steps", type=int, default=24, help="optimiser steps of one of the rounds")
+    options.add_argument("--jobs", type=int, default=2, help="commands at a time, one thread each")
+    return options.parse_args()
 
 
 if __name__ == "__main__":

@@ -21,9 +21,6 @@ figure is processor time in user mode, which other work on the machine changes l
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -35,8 +32,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers
+from common import BASE, parser, write_result
 
+from video_opd.bench.timing import machine
 from video_opd.data.annotations import read_samples
 from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.jsonl import read_jsonl
@@ -48,7 +46,6 @@ from video_opd.types import EncodedPrompt, Rollout, Sample
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 
-ROOT = Path(__file__).parents[1]
 QUERIES, ANSWERS, MAX_NEW_TOKENS, FRAME_TOKENS = 5, 8, 32, 64
 BATCH_SIZE = 8  # the default of predict and evaluate
 TOLERANCE = 1e-4  # nats
@@ -60,27 +57,19 @@ def main() -> None:
     torch.manual_seed(0)
     model = load_inference_model(
         read_inference_config(
-            str(shipped("tiny-base")),
+            str(shipped(BASE)),
             [f"--video.{end}_frame_tokens={FRAME_TOKENS}" for end in ("min", "max")],
         ),
         arguments.device,
     )
     record: dict[str, Any] = {
         "command": sys.argv,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": str(model.policy.device),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "load_before": os.getloadavg()[0],
-        },
+        "machine": machine(torch.device(model.policy.device)),
     }
     if arguments.predict:
         samples = samples_by_video(Path(arguments.out), arguments.videos)
         record |= measure_predict(model, samples, Path(arguments.out), arguments.repeats)
-        write("predict", record)
+        write_result("predict", record)
         print(predict_table(record))
         return
     videos = prompts_by_video(model, Path(arguments.out), arguments.videos)
@@ -104,26 +93,17 @@ def main() -> None:
             ways, arguments.repeats
         )
     print(table(record))
-    write("scoring", record)
-
-
-def write(name: str, record: dict[str, Any]) -> None:
-    result = ROOT / "benchmarks" / "results" / f"{name}.json"
-    result.parent.mkdir(exist_ok=True)
-    result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {result.relative_to(ROOT)}")
+    write_result("scoring", record)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, help="folder for the generated videos")
-    parser.add_argument("--videos", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--predict", action="store_true", help="measure predict, five queries a video")
-    return parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--out", required=True, help="folder for the generated videos")
+    options.add_argument("--videos", type=int, default=2)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--device", help="cuda where there is one, else cpu")
+    options.add_argument("--predict", action="store_true", help="measure predict, five queries a video")
+    return options.parse_args()
 
 
 def samples_by_video(out: Path, count: int) -> list[list[Sample]]:
@@ -164,7 +144,7 @@ def together(
 def unshared(
     policy: HFPolicy, videos: Sequence[Sequence[EncodedPrompt]], n: int, temperature: float
 ) -> list[Rollout]:
-    with patch("video_opd.models.policy.find_trunks", lambda *_: None):
+    with patch("video_opd.models.forward_passes.find_trunks", lambda *_: None):
         return together(policy, videos, n, temperature)
 
 
