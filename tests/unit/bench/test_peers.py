@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from places import ROOT
 
+from video_opd.config import PromptConfig
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.video import load_clip
 from video_opd.models.loading import load_model
@@ -66,10 +67,9 @@ def test_every_framework_is_shown_as_many_visual_tokens(data: Any, student: tupl
 
 def test_every_framework_is_asked_in_the_same_words(data: Any, student: tuple[Any, Any]) -> None:
     _, processor = student
+    encoder = PromptEncoder(processor, PromptConfig(video_form="nested"))  # the form of the tiny models
     for ours, trl, swift in zip(_rows(data.ours), _rows(data.trl), _rows(data.swift), strict=True):
-        prompt = PromptEncoder(processor).encode(
-            load_clip(ours["video"], run.budget_of(PLAN)), ours["query"], ours["id"]
-        )
+        prompt = encoder.encode(load_clip(ours["video"], run.budget_of(PLAN)), ours["query"], ours["id"])
         placed = "<|vision_start|><|video_pad|><|vision_end|>"
         for messages in (trl["prompt"], swift["messages"]):
             texts = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
