@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import zipfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from video_opd.config import VideoConfig
+from video_opd.data.budget import PAIR
 from video_opd.data.video import clip_digest, load_clip
 from video_opd.errors import UserError
 from video_opd.files import replacing_file
@@ -21,7 +23,7 @@ from video_opd.types import Clip
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # 1: frames and times of files without presentation times were guesses
+FORMAT = 3  # 2: an entry had no seal; 1: frames of files without presentation times were guesses
 _RESCAN_EVERY = 64  # writes between two looks at the folder, which other processes write to as well
 
 
@@ -29,8 +31,8 @@ class ClipCache:
     """Keeps clips under ``folder``, at most ``max_bytes`` of them. Threads and processes may share a folder.
 
     The key of a clip is its file's path, size and change time, the budget and the backend. An entry that does
-    not match its digest is decoded again. If the disk cannot be written to, one warning says so, and nothing
-    more is written.
+    not match its seal, or holds values that no video has, is decoded again. If the disk cannot be written to,
+    one warning says so, and nothing more is written.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
@@ -62,28 +64,34 @@ class ClipCache:
         return self.folder / f"{key}.npz"
 
     def _read(self, entry: Path, path: Path) -> Clip | None:
+        """The clip in ``entry``; None if it is missing, damaged, or not what a decoded video can be: the clip
+        is then decoded again and replaces it."""
         try:
+            _check_uncompressed(entry)
             with np.load(entry, allow_pickle=False) as stored:
-                meta = json.loads(str(stored["meta"]))
+                text = str(stored["meta"])
                 frames, times_s, indices = stored["frames"], stored["times_s"], stored["frame_indices"]
+                if str(stored["seal"]) != _seal(text, frames, times_s, indices):
+                    return None
             os.utime(entry)
-        except FileNotFoundError:
+            meta = json.loads(text)
+            height, width = meta["source_size_px"]
+            clip = Clip(
+                path=path,
+                frames=frames,
+                times_s=times_s,
+                frame_indices=indices,
+                source_fps=meta["source_fps"],
+                duration_s=meta["duration_s"],
+                source_size_px=(height, width),
+                digest=meta["digest"],
+            )
+            return clip if _is_possible(clip) else None
+        except (
+            *(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile),
+            *(MemoryError, OverflowError, RecursionError, SyntaxError, NotImplementedError, RuntimeError),
+        ):
             return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # an incomplete file or another format: the clip is decoded again and replaces it
-        if clip_digest(frames, times_s) != meta["digest"]:
-            return None
-        size_px = (int(meta["source_size_px"][0]), int(meta["source_size_px"][1]))
-        return Clip(
-            path=path,
-            frames=frames,
-            times_s=times_s,
-            frame_indices=indices,
-            source_fps=meta["source_fps"],
-            duration_s=meta["duration_s"],
-            source_size_px=size_px,
-            digest=meta["digest"],
-        )
 
     def _write(self, entry: Path, clip: Clip) -> None:
         if not self._writable or clip.frames.nbytes > self.max_bytes:
@@ -94,7 +102,7 @@ class ClipCache:
         try:
             # Reading an entry checks its digest, so writing does not wait for the disk.
             with replacing_file(entry, flush=False) as temporary, open(temporary, "wb") as file:
-                np.savez(file, meta=np.array(meta), **arrays)
+                np.savez(file, meta=np.array(meta), seal=np.array(_seal(meta, *arrays.values())), **arrays)
             self._trim(entry.stat().st_size)
         except (OSError, UserError) as error:
             with self._lock:
@@ -119,3 +127,44 @@ class ClipCache:
                     break
                 entry.unlink(missing_ok=True)
                 self._bytes -= size
+
+
+def _check_uncompressed(entry: Path) -> None:
+    """Raises ValueError for an archive whose content is larger than itself: this class never compresses."""
+    with zipfile.ZipFile(entry) as archive:
+        if sum(item.file_size for item in archive.infolist()) > entry.stat().st_size:
+            raise ValueError("a compressed archive")
+
+
+def _seal(meta: str, frames: np.ndarray, times_s: np.ndarray, indices: np.ndarray) -> str:
+    """A digest of everything that is read from an entry. It finds damage; it does not say who wrote it."""
+    digest = hashlib.blake2b(meta.encode(), digest_size=16)
+    for array in (frames, times_s, indices):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _is_possible(clip: Clip) -> bool:
+    """Whether the values of an entry are those that a decoded video may have, whoever wrote them."""
+    frames, times_s, indices = clip.frames, clip.times_s, clip.frame_indices
+    count = len(times_s)
+    numbers = (clip.source_fps, clip.duration_s)
+    return (
+        frames.dtype == np.uint8
+        and (times_s.dtype, indices.dtype) == (np.float64, np.int64)
+        and frames.ndim == 4
+        and frames.shape[3] == 3
+        and frames.size > 0
+        and times_s.shape == indices.shape == frames.shape[:1]
+        and count % PAIR == 0
+        and all(type(number) is float and math.isfinite(number) and number > 0 for number in numbers)
+        and all(type(pixels) is int and pixels > 0 for pixels in clip.source_size_px)
+        and bool(
+            np.isfinite(times_s).all() and (np.diff(times_s) >= 0).all() and (np.diff(indices) >= 0).all()
+        )
+        and times_s[0] >= 0
+        and indices[0] >= 0
+        and times_s[-1] < clip.duration_s
+        and clip.digest == clip_digest(frames, times_s)
+    )

@@ -116,6 +116,8 @@ def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
     stock = stock_config(task)
     options = {key: stock["dataset_kwargs"][key] for key in ("revision",) if key in stock["dataset_kwargs"]}
+    if int(datasets.__version__.split(".")[0]) < 4:  # these would run a data set's own script, or ask
+        options["trust_remote_code"] = False
     try:
         rows = datasets.load_dataset(
             stock["dataset_path"], stock.get("dataset_name"), split=stock["test_split"], **options

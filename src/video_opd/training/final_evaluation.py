@@ -20,7 +20,7 @@ from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.policy import HFPolicy
 from video_opd.progress import log
 from video_opd.training.components import Components, Loader, prompt_loader
-from video_opd.training.run_folder import RunFolder
+from video_opd.training.run_folder import RunFolder, read_record
 
 
 def check_evaluation_files(recipe: Recipe) -> None:
@@ -38,7 +38,8 @@ def check_evaluation_files(recipe: Recipe) -> None:
 
 def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
     """Whether all evaluations of ``name`` (``base``, ``teacher``) are written."""
-    return all((out / f"{name}-{Path(path).stem}.json").exists() for path in recipe.evaluate.data)
+    records = (read_record(out / f"{name}-{Path(path).stem}.json") for path in recipe.evaluate.data)
+    return all(record is not None for record in records)
 
 
 def evaluate_model(recipe: Recipe, components: Components, folder: RunFolder) -> None:

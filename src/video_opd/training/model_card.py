@@ -6,7 +6,6 @@ Nothing in the card names a folder of this machine.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,12 +120,13 @@ def _named(value: Any) -> Any:
 
 def _evaluations(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     """The records of ``eval/MODEL-DATA.json``, each with ``model`` and ``data``; the run's own come first."""
+    from video_opd.training.run_folder import read_record  # which imports this module
+
     found = []
     for who in ("student", "base", "teacher"):
         for data in [Path(path).stem for path in recipe.evaluate.data]:
             path = folder.evaluations / f"{who}-{data}.json"
-            if path.exists():
-                record = json.loads(path.read_text(encoding="utf-8"))
+            if (record := read_record(path)) is not None:
                 found.append({**record, "model": OURS if who == "student" else who, "data": data})
     return found
 

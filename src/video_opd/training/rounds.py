@@ -38,6 +38,7 @@ from video_opd.locks import locked_folder
 from video_opd.models.inference import with_video_form
 from video_opd.progress import is_first_process, log
 from video_opd.training.components import build_components
+from video_opd.training.digests import file_digest
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
     evaluate_base,
@@ -45,9 +46,10 @@ from video_opd.training.final_evaluation import (
     is_evaluated,
 )
 from video_opd.training.loop import Build, check_trackers, train
-from video_opd.training.run_folder import RunFolder
+from video_opd.training.run_folder import RunFolder, read_record
 
 POLL_S = 1.0
+_COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate", "selected"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,8 @@ class Rounds:
 
     @property
     def finished(self) -> bool:
-        return self.summary.exists() and json.loads(self.summary.read_text(encoding="utf-8"))["finished"]
+        record = read_record(self.summary)
+        return record is not None and record.get("finished") is True and bool(record.get("rounds"))
 
     def run(self, after_round: Callable[[Path], object]) -> None:
         recipe, count = self.recipe, self.recipe.rounds.count
@@ -114,12 +117,14 @@ class Rounds:
         done, ended = 0, None
         for number in range(1, count + 1):
             folder = RunFolder(self.folder.round(number))
-            chosen = folder.path / "select.json"
-            _on_first_process(lambda n=number: self._select(n), chosen.exists)  # type: ignore[misc]
-            ended = _nothing_selected(number, json.loads(chosen.read_text(encoding="utf-8")))
+            _on_first_process(
+                lambda n=number: self._select(n),  # type: ignore[misc]
+                lambda folder=folder: _selection(folder) is not None,  # type: ignore[misc]
+            )
+            ended = _nothing_selected(number, _selection(folder) or {})
             if ended is not None:
                 break
-            if not folder.finished:
+            if not folder.finished or folder.damaged_folders():  # the next round begins with its model
                 log(f"round {number} of {count}: training")
                 settings = self.round_recipe(number)
                 if is_first_process():
@@ -203,7 +208,8 @@ class Rounds:
         )
         for line in summary_lines(summary):
             log(line)
-        write_text(folder / "select.json", json.dumps(summary.to_json(), indent=2) + "\n")
+        record = {**summary.to_json(), "sha256": file_digest(folder / "selected.jsonl")}
+        write_text(folder / "select.json", json.dumps(record, indent=2) + "\n")
 
     def _used(self, number: int) -> set[str]:
         """The ids that earlier rounds trained on."""
@@ -224,7 +230,7 @@ class Rounds:
 
     def _record(self, number: int) -> dict[str, Any]:
         folder = RunFolder(self.folder.round(number))
-        chosen = json.loads((folder.path / "select.json").read_text(encoding="utf-8"))
+        chosen = _selection(folder) or {}
         counts = ("rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate")
         scores = read_scores(folder.path / "scores.jsonl").values()
         rows = [row for _, row in read_jsonl(folder.path / "selected.jsonl")]
@@ -247,10 +253,23 @@ class Rounds:
         figures = {}
         for path in map(Path, self.recipe.evaluate.data):
             file = folder / f"{name}-{path.stem}.json"
-            if file.exists():
-                record = json.loads(file.read_text(encoding="utf-8"))
-                figures[path.stem] = {key: record[key] for key in keys}
+            if (record := read_record(file)) is not None:
+                figures[path.stem] = {key: record.get(key) for key in keys}
         return figures
+
+
+def _selection(folder: RunFolder) -> dict[str, Any] | None:
+    """The content of a round's ``select.json``; None if it or ``selected.jsonl`` is missing or damaged.
+
+    Those of earlier versions have no digest of ``selected.jsonl``.
+    """
+    record, rows = read_record(folder.path / "select.json"), folder.path / "selected.jsonl"
+    if record is None or not record.keys() >= _COUNTS or not rows.exists():
+        return None
+    if record.get("sha256", digest := file_digest(rows)) != digest:
+        log(f"{rows} is damaged: it is made again")
+        return None
+    return record
 
 
 def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:

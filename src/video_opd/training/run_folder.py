@@ -140,23 +140,29 @@ class RunFolder:
         for place in (self.path, self.checkpoints, self.model, self.evaluations):
             discard_unfinished(place)
 
-    def put_damage_aside(self) -> None:
-        """Renames ``model/`` and ``adapter/`` if they are not as they were written, so that the run writes
-        them again; the log names what is wrong. All their files are read."""
+    def damaged_folders(self) -> dict[Path, str]:
+        """What is wrong with ``model/`` and ``adapter/`` if they are not as they were written. All their
+        files are read."""
         listed = bool(stated_recipes(self.checkpoints))  # earlier versions stated none
+        found = {}
         for path in (self.model, self.adapter):
-            if not path.is_dir():
-                continue
-            try:
-                check_model_folder(path, listed=listed)
-            except Damage as damage:
-                aside = path.with_name(f"damaged-{path.name}")
-                log(f"{path} is damaged, kept as {aside.name} and made again: {damage}")
-                with disk_errors(path):
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
-                    if self.model.is_dir():  # both come from the last step, which is made again
-                        shutil.rmtree(self.model)
+            if path.is_dir():
+                try:
+                    check_model_folder(path, listed=listed)
+                except Damage as damage:
+                    found[path] = str(damage)
+        return found
+
+    def put_damage_aside(self) -> None:
+        """Renames ``model/`` and ``adapter/`` if they are damaged, so that the run writes them again."""
+        for path, reason in self.damaged_folders().items():
+            aside = path.with_name(f"damaged-{path.name}")
+            log(f"{path} is damaged, kept as {aside.name} and made again: {reason}")
+            with disk_errors(path):
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                if self.model.is_dir():  # both come from the last step, which is made again
+                    shutil.rmtree(self.model)
 
     def reported_steps(self) -> int:
         """How many steps have their row of metrics, counted from the first without a gap."""
@@ -196,6 +202,17 @@ class RunFolder:
             **facts,
         }
         write_text(self.environment, json.dumps(environment, indent=2) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file that this program can write again; None if it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) and path.exists():
+        log(f"{path} is damaged: it is made again")
+    return record if isinstance(record, dict) else None
 
 
 def _moved_along(old: Any, stored: Recipe, new: Any, recipe: Recipe) -> bool:

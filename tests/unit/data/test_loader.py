@@ -1,11 +1,15 @@
 """Prompts in order, whatever fails on the way."""
 
+import json
+import math
 import os
+import pickle
 import threading
 import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,3 +235,80 @@ def test_a_cache_that_cannot_be_written_is_reported_once(videos, tmp_path, caplo
     made = list(PromptLoader(rows(videos, queries=1), encoder(), SMALL, cache_dir=blocked / "cache"))
     assert len(made) == 5
     assert sum("no more clips are cached" in record.message for record in caplog.records) == 1
+
+
+def edit_entry(entry: Path, *, sealed: bool, compressed: bool = False, **changes: Any) -> None:
+    with np.load(entry, allow_pickle=True) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    meta = json.loads(str(arrays["meta"]))
+    for name, value in changes.items():
+        if name in arrays:
+            arrays[name] = value
+        else:
+            meta[name] = value
+    arrays["meta"] = np.array(json.dumps(meta))
+    if sealed:  # by somebody who knows how
+        arrays["seal"] = np.array(
+            clip_cache._seal(
+                str(arrays["meta"]), *(arrays[n] for n in ("frames", "times_s", "frame_indices"))
+            )
+        )
+    with entry.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("sealed", "changes"),
+    [
+        (False, {"duration_s": 99.0}),
+        (False, {"source_fps": 99.0}),
+        (False, {"source_size_px": [5, 5]}),
+        (False, {"frame_indices": np.arange(100, 102)}),
+        (True, {"duration_s": math.inf}),
+        (True, {"duration_s": math.nan}),
+        (True, {"duration_s": -1.0}),
+        (True, {"duration_s": 1e-9}),
+        (True, {"duration_s": "5"}),
+        (True, {"duration_s": None}),
+        (True, {"source_fps": 0.0}),
+        (True, {"source_size_px": [0, 64]}),
+        (True, {"source_size_px": 3}),
+        (True, {"digest": "0" * 32}),
+        (True, {"times_s": np.array([math.nan])}),
+        (True, {"frames": np.zeros((0, 32, 32, 3), dtype=np.uint8)}),
+        (True, {"frames": np.zeros((2, 2), dtype=np.float32)}),
+        (True, {"compressed": True}),
+    ],
+)
+def test_the_cache_decodes_again_what_is_damaged_or_impossible(
+    videos: list[Path], tmp_path: Path, sealed: bool, changes: dict[str, Any]
+) -> None:
+    kept = clip_cache.ClipCache(tmp_path, 1 << 30)
+    first = kept.load(videos[0], SMALL, "pyav")
+    (entry,) = tmp_path.glob("*.npz")
+    assert kept._read(entry, videos[0]) is not None
+    edit_entry(entry, sealed=sealed, **changes)
+    assert kept._read(entry, videos[0]) is None
+    again = kept.load(videos[0], SMALL, "pyav")
+    assert (again.duration_s, again.digest, again.source_fps) == (
+        first.duration_s,
+        first.digest,
+        first.source_fps,
+    )
+
+
+def test_the_cache_unpickles_nothing(videos: list[Path], tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    kept = clip_cache.ClipCache(tmp_path / "cache", 1 << 30)
+    kept.load(videos[0], SMALL, "pyav")
+    (entry,) = (tmp_path / "cache").glob("*.npz")
+    with np.load(entry) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    np.savez(entry, **{**arrays, "frames": np.array([Trap()], dtype=object)})
+    assert kept.load(videos[0], SMALL, "pyav").frames.dtype == np.uint8
+    entry.write_bytes(pickle.dumps(Trap()))
+    assert kept.load(videos[0], SMALL, "pyav").frames.dtype == np.uint8
+    assert not (tmp_path / "ran").exists()

@@ -349,6 +349,38 @@ def test_kills_in_every_stage_leave_no_trace(
         aside.rename(whole)
 
 
+def test_damaged_files_of_rounds_are_made_again(
+    three: tuple[Path, Recipe, Asked], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, recipe, _ = three
+    aside = whole.parent / "undisturbed"
+    shutil.copytree(whole, aside)
+    try:
+        base = min(path for path in (whole / "eval").glob("base-*.json"))
+        files = {
+            whole / "rounds.json": b"null",
+            whole / "round-1" / "select.json": bytes(100),
+            base: b"[]",
+        }
+        for name in ("round-2/selected.jsonl", "round-1/model/model.safetensors"):
+            content = bytearray((whole / name).read_bytes())
+            content[-9] ^= 1  # one bit
+            files[whole / name] = bytes(content)
+        for path, damaged in files.items():
+            path.write_bytes(damaged)
+        run_rounds(recipe)
+        told = "".join(capsys.readouterr().err.split())
+        for path in files:
+            assert f"{path.parent if path.parent.name == 'model' else path}isdamaged" in told
+        shutil.rmtree(whole / "round-1" / "damaged-model")
+        mine, theirs = contents(whole), contents(aside)
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if mine[name] != theirs[name]] == []
+    finally:
+        shutil.rmtree(whole)
+        aside.rename(whole)
+
+
 # ---------------------------------------------------------------------------------- other settings, refusals
 
 
