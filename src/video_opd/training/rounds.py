@@ -49,7 +49,8 @@ from video_opd.training.loop import Build, check_trackers, train
 from video_opd.training.run_folder import RunFolder, read_record
 
 POLL_S = 1.0
-_COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate", "selected"}
+_COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate"}
+_COUNTS |= {"candidates", "selected", "shortfall"}
 
 
 @dataclass(frozen=True, kw_only=True)

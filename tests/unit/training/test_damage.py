@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -329,3 +330,37 @@ def test_the_list_of_a_folder_names_what_sha256sum_prints(tmp_path: Path) -> Non
     (tmp_path / "list.json").write_text(json.dumps({**text, "step": 4}))
     with pytest.raises(UserError, match="does not match its own digest"):
         read_list(tmp_path, "list.json")
+
+
+class Trap:
+    """An object that leaves a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("place", ["alone", "optimizer", "random", "bare pickle", "no state", "wrong shapes"])
+def test_a_training_state_of_somebody_else_runs_nothing(cut_off: tuple[Path, bool], place: str) -> None:
+    """Its list of digests is right: whoever writes a checkpoint can write that, too."""
+    from video_opd.training.checkpoint import STATE
+    from video_opd.training.digests import read_list, write_list
+
+    path, adapted = cut_off
+    saved = path / "checkpoints" / "step-4"
+    state: Any = torch.load(saved / "training.pt", weights_only=True)
+    trap = Trap(path / "ran")
+    if place == "bare pickle":
+        (saved / "training.pt").write_bytes(pickle.dumps(trap))
+    else:
+        if place == "wrong shapes":
+            state["random"] = [{"python": (3, (), None), "numpy": 5, "torch": torch.zeros(3)}]
+        given = {"alone": trap, "no state": {}, "wrong shapes": state}
+        torch.save(given.get(place, {**state, place: trap}), saved / "training.pt")
+    facts = read_list(saved, STATE)
+    write_list(saved, STATE, {"step": 4, "recipe": facts["recipe"]})
+    with pytest.raises(UserError, match=r"step-4.* delete .*step-4|step-4.*delete the folder"):
+        train(settings(path, adapted), Build())
+    assert not (path / "ran").exists()
