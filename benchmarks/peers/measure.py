@@ -85,7 +85,8 @@ class Measure:
         return {
             "seconds": [round(value, 4) for value in seconds],
             "loaded_bytes": self.loaded_bytes,
-            "peak_bytes": status("VmHWM"),
+            # The kernel counts pages in batches, so its peak may be some pages behind.
+            "peak_bytes": max(status("VmHWM"), self.loaded_bytes),
             "prompt_tokens": sorted({prompt["tokens"] for prompt in self.prompts}),
             "visual_tokens": sorted({prompt["visual"] for prompt in self.prompts}),
             "answer_tokens": round(statistics.fmean(self.answer_lengths[self.warmup :]), 2),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 
 # DOM key → (code, Windows key code, text)
 KEYS = {

@@ -11,11 +11,11 @@ import pytest
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed nowhere")
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(30_000):
+def wait_until(condition: Callable[[], bool], every_s: float = 0.01) -> None:
+    for _ in range(round(300 / every_s)):
         if condition():
             return
-        time.sleep(0.01)
+        time.sleep(every_s)
     raise AssertionError("it did not come to that")
 
 

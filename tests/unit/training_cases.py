@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from model_cases import encode, model, processor
+from process_cases import wait_until
 
 from video_opd.algorithms.registry import make_method
 from video_opd.config import Recipe, recipe_from_dict
@@ -211,19 +213,34 @@ def fork(work: Callable[..., Any], *arguments: Any) -> Any:
     return process
 
 
+_ports = itertools.count()
+
+
 def free_port() -> int:
-    with contextlib.closing(socket.socket()) as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that nobody takes before it is used: the kernel gives out higher ones, other tests others."""
+    for number in _ports:
+        port = 10_000 + (os.getpid() % 1000) * 20 + number % 20
+        with contextlib.closing(socket.socket()) as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the numbers never end")
+
+
+def finish(processes: Sequence[Any]) -> list[int | None]:
+    """The exit codes of processes; None for one that hangs, which is killed."""
+    for process in processes:
+        process.join(timeout=900)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
 
 
 def kill_later(process: Any, folder: RunFolder, after_s: float) -> None:
     """Kills a start ``after_s`` seconds after everything is loaded, whatever it is doing then."""
     before = started_ns(folder)
-    deadline = time.monotonic() + 120
-    while process.exitcode is None and started_ns(folder) == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: process.exitcode is not None or started_ns(folder) != before)
     time.sleep(after_s)
     process.kill()
     process.join()

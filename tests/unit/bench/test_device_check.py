@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from model_cases import processor
+from process_cases import is_alive, wait_until
 from torch.utils.flop_counter import FlopCounterMode
 
 from video_opd.bench.work import Steps, checkpointed, prompts_of, seeds_of
@@ -39,7 +38,7 @@ check, section, pins = (_script(name) for name in ("check", "section", "pins"))
 WRITES = 'printf \'{"summary": "%s", "rows": [{"what": "w", "figure": "f", "ok": true}]}\' "$0" > "$2"; '
 
 
-def command(name: str, script: str, limit_s: float = 60.0) -> Any:
+def command(name: str, script: str, limit_s: float = 600.0) -> Any:
     """A section in shell: $0 is its name, $2 its file, $3 is --tiny."""
     return check.Section(name=name, command=("sh", "-c", script, name), limit_s=limit_s)
 
@@ -56,7 +55,7 @@ def test_a_section_that_fails_leaves_the_others_whole(tmp_path: Path, capsys: py
         command("first", WRITES + 'echo "given $3"'),
         command("wrote, then failed", WRITES + "exit 1"),
         command("wrote nothing", "echo broken >&2; exit 3"),
-        check.Section(name="not there", command=(sys.executable, "no-such-script.py"), limit_s=60),
+        check.Section(name="not there", command=(sys.executable, "no-such-script.py"), limit_s=600),
         command("last", WRITES),
     ]
     assert check.run_sections(sections, tmp_path, 600, tiny=True) == 1
@@ -70,7 +69,7 @@ def test_a_section_that_fails_leaves_the_others_whole(tmp_path: Path, capsys: py
     results = json.loads((tmp_path / "device.json").read_text())
     assert [bool(result["record"]) for result in results] == [True, True, False, False, True]
     table = (tmp_path / "device.md").read_text()
-    assert "| first | ok | 0 of 60 s | first |" in table and "see device.log" in table
+    assert "| first | ok | 0 of 600 s | first |" in table and "see device.log" in table
     assert table.count("| w | f | ok |") == 3 and table in capsys.readouterr().out
     log = (tmp_path / "device.log").read_text()
     assert "given --tiny" in log and "broken" in log
@@ -101,15 +100,8 @@ def test_what_a_section_leaves_running_is_killed(tmp_path: Path) -> None:
 
 def gone(process: int) -> bool:
     """Killed, or only not yet collected by its new parent."""
-    for _ in range(500):
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] == "Z":
-                return True
-            os.kill(process, 0)
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
+    wait_until(lambda: not is_alive(process))
+    return True
 
 
 def test_no_section_begins_when_the_time_of_all_is_used_up(tmp_path: Path) -> None:

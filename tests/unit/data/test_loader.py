@@ -9,11 +9,13 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from process_cases import wait_until
 from video_cases import write_video
 
 from video_opd.config import VideoConfig
@@ -90,10 +92,8 @@ def test_what_is_made_ahead_is_bounded_and_goes_on_while_the_caller_works(videos
     started = count_decodes(monkeypatch)
     iterator = iter(PromptLoader(rows(videos, queries) * 4, encoder(), SMALL, workers=2, prefetch=3))
     next(iterator)
-    deadline = time.monotonic() + 20
-    while len(started) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
+    wait_until(lambda: len(started) >= 4)
+    time.sleep(0.2)  # more might come
     assert len(started) == 4  # the one in hand, and three ahead
     iterator.close()  # type: ignore[attr-defined]
 
@@ -160,19 +160,26 @@ def test_a_bad_query_on_a_bad_video_has_its_own_reason(tmp_path):
 
 
 def test_waiting_is_measured_and_a_left_loader_stops_its_threads(videos, monkeypatch):
+    """The clock of this test moves by 0.1 s once: when the caller waits, and the first video is decoded."""
+    waits, now_s = threading.Event(), [0.0]
+
+    def clock() -> float:
+        read_s = now_s[0]
+        waits.set()
+        return read_s
+
     def slow(path, *arguments):
-        time.sleep(0.1)
+        assert waits.wait(300)
+        now_s[0] = 0.1
         return load_clip(path, *arguments)
 
+    monkeypatch.setattr(loader, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(loader, "load_clip", slow)
     made = PromptLoader(rows(videos, queries=1), encoder(), SMALL, workers=1)
     for _ in made:
         break
-    assert made.wait_s >= 0.1
-    deadline = time.monotonic() + 20
-    while any(t.name.startswith("decode") for t in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(t.name.startswith("decode") for t in threading.enumerate())
+    assert made.wait_s == 0.1
+    wait_until(lambda: not any(t.name.startswith("decode") for t in threading.enumerate()))
 
 
 def test_the_cache_gives_the_same_clips_without_decoding(videos, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from training_cases import (
     Watched,
     assert_equal_to_rounding,
     assert_same_run,
+    finish,
     free_port,
     kill_later,
     make_recipe,
@@ -528,9 +529,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     train(grpo_recipe(tmp_path / "one"), Build())
     port = free_port()
     processes = [start(rank, 2, port, grpo_recipe(tmp_path / "two"), Build()) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert finish(processes) == [0, 0]
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
 
 

@@ -22,6 +22,7 @@ from training_cases import (
     Watched,
     assert_equal_to_rounding,
     assert_same_run,
+    finish,
     free_port,
     kill_later,
     make_recipe,
@@ -143,9 +144,7 @@ def test_two_processes_equal_one(tmp_path: Path, recompute: bool):
     sections["model"] = {"gradient_checkpointing": recompute}
     recipe = make_recipe(tmp_path / "two", **sections)
     processes = [start(rank, 2, port, recipe, Build(rows=7, broken=("s3",))) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert finish(processes) == [0, 0]
     assert_equal_to_rounding(alone.path, tmp_path / "two")
 
 
@@ -159,14 +158,17 @@ def test_kills_at_random_moments_leave_no_trace(undisturbed: RunResult, tmp_path
     run_s = sum(row["time/step_s"] for row in rows_of(undisturbed.path / "metrics.jsonl"))
     draws = random.Random(0)
     struck = 0
-    for _ in range(KILLS):
+    while struck < KILLS:
         process = start(0, 1, free_port(), recipe, Build())
         kill_later(process, folder, draws.uniform(0.0, 0.5 * run_s))
-        struck += process.exitcode == -signal.SIGKILL
+        if process.exitcode != -signal.SIGKILL:  # the machine is faster now: the run ended before
+            run_s /= 2
+            shutil.rmtree(folder.path)
+            continue
+        struck += 1
         steps = [int(path.name.split("-")[1]) for path in folder.checkpoints.glob("step-*")]
         if steps:  # what a checkpoint stands on was reported, whole
             assert len(folder.metrics.read_bytes().splitlines()) >= max(steps)
-    assert struck > KILLS // 2  # the others came after the end
     process = start(0, 1, free_port(), recipe, Build())
     process.join()
     assert process.exitcode == 0

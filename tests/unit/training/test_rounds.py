@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from process_cases import wait_until
 from training_cases import fork, repeatable, rows_of
 
 from video_opd.cli import main
@@ -270,10 +271,7 @@ def started(folder: Path, stage: str) -> bool:
 
 def kill_in(stage: str, folder: Path, recipe: Recipe, after_s: float) -> None:
     process = fork(run_rounds, recipe)
-    deadline = time.monotonic() + 60
-    while process.exitcode is None and not started(folder, stage):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: process.exitcode is not None or started(folder, stage), every_s=0.002)
     time.sleep(after_s)
     process.kill()
     process.join()

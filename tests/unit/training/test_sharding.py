@@ -18,7 +18,7 @@ import pytest
 import torch
 from model_cases import mixture, model
 from safetensors.torch import load_file
-from training_cases import Build, assert_equal_to_rounding, free_port, make_recipe, rows_of, start
+from training_cases import Build, assert_equal_to_rounding, finish, free_port, make_recipe, rows_of, start
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
@@ -113,9 +113,7 @@ def build_of(name: str, engine: str = "prefix") -> Recording:
 def train_on_two(recipe: Recipe, build: Build) -> Path:
     port = free_port()
     processes = [start(rank, 2, port, recipe, build) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert finish(processes) == [0, 0]
     return Path(recipe.run.dir)
 
 
@@ -241,7 +239,7 @@ def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "two" / "environment.json").read_text())

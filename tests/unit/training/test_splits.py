@@ -11,6 +11,7 @@ from training_cases import (
     Build,
     assert_equal_to_rounding,
     assert_same_run,
+    finish,
     free_port,
     make_recipe,
     rows_of,
@@ -62,9 +63,7 @@ def test_the_split_does_not_matter(name: str, tmp_path: Path):
 
     port, two = free_port(), tmp_path / "two"
     processes = [start(rank, 2, port, recipe_of(name, two, 8), build) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=300)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert finish(processes) == [0, 0]
     assert_equal_to_rounding(whole.path, two)
 
     resumed = tmp_path / "resumed"
