@@ -174,17 +174,17 @@ def started(case: Case, folder: Path) -> subprocess.Popen[str]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What the files hold, without times, versions and places."""
+    """What the files hold, without times and the files of trackers."""
     return {
-        str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): content(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "video-opd: " not in str(path) and not path.name.startswith("events.out")
     }
 
 
 def content(path: Path) -> Any:
-    if path.name in ("environment.json", "b.json", "training.pt", "report.html", "r.html"):
+    if path.name in ("environment.json", "b.json", "report.html", "r.html", "README.md"):
         return None  # it holds times
-    if path.name == "README.md":
-        return None
     if path.name == "metrics.jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
