@@ -57,7 +57,8 @@ RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Recipe(Settings):
-    """One run, completely: the same recipe on the same machine gives the same weights."""
+    """One run, completely: the same recipe on the same machine, with the same number of threads, gives the
+    same weights."""
 
     method: MethodName
     model: ModelConfig = Field(default_factory=ModelConfig)

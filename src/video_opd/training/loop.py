@@ -1,5 +1,7 @@
 """A training run, from a recipe to a model folder. If it is killed and repeated, it ends the same.
 
+The number of threads must stay the same for that: torch adds in another order with another number.
+
     plan → (rows → trajectories → scores → signal → (update → metrics)+ → checkpoint)* → model/
 
 Every process has the same plan and weights and makes the same steps. The rows of a batch are split between
