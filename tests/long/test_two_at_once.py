@@ -43,7 +43,7 @@ class Case:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, predictions, scores and a run, for commands to read."""
     folder = tmp_path_factory.mktemp("world")
-    for words in (
+    prepare: list[list[str | Path]] = [
         ["world", "make", "--out", "w", "--videos", "train=6", "short=3", "--workers", "1"],
         ["predict", BASE, "w/short.jsonl", "--out", "p.jsonl", "--max-new-tokens", "16", *SMALL],
         [
@@ -61,7 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("--k", "1", "--max-new-tokens", "16", *SMALL),
         ],
         ["train", *recipe(folder, "video-opd"), "--run.dir", "run", "--optim.max_steps", "1"],
-    ):
+    ]
+    for words in prepare:
         done = subprocess.run(
             command(words), cwd=folder, env=environment(folder), capture_output=True, text=True
         )
@@ -83,15 +84,17 @@ def recipe(world: Path, name: str) -> list[str | Path]:
 def cases(world: Path) -> dict[str, Case]:
     data, train = world / "w" / "short.jsonl", world / "w" / "train.jsonl"
     video = min((world / "w" / "videos").glob("short*.mp4"))
-    models = ["--student", BASE, "--teacher", TEACHER]
+    models: list[str | Path] = ["--student", BASE, "--teacher", TEACHER]
     short = ["--max-new-tokens", "16", *SMALL]
     rounds = ["--data.limit", "6", "--tvdf.k", "2", "--rounds.count", "1", "--optim.max_steps", "2"]
-    made = ["--predictions", world / "p.jsonl"]
-    scores = ["--scores", world / "s.jsonl", "--strategy", "topk", "--min-teacher-iou", "0", "--k", "4"]
+    made: list[str | Path] = ["--predictions", world / "p.jsonl"]
+    scores: list[str | Path] = ["--scores", world / "s.jsonl", "--strategy", "topk", "--k", "4"]
+    scores += ["--min-teacher-iou", "0"]
     locked: dict[str, list[str | Path]] = {
         "train": ["train", *recipe(world, "video-opd"), "--run.dir", "out", "--optim.max_steps", "3"],
         "rounds": [
-            *("rounds", *recipe(world, "rounds"), *rounds, "--run.dir", "out", "--evaluate.data", data),
+            *("rounds", *recipe(world, "rounds"), *rounds),
+            *("--run.dir", "out", "--evaluate.data", data),
         ],
         "predict": ["predict", BASE, data, "--out", "out/p.jsonl", *short],
         "score": ["score", *models, "--data", train, "--out", "out/s.jsonl", "--k", "1", *short],
