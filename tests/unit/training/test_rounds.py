@@ -386,13 +386,18 @@ def test_rows_may_be_used_again_and_a_teacher_that_is_known_is_not_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    real = pool.load_inference_model
+    load_student, load_teacher = pool.load_inference_model, pool.load_model
 
-    def watched(config: Any, *arguments: Any) -> Any:
+    def student(config: Any, *arguments: Any) -> Any:
         opened.append(Path(config.model.path).name)
-        return real(config, *arguments)
+        return load_student(config, *arguments)
 
-    monkeypatch.setattr(pool, "load_inference_model", watched)
+    def teacher(path: str, **settings: Any) -> Any:
+        opened.append(Path(path).name)
+        return load_teacher(path, **settings)
+
+    monkeypatch.setattr(pool, "load_inference_model", student)
+    monkeypatch.setattr(pool, "load_model", teacher)
     recipe = make_recipe(
         world,
         tmp_path / "run",
