@@ -32,10 +32,10 @@ from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of
 from video_opd.progress import log
 from video_opd.training.digests import Damage, check_files, read_list, write_list
-from video_opd.training.model_card import CARD
 
 ADAPTER = "adapter"
 STATE = "state.json"
+CARD = "README.md"  # the model card of a model folder, which people may edit
 DIGESTS = "digests.json"  # in the model folder and the adapter folder of a finished run
 _PREFIX = "step-"
 _EXPERTS = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")

@@ -38,7 +38,7 @@ from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
 from video_opd.training.components import Components, build_components
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
-from video_opd.training.model_card import CARD, model_card
+from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
@@ -358,7 +358,8 @@ def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, compone
             card = model_card(recipe, folder, components.samples)
             checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe, card)
         evaluate_model(recipe, components, folder)
-        write_text(folder.model / CARD, model_card(recipe, folder, components.samples))  # with its metrics
+        card = model_card(recipe, folder, components.samples)  # with its metrics
+        write_text(folder.model / checkpoints.CARD, card)
         write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
         log(f"wrote {folder.model}")
     accelerator.wait_for_everyone()

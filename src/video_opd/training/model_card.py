@@ -23,7 +23,6 @@ from video_opd.types import Sample
 if TYPE_CHECKING:
     from video_opd.training.run_folder import RunFolder
 
-CARD = "README.md"
 OURS = "this model"
 METHODS = {
     "video-opd": "Video-OPD, on-policy distillation: the student samples responses to its training queries, "
