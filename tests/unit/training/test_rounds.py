@@ -6,6 +6,7 @@ real.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -152,7 +153,10 @@ def test_a_selection_is_that_of_the_command(
         )
         assert out.read_bytes() == (path / "selected.jsonl").read_bytes()
         out.unlink()
-        assert read(path / "select.json") == json.loads(json.dumps(summary.to_json()))
+        record = read(path / "select.json")
+        # A later start knows by it whether the selection is still the one that was made.
+        assert record.pop("sha256") == hashlib.sha256((path / "selected.jsonl").read_bytes()).hexdigest()
+        assert record == json.loads(json.dumps(summary.to_json()))
         used += ids(path / "selected.jsonl")
 
 
