@@ -4,6 +4,9 @@ The new content is written under a temporary name beside its target, flushed to 
 or a full disk leaves what was there before. (A folder is replaced by two renames. A kill between them leaves
 the old folder as ``.old-NAME``, from where :func:`discard_unfinished` and the next writer bring it back.)
 
+A writer holds a ``flock`` on its temporary file, and the kernel drops it when the writer has died. So the
+temporary files of dead writers can be told from those of living ones, and only they are removed.
+
 Example::
 
     with replacing_file("runs/a/model.bin") as temporary:
@@ -13,6 +16,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -29,7 +33,8 @@ REPLACED = ".old-"  # the same for a folder that is about to be removed
 def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary path; the file that the block writes there then takes the place of ``path``.
 
-    The folder is made if it is not there. If ``path`` is a link, the file that it points to is replaced.
+    The folder is made if it is not there. If ``path`` is a link, the file that it points to is replaced. The
+    temporary file is there and empty; the block writes into it, and does not replace it by another.
     ``flush=False`` does not wait for the disk: it is for files whose content is checked when they are read.
 
     Raises :class:`UserError` that names ``path`` and the remedy if the block or the replacement raises
@@ -41,9 +46,11 @@ def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
         raise UserError(f"{path}: not a plain file; name a file to write")
     # The name ends in random letters: it matches no pattern such as *.json, and two writers do not collide.
     temporary = target.with_name(f"{UNFINISHED}{target.name}.{os.urandom(4).hex()}")
+    lock = None
     try:
         with disk_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
+            lock = _made_and_locked(temporary)
             yield temporary
             if flush:
                 _flush(temporary)
@@ -51,6 +58,8 @@ def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -84,10 +93,11 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def discard_unfinished(folder: str | Path, name: str = "") -> None:
-    """Removes the unfinished files and folders that a kill left in ``folder``. Nothing may be writing there.
+    """Removes the unfinished files and folders that a kill left in ``folder``.
 
-    With ``name``, only those whose own names begin with it. A folder that was moved aside, and whose
-    successor did not come, is brought back.
+    Files that another process is writing stay, and so do all unfinished files on a file system without locks.
+    Nothing may be replacing a folder there. With ``name``, only those whose own names begin with it are
+    removed. A folder that was moved aside, and whose successor did not come, is brought back.
     """
     pattern = f"{glob.escape(name)}*"
     for old in Path(folder).glob(f"{REPLACED}{pattern}"):
@@ -97,8 +107,7 @@ def discard_unfinished(folder: str | Path, name: str = "") -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove_if_abandoned(path)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -131,6 +140,37 @@ def _target(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # the working folder was deleted; a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: not a path that can be written ({reason}); choose another place") from None
+
+
+def _made_and_locked(temporary: Path) -> int:
+    """Makes the file and returns a descriptor that locks it, as far as the file system has locks.
+
+    ``flock`` belongs to the descriptor: a POSIX record lock would end when the block closes the file.
+    """
+    while True:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            # Between the two calls the file looked abandoned. If it was removed, the lock is worth nothing.
+            if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _remove_if_abandoned(temporary: Path) -> None:
+    """Removes the file unless it is locked by its writer, or cannot be locked."""
+    with contextlib.suppress(OSError):
+        if temporary.is_symlink():
+            temporary.unlink()
+            return
+        # NFS gives an exclusive lock to descriptors that may write.
+        descriptor = os.open(temporary, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _tidy(temporary: Path, old: Path, target: Path) -> None:

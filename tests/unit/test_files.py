@@ -198,3 +198,61 @@ def test_a_kill_leaves_the_old_and_remains_that_are_recognised(tmp_path: Path, k
     discard_unfinished(tmp_path)
     discard_unfinished(tmp_path / "not there")
     assert content(tmp_path) == before and os.listdir(tmp_path) == ["target"]
+
+
+def discard_in_another_process(folder: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=discard_unfinished, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_what_a_living_writer_has_not_finished_stays(tmp_path: Path) -> None:
+    """A command that starts in the folder meanwhile removes only what dead writers left."""
+    (tmp_path / ".part-of-an-earlier-version.json.0badcafe").write_text("half")
+    (tmp_path / ".part-link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / ".part-pipe")
+    with replacing_file(tmp_path / "report.html") as temporary:
+        discard_in_another_process(tmp_path)
+        discard_unfinished(tmp_path)
+        assert os.listdir(tmp_path) == [temporary.name]
+        with open(temporary, "w") as file:
+            file.write("first")
+        discard_in_another_process(tmp_path)  # closing the file did not end the lock
+        temporary.write_text("second")
+        discard_in_another_process(tmp_path)
+    assert content(tmp_path) == {"report.html": "second"}
+
+
+def test_a_file_that_was_removed_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = files.fcntl.flock, 0
+
+    def removed_before(descriptor: int, how: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            discard_in_another_process(tmp_path)
+        real(descriptor, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", removed_before)
+    with replacing_file(tmp_path / "a.txt") as temporary:
+        monkeypatch.undo()
+        discard_in_another_process(tmp_path)
+        temporary.write_text("whole")
+    assert calls == 2 and content(tmp_path) == {"a.txt": "whole"}
+
+
+def test_without_locks_nothing_that_may_be_written_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    with replacing_file(tmp_path / "a.txt") as temporary:
+        discard_unfinished(tmp_path)
+        temporary.write_text("whole")
+        discard_unfinished(tmp_path)
+    assert content(tmp_path) == {"a.txt": "whole"}
