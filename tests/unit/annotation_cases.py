@@ -10,6 +10,7 @@ from typing import Any
 from video_opd.convert.conversion import ConvertSettings, convert
 from video_opd.convert.outcome import Conversion
 from video_opd.data.annotations import read_samples
+from video_opd.data.prompts import STYLES
 
 
 def write(path: Path, content: Any) -> Path:
@@ -82,6 +83,29 @@ def vtimellm_row(*turns: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def released_row(
+    query: str = "a dog barks",
+    answer: str = "12.54 to 17.83",
+    video: str = "videos/didemo/abc.mp4",
+    **changes: Any,
+) -> dict[str, Any]:
+    """A row of the released data set of Video-OPD; its ``messages`` hold what its columns do."""
+    _, subset, file = video.split("/")
+    row = {
+        "video": video,
+        "video_filename": file,
+        "subset": subset,
+        "system_prompt": STYLES["paper"].system,
+        "user_query": STYLES["paper"].ask(query),
+        "assistant_response": answer,
+    } | changes
+    turns = {"system": "system_prompt", "user": "user_query", "assistant": "assistant_response"}
+    messages = [{"role": role, "content": row[column]} for role, column in turns.items()]
+    if isinstance(row["user_query"], str) and not row["user_query"].startswith("<video>"):
+        messages[1]["content"] = f"<video>{row['user_query']}"
+    return {**row, "messages": changes.get("messages", json.dumps(messages, default=str))}
+
+
 ROW: dict[str, Any] = {
     "qid": 1,
     "query": "a dog",
@@ -119,5 +143,6 @@ MINIATURES: dict[str, tuple[str, Any]] = {
         'video\tclips\nv.mp4\t"[{""clip"": ""0:00 - 0:05"", ""caption"": ""q""}]"\n',
     ),
     "videomind": ("a.jsonl", [FLAT]),
+    "video-opd-dataset": ("a.jsonl", [released_row()]),
     "video-opd": ("a.jsonl", [{"id": "i", "video": "v.mp4", "query": "q", "spans": [[1, 2]], "duration": 9}]),
 }

@@ -212,6 +212,8 @@ class _Work:
         result.unannotated += values.is_absent(question.spans)
         result.without_duration += duration_s is None
         result.on_clips += clip is not None and clip[0] > 0
+        if question.note:
+            result.notes[question.note] += 1
         if video in self.videos.missing:
             result.not_found.add(video)
         if duration_s is not None:

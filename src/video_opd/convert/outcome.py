@@ -46,6 +46,7 @@ class Conversion:
     without_duration: int = 0
     latest_end: float | None = None  # where the last span ends, as a share of its video's duration
     on_clips: int = 0  # questions whose times count from the start of a clip
+    notes: Counter[str] = field(default_factory=Counter)  # what the format notes -> how many rows it is about
     videos: set[str] = field(default_factory=set)
     not_found: set[str] = field(default_factory=set)  # videos that are not under the video root
     of_two_lengths: set[str] = field(default_factory=set)  # videos with more than one duration
@@ -81,6 +82,7 @@ class Conversion:
             "unannotated": self.unannotated,
             "without_duration": self.without_duration,
             "on_clips": self.on_clips,
+            "notes": dict(self.notes),
             "latest_end": self.latest_end,
             "videos": len(self.videos),
             "videos_not_found": sorted(self.not_found),

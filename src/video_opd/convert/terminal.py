@@ -36,6 +36,7 @@ def conversion_lines(result: Conversion) -> Iterator[str]:
         (result.unannotated, "questions without spans, as in the source"),
         (result.without_duration, "rows without a duration: give --durations FILE, or --probe"),
         (result.on_clips, "rows about a clip of a video" + _CLIPS),
+        *((count, note) for note, count in result.notes.items()),
         (len(result.not_found), f"videos not found under the video root: {_first(sorted(result.not_found))}"),
         (len(result.of_two_lengths), "videos with more than one duration: files of clips share a name"),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from video_opd.errors import UserError
@@ -40,9 +41,35 @@ class PromptStyle:
             query = re.sub(r"\s+", " ", query).strip().strip(".").strip()
         return self.user.replace("{query}", query)
 
+    def query_of(self, text: str) -> str | None:
+        """The query in a user text of this style: what :meth:`ask` put there. None for any other text.
+
+        Another typography is the same text: a quotation mark may be curly or straight, and white space may
+        be any other white space.
+        """
+        match = _asked(self.user).fullmatch(text.strip())
+        return match["query"].strip() if match else None
+
     def write_answer(self, span: Interval) -> str:
         """Writes ``span`` in the answer format: the text that SFT trains on for an annotation."""
         return self.answer_format.format(start=span[0], end=span[1])
+
+
+_QUOTATION_MARKS = ('"“”„‟', "'‘’‚‛")
+
+
+@cache
+def _asked(user: str) -> re.Pattern[str]:
+    """The user texts that a style's ``user`` becomes; the group ``query`` is the query."""
+    before, after = (_in_any_typography(part) for part in user.split("{query}"))
+    return re.compile(f"{before}(?P<query>.*){after}", re.DOTALL)
+
+
+def _in_any_typography(text: str) -> str:
+    pattern = re.sub(r"(?:\\\s)+", r"\\s+", re.escape(text))
+    for marks in _QUOTATION_MARKS:
+        pattern = re.sub(f"[{marks}]", f"[{marks}]", pattern)
+    return pattern
 
 
 # A token that a model does not take as text: <|im_end|>, <|video_pad|>. In a query it would end the turn or

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from annotation_cases import FLAT, MINIATURES, ROW, converted, time_r1_row, write
+from annotation_cases import FLAT, MINIATURES, ROW, converted, released_row, time_r1_row, write
 from places import REAL
 from video_cases import write_video
 
@@ -309,6 +309,68 @@ def test_parquet_and_saved_data_sets_hold_the_same_rows(tmp_path):
     for source, message in (("hub", "cannot be read as Parquet"), ("saved", "cannot be read as Arrow")):
         with pytest.raises(UserError, match=message):
             converted(tmp_path / source)
+
+
+def test_the_released_data_set_is_read_from_its_folder(tmp_path):
+    """Parquet in the release's layout, in two files; durations from the videos; damaged cells."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root = tmp_path / "set"
+    for name, frames in (("didemo/abc.mp4", 40), ("queryd/abc.mkv", 80)):
+        (root / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(root / "videos" / name, frames)
+    good = [
+        released_row("a dog barks", "1.20 to 3.00"),
+        released_row("a cat", "0.5 to 99.00", "videos/queryd/abc.mkv"),
+        released_row("a bird", "2.00 to 2.50", "videos/hirest/gone.mp4"),
+    ]
+    text = pyarrow.schema({key: pyarrow.string() for key in good[0]})
+    (root / "data").mkdir()
+    shards = [root / "data" / f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    parquet.write_table(pyarrow.Table.from_pylist(good[:2], text), shards[0])
+    nulls = dict.fromkeys(text.names)
+    parquet.write_table(pyarrow.Table.from_pylist([nulls, good[2]], text), shards[1])
+
+    out = tmp_path / "out" / "train.jsonl"
+    out.parent.mkdir()
+    result = convert(root, out, settings=ConvertSettings(video_root=root, probe=True))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    name = "video-opd-dataset"
+    assert result.format == name and rows == [
+        {
+            "id": f"{name}:{key}",
+            "video": f"{root}/videos/{video}",
+            "query": query,
+            "duration": duration_s,
+            "spans": [span],
+            "source": video.split("/")[0],
+        }
+        for key, video, query, duration_s, span in (
+            ("abc", "didemo/abc.mp4", "a dog barks", 4.0, [1.2, 3.0]),
+            ("abc#1", "queryd/abc.mkv", "a cat", 8.0, [0.5, 8.0]),  # cut to the video
+            ("gone", "hirest/gone.mp4", "a bird", None, [2.0, 2.5]),
+        )
+    ]
+    assert [problem.line() for problem in result.problems] == [f"{shards[1]} row 0: no video (None)"]
+    assert (len(result.cut), result.without_duration, len(result.not_found)) == (1, 1, 1)
+    assert [sample.id for sample in read_annotations(out).samples] == [row["id"] for row in rows]
+
+    # the same rows by name and from one file, a column of bytes, and one of numbers
+    parquet.write_table(pyarrow.Table.from_pylist(good, text), root / "data" / "train.parquet")
+    for shard in shards:
+        shard.unlink()
+    convert(root / "data" / "train.parquet", out, name, ConvertSettings(video_root=root, probe=True))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    for key, kind, cell in (
+        ("assistant_response", pyarrow.binary(), b"1.20 to 3.00"),
+        ("user_query", pyarrow.binary(), b"\xff"),
+        ("system_prompt", pyarrow.int64(), 3),
+        ("messages", pyarrow.binary(), good[0]["messages"].encode()),
+    ):
+        schema = text.set(text.get_field_index(key), pyarrow.field(key, kind))
+        file = root / "data" / "train.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist([good[0] | {key: cell}], schema), file)
+        with pytest.raises(UserError, match=f"nothing in it can be used.*{key} is a"):
+            convert(file, out)
 
 
 # --- real files --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from annotation_cases import HIREST, converted, time_r1_row, vtimellm_row, write
+from annotation_cases import HIREST, converted, released_row, time_r1_row, vtimellm_row, write
 from growth_cases import is_linear
 
 from video_opd.convert.formats import FORMATS
@@ -361,6 +361,136 @@ def test_our_own_rows_keep_their_ids_and_keys(tmp_path):
         ("u", "v/a.mp4", "q.", 9.0, [], "video-opd"),
     ]
     assert rows[0]["more"] == [1] and result.unannotated == 1
+
+
+# The turns of the released data set, typed here: figure 7 with its query, as the data set holds it.
+def turn(query: str, quotes: str = "“”") -> str:
+    a, b = quotes[0], quotes[1]
+    return (
+        f"To accurately pinpoint the event {a}{query}{b} in the video, determine the precise time "
+        f"period of the event. Provide the start and end times (in seconds, precise to two decimal places) "
+        f"in the format {a}start time to end time{b}. For example: {a}12.54 to 17.83{b}."
+    )
+
+
+def test_video_opd_dataset(tmp_path):
+    twice = "the sign “in the video, determine” is read."
+    rows, result = converted(
+        write(
+            tmp_path / "train.jsonl",
+            [
+                released_row("a dog barks.", "12.54 to 17.83", user_query=turn("a dog barks.")),
+                released_row("", "3.00 to 9.50", user_query=f"<video>\n{turn(twice)}"),
+                released_row(
+                    "", "0 to 2", "videos/hirest/x.y.mkv", user_query=turn("it's", '""').replace(". ", ".\n")
+                ),
+            ],
+        )
+    )
+    name = "video-opd-dataset"
+    assert [plain(row) for row in rows] == [
+        (f"{name}:abc", "videos/didemo/abc.mp4", "a dog barks.", None, [[12.54, 17.83]], "didemo"),
+        (f"{name}:abc#1", "videos/didemo/abc.mp4", twice, None, [[3.0, 9.5]], "didemo"),
+        (f"{name}:x.y", "videos/hirest/x.y.mkv", "it's", None, [[0.0, 2.0]], "hirest"),
+    ]
+    assert all(list(row) == ["id", "video", "query", "duration", "spans", "source"] for row in rows)
+    assert result.format == name and result.without_duration == 3
+    ((note, count),) = result.notes.items()  # straight quotation marks: the trained prompt has curly ones
+    assert count == 1 and "another typography" in note and result.to_json()["notes"] == {note: 1}
+
+
+def said(*turns: tuple[Any, Any]) -> str:
+    return json.dumps([{"role": role, "content": content} for role, content in turns])
+
+
+SYSTEM = ("system", "You are a video analysis expert.")
+USER, ANSWER = ("user", turn("a dog barks")), ("assistant", "12.54 to 17.83")
+FILM = {"type": "video", "video": "videos/didemo/abc.mp4"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        said(SYSTEM, USER, ANSWER),
+        said(USER, ANSWER),
+        said(SYSTEM, ("user", [FILM, {"type": "text", "text": USER[1]}]), ANSWER),
+        said(
+            SYSTEM, ("user", [{"text": "<video>"}, {"text": USER[1]}]), ("assistant", [{"text": ANSWER[1]}])
+        ),
+        json.loads(said(SYSTEM, USER, ANSWER)),  # a list of objects, no text
+        {"role": ["system", "user", "assistant"], "content": [SYSTEM[1], USER[1], ANSWER[1]]},
+    ],
+)
+def test_messages_that_say_what_the_columns_say(tmp_path, messages):
+    (row,), _ = converted(write(tmp_path / "train.jsonl", [released_row(messages=messages)]))
+    assert (row["query"], row["spans"]) == ("a dog barks", [[12.54, 17.83]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        # another instruction
+        ({"user_query": "When does a dog bark?"}, "another instruction (user_query 'When does a dog bark?')"),
+        ({"user_query": turn("a dog barks") + " Think first."}, "another instruction"),
+        ({"user_query": turn("a dog barks").replace("two decimal", "three decimal")}, "another instruction"),
+        ({"user_query": turn("  ")}, "no query"),
+        (
+            {"system_prompt": "You are a helpful assistant."},
+            "another instruction (system_prompt 'You are a h",
+        ),
+        ({"system_prompt": None}, "not text (system_prompt is a NoneType)"),
+        ({"user_query": None}, "not text (user_query is a NoneType)"),
+        ({"user_query": ["To"]}, "not text (user_query is a list)"),
+        # answers
+        ({"assistant_response": "I do not know."}, "unreadable answer ('I do not know.')"),
+        ({"assistant_response": "frames 12 to 17"}, "unreadable answer"),
+        ({"assistant_response": "17.83 to 12.54"}, "unreadable answer ('17.83 to 12.54')"),
+        ({"assistant_response": ""}, "unreadable answer"),
+        ({"assistant_response": 12.54}, "not text (assistant_response is a float)"),
+        # videos
+        ({"video": None}, "no video (None)"),
+        ({"video": ""}, "no video"),
+        ({"video": "videos/didemo/"}, "two videos"),
+        ({"video": 7}, "no video (7)"),
+        ({"video_filename": "def.mp4"}, "two videos ('videos/didemo/abc.mp4', video_filename 'def.mp4')"),
+        # messages
+        ({"messages": None}, "not a list (messages is a NoneType)"),
+        ({"messages": "[{"}, "not a list"),
+        ({"messages": json.dumps(said(SYSTEM, USER, ANSWER))}, "not a list"),  # JSON in JSON
+        ({"messages": "[" * 10_000}, "not a list"),
+        ({"messages": "[[[]]]"}, "messages differ (a turn of None that no column holds)"),
+        ({"messages": "[]"}, "messages differ (no user turn)"),
+        ({"messages": said(SYSTEM, USER)}, "messages differ (no assistant turn)"),
+        ({"messages": said(SYSTEM, USER, ANSWER, ANSWER)}, "messages differ (a turn of 'assistant' that"),
+        ({"messages": said(USER, ("tool", "x"), ANSWER)}, "messages differ (a turn of 'tool' that"),
+        ({"messages": said(("system", "Be brief."), USER, ANSWER)}, "messages differ (system_prompt "),
+        (
+            {"messages": said(SYSTEM, ("user", turn("a cat barks")), ANSWER)},
+            "messages differ (user_query '… event “a dog barks” in the video, determine the prec",
+        ),
+        (
+            {"messages": said(SYSTEM, USER, ("assistant", "12.54 to 17.84"))},
+            "messages differ (assistant_response '…54 to 17.83', in messages '…54 to 17.84')",
+        ),
+        ({"messages": said(SYSTEM, USER, ("assistant", [12.54, 17.83]))}, "messages differ"),
+        (
+            {"messages": said(SYSTEM, USER, ("assistant", {"text": "x"}))},
+            "not text (the assistant turn in mess",
+        ),
+        (
+            {"messages": said(SYSTEM, ("user", [{"video": "d.mp4"}, {"text": USER[1]}]), ANSWER)},
+            "messages differ (the video 'videos/didemo/abc.mp4', 'd.mp4')",
+        ),
+        ({"messages": said(SYSTEM, ("user", "\ud800"), ANSWER)}, "messages differ"),
+    ],
+)
+def test_released_rows_that_do_not_fit_are_named(tmp_path, changes, problem):
+    row = released_row()
+    wrong = released_row(**changes) if "video" not in changes else row | changes
+    _, result = converted(write(tmp_path / "train.jsonl", [row, wrong, row]), "video-opd-dataset")
+    (found,) = result.problems
+    assert (result.written, found.where, found.what) == (2, f"{tmp_path / 'train.jsonl'}:2", "question")
+    assert found.line().partition(":2: ")[2].startswith(problem)
 
 
 def test_every_format_is_tried_here() -> None:

@@ -59,6 +59,23 @@ def test_thinking_only_adds_to_the_text():
     assert text.startswith(FIGURE_7) and "<think>" in text[len(FIGURE_7) :]
 
 
+@pytest.mark.parametrize("style", prompts.STYLES.values(), ids=prompts.STYLES)
+def test_the_query_is_found_in_what_was_asked(style):
+    for query in ("a {cat} jumps", "a “quoted”\nline", "it's (a) [b] \\d+ $1", style.user):
+        assert style.ask(style.query_of(style.ask(query))) == style.ask(query)
+    if not style.bare_query:
+        assert style.query_of(style.ask("Mr. T.")) == "Mr. T."
+
+
+def test_no_query_is_found_in_another_text():
+    paper = prompts.STYLES["paper"]
+    text = paper.ask("a cat")
+    assert paper.query_of(text.replace("“", '"').replace("”", '"').replace(" ", "\n ")) == "a\n cat"
+    for other in (text[1:], text[:-1], text + "x", text.replace("seconds", "minutes"), "a cat", ""):
+        assert paper.query_of(other) is None
+    assert prompts.STYLES["timelens"].query_of(text) is None
+
+
 def test_an_unknown_style_names_the_known_ones():
     with pytest.raises(UserError, match=r"'papre'.*paper"):
         build_messages("q", style="papre")

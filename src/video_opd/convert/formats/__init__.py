@@ -15,6 +15,7 @@ from video_opd.convert.formats.qvhighlights import QVHIGHLIGHTS
 from video_opd.convert.formats.sources import Source
 from video_opd.convert.formats.time_r1 import TRAINING, TVGBENCH
 from video_opd.convert.formats.timelens import BENCH, HUNDRED_K
+from video_opd.convert.formats.video_opd_dataset import VIDEO_OPD_DATASET
 from video_opd.convert.formats.videomind import VIDEOMIND
 from video_opd.convert.formats.vtimellm import VTIMELLM
 from video_opd.errors import UserError
@@ -38,6 +39,7 @@ FORMATS: dict[str, Format] = {
         VTIMELLM,
         INTERLINK,
         VIDEOMIND,
+        VIDEO_OPD_DATASET,
         OWN,
     )
 }

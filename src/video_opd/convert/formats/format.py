@@ -32,6 +32,7 @@ class Question:
     ends_with_video: bool = False  # the format defines that a span past the end is cut
     clip: Any = None  # (start_s, end_s) of the whole video, if times count from the start of that clip
     extra: Mapping[str, Any] = field(default_factory=dict)  # kept in the row
+    note: str = ""  # what a person should know about the row: "rows …", counted over all rows that say it
 
 
 class Unusable(Exception):
