@@ -1,13 +1,16 @@
 """The numbers in a response, with their units: which of them may be times, and in which form.
 
 Only seconds and clock times are times. A unit may stand before its number ("frames 120 to 180") or after it,
-in English and, because responses mix languages, in plain Chinese, Japanese and Korean.
+in English and, because responses mix languages, in plain Chinese, Japanese and Korean. A number is read whole or
+not at all: no part of "1_000", "10^2", "1e-2" or "A.1" is a time.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class Number:
     bare: bool  # digits without a unit: if a noun follows, they count things
 
 
-_NUMBER = re.compile(r"(?:[0-9]+|(?<![\w.])\.[0-9]+)(?:[.,:/][0-9]+)*")
+# Digits of every script, so that "1٣" is one number; only [0-9] is read. A point may lead: ".5".
+_NUMBER = re.compile(r"(?:\d+|(?<![^\W_])(?<!\.)\.\d+)(?:[.,:/]\d+)*(?:e[+-]\d+)?", re.I)
 _PLAIN = re.compile(r"[0-9]{1,7}(?:\.[0-9]+)?|\.[0-9]+")  # short enough to stay finite
 _CLOCK = re.compile(r"(?:([0-9]{1,3}):)?([0-9]{1,3}):([0-9]{2}(?:\.[0-9]+)?)")
 # Thousands: "1,234.5" and "1.234,5".
@@ -31,6 +35,10 @@ _GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,3}(?:\.[0-
 _UNIT = re.compile(
     r"\s*\(\s*s(?:ec(?:ond)?s?)?\s*\)|\s*second\(s\)|\s*秒[钟鐘間]?|\s*초"
     r"|(?:\s*(?:seconds?|secs?|s)|-(?:seconds?|secs?))(?![^\W_])(?:\.(?=\s+(?:to|and|[-–—])))?",
+    re.I,
+)
+_FRACTION_AFTER = re.compile(  # "12½", "12 1/2", "12 and a half"
+    r"\s?[\u00bc-\u00be\u2150-\u215e]|\s[1-9]/[2-9](?!\w)|\s+and\s+(?:a|one)[\s-]+(?:half|third|quarter)\b",
     re.I,
 )
 _OTHER = (
@@ -44,6 +52,7 @@ _OTHER_UNIT = re.compile(
     re.I,
 )
 
+_GLUE_REACH = 10  # characters before a number that may belong to it
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # no spaces between words
 _LETTER = r"[^\W\d_]"
 _CJK_AFTER = r"[到至和与與及跟之间間左起開开結结]|から|まで|と|の間|で|부터|에서|까지|와|과|사이"
@@ -52,6 +61,16 @@ _GLUED_AFTER = re.compile(
     rf"(?!(?:to|and)(?!{_LETTER}|_))(?!{_CJK_AFTER})_*{_LETTER}|[/%]|['’′](?=[0-9])", re.I
 )
 _WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
+# Digits without a space between them are two numbers if one of these stands there. If not, they are parts of
+# one notation: "1_000", "10^2", "1·5", "12..17", and "1" and "2" around an invisible character.
+_APART = r"\s\-‐‑‒–—―−﹣－~～〜≈,，、;；。!！?？=|<>→⇒()\[\]{}（）【】《》〈〉「」『』〔〕\"“”„«»#%"
+_JOINT = rf"(?:_|[^\w{_APART}])"
+_JOINED_BEFORE = re.compile(rf"\d{_JOINT}+\Z")
+_JOINED_AFTER = re.compile(rf"{_JOINT}{{1,9}}\d")
+# A point before digits may be a full stop ("waited.5") or a decimal point ("at.5"); three are an ellipsis.
+_POINT_BEFORE = re.compile(r"(?<!\.)\.{1,2}\Z")
+_BEFORE_LEADING_POINT = re.compile(r"(?:\A|[\s(\[{<=:,;\-‐‑‒–—―−﹣－~～〜≈])[\"'“‘*_`$]*\Z")
+_THOUSANDS_GAP = (" ", "\u00a0", "\u2009", "\u202f")  # "1 000"
 _MINUTES_BEFORE = re.compile(r"[0-9]['’′]\Z")  # 1'05"
 _ENDS_IN_CJK = re.compile(rf"[{_CJK}]\Z")
 
@@ -98,9 +117,26 @@ def clock_time_s(text: str) -> float | None:
     return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
 
 
+_FULL_WIDTH = str.maketrans("０１２３４５６７８９．：，", "0123456789.:,")
+
+
+def with_plain_digits(text: str) -> str:
+    """The text with ASCII digits, points, colons and commas for full-width ones; its length is the same."""
+    return text.translate(_FULL_WIDTH)
+
+
 def find_numbers(text: str) -> list[Number]:
     """Every number of the text, in order. Those that cannot be times count: they keep others apart."""
-    found = []
+    found = list(_numbers(text))
+    return [
+        replace(number, value_s=None)
+        if any(_is_thousand(text, *pair) for pair in pairwise(found[max(i - 1, 0) : i + 2]))
+        else number
+        for i, number in enumerate(found)
+    ]
+
+
+def _numbers(text: str) -> Iterator[Number]:
     for match in _NUMBER.finditer(text):
         values = _values(match.group())
         start = match.start()
@@ -109,16 +145,20 @@ def find_numbers(text: str) -> list[Number]:
             unit = _UNIT.match(text, end)
             if unit:
                 end = unit.end()
-            elif _OTHER_UNIT.match(text, end) or _GLUED_AFTER.match(text, end):
+            elif any(rule.match(text, end) for rule in (_OTHER_UNIT, _GLUED_AFTER, _JOINED_AFTER)):
                 value_s = None
-            if _is_glued(text[max(start - 4, 0) : start], has_unit=bool(unit)):
+            before = text[max(start - _GLUE_REACH, 0) : start]
+            if _FRACTION_AFTER.match(text, end) or _is_glued(before, part, has_unit=bool(unit)):
                 value_s = None
             bare = not unit and part.isdigit()
-            found.append(
-                Number(start=start, end=end, value_s=value_s, clock=clock, unit=bool(unit), bare=bare)
-            )
+            yield Number(start=start, end=end, value_s=value_s, clock=clock, unit=bool(unit), bare=bare)
             start += len(part) + 1
-    return found
+
+
+def _is_thousand(text: str, a: Number, b: Number) -> bool:
+    """Whether two numbers may be one that is written in groups of three digits: "1 000"."""
+    groups = a.bare and a.end - a.start <= 3 and text[a.end : b.start] in _THOUSANDS_GAP
+    return groups and re.match(r"[0-9]{3}(?![0-9])", text[b.start : b.start + 4]) is not None
 
 
 def are_seconds(text: str, a: Number, b: Number) -> bool:
@@ -174,10 +214,20 @@ def _value_s(text: str) -> tuple[float | None, bool]:
     return time_s, time_s is not None
 
 
-def _is_glued(before: str, *, has_unit: bool) -> bool:
-    """Whether the number after ``before`` belongs to a word or is a rank; not in "12to17", nor in "_12_"."""
+def _is_glued(before: str, number: str, *, has_unit: bool) -> bool:
+    """Whether the number after ``before`` belongs to a word or a notation, or is a rank.
+
+    It is not in "12to17", nor in "_12_"; after a full stop only a point or a colon of its own tells:
+    "waited.12.54".
+    """
     if word := _WORD_BEFORE.search(before):
         if _ENDS_IN_CJK.search(word[1]) and not word[2]:
             return word[1][-1] in "第제" and not has_unit  # "第12秒" is a time, "第12" a rank
         return bool(word[2]) or word[1].lower() not in ("to", "and")
-    return before.endswith(("/", "#", "%")) or bool(_MINUTES_BEFORE.search(before))
+    if number.startswith("."):
+        return not _BEFORE_LEADING_POINT.search(before) or bool(_JOINED_BEFORE.search(before))
+    if _POINT_BEFORE.search(before) and not {".", ":"} & {*number}:
+        return True
+    return before.endswith(("/", "#", "%")) or bool(
+        _MINUTES_BEFORE.search(before) or _JOINED_BEFORE.search(before)
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
-from video_opd.answer_numbers import Number, are_seconds, find_numbers
+from video_opd.answer_numbers import Number, are_seconds, find_numbers, with_plain_digits
 from video_opd.errors import UserError
 
 Interval: TypeAlias = tuple[float, float]
@@ -190,6 +190,7 @@ def _shape(text: str, numbers: list[Number], i: int) -> str | None:
 
 
 def _match(text: str) -> tuple[Interval, str] | None:
+    text = with_plain_digits(text)
     if exact := _EXACT.fullmatch(text):
         return (float(exact.group(1)), float(exact.group(2))), "exact"
     numbers = find_numbers(text)

@@ -132,23 +132,70 @@ def test_without_thinking_everything_is_read() -> None:
 
 
 def numbers_in(text: str) -> set[float]:
-    """Every number and clock time that stands in the text, read far more generously than the rules allow."""
-    found = {float(n) for n in re.findall(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+", text)}
-    for hours, minutes, secs in re.findall(r"(?:([0-9]+):)?([0-9]+):([0-9]+(?:\.[0-9]+)?)", text):
-        found.add(int(hours or 0) * 3600 + int(minutes) * 60 + float(secs))
+    """Every number and clock time that a reader may find in the text; whole ones, never a part of one.
+
+    It goes by characters, knows no words or units, and is more generous than the rules.
+    """
+    wide = {
+        ord(full): ascii_ for full, ascii_ in zip("０１２３４５６７８９．：，", "0123456789.:,", strict=True)
+    }
+    text = text.translate(wide)
+    found: set[float] = set()
+    for run in re.finditer(r"[\d.,:/]*\d[\d.,:/]*", text):
+        core = run.group().strip(".,:/")
+        start = run.start() + run.group().index(core)
+        before, after = text[:start], text[start + len(core) :]
+        if touches_a_digit(before[::-1]) or touches_a_digit(after) or re.match(r"e[+-]\d", after, re.I):
+            continue
+        if re.search(r"\de[+-]$", before, re.I):
+            continue
+        points = len(before) - len(before.rstrip("."))
+        for i, part in enumerate(core.split(",")):
+            if i:
+                part = part.strip(":/").rstrip(".")
+            elif points == 1 and not before[-2:-1].isalnum() and part.isdecimal():
+                part = f".{part}"
+            elif points in (1, 2) and not {".", ":"} & set(part):
+                continue
+            else:
+                part = part.rstrip(".:/")
+            if re.fullmatch(r"[0-9]*\.?[0-9]+", part):
+                found.add(float(part))
+            elif re.fullmatch(r"(?:[0-9]+:)?[0-9]+:[0-9]+(?:\.[0-9]+)?", part):
+                found.add(sum(float(n) * 60**i for i, n in enumerate(part.split(":")[::-1])))
     return found
+
+
+def touches_a_digit(text: str) -> bool:
+    """Whether a digit follows, with nothing between that keeps two numbers apart."""
+    for i, character in enumerate(text):
+        if character.isalnum():
+            return i > 0 and character.isdigit()
+        if character.isspace() or character in APART:
+            return False
+    return False
+
+
+APART = '-‐‑‒–—―−﹣－~～〜≈,，、;；。!！?？=|<>→⇒()[]{}（）【】《》〈〉「」『』〔〕"“”„«»#%'  # as in a list
 
 
 PIECES = (
     "from to and between start end begins ends about at the people - – ~ : , . s seconds % m ( ) </think> "
     "1 12.54 17.83 00:12 1:02:03 -5 1,2 .5 3-4 2026-11-22 00:12,00:17 12-second _5_ 秒 ~7 ** <b>"
 )
+NOTATIONS = "0159.,:/-–_'^·*+eEA²½٣１．：，\u200b\u00a0 \n秒第(\"#"
 WORDS = st.sampled_from([*PIECES.split(), "\n"])
 JOINED = st.tuples(st.sampled_from(["", " "]), st.lists(WORDS, max_size=14)).map(lambda t: t[0].join(t[1]))
 
 
+GLUED = st.lists(
+    st.one_of(st.sampled_from(NOTATIONS), st.sampled_from(["to", " to ", "1-2", "s"])), max_size=12
+)
+TEXTS = st.one_of(st.text(max_size=200), JOINED, GLUED.map("".join))
+
+
 @settings(max_examples=400)
-@given(st.one_of(st.text(max_size=200), JOINED), st.booleans())
+@given(TEXTS, st.booleans())
 def test_never_raises_and_never_makes_up_a_number(text: str, thinking: bool) -> None:
     parsed = parse_answer(text, thinking=thinking)
     assert parsed.rule in {"exact", "to", "dash", "clock", "from_and", "none"}
@@ -184,6 +231,10 @@ LONG_TEXTS: dict[str, Callable[[int], str]] = {
     "digits": lambda n: "9" * n,
     "numbers": lambda n: "1 " * (n // 2),
     "dots": lambda n: "1." * (n // 2),
+    "joints": lambda n: "1_" * (n // 2),
+    "invisible characters": lambda n: ("1" + "\u200b" * 50) * (n // 51),
+    "thousands": lambda n: "1 000 " * (n // 6),
+    "full width": lambda n: "１．" * (n // 2),
     "colons": lambda n: "1:" * (n // 2),
     "lists": lambda n: "1.5," * (n // 4),
     "dashes": lambda n: "1" + "-" * n + "2",
