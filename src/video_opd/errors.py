@@ -1,4 +1,4 @@
-"""The error for what a user can get wrong, and a check that raises it."""
+"""The errors for what a user can get wrong, and a check that raises one."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,18 @@ class UserError(ValueError):
 
     The command prints it and exits with 2.
     """
+
+
+class ErrorOfFirst(UserError):
+    """An error of the first of several processes, raised in the others so that all of them end.
+
+    The first process prints it, so the others do not. ``wrong_input`` is whether it is a :class:`UserError`
+    there.
+    """
+
+    def __init__(self, message: str, *, wrong_input: bool) -> None:
+        super().__init__(message)
+        self.wrong_input = wrong_input
 
 
 def need(condition: bool, message: str) -> None:

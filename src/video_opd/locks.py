@@ -69,8 +69,8 @@ def locked_file(out: str | Path, processes: Processes | None = None) -> Iterator
     """Keeps other commands from writing the file ``out`` during the block.
 
     A block inside another one on the same output, in the same thread, holds the same lock. With several
-    ``processes``, all of them must enter the block. Raises :class:`UserError` if another process or another
-    thread is writing ``out``.
+    ``processes``, all of them must enter the block. Raises :class:`UserError`, in all of them, if another
+    process or another thread is writing ``out``.
     """
     path = os.path.realpath(out)
     with _locked(Path(f"{path}.lock"), out, processes or Processes()):
@@ -106,11 +106,12 @@ def _locked(path: Path, output: str | Path, processes: Processes) -> Iterator[No
 
 
 def _enter(lock: _Lock, path: Path, output: str | Path, processes: Processes) -> None:
-    if processes.first:
+    def take() -> None:
         lock.descriptor = _take(path, output)
         if lock.descriptor is not None and processes.count > 1:
             fcntl.lockf(lock.descriptor, fcntl.LOCK_UN, TO_THE_END, 1)
-    processes.wait()
+
+    processes.on_first(take)
     if not processes.first:
         lock.descriptor = _join(path, processes.rank)
 

@@ -9,12 +9,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
-from video_opd.errors import UserError
+from video_opd.errors import ErrorOfFirst, UserError
 from video_opd.types import Sample
+
+T = TypeVar("T")
 
 # Processes wait for each other for as long as a stage takes; torch's own limit is some ten minutes.
 LONGEST_WAIT = timedelta(days=30)
@@ -53,17 +56,48 @@ class Processes:
 
     def wait(self) -> None:
         """Waits until all processes are here. Raises :class:`UserError` if one of them has stopped."""
+        if self.count > 1:
+            from torch import distributed
+
+            _collective(distributed.barrier)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, which the first process does while the others wait; all must call this.
+
+        An error of ``work`` is raised in the first process, and as :class:`ErrorOfFirst` in the others, which
+        would wait for ever otherwise. The result must be picklable. Raises :class:`UserError` if the first
+        process has stopped.
+        """
         if self.count == 1:
-            return
+            return work()
         from torch import distributed
 
-        try:
-            distributed.barrier()
-        except RuntimeError as error:
-            raise UserError(
-                f"another process stopped ({str(error).splitlines()[0]}); what was finished is kept: look at "
-                "its message, then repeat the command, with as many processes as you like"
-            ) from error
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as caught:
+                error = caught
+                outcome[1] = str(caught), isinstance(caught, UserError)
+        _collective(lambda: distributed.broadcast_object_list(outcome))
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            message, wrong_input = outcome[1]
+            raise ErrorOfFirst(message, wrong_input=wrong_input)
+        result: T = outcome[0]
+        return result
+
+
+def _collective(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        raise UserError(
+            f"another process stopped ({str(error).splitlines()[0]}); what was finished is kept: look at "
+            "its message, then repeat the command, with as many processes as you like"
+        ) from error
 
 
 def follow_launcher() -> None:

@@ -198,7 +198,7 @@ def test_a_process_of_another_host_is_named(tmp_path: Path) -> None:
 
 RANK = (
     "processes = Processes(rank=int(sys.argv[2]), count=2)\n"
-    "Processes.wait = lambda self: None\n"
+    "Processes.on_first = lambda self, work: work() if self.first else None\n"
     "with locked_file(sys.argv[1], processes):"
 )
 

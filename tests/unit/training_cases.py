@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from model_cases import encode, model, processor
 from process_cases import wait_until
 
 from video_opd.algorithms.registry import make_method
+from video_opd.cli import main
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.jsonl import read_jsonl
 from video_opd.models.interfaces import Teacher
@@ -179,6 +181,11 @@ def assert_equal_to_rounding(a: Path, b: Path) -> None:
 
 
 def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> None:
+    _be_one_of(rank, world, port)
+    train(recipe, build)
+
+
+def _be_one_of(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -191,7 +198,23 @@ def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> No
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)  # the parent's single process is inherited by the fork
-    train(recipe, build)
+
+
+def said_by_two(words: Sequence[str], folder: Path) -> tuple[list[int | None], list[str]]:
+    """The exit codes of a command in two processes, and the lines that both wrote to stderr."""
+
+    def run(rank: int, port: int) -> None:
+        _be_one_of(rank, 2, port)
+        sys.stderr = open(folder / f"stderr-{rank}", "w", encoding="utf-8")  # noqa: SIM115
+        os._exit(main(words))
+
+    port, context = free_port(), multiprocessing.get_context("fork")
+    forks = [context.Process(target=run, args=(rank, port)) for rank in range(2)]
+    for process in forks:
+        process.start()
+    codes = finish(forks)
+    said = [(folder / f"stderr-{rank}").read_text(encoding="utf-8").splitlines() for rank in range(2)]
+    return codes, [line for lines in said for line in lines]
 
 
 def start(*arguments: Any) -> Any:

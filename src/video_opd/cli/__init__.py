@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from video_opd.cli.commands import parse_words
 from video_opd.cli.output import lost_output, prepare_streams
-from video_opd.errors import UserError
+from video_opd.errors import ErrorOfFirst, UserError
 from video_opd.processes import follow_launcher
 from video_opd.terminal import visible
 
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if closed is not None and closed.getvalue():
             return _fail(CLOSED, FAILED, debug)
         raise
+    except ErrorOfFirst as error:  # the first process prints it
+        return WRONG_INPUT if error.wrong_input else FAILED
     except UserError as error:
         return _fail(str(error), WRONG_INPUT, debug)
     except KeyboardInterrupt:

@@ -53,11 +53,8 @@ class Output:
         self._block = self.path.with_name(f"{self.path.name}.window") if repeatable else None
         if self._block is not None and not overwrite:
             _cut_to_block(self.path, self._block)
-        if self.processes.first:
-            self.rows = open_output(out, provenance, overwrite=overwrite)
-        self.processes.wait()  # no process may append before the files of the last run are merged
-        if not self.processes.first:
-            self.rows = read_rows(out)
+        # No process may append before the files of the last run are merged.
+        self.rows = self.processes.on_first(lambda: open_output(out, provenance, overwrite=overwrite))
         self.ids = set(self.rows)
         self.end_block()
 
@@ -79,9 +76,7 @@ class Output:
                 self._block.unlink(missing_ok=True)
             return
         self.processes.wait()
-        if self.processes.first:
-            merge_process_files(self.path, [sample.id for sample in samples])
-        self.processes.wait()
+        self.processes.on_first(lambda: merge_process_files(self.path, [sample.id for sample in samples]))
         self.ids = set(read_rows(self.path))
 
 

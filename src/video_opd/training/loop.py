@@ -14,11 +14,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +39,7 @@ from video_opd.training.batches import BatchPlan, BatchStream
 from video_opd.training.components import Components, build_components
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.model_card import model_card
-from video_opd.training.rollout_records import rollout_row
+from video_opd.training.rollout_records import RolloutRecord, rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
 from video_opd.training.sharding import Shards, load_optimizer_state, sharding_asked
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 STAGES = ("decode_wait", "prefill", "sample", "teacher", "reference", "update", "checkpoint")
 PROGRESS = {"reverse_kl/sampled": "reverse KL", "reward/mean": "reward", "response/nll": "nats a token"}
-T = TypeVar("T")
 Build = Callable[[Recipe, "Accelerator", RunFolder, "str | Path"], Components]
 
 
@@ -75,43 +74,54 @@ def train(recipe: Recipe, build: Build = build_components) -> RunResult:
     """
     recipe = with_video_form(recipe)
     accelerator = make_accelerator(recipe)
-    processes = Processes(rank=accelerator.process_index, count=accelerator.num_processes)
+    processes = processes_of(accelerator)
     with locked_folder(recipe.run.dir, processes):
-        return _train(recipe, accelerator, build)
+        return _train(recipe, accelerator, processes, build)
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, build: Build) -> RunResult:
+def _train(recipe: Recipe, accelerator: Accelerator, processes: Processes, build: Build) -> RunResult:
     folder = RunFolder(recipe.run.dir)
-    if accelerator.is_main_process:
-        folder.claim(recipe)
-        folder.discard_unfinished()
-    accelerator.wait_for_everyone()
-    _on_first_process(accelerator, folder.put_damage_aside)
+    processes.on_first(lambda: _open(folder, recipe))
     if folder.finished:
         log(f"{folder.path} is finished: nothing to do")
         return _result(folder)
-    check_evaluation_files(recipe)
+    processes.on_first(lambda: check_evaluation_files(recipe))
     if folder.model.is_dir():  # trained, but not yet evaluated
-        return _finish(recipe, accelerator, folder, build(recipe, accelerator, folder, folder.model))
-    saved = _on_first_process(accelerator, lambda: _checkpoint_to_continue(folder))
+        components = build(recipe, accelerator, folder, folder.model)
+        return _finish(recipe, processes, folder, components)
+    saved = processes.on_first(lambda: _checkpoint_to_continue(folder))
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
-    if accelerator.is_main_process:
-        folder.rewind(start)
-        folder.write_environment(_machine(accelerator, recipe))
-    accelerator.wait_for_everyone()
+    processes.on_first(lambda: _begin(folder, start, _machine(accelerator, recipe)))
     with _trackers(recipe, accelerator, start):
-        Run(recipe, accelerator, folder, components).steps(start)
-    return _finish(recipe, accelerator, folder, components)
+        Run(recipe, accelerator, processes, folder, components).steps(start)
+    return _finish(recipe, processes, folder, components)
+
+
+def _open(folder: RunFolder, recipe: Recipe) -> None:
+    folder.claim(recipe)
+    folder.discard_unfinished()
+    folder.put_damage_aside()
+
+
+def _begin(folder: RunFolder, start: int, machine: Mapping[str, Any]) -> None:
+    folder.rewind(start)
+    folder.write_environment(machine)
 
 
 class Run:
     """The steps of a run, and the objects that they share."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, components: Components
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        processes: Processes,
+        folder: RunFolder,
+        components: Components,
     ) -> None:
-        self.recipe, self.accelerator, self.folder, self.components = recipe, accelerator, folder, components
+        self.recipe, self.accelerator, self.processes = recipe, accelerator, processes
+        self.folder, self.components = folder, components
         self.plan = BatchPlan.of(recipe, components.samples)
         self.watch = Stopwatch(settle=_settle(accelerator.device))
         settings = StepSettings.of(recipe, components.method.needs)
@@ -177,18 +187,20 @@ class Run:
             "time/step_s": seconds,
         }
         records = sorted(gather_object(list(result.records)), key=lambda r: (r.position, r.index))
-        if self.accelerator.is_main_process:
-            tokenizer = self.components.processor.tokenizer
-            shown = records[: self.recipe.run.log_rollouts]
-            texts = [[tokenizer.decode([token]) for token in record.token_ids] for record in shown]
-            append_jsonl(
-                self.folder.rollouts,
-                [rollout_row(step + 1, record, text) for record, text in zip(shown, texts, strict=True)],
-            )
-            append_jsonl(self.folder.metrics, [row])
+        shown = records[: self.recipe.run.log_rollouts]
+        self.processes.on_first(lambda: self._write_rows(row, shown))
         numbers = {key: value for key, value in row.items() if key != "step" and math.isfinite(value)}
         self.accelerator.log(numbers, step=step + 1)
         return row
+
+    def _write_rows(self, row: Mapping[str, Any], shown: Sequence[RolloutRecord]) -> None:
+        tokenizer = self.components.processor.tokenizer
+        texts = [[tokenizer.decode([token]) for token in record.token_ids] for record in shown]
+        append_jsonl(
+            self.folder.rollouts,
+            [rollout_row(row["step"], record, text) for record, text in zip(shown, texts, strict=True)],
+        )
+        append_jsonl(self.folder.metrics, [row])
 
     def _save(self, step: int) -> None:
         from accelerate.utils import gather_object
@@ -196,17 +208,20 @@ class Run:
         with self.watch.stage("checkpoint"):
             weights, optimizer = self.stepper.shards.states(self.components.optimizer)
             training = {"optimizer": optimizer, "random": gather_object([checkpoints.random_state()])}
-            if self.accelerator.is_main_process:
-                checkpoints.save_checkpoint(
-                    self.folder.checkpoints,
-                    step,
-                    model=self.components.model,
-                    processor=self.components.processor,
-                    training=training,
-                    recipe=self.recipe,
-                    weights=weights,
-                )
-            self.accelerator.wait_for_everyone()
+            self.processes.on_first(lambda: self._write_checkpoint(step, weights, training))
+
+    def _write_checkpoint(
+        self, step: int, weights: dict[str, torch.Tensor] | None, training: Mapping[str, Any]
+    ) -> None:
+        checkpoints.save_checkpoint(
+            self.folder.checkpoints,
+            step,
+            model=self.components.model,
+            processor=self.components.processor,
+            training=training,
+            recipe=self.recipe,
+            weights=weights,
+        )
 
 
 def _progress(row: Mapping[str, Any]) -> str:
@@ -274,6 +289,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The processes that ``accelerator`` joined."""
+    return Processes(rank=accelerator.process_index, count=accelerator.num_processes)
+
+
 @contextmanager
 def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[None]:
     if recipe.run.trackers:
@@ -289,22 +309,6 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
     finally:
         for tracker in accelerator.trackers:  # end_training would also disconnect the processes
             tracker.finish()
-
-
-def _on_first_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """The result of ``work`` on the first process, in all processes; an error there is raised in all."""
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
 
 
 def _checkpoint_to_continue(folder: RunFolder) -> checkpoints.Checkpoint | None:
@@ -345,25 +349,27 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
     return saved.step
 
 
-def _finish(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, components: Components) -> RunResult:
+def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components: Components) -> RunResult:
     """Writes and evaluates the model, on the first process; a LoRA run's adapters are merged into it."""
     Shards(components.model).dissolve()
-    if accelerator.is_main_process:
-        if has_adapters(components.model):  # before model/, which says that all is there
-            checkpoints.save_adapter_folder(components.model, folder.adapter)
-        save_dtype = getattr(torch, recipe.run.save_dtype)
-        merge_adapters(components.model, save_dtype)
-        cast_weights(components.model, save_dtype)
-        if not folder.model.is_dir():
-            card = model_card(recipe, folder, components.samples)
-            checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe, card)
-        evaluate_model(recipe, components, folder)
-        card = model_card(recipe, folder, components.samples)  # with its metrics
-        write_text(folder.model / checkpoints.CARD, card)
-        write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
-        log(f"wrote {folder.model}")
-    accelerator.wait_for_everyone()
+    processes.on_first(lambda: _write_results(recipe, folder, components))
     return _result(folder)
+
+
+def _write_results(recipe: Recipe, folder: RunFolder, components: Components) -> None:
+    if has_adapters(components.model):  # before model/, which says that all is there
+        checkpoints.save_adapter_folder(components.model, folder.adapter)
+    save_dtype = getattr(torch, recipe.run.save_dtype)
+    merge_adapters(components.model, save_dtype)
+    cast_weights(components.model, save_dtype)
+    if not folder.model.is_dir():
+        card = model_card(recipe, folder, components.samples)
+        checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe, card)
+    evaluate_model(recipe, components, folder)
+    card = model_card(recipe, folder, components.samples)  # with its metrics
+    write_text(folder.model / checkpoints.CARD, card)
+    write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")
+    log(f"wrote {folder.model}")
 
 
 def _result(folder: RunFolder) -> RunResult:

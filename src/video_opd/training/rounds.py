@@ -12,10 +12,10 @@ from __future__ import annotations
 import gc
 import json
 import math
-import time
+import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +36,8 @@ from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
 from video_opd.locks import locked_folder
 from video_opd.models.inference import with_video_form
-from video_opd.progress import is_first_process, log
+from video_opd.processes import Processes
+from video_opd.progress import log
 from video_opd.training.components import build_components
 from video_opd.training.digests import file_digest
 from video_opd.training.final_evaluation import (
@@ -45,10 +46,9 @@ from video_opd.training.final_evaluation import (
     evaluate_teacher,
     is_evaluated,
 )
-from video_opd.training.loop import Build, check_trackers, train
+from video_opd.training.loop import Build, check_trackers, make_accelerator, processes_of, train
 from video_opd.training.run_folder import RunFolder, read_record
 
-POLL_S = 1.0
 _COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate"}
 _COUNTS |= {"candidates", "selected", "shortfall"}
 
@@ -69,23 +69,20 @@ def run_rounds(
 
     ``after_round`` is called with the folder after each round. Raises :class:`UserError` for what a user can
     get wrong, at the earliest moment, if another command is writing in the folder, and if the first selection
-    is empty. A later empty selection ends the
-    rounds, and ``rounds.json`` says so.
+    is empty. A later empty selection ends the rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
     recipe = with_video_form(recipe)
-    rounds = Rounds(recipe, build)
-    with ExitStack() as stack:
-        if is_first_process():
-            # The other processes write only in ``train``, which locks the folder of its round.
-            stack.enter_context(locked_folder(rounds.folder.path))
-            rounds.folder.claim_for_rounds(recipe)
-            rounds.folder.discard_unfinished()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    processes = processes_of(make_accelerator(recipe)) if several else Processes()
+    rounds = Rounds(recipe, build, processes)
+    with locked_folder(rounds.folder.path, processes):
+        processes.on_first(rounds.open)
         return _run(rounds, after_round or (lambda folder: None))
 
 
 def _run(rounds: Rounds, after_round: Callable[[Path], object]) -> RoundsResult:
-    if not rounds.finished:
+    if not rounds.processes.on_first(lambda: rounds.finished):
         rounds.run(after_round)
     else:
         log(f"{rounds.folder.path} is finished: nothing to do")
@@ -97,10 +94,15 @@ def _run(rounds: Rounds, after_round: Callable[[Path], object]) -> RoundsResult:
 class Rounds:
     """The rounds of one folder, and the objects that they share."""
 
-    def __init__(self, recipe: Recipe, build: Build) -> None:
-        self.recipe, self.build = recipe, build
+    def __init__(self, recipe: Recipe, build: Build, processes: Processes) -> None:
+        self.recipe, self.build, self.processes = recipe, build, processes
         self.folder = RunFolder(recipe.run.dir)
         self.summary = self.folder.path / "rounds.json"
+
+    def open(self) -> None:
+        """Makes the folder these rounds' own. It raises as :meth:`RunFolder.claim_for_rounds` does."""
+        self.folder.claim_for_rounds(self.recipe)
+        self.folder.discard_unfinished()
 
     @property
     def finished(self) -> bool:
@@ -108,39 +110,52 @@ class Rounds:
         return record is not None and record.get("finished") is True and bool(record.get("rounds"))
 
     def run(self, after_round: Callable[[Path], object]) -> None:
-        recipe, count = self.recipe, self.recipe.rounds.count
+        count, on_first = self.recipe.rounds.count, self.processes.on_first
+        on_first(self._check)
+        on_first(self._evaluate_others)
+        done, ended = 0, None
+        for number in range(1, count + 1):
+            ended, trained = on_first(partial(self._prepare, number))
+            if ended is not None:
+                break
+            if not trained:
+                log(f"round {number} of {count}: training")
+                train(self.round_recipe(number), self.build)
+                _release_memory()
+            done = number
+            on_first(partial(self._end_round, done, after_round))
+        on_first(partial(self._end, done, ended))
+        log(f"{done} of {count} rounds are done" + (f"; {ended}" if ended else ""))
+
+    def _check(self) -> None:
+        """Finds what is wrong with the recipe's files before hours are spent."""
+        recipe = self.recipe
         check_evaluation_files(recipe)
         check_trackers(recipe)
         if isinstance(recipe, GRPORecipe):
             make_reward(recipe)
         self.samples = read_samples(recipe.data.train, recipe.data.video_root)[: recipe.data.limit]
-        self._evaluate_others()
-        done, ended = 0, None
-        for number in range(1, count + 1):
-            folder = RunFolder(self.folder.round(number))
-            _on_first_process(
-                lambda n=number: self._select(n),  # type: ignore[misc]
-                lambda folder=folder: _selection(folder) is not None,  # type: ignore[misc]
-            )
-            ended = _nothing_selected(number, _selection(folder) or {})
-            if ended is not None:
-                break
-            if not folder.finished or folder.damaged_folders():  # the next round begins with its model
-                log(f"round {number} of {count}: training")
-                settings = self.round_recipe(number)
-                if is_first_process():
-                    # Written anew, because the folder may have been moved. It follows from the run's recipe.
-                    write_text(folder.recipe, dump_recipe(settings))
-                train(settings, self.build)
-                _release_memory()
-            done = number
-            if is_first_process():
-                self._write_summary(done, None, finished=False)
-                after_round(self.folder.path)
+
+    def _prepare(self, number: int) -> tuple[str | None, bool]:
+        """Selects a round's rows. Returns (why it has nothing to train on, whether it was trained before)."""
+        folder = RunFolder(self.folder.round(number))
+        if _selection(folder) is None:
+            self._select(number)
+        ended = _nothing_selected(number, _selection(folder) or {})
+        trained = folder.finished and not folder.damaged_folders()  # the next round begins with its model
+        if ended is None and not trained:
+            # Written anew, because the folder may have been moved. It follows from the run's recipe.
+            write_text(folder.recipe, dump_recipe(self.round_recipe(number)))
+        return ended, trained
+
+    def _end_round(self, number: int, after_round: Callable[[Path], object]) -> None:
+        self._write_summary(number, None, finished=False)
+        after_round(self.folder.path)
+
+    def _end(self, done: int, ended: str | None) -> None:
         if not done:
             raise UserError(f"{self.folder.path}: {ended}")
-        _on_first_process(lambda: self._write_summary(done, ended, finished=True), lambda: self.finished)
-        log(f"{done} of {count} rounds are done" + (f"; {ended}" if ended else ""))
+        self._write_summary(done, ended, finished=True)
 
     def round_recipe(self, number: int) -> Recipe:
         """Returns a round's recipe for ``train``: it starts from the last student, with new rows and seed."""
@@ -164,11 +179,10 @@ class Rounds:
         recipe, out = self.recipe, self.folder.evaluations
         models = {"base": evaluate_base, "teacher": evaluate_teacher}
         for name, evaluate in models.items():
-            if recipe.evaluate.data and (name == "base" or recipe.teacher.path):
-                _on_first_process(
-                    lambda evaluate=evaluate: evaluate(recipe, out),  # type: ignore[misc]
-                    lambda name=name: is_evaluated(name, recipe, out),  # type: ignore[misc]
-                )
+            if not recipe.evaluate.data or (name == "teacher" and not recipe.teacher.path):
+                continue
+            if not is_evaluated(name, recipe, out):
+                evaluate(recipe, out)
                 _release_memory()
 
     def _select(self, number: int) -> None:
@@ -296,17 +310,6 @@ def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]
     if not known:
         return {"n": 0, "mean": None, "min": None, "max": None}
     return {"n": len(known), "mean": fmean(known), "min": min(known), "max": max(known)}
-
-
-def _on_first_process(work: Callable[[], None], is_done: Callable[[], bool]) -> None:
-    """Does ``work`` on the first process. The others wait for its files; a collective might time out."""
-    if is_done():
-        return
-    if is_first_process():
-        work()
-        return
-    while not is_done():
-        time.sleep(POLL_S)
 
 
 def _release_memory() -> None:

@@ -20,6 +20,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation.output import Output
 from video_opd.evaluation.predict import PredictResult, predict
 from video_opd.evaluation.resume import process_file_path, process_file_paths
+from video_opd.locks import locked_file
 from video_opd.processes import Processes
 from video_opd.types import Sample
 
@@ -220,6 +221,47 @@ def test_scores_are_divided_too(tmp_path: Path) -> None:
     assert all(count < batches for *_, count in results)
     expected = {row["id"]: row for row in rows_of(one)}
     assert rows_of(two) == [expected[sample.id] for sample in SAMPLES]
+
+
+def test_what_the_first_process_refuses_ends_all(tmp_path: Path) -> None:
+    out, busy = tmp_path / "p.jsonl", tmp_path / "busy.jsonl"
+    answer_all(out, None)
+    other = {**PROVENANCE, "model": "another"}
+
+    def refused(processes: Processes) -> Any:
+        Output(out, other, processes=processes)
+
+    first, second = in_processes(2, refused, tmp_path)
+    assert first == second and "choose another --out" in first
+    with locked_file(busy):
+        first, second = in_processes(2, lambda processes: answer_all(busy, processes)[0].kept, tmp_path)
+    assert first == second and f"process {os.getpid()} on host" in first
+
+
+def test_the_first_process_works_for_all_and_its_error_is_raised_in_all(tmp_path: Path) -> None:
+    def work(processes: Processes) -> Any:
+        def on_first() -> int:
+            assert processes.first
+            return os.getpid()
+
+        def bug() -> None:
+            raise KeyError("a bug")
+
+        def wrong() -> None:
+            raise UserError("wrong")
+
+        caught = []
+        for broken in (bug, wrong):
+            try:
+                processes.on_first(broken)
+            except (KeyError, UserError) as error:
+                caught.append([type(error).__name__, str(error), getattr(error, "wrong_input", None)])
+        return [processes.on_first(on_first), os.getpid(), caught]
+
+    first, second = in_processes(2, work, tmp_path)
+    assert first[0] == first[1] == second[0] != second[1]
+    assert first[2] == [["KeyError", "'a bug'", None], ["UserError", "wrong", None]]
+    assert second[2] == [["ErrorOfFirst", "'a bug'", False], ["ErrorOfFirst", "wrong", True]]
 
 
 def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,18 @@ from training_cases import (
     kill_later,
     make_recipe,
     rows_of,
+    said_by_two,
     sample,
     start,
 )
 
-from video_opd.config import OptimConfig
+from video_opd.config import OptimConfig, dump_recipe
 from video_opd.data.annotations import write_rows
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError
+from video_opd.locks import locked_folder
 from video_opd.models.loading import load_model
+from video_opd.training import loop
 from video_opd.training.batches import BatchPlan
 from video_opd.training.components import prompt_loader
 from video_opd.training.loop import RunResult, learning_rate, train
@@ -110,6 +115,35 @@ def test_a_finished_run_returns_at_once(undisturbed: RunResult):
 def test_another_recipe_in_the_same_folder_is_refused(undisturbed: RunResult):
     with pytest.raises(UserError, match=r"optim\.lr = 0\.001, now it is 0\.002"):
         run(undisturbed.path, optim={"epochs": 2, "lr": 2e-3})
+
+
+@pytest.mark.parametrize("fault", ["another recipe", "in use", "no evaluation data", "full disk"])
+def test_an_error_of_the_first_process_ends_all_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The other processes neither wait for the first, nor tell of an error of their own."""
+    folder, changes, named = tmp_path / "run", [], fault
+    if fault == "another recipe":
+        train(make_recipe(folder, optim={"max_steps": 1}), Build())
+        changes, named = ["--optim.lr", "0.5"], "optim.lr = 0.001, now it is 0.5"
+    elif fault == "no evaluation data":
+        changes, named = ["--evaluate.data", "[nowhere.jsonl]"], "nowhere.jsonl"
+    elif fault == "full disk":
+
+        def full(path: Path, rows: Any) -> None:
+            raise UserError(f"{path}: full disk")
+
+        monkeypatch.setattr(loop, "append_jsonl", full)
+    monkeypatch.setattr(loop, "train", partial(train, build=Build()))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(make_recipe(folder, optim={"max_steps": 1})))
+    with locked_folder(folder) if fault == "in use" else nullcontext():
+        if fault == "in use":
+            named = f"process {os.getpid()} on host"
+        codes, said = said_by_two(["train", str(recipe), *changes], tmp_path)
+    errors = [line for line in said if line.startswith("video-opd: ")]
+    assert codes == [2, 2] and len(errors) == 1 and named in errors[0], (codes, said)
+    assert not any("Traceback" in line or "another process stopped" in line for line in said)
 
 
 @pytest.mark.parametrize("micro", [1, 4])

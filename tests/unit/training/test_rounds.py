@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from process_cases import wait_until
-from training_cases import fork, repeatable, rows_of
+from training_cases import fork, repeatable, rows_of, said_by_two
 
 from video_opd.cli import main
 from video_opd.config import Recipe, SelectionConfig, dump_recipe, recipe_from_dict
@@ -35,6 +35,7 @@ from video_opd.reports.runs import read_run
 from video_opd.training import rounds as rounds_module
 from video_opd.training.loop import train
 from video_opd.training.rounds import run_rounds
+from video_opd.training.run_folder import RunFolder
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 
@@ -528,6 +529,23 @@ def test_the_defaults_are_the_papers() -> None:
         {"teacher": {"path": "t"}, "data": {"train": "d"}, "tvdf": {"strategy": "random"}}
     )
     assert ungated.tvdf.min_teacher_iou == 0.0
+
+
+@pytest.mark.parametrize("fault", ["another recipe", "no pool"])
+def test_an_error_of_the_first_process_ends_all_with_one_message(
+    world: Path, tmp_path: Path, fault: str
+) -> None:
+    folder = tmp_path / "run"
+    recipe = make_recipe(world, folder, data={"train": str(world / "pool.jsonl")})
+    changes, named = ["--data.train", "nowhere.jsonl"], "nowhere.jsonl"
+    if fault == "another recipe":
+        RunFolder(folder).claim_for_rounds(recipe)
+        (folder / "round-1").mkdir()
+        changes, named = ["--optim.lr", "0.5"], "optim.lr"
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    codes, said = said_by_two(["rounds", str(tmp_path / "recipe.yaml"), *changes], tmp_path)
+    errors = [line for line in said if line.startswith("video-opd: ")]
+    assert codes == [2, 2] and len(errors) == 1 and named in errors[0], (codes, said)
 
 
 def test_train_ignores_the_two_sections(world: Path, tmp_path: Path) -> None:
