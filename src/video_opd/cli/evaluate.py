@@ -62,7 +62,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--by-source", action="store_true", help="a data set for each source of the rows")
     parser.add_argument(
-        "--published", action="store_true", help="also show the paper's own rows, marked as published"
+        "--published",
+        action="store_true",
+        help="also show the paper's own rows and published average recalls, marked so",
     )
     parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --out, else text")
     parser.add_argument("--out", metavar="OUT", help="write the table there (.md, .tex, .json, .txt)")

@@ -22,7 +22,13 @@ from video_opd.evaluation.notes import (
     rule_notes,
     swap_note,
 )
-from video_opd.evaluation.published import published, published_columns
+from video_opd.evaluation.published import (
+    AVERAGE_RECALL,
+    AVERAGE_RECALL_IS,
+    average_recall,
+    published,
+    published_columns,
+)
 from video_opd.evaluation.rows import METRICS
 from video_opd.terminal import visible
 
@@ -30,6 +36,7 @@ FORMATS = ("text", "markdown", "latex", "json")
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json", ".txt": "text"}
 DAGGER = "†"
 NONE = "–"
+_AVERAGE_KEY = AVERAGE_RECALL.replace(" ", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +61,34 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Average:
+    """A model's average recall; ``source`` says where a published one is from, and "measured" of another."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """``measured`` are rows of this evaluation, ``published`` those of the paper; ``notes`` stand below."""
+    """``measured`` are rows of this evaluation, ``published`` those of the paper; ``notes`` stand below.
+
+    ``averages`` have a section of their own, because an average recall is another number than an mIoU.
+    """
 
     data_sets: tuple[str, ...]
     measured: tuple[Row, ...]
     published: tuple[Row, ...]
     notes: tuple[str, ...]
+    averages: tuple[Average, ...] = ()
 
     @property
     def published_title(self) -> str:
         return f"{DAGGER} published in {published().source}; not measured here"
+
+    @property
+    def averages_title(self) -> str:
+        return f"{AVERAGE_RECALL}: {AVERAGE_RECALL_IS}; {DAGGER} not measured here"
 
 
 def make_table(comparison: Comparison, *, with_published: bool = False, intervals: bool = True) -> Table:
@@ -88,7 +112,30 @@ def make_table(comparison: Comparison, *, with_published: bool = False, interval
         measured=tuple(rows),
         published=published_rows(comparison.data_sets) if with_published else (),
         notes=tuple(_notes(comparison)),
+        averages=_averages(comparison) if with_published else (),
     )
+
+
+def _averages(comparison: Comparison) -> tuple[Average, ...]:
+    measured = [
+        Average(name=name, value=f"{value:.1f}", source="measured")
+        for name, value in measured_averages(comparison).items()
+    ]
+    theirs = [
+        Average(name=f"{a.name}{DAGGER}", value=f"{a.value:.1f}", source=a.source)
+        for a in published().averages
+    ]
+    return (*measured, *theirs)
+
+
+def measured_averages(comparison: Comparison) -> dict[str, float]:
+    """Returns the average recall of each model that has results on all three data sets of TimeLens-Bench."""
+    found = {}
+    for model, results in comparison.results.items():
+        scores = {name: [r.metrics.values[metric] for metric in METRICS] for name, r in results.items()}
+        if (value := average_recall(scores)) is not None:
+            found[model] = value
+    return found
 
 
 def published_rows(data_sets: Sequence[str]) -> tuple[Row, ...]:
@@ -156,6 +203,10 @@ def as_markdown(table: Table) -> str:
     parts = [_markdown_rows(table, table.measured)]
     if table.published:
         parts.append(f"{table.published_title}:\n\n{_markdown_rows(table, table.published)}")
+    if table.averages:
+        lines = [f"| | {AVERAGE_RECALL} | |", "|---|---|---|"]
+        lines += [f"| {_escaped(a.name, _MARKDOWN)} | {a.value} | {a.source} |" for a in table.averages]
+        parts.append(f"{table.averages_title}:\n\n" + "\n".join(lines))
     parts.append("\n".join(f"- {_escaped(note, '|<`')}" for note in table.notes))
     return "\n\n".join(parts) + "\n"
 
@@ -189,6 +240,9 @@ def as_latex(table: Table) -> str:
     if table.published:
         title = rf"\multicolumn{{{columns}}}{{l}}{{\textit{{{_latex(table.published_title)}}}}} \\"
         lines += [r"\midrule", title, *(_latex_row(table, row) for row in table.published)]
+    if table.averages:
+        title = rf"\multicolumn{{{columns}}}{{l}}{{\textit{{{_latex(table.averages_title)}}}}} \\"
+        lines += [r"\midrule", title, *(_latex_average(average, columns - 1) for average in table.averages)]
     lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join([*lines, *(f"% {visible(note)}" for note in table.notes)]) + "\n"
 
@@ -200,6 +254,11 @@ def _latex_row(table: Table, row: Row) -> str:
 
     cells = [text(cell) for name in table.data_sets for cell in row.figures(name)]
     return " & ".join([_latex(row.name), *cells]) + r" \\"
+
+
+def _latex_average(average: Average, columns: int) -> str:
+    said = _latex(f"{average.value} ({average.source})")
+    return rf"{_latex(average.name)} & \multicolumn{{{columns}}}{{l}}{{{said}}} \\"
 
 
 _LATEX = {
@@ -232,7 +291,15 @@ def as_text(table: Table) -> str:
                 lines.append(visible(f"{row.name}{mark}, {name}: {said}"))
     if table.published:
         lines.append(table.published_title)
+    if table.averages:
+        lines += map(visible, average_lines(table))
     return "\n".join([*lines, *map(visible, table.notes)]) + "\n"
+
+
+def average_lines(table: Table) -> list[str]:
+    """Returns a line for each average recall, then what an average recall is."""
+    lines = [f"{a.name}: {AVERAGE_RECALL} {a.value} ({a.source})" for a in table.averages]
+    return [*lines, table.averages_title]
 
 
 def _escaped(text: str, characters: str) -> str:
@@ -259,4 +326,11 @@ def as_json(comparison: Comparison, *, with_published: bool = False) -> dict[str
                 for row in published().rows
             },
         }
+        record["published"][_AVERAGE_KEY] = {
+            "definition": AVERAGE_RECALL_IS,
+            "models": {
+                a.name: {"value": round(a.value, 1), "source": a.source} for a in published().averages
+            },
+        }
+        record[_AVERAGE_KEY] = measured_averages(comparison)
     return record

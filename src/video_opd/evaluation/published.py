@@ -1,12 +1,15 @@
-"""Reads the rows that the paper reports (``published.yaml``), to stand beside measured rows. No torch."""
+"""Reads the rows that papers report (``published.yaml``), to stand beside measured rows. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import TypeAlias
+
+AVERAGE_RECALL = "average recall"
+AVERAGE_RECALL_IS = "the mean of R@0.3, R@0.5 and R@0.7 over the three data sets of TimeLens-Bench"
 
 Scores: TypeAlias = tuple[float, float, float, float | None]  # R@0.3, R@0.5, R@0.7, mIoU
 
@@ -22,12 +25,26 @@ class PublishedRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedAverage:
+    """The average recall of a model, in percent, and where it is printed or computed from."""
+
+    name: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Published:
-    """The rows of one source. They are copied, not measured, and are never shown among measured rows."""
+    """The rows of ``source``. They are copied, not measured, and are never shown among measured rows.
+
+    ``averages`` are average recalls: first those of ``rows``, computed, then those that another source
+    prints alone.
+    """
 
     source: str
     data_sets: tuple[str, ...]
     rows: tuple[PublishedRow, ...]
+    averages: tuple[PublishedAverage, ...]
 
 
 @cache
@@ -42,7 +59,35 @@ def published() -> Published:
     for row in record["rows"]:
         scores = {name: tuple(s) for name, s in zip(data_sets, row.pop("scores"), strict=True)}
         rows.append(PublishedRow(**row, scores=scores))
-    return Published(source=record["source"], data_sets=data_sets, rows=tuple(rows))
+    averages = [
+        PublishedAverage(name=row.name, value=average, source=f"{record['source']}, table {row.tables}")
+        for row in rows
+        if (average := _mean_recall(row.scores.values())) is not None
+    ]
+    alone = record["averages"]
+    averages += [
+        PublishedAverage(name=name, value=value, source=alone["source"])
+        for name, value in alone["rows"].items()
+    ]
+    return Published(source=record["source"], data_sets=data_sets, rows=tuple(rows), averages=tuple(averages))
+
+
+def average_recall(scores: Mapping[str, Sequence[float | None]]) -> float | None:
+    """Returns the average recall of a model: the mean of its R@0.3, R@0.5 and R@0.7 on the three data sets.
+
+    ``scores`` holds, by the name of a data set, the recalls and the mIoU; the mIoU does not count. None
+    unless each of the paper's data sets is named exactly once.
+    """
+    columns = published_columns(scores)
+    if sorted(columns.values()) != sorted(published().data_sets):
+        return None
+    return _mean_recall(scores[name] for name in columns)
+
+
+def _mean_recall(scores: Iterable[Sequence[float | None]]) -> float | None:
+    recalls = [recall for row in scores for recall in row[:-1]]
+    known = [recall for recall in recalls if recall is not None]
+    return sum(known) / len(known) if len(known) == len(recalls) else None
 
 
 def published_name(name: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from video_opd.evaluation.best_constant import ConstantPrediction
-from video_opd.evaluation.comparison_formats import Row, Table, as_text
+from video_opd.evaluation.comparison_formats import Row, Table, as_text, average_lines
 from video_opd.evaluation.metrics import Difference, Metrics
 from video_opd.evaluation.notes import (
     count_notes,
@@ -79,6 +79,8 @@ def print_table(table: Table, console: Console) -> None:
     fits = console.measure(whole, options=options).maximum <= console.width
     for part in [whole] if fits else [_rich_table(table, (name,)) for name in table.data_sets]:
         console.print(part)
+    if table.averages:
+        print_lines(average_lines(table), console)
     print_lines(table.notes, console)
 
 

@@ -19,7 +19,7 @@ from video_opd.evaluation import comparison_formats
 from video_opd.evaluation.comparison import Comparison, by_source, compare
 from video_opd.evaluation.predictions import ModelPredictions, PredictionsFile
 from video_opd.evaluation.protocols import PROTOCOLS
-from video_opd.evaluation.published import published, published_name
+from video_opd.evaluation.published import average_recall, published, published_name
 from video_opd.evaluation.rows import METRICS
 from video_opd.evaluation.terminal import print_table
 from video_opd.types import Prediction, Sample
@@ -284,7 +284,7 @@ def test_figures_alone_on_request() -> None:
 
 def test_published_rows_are_whole_and_plausible() -> None:
     rows = published().rows
-    assert len(rows) == 17 == len({row.name for row in rows})
+    assert len(rows) == 22 == len({row.name for row in rows})
     for row in rows:
         assert tuple(row.scores) == published().data_sets
         for r3, r5, r7, miou in row.scores.values():
@@ -294,6 +294,63 @@ def test_published_rows_are_whole_and_plausible() -> None:
     assert base.reproduced and base.scores["QVHighlights-TimeLens"] == (46.6, 38.2, 29.5, 36.9)
     gemini = next(row for row in rows if row.name == "Gemini-2.5-Pro")
     assert gemini.scores["ActivityNet-TimeLens"] == (72.3, 64.2, 47.1, None)
+
+
+def test_average_recalls_are_means_of_nine_recalls() -> None:
+    """Those of the paper are computed; the four that were printed alone are as printed (arXiv 2609.34581)."""
+    found = {average.name: average for average in published().averages}
+    assert len(found) == len(published().averages) == 26
+    nine = [73.1, 45.8, 32.4, 60.5, 45.6, 35.8, 73.8, 60.3, 50.4]  # Video-OPD in table 1
+    assert found["Video-OPD [Qwen3-VL-8B]"].value == pytest.approx(sum(nine) / 9)
+    assert found["Video-OPD [Qwen3-VL-8B]"].source == "Video-OPD, arXiv 2602.02994, table 1, 4"
+    alone = {name: average.value for name, average in found.items() if "2609.34581" in average.source}
+    assert alone == {"OPD": 52.8, "Video-OPD": 53.1, "RAL-AD": 53.3, "CAPD": 55.1}
+    # What fixes the definition: both papers' figures for the same model.
+    assert round(found["Video-OPD [Qwen3-VL-8B]"].value, 1) == alone["Video-OPD"]
+    # No row of theirs is a row of figures on a data set: there would be an mIoU in it.
+    assert not {row.name for row in published().rows} & set(alone)
+
+
+def test_an_average_recall_needs_all_three_data_sets_once_and_no_miou() -> None:
+    names = ("charades-timelens", "activitynet-timelens", "qvhighlights-timelens")
+    scores = {name: (60.0 + i, 40.0, 20.0, 99.0) for i, name in enumerate(names)}
+    assert average_recall(scores) == pytest.approx((60 + 61 + 62) / 9 + 60 / 3)
+    assert average_recall(scores | {"mine": (1.0, 1.0, 1.0, 1.0)}) == average_recall(scores)
+    assert average_recall(dict(list(scores.items())[:2])) is None
+    assert average_recall(scores | {"charades-timelens-2": (1.0, 1.0, 1.0, 1.0)}) is None
+    assert average_recall(scores | {names[0]: (60.0, None, 20.0, 99.0)}) is None
+
+
+def test_average_recalls_have_a_section_of_their_own_in_every_format() -> None:
+    sets = {f"{name}-TimeLens": samples(name) for name in ("Charades", "ActivityNet", "QVHighlights")}
+    one_off = {i: span for rows in sets.values() for i, span in shifted(rows, 1.0).items()}  # IoU 7/9
+    four_off = {i: span for rows in sets.values() for i, span in shifted(rows, 4.0).items()}  # IoU 1/3
+    some = model_predictions("some", shifted(sets["Charades-TimeLens"], 1.0))
+    found = compare(
+        sets, [model_predictions("near", one_off), model_predictions("far", four_off), some], PAPER
+    )
+    table = comparison_formats.make_table(found, with_published=True)
+    assert [(a.name, a.value) for a in table.averages[:2]] == [("near", "100.0"), ("far", "33.3")]
+    assert "some" not in {a.name for a in table.averages}
+    record = comparison_formats.as_json(found, with_published=True)
+    assert record["average_recall"] == {"near": 100.0, "far": pytest.approx(100 / 3)}
+    assert record["published"]["average_recall"]["models"]["CAPD"] == {
+        "value": 55.1,
+        "source": "CAPD, arXiv 2609.34581",
+    }
+    markdown = comparison_formats.as_markdown(table)
+    assert "| far | 33.3 | measured |" in markdown
+    assert "| CAPD† | 55.1 | CAPD, arXiv 2609.34581 |" in markdown
+    assert r"CAPD$^\dagger$ & \multicolumn{12}{l}{55.1 (CAPD, arXiv 2609.34581)} \\" in (
+        comparison_formats.as_latex(table)
+    )
+    text = comparison_formats.as_text(table).splitlines()
+    assert "CAPD†: average recall 55.1 (CAPD, arXiv 2609.34581)" in text
+    assert "near: average recall 100.0 (measured)" in text
+    for written in (markdown, "\n".join(text)):  # the name stands in no row of figures
+        assert sum("CAPD†" in line for line in written.splitlines()) == 1
+    plain = comparison_formats.make_table(found)
+    assert plain.averages == () and "average recall" not in comparison_formats.as_text(plain)
 
 
 def test_published_names_mean_the_corrected_annotations_only() -> None:
