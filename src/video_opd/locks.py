@@ -1,7 +1,7 @@
-"""Locks on outputs: two commands that write one output at the same time would spoil it.
+"""Locks on outputs: of two commands on one output, one works and the other is refused.
 
-A command that appends to its output, or continues it, holds a lock meanwhile. A second command on the same
-output raises :class:`UserError`, which names the host and the process of the first::
+A command holds a lock on each of its outputs while it runs. A second command on the same output raises
+:class:`UserError`, which names the host and the process of the first::
 
     with locked_folder("runs/a"):          # runs/a/.lock
         ...
@@ -18,8 +18,11 @@ The processes that one launcher started share a lock: each holds one byte of the
 all of them before it lets the others take theirs, so a process that is left over from a killed run still
 keeps the next run out.
 
-Files that are written at the end, in one step (:func:`video_opd.files.replacing_file`), need no lock: of two
-writers the last one wins, and its file is whole.
+A function that replaces its file in one step (:func:`video_opd.files.replacing_file`) takes no lock itself:
+of two callers the last one wins, and its file is whole. The commands lock those files, too.
+
+Devices, pipes and whatever else cannot be replaced have no lock: the command refuses them itself. Folders
+that were made for a lock file, and are empty when the lock ends, are removed.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -55,6 +58,7 @@ class _Lock:
     process: int
     thread: int
     depth: int = 1  # how many blocks of this thread are inside each other
+    made: list[Path] = field(default_factory=list)  # folders, the innermost first
 
 
 _locks: dict[str, _Lock] = {}  # path of the lock file -> lock
@@ -73,19 +77,25 @@ def locked_file(out: str | Path, processes: Processes | None = None) -> Iterator
     process or another thread is writing ``out``.
     """
     path = os.path.realpath(out)
-    with _locked(Path(f"{path}.lock"), out, processes or Processes()):
+    with _locked(Path(f"{path}.lock"), out, processes or Processes(), os.path.isfile):
         yield
 
 
 @contextmanager
 def locked_folder(folder: str | Path, processes: Processes | None = None) -> Iterator[None]:
     """Keeps other commands from writing into ``folder`` during the block, like :func:`locked_file`."""
-    with _locked(Path(os.path.realpath(folder), ".lock"), folder, processes or Processes()):
+    with _locked(Path(os.path.realpath(folder), ".lock"), folder, processes or Processes(), os.path.isdir):
         yield
 
 
 @contextmanager
-def _locked(path: Path, output: str | Path, processes: Processes) -> Iterator[None]:
+def _locked(
+    path: Path, output: str | Path, processes: Processes, is_right: Callable[[str | Path], bool]
+) -> Iterator[None]:
+    # Several processes enter together whatever is there, because they wait for each other.
+    if processes.count == 1 and os.path.exists(output) and not is_right(output):
+        yield
+        return
     key, thread = str(path), threading.get_ident()
     with _guard:
         lock = _locks.get(key)
@@ -107,7 +117,7 @@ def _locked(path: Path, output: str | Path, processes: Processes) -> Iterator[No
 
 def _enter(lock: _Lock, path: Path, output: str | Path, processes: Processes) -> None:
     def take() -> None:
-        lock.descriptor = _take(path, output)
+        lock.descriptor = _take(path, output, lock.made)
         if lock.descriptor is not None and processes.count > 1:
             fcntl.lockf(lock.descriptor, fcntl.LOCK_UN, TO_THE_END, 1)
 
@@ -129,19 +139,28 @@ def _leave(lock: _Lock, path: Path, processes: Processes, *, finished: bool) -> 
             if processes.first and (finished or _lock_all(lock.descriptor)):
                 path.unlink()
         os.close(lock.descriptor)
+    with suppress(OSError):
+        for folder in lock.made:
+            folder.rmdir()
     with _guard:
         _locks.pop(str(path), None)
 
 
-def _take(path: Path, output: str | Path) -> int | None:
-    """The descriptor of the lock file, with all its bytes locked; None if no lock can be had there."""
+def _take(path: Path, output: str | Path, made: list[Path]) -> int | None:
+    """The descriptor of the lock file, with all its bytes locked; None if no lock can be had there.
+
+    The folders that had to be made for it are appended to ``made``.
+    """
     owner = None
-    for _ in range(LOOKS):
+    for look in range(LOOKS):
         try:
+            made += [folder for folder in path.parents if folder not in made and not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             # Python's descriptors are closed in a program that this process starts.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and look + 1 < LOOKS:
+                continue  # another command has just removed the folder that it made for its own lock
             if os.path.exists(output):
                 _tell(path, error)
             return None  # a command that cannot write there says so itself

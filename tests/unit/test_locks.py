@@ -265,3 +265,49 @@ def test_the_lock_file_of_the_last_holder_is_not_taken_for_the_present_one(
     with locked_file(tmp_path / "p"):
         assert calls == 2 and (tmp_path / "p.lock").exists()
         assert refused_in_another_process(tmp_path / "p")
+
+
+def test_folders_that_were_made_for_a_lock_and_stayed_empty_are_removed(tmp_path: Path) -> None:
+    with locked_file(tmp_path / "a" / "b" / "p"), locked_folder(tmp_path / "c"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), locked_file(tmp_path / "a" / "b" / "p"):
+        (tmp_path / "a" / "written").write_text("")
+        1 / 0  # noqa: B018
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["written"]
+    (tmp_path / "before").mkdir()
+    with locked_folder(tmp_path / "before"):
+        pass
+    assert (tmp_path / "before").is_dir()
+
+
+def test_a_folder_that_another_command_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other command made it for its own lock, and removes it between our making it and our lock file."""
+    real, calls = os.open, 0
+
+    def removed_before(path: Any, *options: Any) -> int:
+        nonlocal calls
+        calls += str(path).endswith("p.lock")
+        if calls == 1:
+            (tmp_path / "new").rmdir()
+        return real(path, *options)
+
+    monkeypatch.setattr(os, "open", removed_before)
+    with locked_file(tmp_path / "new" / "p"):
+        assert calls == 2 and (tmp_path / "new" / "p.lock").exists()
+
+
+@pytest.mark.parametrize(("lock", "kind"), [(locked_file, "folder"), (locked_folder, "file")])
+def test_what_cannot_be_replaced_is_not_locked(
+    tmp_path: Path, lock: Callable[[Path], Any], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("")
+    else:
+        out.mkdir()
+    with lock(out), locked_file(os.devnull):
+        assert list(tmp_path.rglob("*")) == [out] and not os.path.exists(f"{os.devnull}.lock")
+    assert capsys.readouterr().err == ""

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from video_opd.cli.commands import parse_words
-from video_opd.cli.output import lost_output, prepare_streams
+from video_opd.cli.output import locked_outputs, lost_output, prepare_streams
 from video_opd.errors import ErrorOfFirst, UserError
 from video_opd.processes import follow_launcher
 from video_opd.terminal import visible
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         arguments = parse_words(words)
-        code = arguments.command.run(arguments)
+        with locked_outputs(arguments.outputs):  # before anything heavy is imported
+            code = arguments.command.run(arguments)
         sys.stdout.flush()  # raises here, inside the try, if the reader has left or the disk is full
         if closed is not None and closed.getvalue():
             return _fail(CLOSED, FAILED, debug)

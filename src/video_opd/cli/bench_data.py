@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns; default: 5")
     parser.add_argument("--workers", type=positive, default=2, metavar="N", help="default: 2")
-    parser.add_argument("--json", metavar="OUT.json", help="also write everything there")
+    parser.add_argument("--json", writes="file", metavar="OUT.json", help="also write everything there")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="count the operations of a step of each method, and time nothing",
     )
-    parser.add_argument("--json", metavar="OUT.json", help="also write everything there")
+    parser.add_argument("--json", writes="file", metavar="OUT.json", help="also write everything there")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,8 +17,15 @@ SETTINGS = NO_SETTINGS
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
     add_shared(parser, "--video-root")
-    parser.add_argument("--out", metavar="C.jsonl", help="what the videos hold; default: DATA.check.jsonl")
-    parser.add_argument("--write-good", metavar="OUT.jsonl", help="write the rows without problems there")
+    parser.add_argument(
+        "--out",
+        writes="file",
+        metavar="C.jsonl",
+        help="what the videos hold; default: DATA.check.jsonl",
+    )
+    parser.add_argument(
+        "--write-good", writes="file", metavar="OUT.jsonl", help="write the rows without problems there"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,

@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="[FORMAT] INPUT",
         help="the annotations, and the name of their format if it is not to be recognised",
     )
-    parser.add_argument("--out", metavar="D.jsonl", help="the new data file")
+    parser.add_argument("--out", writes="file", metavar="D.jsonl", help="the new data file")
     parser.add_argument(
         "--list-formats", action="store_true", help="convert nothing: show the formats and how they look"
     )

@@ -18,7 +18,7 @@ SETTINGS = VIDEO_SETTINGS
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
     add_shared(parser, "--video-root")
-    parser.add_argument("--html", metavar="OUT.html", help="also write one page with charts")
+    parser.add_argument("--html", writes="file", metavar="OUT.html", help="also write one page with charts")
     tokens = parser.exclusive()
     tokens.add_argument(
         "--size", type=_size, metavar="WxH", help="count tokens as if every video had this size, e.g. 640x360"
@@ -27,7 +27,11 @@ def add_arguments(parser: Parser) -> None:
         "--probe", action="store_true", help="open every video to count its tokens; repeated, it continues"
     )
     parser.add_argument(
-        "--out", metavar="C.jsonl", help="what --probe or data check found; default: DATA.check.jsonl"
+        "--out",
+        writes="file",
+        writes_if=lambda arguments: arguments.probe,  # it is read otherwise
+        metavar="C.jsonl",
+        help="what --probe or data check found; default: DATA.check.jsonl",
     )
     parser.add_argument(
         "--workers", type=positive, default=4, metavar="N", help="threads of --probe; default: 4"

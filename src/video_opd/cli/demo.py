@@ -15,7 +15,9 @@ SETTINGS = NO_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--out", writes="folder", default="runs/demo", metavar="DIR", help="default: %(default)s"
+    )
     add_shared(parser, "--seed")
     parser.add_argument("--steps", type=positive, metavar="N", help="optimiser steps; fewer for a quick look")
 

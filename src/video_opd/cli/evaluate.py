@@ -67,11 +67,16 @@ def add_arguments(parser: Parser) -> None:
         help="also show the paper's own rows and published average recalls, marked so",
     )
     parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --out, else text")
-    parser.add_argument("--out", metavar="OUT", help="write the table there (.md, .tex, .json, .txt)")
+    parser.add_argument(
+        "--out", writes="file", metavar="OUT", help="write the table there (.md, .tex, .json, .txt)"
+    )
     parser.add_argument("--no-intervals", action="store_true", help="leave the intervals out of the table")
-    parser.add_argument("--json", metavar="OUT.json", help="also write the metrics there; - is stdout")
+    parser.add_argument(
+        "--json", writes="file", metavar="OUT.json", help="also write the metrics there; - is stdout"
+    )
     parser.add_argument(
         "--answers",
+        writes="file",
         metavar="P.jsonl",
         help="with --model: keep the predictions there; default: the cache folder",
     )

@@ -59,7 +59,9 @@ def add_arguments(parser: Parser) -> None:
         help="default: text on a terminal, else json",
     )
     form.add_argument("--json", action="store_const", const="json", dest="format", help="--format json")
-    parser.add_argument("--view", metavar="OUT.html", help="also write a page to look at the answers")
+    parser.add_argument(
+        "--view", writes="file", metavar="OUT.html", help="also write a page to look at the answers"
+    )
     parser.add_argument(
         "--embed-mb",
         type=float,
@@ -67,7 +69,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="MB",
         help="the page links to larger videos instead of holding them; default: 20",
     )
-    parser.add_argument("--cut", metavar="OUT.mp4", help="also write the answer as a clip")
+    parser.add_argument("--cut", writes="file", metavar="OUT.mp4", help="also write the answer as a clip")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,9 +8,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from video_opd.cli.parser import Place
 from video_opd.files import write_text
+from video_opd.locks import locked_file, locked_folder
 
 # Control characters that JSON leaves as they are, and marks that turn the direction of writing.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -35,6 +38,24 @@ def write_json(path: str, record: Any) -> None:
 
 def as_json(record: Any) -> str:
     return json.dumps(record, indent=2, ensure_ascii=False, default=str)
+
+
+@contextlib.contextmanager
+def locked_outputs(places: Iterable[Place]) -> Iterator[None]:
+    """Keeps other commands from writing the outputs of this one during the block. "-" is stdout.
+
+    A launcher's processes write one output together. The commands that they run lock it themselves, and here
+    nothing is done. Raises :class:`video_opd.errors.UserError` if another command is writing one of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        # In one order for all commands: of two that share several outputs, one gets all of them.
+        for path, kind in sorted(set(places), key=lambda place: os.path.realpath(place.path)):
+            if path != "-":
+                stack.enter_context((locked_file if kind == "file" else locked_folder)(path))
+        yield
 
 
 def prepare_streams() -> io.StringIO | None:

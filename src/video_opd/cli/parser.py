@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from video_opd.errors import UserError
 
@@ -19,6 +20,14 @@ ALL_SETTINGS: tuple[str, ...] = ("",)
 VIDEO_SETTINGS: tuple[str, ...] = ("video.",)
 MODEL_SETTINGS: tuple[str, ...] = ("model.", "video.", "prompt.")
 DEBUG_HELP = "show the traceback of an error"
+Kind: TypeAlias = Literal["file", "folder"]
+
+
+class Place(NamedTuple):
+    """Where a command writes."""
+
+    path: str
+    kind: Kind
 
 
 class Command(Protocol):
@@ -41,23 +50,53 @@ class Group(NamedTuple):
     commands: Mapping[str, Command]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputFlag:
+    """A flag that names what the command writes, and when: ``data stats --out`` is written with --probe."""
+
+    flag: str
+    name: str  # of the attribute that holds its value
+    kind: Kind
+    written_if: Callable[[argparse.Namespace], bool]
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that records its flags and commands.
+    """An argparse parser that records its flags, its outputs and its commands.
 
     An error is a single line with the remedy, raised as :class:`UserError`.
     """
 
     def __init__(self, **options: Any) -> None:
         self.flags: list[str] = []  # flags in the order in which they were added, "--help" first
+        self.outputs: list[OutputFlag] = []
         self.commands: dict[str, Parser] = {}
         self.settings: tuple[str, ...] = NO_SETTINGS
         # The name of a positional that takes several words, which may stand anywhere between the flags.
         self.scattered: str | None = None
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        self.flags += [name for name in names if name.startswith("--")]
-        return super().add_argument(*names, **options)
+    def add_argument(
+        self,
+        *names: str,
+        writes: Kind | None = None,
+        writes_if: Callable[[argparse.Namespace], bool] = lambda arguments: True,
+        **options: Any,
+    ) -> argparse.Action:
+        """argparse's. A flag that names an output says so by ``writes``: the command then locks it."""
+        action = super().add_argument(*names, **options)
+        self.record(action, writes, writes_if)
+        return action
+
+    def record(
+        self, action: argparse.Action, writes: Kind | None, written_if: Callable[[argparse.Namespace], bool]
+    ) -> None:
+        """Records a flag, here or in an exclusive group."""
+        flags = [name for name in action.option_strings if name.startswith("--")]
+        self.flags += flags
+        if writes is not None:
+            self.outputs.append(
+                OutputFlag(flag=flags[0], name=action.dest, kind=writes, written_if=written_if)
+            )
 
     def exclusive(self, required: bool = False) -> Exclusive:
         """A group of flags of which one may be given, or must be."""
@@ -132,13 +171,14 @@ class Exclusive:
     def __init__(self, parser: Parser, group: Any) -> None:
         self._parser, self._group = parser, group
 
-    def add_argument(self, *names: str, **options: Any) -> None:
-        self._parser.flags += [name for name in names if name.startswith("--")]
-        self._group.add_argument(*names, **options)
+    def add_argument(self, *names: str, writes: Kind | None = None, **options: Any) -> None:
+        self._parser.record(self._group.add_argument(*names, **options), writes, lambda arguments: True)
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with the ``command`` that they belong to and ``overrides`` (``["--a.b", "value", …]``).
+    """The arguments, with the ``command`` that they belong to, its ``outputs`` and the ``overrides``.
+
+    ``outputs`` are the places that it writes, ``overrides`` are ``["--a.b", "value", …]``.
 
     Raises :class:`UserError` for words that the command does not accept.
     """
@@ -159,6 +199,11 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         chosen.error(f"{overrides[0]}: this command reads no recipe")
     _refuse_repeats(overrides[::2])
     arguments.overrides = overrides
+    arguments.outputs = [
+        Place(path=path, kind=output.kind)
+        for output in chosen.outputs
+        if (path := getattr(arguments, output.name)) is not None and output.written_if(arguments)
+    ]
     return arguments
 
 

@@ -14,7 +14,9 @@ SETTINGS = NO_SETTINGS
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
-    parser.add_argument("--out", required=True, metavar="report.html", help="the file to write")
+    parser.add_argument(
+        "--out", writes="file", required=True, metavar="report.html", help="the file to write"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from video_opd.cli.arguments import add_shared
-from video_opd.cli.output import print_json
-from video_opd.cli.parser import ALL_SETTINGS, Parser
+from video_opd.cli.output import locked_outputs, print_json
+from video_opd.cli.parser import ALL_SETTINGS, Parser, Place
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line, print_lines
+
+if TYPE_CHECKING:
+    from video_opd.config import Recipe
 
 HELP = "score, select, train and evaluate, repeated from the last student; repeated, it continues"
 EXAMPLE = "video-opd rounds recipes/tiny/rounds.yaml --rounds.count 2 --tvdf.k 128 --run.dir runs/b"
@@ -26,19 +30,21 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe.check_rounds()  # before torch is imported
+    with locked_outputs([Place(recipe.run.dir, "folder")]):
+        _run(recipe, as_json=arguments.json)
+
+
+def _run(recipe: Recipe, *, as_json: bool) -> None:
     from video_opd.reports.html import write_report
     from video_opd.reports.runs import read_run
     from video_opd.reports.terminal import before_after
     from video_opd.training.rounds import run_rounds
 
-    def report(folder: Path) -> Path:
-        return write_report([folder], folder / "report.html")
-
-    result = run_rounds(recipe, after_round=report)
+    written = Path(recipe.run.dir) / "report.html"
+    result = run_rounds(recipe, after_round=lambda folder: write_report([folder], written))
     if not is_first_process():
         return
-    written = report(result.path)
-    if arguments.json:
+    if as_json:
         print_json({"path": result.path, "model": result.model, "report": written, **result.summary})
         return
     for record in result.summary["rounds"]:

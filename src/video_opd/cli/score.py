@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
         help="the teacher's (its type: --teacher.dtype); left out, only the student is scored, for gaussian",
     )
     parser.add_argument("--data", metavar="D.jsonl", help="the pool: rows to choose from later")
-    parser.add_argument("--out", required=True, metavar="S.jsonl", help="the scores file")
+    parser.add_argument("--out", writes="file", required=True, metavar="S.jsonl", help="the scores file")
     parser.add_argument("--k", type=positive, default=4, metavar="K", help="responses a model; default: 4")
     parser.add_argument("--student-k", type=positive, metavar="K", help="the student's; default: as --k")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")

@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--strategy", choices=get_args(Strategy), help="needed with --out")
     parser.add_argument("--k", required=True, type=positive, metavar="N", help="rows to choose")
     target = parser.exclusive(required=True)
-    target.add_argument("--out", metavar="OUT.jsonl", help="the chosen data rows")
+    target.add_argument("--out", writes="file", metavar="OUT.jsonl", help="the chosen data rows")
     target.add_argument(
         "--explain", action="store_true", help="choose nothing: show what each gate would leave"
     )

@@ -33,8 +33,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--judge", action="store_true", help="let lmms-eval ask a judge model (TempCompass; OPENAI_API_KEY)"
     )
-    parser.add_argument("--out", metavar="DIR", help="the folder for everything; default: runs/general/MODEL")
-    parser.add_argument("--json", metavar="OUT.json", help="also write the results there; - is stdout")
+    parser.add_argument(
+        "--out",
+        writes="folder",
+        writes_if=lambda arguments: not (arguments.check or arguments.download),
+        metavar="DIR",
+        help="the folder for everything; default: runs/general/MODEL",
+    )
+    parser.add_argument(
+        "--json", writes="file", metavar="OUT.json", help="also write the results there; - is stdout"
+    )
     add_shared(parser, "--device", "--max-new-tokens", "--seed", "--overwrite", "--batch-size", "--workers")
 
 

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 
 from video_opd.cli.arguments import add_shared
-from video_opd.cli.output import print_json
-from video_opd.cli.parser import ALL_SETTINGS, Parser
+from video_opd.cli.output import locked_outputs, print_json
+from video_opd.cli.parser import ALL_SETTINGS, Parser, Place
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line
 
@@ -25,9 +25,10 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch is imported
-    from video_opd.training.loop import train
+    with locked_outputs([Place(recipe.run.dir, "folder")]):
+        from video_opd.training.loop import train
 
-    result = train(recipe)
+        result = train(recipe)
     if not is_first_process():
         return
     if arguments.json:

@@ -18,7 +18,7 @@ _DEFAULTS = " ".join(f"{split}={n}" for split, n in DEFAULT_VIDEOS.items())
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--out", writes="folder", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--videos",
         nargs="+",

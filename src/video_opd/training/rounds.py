@@ -67,9 +67,9 @@ def run_rounds(
 ) -> RoundsResult:
     """Runs all rounds. Rounds that were killed are continued; finished ones return at once.
 
-    ``after_round`` is called with the folder after each round. Raises :class:`UserError` for what a user can
-    get wrong, at the earliest moment, if another command is writing in the folder, and if the first selection
-    is empty. A later empty selection ends the rounds, and ``rounds.json`` says so.
+    ``after_round`` is called with the folder after each round and at the end. Raises :class:`UserError` for
+    what a user can get wrong, at the earliest moment, if another command is writing in the folder, and if the
+    first selection is empty. A later empty selection ends the rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
     recipe = with_video_form(recipe)
@@ -86,6 +86,8 @@ def _run(rounds: Rounds, after_round: Callable[[Path], object]) -> RoundsResult:
         rounds.run(after_round)
     else:
         log(f"{rounds.folder.path} is finished: nothing to do")
+    if is_first_process():
+        after_round(rounds.folder.path)
     summary = json.loads(rounds.summary.read_text(encoding="utf-8"))
     model = rounds.folder.path / summary["rounds"][-1]["model"]
     return RoundsResult(path=rounds.folder.path, model=model, summary=summary)

@@ -413,7 +413,7 @@ def test_rows_may_be_used_again_and_a_teacher_that_is_known_is_not_loaded(
     )
     seen: list[Path] = []
     run_rounds(recipe, after_round=seen.append)
-    assert seen == [tmp_path / "run"] * 2
+    assert seen == [tmp_path / "run"] * 3  # at the end, too
     assert opened == ["tiny-base", "tiny-teacher", "model"]
     summary = read(tmp_path / "run" / "rounds.json")
     first, second = (set(ids(tmp_path / "run" / f"round-{n}" / "selected.jsonl")) for n in (1, 2))
