@@ -20,13 +20,14 @@ import fcntl
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from video_opd.errors import UserError
 
 UNFINISHED = ".part-"  # the names of unfinished files and folders begin with it
 REPLACED = ".old-"  # the same for a folder that is about to be removed
+_RANDOM_BYTES = 4  # at the end of the name of an unfinished file, in hexadecimal digits
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     if os.path.exists(target) and not os.path.isfile(target):
         raise UserError(f"{path}: not a plain file; name a file to write")
     # The name ends in random letters: it matches no pattern such as *.json, and two writers do not collide.
-    temporary = target.with_name(f"{UNFINISHED}{target.name}.{os.urandom(4).hex()}")
+    temporary = target.with_name(f"{UNFINISHED}{target.name}.{os.urandom(_RANDOM_BYTES).hex()}")
     lock = None
     try:
         with disk_errors(path):
@@ -108,6 +109,18 @@ def discard_unfinished(folder: str | Path, name: str = "") -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             _remove_if_abandoned(path)
+
+
+def discard_unfinished_file(path: str | Path, besides: Sequence[str] = ("",)) -> None:
+    """Removes the temporary files that killed writers of the file ``path`` left, and leaves living ones alone.
+
+    ``besides`` are endings of the names of files that are written with it; "" is the file itself.
+    """
+    target = _target(path)
+    for ending in besides:
+        pattern = f"{UNFINISHED}{glob.escape(target.name + ending)}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}"
+        for left in target.parent.glob(pattern):
+            _remove_if_abandoned(left)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -41,11 +41,13 @@ from datetime import datetime
 from pathlib import Path
 
 from video_opd.errors import UserError
+from video_opd.files import discard_unfinished_file
 from video_opd.processes import Processes
 from video_opd.progress import log
 
 HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either
 TO_THE_END = 0  # as a length: every byte that a file can have
+BESIDES = ("", ".meta.json", ".window")  # the endings of what is written with an output, under its lock
 # A process that has just taken a lock has yet to write its name. A refused process looks again so often.
 LOOKS, LOOK_EVERY_S = 100, 0.02
 
@@ -72,12 +74,16 @@ os.register_at_fork(after_in_child=_locks.clear)
 def locked_file(out: str | Path, processes: Processes | None = None) -> Iterator[None]:
     """Keeps other commands from writing the file ``out`` during the block.
 
+    The unfinished files that killed commands left beside ``out`` are removed.
+
     A block inside another one on the same output, in the same thread, holds the same lock. With several
     ``processes``, all of them must enter the block. Raises :class:`UserError`, in all of them, if another
     process or another thread is writing ``out``.
     """
     path = os.path.realpath(out)
-    with _locked(Path(f"{path}.lock"), out, processes or Processes(), os.path.isfile):
+    with _locked(Path(f"{path}.lock"), out, processes or Processes(), os.path.isfile) as taken:
+        if taken:
+            discard_unfinished_file(path, BESIDES)
         yield
 
 
@@ -91,10 +97,11 @@ def locked_folder(folder: str | Path, processes: Processes | None = None) -> Ite
 @contextmanager
 def _locked(
     path: Path, output: str | Path, processes: Processes, is_right: Callable[[str | Path], bool]
-) -> Iterator[None]:
+) -> Iterator[bool]:
+    """Yields whether this block took the lock, so that nobody else is writing the output."""
     # Several processes enter together whatever is there, because they wait for each other.
     if processes.count == 1 and os.path.exists(output) and not is_right(output):
-        yield
+        yield False
         return
     key, thread = str(path), threading.get_ident()
     with _guard:
@@ -108,7 +115,7 @@ def _locked(
     try:
         if lock.depth == 1:
             _enter(lock, path, output, processes)
-        yield
+        yield lock.depth == 1 and lock.descriptor is not None and processes.first
     except BaseException:
         _leave(lock, path, processes, finished=False)
         raise

@@ -1,6 +1,6 @@
-"""Kills of launchers, workers and pools: nobody stays alive, and the repeated command ends the same.
+"""Kills of launchers, workers, pools and single commands: nobody stays alive, and the files end as without.
 
-``VIDEO_OPD_TIMES`` says how often each is tried.
+Each kind of kill is tried ``VIDEO_OPD_TIMES`` times, and its longest time until nobody was alive is printed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from places import ROOT, SRC
@@ -25,31 +24,38 @@ from video_opd.jsonl import read_jsonl
 pytestmark = [pytest.mark.slow, needs_proc]
 
 TIMES = int(os.environ.get("VIDEO_OPD_TIMES") or 2)
+HERE = Path(__file__).parent
 CHECKPOINTS = SRC / "video_opd" / "world" / "checkpoints"
+BASE, TEACHER = str(CHECKPOINTS / "tiny-base"), str(CHECKPOINTS / "tiny-teacher")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
 OURS = [sys.executable, "-m", "video_opd"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN += ["-m", "video_opd"]
+SHORT = ["--max-new-tokens", "16", "--batch-size", "1"]
+SHORT += ["--video.min_frame_tokens", "4", "--video.max_frame_tokens", "8"]
+OURSELVES = ("log", "paused")  # files of these tests, not of the commands
+
+Choose = Callable[[int], int]
+ended_s: dict[str, list[float]] = {}  # kind of kill -> seconds until nobody was alive
 
 
-def start(words: list[str], folder: Path, **options: Any) -> subprocess.Popen[bytes]:
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    for kind, times_s in ended_s.items():
+        print(f"{kind}: {len(times_s)} kills, nobody was alive after {max(times_s):.1f} s at the latest")
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, **options)
+        return subprocess.Popen(
+            words, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def finish(words: list[str], folder: Path) -> None:
     assert start(words, folder).wait() == 0, (folder / "log").read_text()
-
-
-def kill_one(process: subprocess.Popen[bytes], choose: Callable[[int], int]) -> None:
-    """Kills the launcher or one of its workers, and waits until all of them have ended."""
-    family = descendants(process.pid) | {process.pid}
-    victim = choose(process.pid)
-    os.kill(victim, signal.SIGKILL)
-    began_s = time.monotonic()
-    process.wait()
-    wait_until(lambda: not any(map(is_alive, family)))
-    print(f"{choose.__name__} killed: nobody was alive {time.monotonic() - began_s:.1f} s later")
 
 
 def launcher(pid: int) -> int:
@@ -64,40 +70,58 @@ def worker(pid: int) -> int:
     return random.choice(found or [pid])
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
-    finish([*OURS, *["world", "make", "--out", "w", "--videos", "train=8", "--workers", "2"]], folder)
-    return folder / "w" / "train.jsonl"
+def kill_often(
+    kind: str,
+    words: list[str],
+    folder: Path,
+    progress: Callable[[], int],
+    *,
+    choose: Choose = launcher,
+    number: signal.Signals = signal.SIGKILL,
+    twice: bool = False,
+    wait_s: float = 0.3,
+) -> None:
+    """Starts the command and kills it after it has made progress, TIMES times; then lets it end.
 
-
-@pytest.mark.parametrize("choose", [launcher, worker])
-def test_a_run_on_two_processes(rows: Path, tmp_path: Path, choose: Callable[[int], int]) -> None:
-    """Killed in the middle of its steps, again and again, until it has been killed so often as was asked."""
-    words = [*TORCHRUN, "-m", "video_opd", "train", str(ROOT / "recipes" / "tiny" / "video-opd.yaml")]
-    words += ["--model.path", str(CHECKPOINTS / "tiny-base"), "--data.train", str(rows), "--run.dir", "run"]
-    words += ["--teacher.path", str(CHECKPOINTS / "tiny-teacher"), "--run.trackers", "[]"]
-    words += ["--optim.batch_size", "4", "--optim.micro_batch_size", "2", "--run.save_every", "1"]
-    words += ["--optim.max_steps", str(2 + 2 * TIMES)]
-    finish(words, tmp_path / "whole")
-    draws, kills = random.Random(0), 0
-    run = tmp_path / "killed" / "run"
+    SIGINT goes to all its processes, as from a terminal. A command that ended before begins anew.
+    """
+    draws, kills = random.Random(kind), 0
     while kills < TIMES:
-        before = steps_of(run)
-        process = start(words, run.parent)
-        wait_until(lambda p=process, n=before: p.poll() is not None or steps_of(run) > n)  # type: ignore[misc]
-        time.sleep(draws.uniform(0.0, 0.5))
-        if process.poll() is None:
-            kill_one(process, choose)
-            kills += 1
-        elif (run / "done.json").exists():  # the machine was faster
-            shutil.rmtree(run)
-    finish(words, run.parent)
-    whole = tmp_path / "whole" / "run"
-    for name in ("model/model.safetensors", "rollouts.jsonl"):
-        assert (whole / name).read_bytes() == (run / name).read_bytes(), name
-    steps = [row["step"] for _, row in read_jsonl(run / "metrics.jsonl")]
-    assert steps == list(range(1, 3 + 2 * TIMES))
+        before = progress()
+        process = start(words, folder)
+        wait_until(lambda p=process, n=before: p.poll() is not None or progress() > n, every_s=0.002)  # type: ignore[misc]
+        time.sleep(draws.uniform(0.0, wait_s))
+        family = descendants(process.pid) | {process.pid}
+        if process.poll() is not None:
+            assert process.returncode == 0, (folder / "log").read_text()
+            shutil.rmtree(folder)
+            continue
+        began_s = time.monotonic()
+        for _ in range(1 + twice):
+            if process.poll() is None:
+                if number == signal.SIGINT:
+                    os.killpg(process.pid, number)
+                else:
+                    os.kill(choose(process.pid), number)
+                time.sleep(0.05)
+        process.wait()
+        wait_until(lambda f=family: not any(map(is_alive, f)))  # type: ignore[misc]
+        ended_s.setdefault(kind, []).append(time.monotonic() - began_s)
+        kills += 1
+    finish(words, folder)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file but our own, hidden ones included."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in OURSELVES
+    }
+
+
+def bytes_of(*files: Path) -> int:
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def steps_of(run: Path) -> int:
@@ -105,51 +129,133 @@ def steps_of(run: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    finish([*OURS, "world", "make", "--out", "w", "--videos", "train=8", "long=1", "--workers", "2"], folder)
+    return folder / "w" / "train.jsonl"
+
+
+def recipe(name: str, rows: Path) -> list[str]:
+    words = [str(ROOT / "recipes" / "tiny" / f"{name}.yaml"), "--run.dir", "run", "--run.trackers", "[]"]
+    words += ["--model.path", BASE, "--teacher.path", TEACHER, "--data.train", str(rows)]
+    words += ["--optim.micro_batch_size", "2", "--run.save_every", "1"]
+    return [*words, "--optim.max_steps", str(2 + 2 * TIMES)]
+
+
 @pytest.mark.parametrize("choose", [launcher, worker])
-def test_predictions_on_two_processes(rows: Path, tmp_path: Path, choose: Callable[[int], int]) -> None:
-    words = [*TORCHRUN, "-m", "video_opd", "predict", str(CHECKPOINTS / "tiny-base"), str(rows)]
-    words += ["--out", "p.jsonl", "--max-new-tokens", "16", "--batch-size", "1"]
-    words += ["--video.min_frame_tokens", "4", "--video.max_frame_tokens", "8"]
+def test_a_run_on_two_processes(rows: Path, tmp_path: Path, choose: Choose) -> None:
+    words = [*TORCHRUN, "train", *recipe("video-opd", rows), "--optim.batch_size", "4"]
+    finish(words, tmp_path / "whole")
+    run = tmp_path / "killed" / "run"
+    kill_often(f"train, {choose.__name__}", words, run.parent, lambda: steps_of(run), choose=choose)
+    whole = tmp_path / "whole" / "run"
+    for name in ("model/model.safetensors", "rollouts.jsonl"):
+        assert (whole / name).read_bytes() == (run / name).read_bytes(), name
+    steps = [row["step"] for _, row in read_jsonl(run / "metrics.jsonl")]
+    assert steps == list(range(1, 3 + 2 * TIMES))
+
+
+@pytest.mark.parametrize("choose", [launcher, worker])
+@pytest.mark.parametrize("command", ["predict", "score"])
+def test_rows_of_two_processes(rows: Path, tmp_path: Path, command: str, choose: Choose) -> None:
+    words = [*TORCHRUN, command, *SHORT, "--out", "p.jsonl"]
+    if command == "predict":
+        words += [BASE, str(rows)]
+    else:
+        words += ["--student", BASE, "--teacher", TEACHER, "--data", str(rows), "--k", "1"]
     finish(words, tmp_path / "whole")
     killed = tmp_path / "killed"
-    for number in range(TIMES):
-        process = start(words, killed)
-        wait_until(lambda p=process: p.poll() is not None or any(killed.glob("p.jsonl.part-*")))  # type: ignore[misc]
-        time.sleep(random.Random(number).uniform(0.0, 0.2))
-        if process.poll() is None:
-            kill_one(process, choose)
-    finish(words, killed)
+
+    def progress() -> int:
+        return bytes_of(*killed.glob("p.jsonl"), *killed.glob("p.jsonl.part-*"))
+
+    kill_often(f"{command}, {choose.__name__}", words, killed, progress, choose=choose, wait_s=0.1)
     assert files_of(killed) == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_world(tmp_path: Path, number: signal.Signals, times: int) -> None:
-    """Its parent is killed, or everybody is interrupted, once or twice."""
-    words = [*OURS, *["world", "make", "--out", "w", "--videos", "train=12", "long=2", "--workers", "2"]]
-    finish(words, tmp_path / "whole")
+STAGES = ("scoring", "before selection", "after selection", "training")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rounds(rows: Path, tmp_path: Path, stage: str) -> None:
+    """The selection takes no time, so it waits until it is killed."""
+    short = ["--data.limit", "12", "--tvdf.k", "4", "--tvdf.batch_size", "1", "--rounds.count", "1"]
+    short += ["--tvdf.teacher_k", "1", "--tvdf.student_k", "1", "--tvdf.min_teacher_iou", "0"]
+    words = ["rounds", *recipe("rounds", rows), "--optim.batch_size", "2", *short, "--evaluate.data", "[]"]
+    finish([*OURS, *words], tmp_path / "whole")
     killed = tmp_path / "killed"
-    for trial in range(TIMES):
-        process = start(words, killed, start_new_session=True)
-        wait_until(lambda p=process: p.poll() is not None or bool(files_of(killed)))  # type: ignore[misc]
-        time.sleep(random.Random(trial).uniform(0.0, 1.0))
-        family = descendants(process.pid) | {process.pid}
-        for _ in range(times):
-            if process.poll() is None:
-                os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
-                time.sleep(0.05)
-        began_s = time.monotonic()
-        process.wait(timeout=300)
-        wait_until(lambda f=family: not any(map(is_alive, f)))  # type: ignore[misc]
-        print(f"{number.name} × {times}: {process.returncode}, {time.monotonic() - began_s:.1f} s")
-    finish(words, killed)
-    assert files_of(killed) == files_of(tmp_path / "whole")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file but the log, hidden ones included."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "log"
+    run, paused = killed / "run", killed / "paused"
+    progress: dict[str, Callable[[], int]] = {
+        "scoring": lambda: bytes_of(run / "round-1" / "scores.jsonl"),
+        "before selection": lambda: bytes_of(paused),
+        "after selection": lambda: bytes_of(paused),
+        "training": lambda: steps_of(run / "round-1"),
     }
+    pause = stage if "selection" in stage else "nowhere"
+    script = [sys.executable, str(HERE / "pause_in_selection.py"), pause, "paused", str(TIMES)]
+    kill_often(f"rounds, {stage}", [*script, *words], killed, progress[stage])
+    finish([*OURS, *words], killed)
+    timed = ("metrics.jsonl", "environment.json", "report.html", "README.md")
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {
+            name: content
+            for name, content in files_of(folder).items()
+            if not name.endswith(timed) and "checkpoints" not in name
+        }
+
+    whole = files(tmp_path / "whole")
+    assert {"run/round-1/scores.jsonl", "run/round-1/model/model.safetensors"} <= set(whole)
+    assert files(killed) == whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "twice"),
+    [
+        ("killed", signal.SIGKILL, False),
+        ("interrupted", signal.SIGINT, False),
+        ("interrupted twice", signal.SIGINT, True),
+    ],
+)
+def test_a_world(tmp_path: Path, kind: str, number: signal.Signals, twice: bool) -> None:
+    """Its parent is killed, or everybody is interrupted, once or twice."""
+    words = [*OURS, "world", "make", "--out", "w", "--videos", "train=12", "long=2", "--workers", "2"]
+    finish(words, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_often(
+        f"world make, {kind}",
+        words,
+        killed,
+        lambda: len(list((killed / "w").rglob("*.mp4*"))),
+        number=number,
+        twice=twice,
+        wait_s=1.0,
+    )
+    assert files_of(killed) == files_of(tmp_path / "whole")
+
+
+def test_a_check(rows: Path, tmp_path: Path) -> None:
+    words = [*OURS, "data", "check", str(rows), "--out", "c.jsonl", "--write-good", "good.jsonl", "--decode"]
+    finish(words, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_often("data check", words, killed, lambda: bytes_of(killed / "c.jsonl"), wait_s=0.1)
+    found, whole = files_of(killed), files_of(tmp_path / "whole")
+    assert set(found) == set(whole)
+    for name in whole:  # videos are checked in any order
+        assert sorted(found[name].split(b"\n")) == sorted(whole[name].split(b"\n")), name
+
+
+def test_a_clip(rows: Path, tmp_path: Path) -> None:
+    """Killed while it writes the clip, which is at its end."""
+    video = str(rows.parent / "videos" / "long-0-00000.mp4")
+    words = [*OURS, "ground", BASE, video, "something", "--max-new-tokens", "16", "--cut", "v.mp4"]
+    words += ["--view", "v.html", "--video.min_frame_tokens", "4", "--video.max_frame_tokens", "8"]
+    finish(words, tmp_path / "whole")
+    killed = tmp_path / "killed"
+
+    def progress() -> int:
+        return len([path for path in killed.glob("*v.mp4*") if path.suffix != ".lock"])
+
+    kill_often("ground --cut", words, killed, progress, wait_s=0.0)
+    assert files_of(killed) == files_of(tmp_path / "whole")

@@ -22,6 +22,7 @@ from places import SRC
 
 from video_opd import locks
 from video_opd.errors import UserError
+from video_opd.files import replacing_file
 from video_opd.locks import locked_file, locked_folder
 from video_opd.processes import Processes
 
@@ -311,3 +312,15 @@ def test_what_cannot_be_replaced_is_not_locked(
     with lock(out), locked_file(os.devnull):
         assert list(tmp_path.rglob("*")) == [out] and not os.path.exists(f"{os.devnull}.lock")
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_killed_writer_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".part-p{ending}.0123abcd" for ending in ("", ".meta.json", ".window")]
+    others = [tmp_path / name for name in (".part-p.html.0123abcd", ".part-pp.0123abcd", ".part-p.mine", "p")]
+    for path in (*left, *others):
+        path.write_text("half")
+    with locked_file(tmp_path / "p"):
+        assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+        with replacing_file(tmp_path / "p") as temporary, locked_file(tmp_path / "p"):
+            temporary.write_text("whole")  # the inner block leaves it alone
+    assert (tmp_path / "p").read_text() == "whole"

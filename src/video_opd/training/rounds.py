@@ -86,8 +86,7 @@ def _run(rounds: Rounds, after_round: Callable[[Path], object]) -> RoundsResult:
         rounds.run(after_round)
     else:
         log(f"{rounds.folder.path} is finished: nothing to do")
-    if is_first_process():
-        after_round(rounds.folder.path)
+    rounds.processes.on_first(lambda: after_round(rounds.folder.path))
     summary = json.loads(rounds.summary.read_text(encoding="utf-8"))
     model = rounds.folder.path / summary["rounds"][-1]["model"]
     return RoundsResult(path=rounds.folder.path, model=model, summary=summary)
