@@ -40,11 +40,11 @@ def meet(folder: Path, name: str, count: int) -> None:
 def try_locks_together(folder: Path, count: int) -> None:
     take, tried = locks._take, False
 
-    def take_together(*arguments: Any) -> int | None:
+    def take_together(path: Path, output: str | Path, made: list[Path]) -> int | None:
         nonlocal tried
         first, tried = not tried, True
         try:
-            descriptor = take(*arguments)
+            descriptor = take(path, output, made)
         except BaseException:
             (folder / f"tried-{os.getpid()}").touch()
             raise
