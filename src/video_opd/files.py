@@ -112,7 +112,7 @@ def discard_unfinished(folder: str | Path, name: str = "") -> None:
 
 
 def discard_unfinished_file(path: str | Path, besides: Sequence[str] = ("",)) -> None:
-    """Removes the temporary files that killed writers of the file ``path`` left, and leaves living ones alone.
+    """Removes the temporary files that killed writers of the file ``path`` left. Living ones are left alone.
 
     ``besides`` are endings of the names of files that are written with it; "" is the file itself.
     """
