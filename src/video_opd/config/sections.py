@@ -247,7 +247,8 @@ class RunConfig(Settings):
         default=("tensorboard",), description="where metrics are logged besides metrics.jsonl"
     )
     check: bool = Field(
-        default=True, description="check on the first prompts that sampling and scoring agree"
+        default=True,
+        description="check on the first prompts that sampling, scoring and the update's forward agree",
     )
 
 

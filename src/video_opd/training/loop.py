@@ -141,7 +141,7 @@ class Run:
                 with self.watch.stage("decode_wait"):
                     planned, rows = next(batches)
                 if first == 0 and self.recipe.run.check:
-                    check_first_prompts(self.recipe, self.components, rows)
+                    check_first_prompts(self.recipe, self.components, self.stepper, planned, rows)
                 batch = self.stepper.prepare(first, planned, rows)
                 done = first + plan.updates_per_batch
                 for step in range(first, done):

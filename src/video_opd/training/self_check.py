@@ -1,4 +1,5 @@
-"""Checks before the first step: sampling, scoring and both engines must agree on this model and prompts."""
+"""Checks before the first step: sampling, scoring, both engines and the update's forward must agree on this
+model and these prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from video_opd.progress import log
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
 from video_opd.training.components import Components
+from video_opd.training.step import Stepper, token_ids
 from video_opd.types import Rollout
 
 PROMPTS = 2
@@ -21,52 +23,79 @@ class CheckError(AssertionError):
     """A check before the first step failed: two ways to compute the same log-probs disagree."""
 
 
-def check_first_prompts(recipe: Recipe, components: Components, rows: Sequence[Row]) -> dict[str, float]:
-    """Samples responses to each of the first prompts and scores them again, in two ways.
+def check_first_prompts(
+    recipe: Recipe, components: Components, stepper: Stepper, planned: int, rows: Sequence[Row]
+) -> dict[str, float]:
+    """Samples responses to each of the first prompts and scores them again, in three ways.
 
     The self-distillation gate scores them by the student's own engine: a student that is its own teacher must
     get |r_t| ≈ 0 for every token. Parity scores the first of each by the plain engine, in one ordinary
-    forward of prompt and response. Returns the largest deviations; raises :class:`CheckError` for one above
-    the tolerance. (Every step checks that sampling and the forward with gradients agree: see
-    ``policy/ratio_off_max``.)
+    forward of prompt and response. The third way is the forward of the first update: with gradients, through
+    the wrapper, recomputed if that is on, and padded with the other rows of a micro-batch. It costs at most
+    that one forward, and draws no random number.
+
+    ``rows`` are this process's rows of the first batch, of ``planned`` prompts. Returns the largest
+    deviations; raises :class:`CheckError` for one above the tolerance.
     """
-    prompts = [row.prompt for row in rows[:PROMPTS]]
-    if not prompts:
-        return {}
-    seeds = [
-        [derive_seed(recipe.run.seed, "check", row.sample.id, i) for i in range(ROLLOUTS)]
-        for row in rows[:PROMPTS]
-    ]
-    groups = components.policy.sample(
-        prompts, n=ROLLOUTS, max_new_tokens=recipe.sampling.max_new_tokens, temperature=1.0, seeds=seeds
+    groups = _sampled(recipe, components, rows[:PROMPTS])
+    measured: dict[str, float] = {}
+    if groups:
+        prompts, responses = [row.prompt for row in rows[:PROMPTS]], token_ids(groups)
+        own = components.policy.logprobs(prompts, responses, temperature=recipe.temperature)
+        # A row of the plain engine holds a whole prompt, so it scores one response to each.
+        first = [group[:1] for group in groups]
+        plain = components.plain.logprobs(prompts, token_ids(first), temperature=recipe.temperature)
+        remedy = "try model.engine plain"
+        _compare(measured, "self-distillation |r_t|", own.logprobs_BT, groups, recipe, remedy)
+        _compare(measured, "parity with the plain engine", plain.logprobs_BT, first, recipe, remedy)
+    by_id = {row.sample.id: group for row, group in zip(rows, groups, strict=False)}
+    of_update = {name: group[: recipe.rollouts] for name, group in by_id.items()}
+    scores = stepper.scores_before_update(
+        planned, rows, {name: [rollout.token_ids for rollout in group] for name, group in of_update.items()}
     )
-    responses = [[rollout.token_ids for rollout in group] for group in groups]
-    rollouts, first = [rollout for group in groups for rollout in group], [group[0] for group in groups]
-    own = components.policy.logprobs(prompts, responses)
-    # A row of the plain engine holds a whole prompt, so it scores one response to each.
-    plain = components.plain.logprobs(prompts, [group[:1] for group in responses])
-    compared = {
-        "self-distillation |r_t|": (own.logprobs_BT, rollouts),
-        "parity with the plain engine": (plain.logprobs_BT, first),
-    }
-    measured = {name: _largest_gap(*of) for name, of in compared.items()}
-    for name, gap in measured.items():
-        if not gap <= recipe.ratio_tolerance:
-            raise CheckError(
-                f"check before the first step: {name} is {gap:.3g} nats, above "
-                f"{recipe.ratio_tolerance:g}; try model.engine plain, or (low precision) a larger "
-                "loss.ratio_tolerance"
-            )
-        log(
-            f"check: {name} at most {gap:.1e} nats on {len(compared[name][1])} responses "
-            f"({recipe.ratio_tolerance:g} is allowed)"
-        )
+    if scores:
+        remedy = "try model.gradient_checkpointing false, or model.engine plain"
+        name, compared = "the update's forward against sampling", [of_update[name] for name in scores]
+        _compare(measured, name, torch.cat([*scores.values()]), compared, recipe, remedy)
     return measured
 
 
-def _largest_gap(logprobs_BT: torch.Tensor, rollouts: Sequence[Rollout]) -> float:
+def _sampled(recipe: Recipe, components: Components, rows: Sequence[Row]) -> Sequence[Sequence[Rollout]]:
+    if not rows:
+        return []
+    seeds = [
+        [derive_seed(recipe.run.seed, "check", row.sample.id, i) for i in range(ROLLOUTS)] for row in rows
+    ]
+    return components.policy.sample(
+        [row.prompt for row in rows],
+        n=ROLLOUTS,
+        max_new_tokens=recipe.sampling.max_new_tokens,
+        temperature=recipe.temperature,
+        seeds=seeds,
+    )
+
+
+def _compare(
+    measured: dict[str, float],
+    name: str,
+    logprobs_BT: torch.Tensor,
+    groups: Sequence[Sequence[Rollout]],
+    recipe: Recipe,
+    remedy: str,
+) -> None:
+    """Notes the largest gap between ``logprobs_BT`` and what was recorded while sampling, and judges it."""
+    rollouts = [rollout for group in groups for rollout in group]
     gaps = [
         (logprobs_BT[row, : len(rollout.recorded)].cpu() - torch.tensor(rollout.recorded)).abs().max().item()
         for row, rollout in enumerate(rollouts)
     ]
-    return max(gaps)
+    measured[name] = max(gaps)
+    if not measured[name] <= recipe.ratio_tolerance:
+        raise CheckError(
+            f"check before the first step: {name} is {measured[name]:.3g} nats, above "
+            f"{recipe.ratio_tolerance:g}; {remedy}, or (low precision) a larger loss.ratio_tolerance"
+        )
+    log(
+        f"check: {name} at most {measured[name]:.1e} nats on {len(rollouts)} responses "
+        f"({recipe.ratio_tolerance:g} is allowed)"
+    )

@@ -15,7 +15,7 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,9 +153,8 @@ class Stepper:
         sampled in micro-batches of another size.
         """
         settings = self.settings
-        # Prompts of like length go together: a micro-batch is padded to its longest.
-        rows = sorted(rows, key=lambda row: row.prompt.length)
-        cut = micro_batches(rows, planned, self.accelerator.num_processes, settings.micro_batch_size)
+        rows = _by_length(rows)
+        cut = self._cut(rows, planned)
         if settings.sampling_micro_batch_size is None:
             batches = [MicroBatch(rows=some) for some in cut]
         else:
@@ -198,10 +197,33 @@ class Stepper:
             measured=[each.measured for each in done],
             grad_norm=grad_norm,
             updated=updated,
-            continued_prefill=first
-            and self.settings.prefills
-            and self.settings.sampling_micro_batch_size is None,
+            continued_prefill=first and self._continues_prefill,
         )
+
+    def scores_before_update(
+        self, planned: int, rows: Sequence[Row], responses: Mapping[str, Sequence[tuple[int, ...]]]
+    ) -> dict[str, torch.Tensor]:
+        """Scores responses by the forward of the first update, without its backward, for a check.
+
+        ``responses`` holds those of some rows, by sample id. Their forward is one micro-batch of the update:
+        its other rows, which it is padded with, are given the responses of the first. If the rows are in
+        several micro-batches, the one that pads them most is taken. Returns the log-probs [G, T] of each of
+        its rows that has responses, by sample id. Every process calls it, as a wrapper's forward asks for.
+        """
+        cuts = [cut for cut in self._cut(_by_length(rows), planned) if {*responses} & {*_ids(cut)}]
+        with self.accelerator.no_sync(self.components.forward_module):
+            if not cuts:
+                self._forward_of_nothing()
+                return {}
+            micro = max(cuts, key=lambda cut: _padding(cut, responses))
+            filler = next(iter(responses.values()))
+            groups = [responses.get(name, filler) for name in _ids(micro)]
+            prefix: Any = [row.prompt for row in micro]
+            if self._continues_prefill:
+                prefix = self.policy.prefill(prefix, grad=True)
+            scores_BT = self._student_scores(prefix, groups).logprobs_BT.detach()
+        split = scores_BT.split([len(group) for group in groups])
+        return {name: s_GT for name, s_GT in zip(_ids(micro), split, strict=True) if name in responses}
 
     def _score_and_differentiate(
         self, step: int, micro: MicroBatch, assumed: float, shown: frozenset[int]
@@ -326,6 +348,14 @@ class Stepper:
         ]
         return scores[0] if len(scores) == 1 else join_logprobs(scores)
 
+    @property
+    def _continues_prefill(self) -> bool:
+        """Whether the first update's forward continues the prefill that responses are sampled from."""
+        return self.settings.prefills and self.settings.sampling_micro_batch_size is None
+
+    def _cut(self, rows: Sequence[Row], planned: int) -> list[Sequence[Row]]:
+        return micro_batches(rows, planned, self.accelerator.num_processes, self.settings.micro_batch_size)
+
     def _exchanging_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients are added up locally, and exchanged by the backward of the last micro-batch. Shards are
         reduced afterwards (:meth:`Shards.reduce`)."""
@@ -335,15 +365,21 @@ class Stepper:
 
     def _backward_of_nothing(self) -> None:
         """A backward with zero gradients: other processes have rows left, and wait for this one's."""
+        with self.watch.stage("update"):
+            if (zero := self._forward_of_nothing()) is not None:
+                self.accelerator.backward(zero)
+
+    def _forward_of_nothing(self) -> torch.Tensor | None:
+        """A zero that depends on every weight; None if no process waits for another's forward: there is one
+        process, or the weights are sharded."""
         model, wrapper = self.components.model, self.components.forward_module
         if wrapper is model:
-            return  # one process, or sharded weights: nothing to wait for
+            return None
 
         def zero() -> torch.Tensor:
             return torch.stack([parameter.sum() for parameter in self.components.parameters]).sum() * 0.0
 
-        with self.watch.stage("update"):
-            self.accelerator.backward(call_through(wrapper, model, zero))
+        return call_through(wrapper, model, zero)
 
     def _divisor(self, scored: Sequence[MicroBatch]) -> float:
         """The count that the loss is divided by, over all processes; 0 if there are no trajectories."""
@@ -387,3 +423,18 @@ class Stepper:
 
 def token_ids(groups: Sequence[Sequence[Rollout]]) -> Responses:
     return [[rollout.token_ids for rollout in group] for group in groups]
+
+
+def _by_length(rows: Sequence[Row]) -> list[Row]:
+    """Prompts of like length go together: a micro-batch is padded to its longest."""
+    return sorted(rows, key=lambda row: row.prompt.length)
+
+
+def _ids(rows: Sequence[Row]) -> list[str]:
+    return [row.sample.id for row in rows]
+
+
+def _padding(rows: Sequence[Row], names: Collection[str]) -> int:
+    """How many tokens a micro-batch of ``rows`` pads the shortest of the named ones with."""
+    lengths = {row.sample.id: row.prompt.length for row in rows}
+    return max(lengths.values()) - min(length for name, length in lengths.items() if name in names)

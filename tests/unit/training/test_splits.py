@@ -38,14 +38,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe_of(name: str, path: Path, micro: int, save_every: int = 100) -> Recipe:
+def recipe_of(name: str, path: Path, micro: int, save_every: int = 100, check: bool = False) -> Recipe:
     """Four optimiser steps of 32 prompts, two on each batch."""
     sections = {key: dict(value) for key, value in SETTINGS[name].items()}
     optim = {"batch_size": 32, "micro_batch_size": micro, "updates_per_batch": 2, "max_steps": 4}
     return make_recipe(
         path,
         name.split()[0],
-        **{**sections, "optim": {"lr": 1e-3, **optim}, "run": {"save_every": save_every}},
+        **{**sections, "optim": {"lr": 1e-3, **optim}, "run": {"save_every": save_every, "check": check}},
     )
 
 
@@ -62,7 +62,8 @@ def test_the_split_does_not_matter(name: str, tmp_path: Path):
         assert_equal_to_rounding(whole.path, train(recipe_of(name, tmp_path / f"{micro}", micro), build).path)
 
     port, two = free_port(), tmp_path / "two"
-    processes = [start(rank, 2, port, recipe_of(name, two, 8), build) for rank in range(2)]
+    recipe = recipe_of(name, two, 8, check=True)  # the check's forward must not disturb DDP
+    processes = [start(rank, 2, port, recipe, build) for rank in range(2)]
     assert finish(processes) == [0, 0]
     assert_equal_to_rounding(whole.path, two)
 
