@@ -1,8 +1,8 @@
 """The numbers in a response, with their units: which of them may be times, and in which form.
 
 Only seconds and clock times are times. A unit may stand before its number ("frames 120 to 180") or after it,
-in English and, because responses mix languages, in plain Chinese, Japanese and Korean. A number is read whole or
-not at all: no part of "1_000", "10^2", "1e-2" or "A.1" is a time.
+in English and, because responses mix languages, in plain Chinese, Japanese and Korean. A number is read whole
+or not at all: no part of "1_000", "10^2", "1e-2" or "A.1" is a time.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ No torch. A name on a hub has no files yet; the library's own message then has t
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -61,6 +62,37 @@ def check_model_files(path: str | Path) -> None:
 def is_hub_name(path: str) -> bool:
     """Whether a path reads as ``owner/name`` and nothing of that name is here. A hub need not know it."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not os.path.exists(path)
+
+
+def find_file(path: str | Path, name: str) -> Path | None:
+    """The file ``name`` of a checkpoint, or None if it has none.
+
+    A hub is asked for it as transformers asks for ``config.json``: the cache first if hubs are switched off
+    or cannot be reached. A name that :func:`check_model_files` refuses is asked for nowhere.
+    """
+    if isinstance(path, Path) or os.path.isdir(path) or not is_hub_name(path):
+        file = Path(path) / name
+        return file if file.exists() else None
+    if os.path.isdir(Path(path).parent) and not _known_without_asking(path):
+        return None
+    found = _file_on_hub(path, name)
+    return None if found is None else Path(found)
+
+
+@functools.cache
+def _file_on_hub(model: str, name: str) -> str | None:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(
+            model,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # no such model: reading config.json says so
+        return None
 
 
 def _known_without_asking(name: str) -> bool:

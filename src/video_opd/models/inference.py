@@ -28,6 +28,7 @@ from video_opd.config import (
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
 from video_opd.jsonl import no_key_twice
+from video_opd.models.checkpoint_files import find_file
 from video_opd.progress import log
 
 if TYPE_CHECKING:
@@ -148,9 +149,12 @@ def teacher_config(
 
 
 def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
-    """The content of ``video_opd.json`` of a model folder, or None for a stock checkpoint, which has none."""
-    file = Path(path) / SETTINGS_FILE
-    if not file.exists():
+    """The content of ``video_opd.json`` of a model folder or of a model on a hub.
+
+    None for a stock checkpoint, which has none.
+    """
+    file = find_file(path, SETTINGS_FILE)
+    if file is None:
         return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)

@@ -52,14 +52,25 @@ def check_same_tokens(
     if ends[0] != ends[1]:
         first = min(ends[0] ^ ends[1])
         token = mine.convert_ids_to_tokens(first)
+        who, other, lacking = (
+            ("student", "teacher", teacher_model)
+            if first in ends[0]
+            else ("teacher", "student", student_model)
+        )
         raise UserError(
-            _mismatch(
-                f"token {first} ({token!r}) ends a response of only one of them "
-                f"(end-of-sequence ids {sorted(ends[0])}, the teacher's {sorted(ends[1])})"
-            )
+            f"student and teacher do not end a response alike: token {first} ({token!r}) ends one of the "
+            f"{who}'s only (end-of-sequence ids {sorted(ends[0])}, the teacher's {sorted(ends[1])}); "
+            + _end_remedy(other, lacking.generation_config, first)
         )
     if not other_template:
         _check_prompts(student_processor, teacher_processor)
+
+
+def _end_remedy(who: str, settings: Any, token: int) -> str:
+    """What to do about a model that does not end a response at ``token``."""
+    if settings is None or getattr(settings, "_from_model_config", False):  # transformers made it up
+        return f"the {who} has no generation_config.json: copy it from the checkpoint that it was made from"
+    return f"add {token} to eos_token_id in the {who}'s generation_config.json"
 
 
 def _check_prompts(student: Qwen3VLProcessor, teacher: Qwen3VLProcessor) -> None:

@@ -16,7 +16,7 @@ from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import with_video_form
 from video_opd.models.interfaces import Policy
-from video_opd.models.loading import DTYPES, load_model
+from video_opd.models.loading import DTYPES, load_model, load_processor
 from video_opd.models.policy import HFPolicy
 from video_opd.progress import log
 from video_opd.training.components import Components, Loader, prompt_loader
@@ -56,20 +56,35 @@ def evaluate_base(recipe: Recipe, out: Path) -> None:
 
 
 def evaluate_teacher(recipe: Recipe, out: Path) -> None:
-    """The same for the teacher, ``teacher-<data>.json``."""
-    as_student = recipe.changed(**{"model.path": recipe.teacher.path, "model.dtype": recipe.teacher.dtype})
-    _evaluate_frozen("teacher", as_student, recipe.teacher.dtype, None, out)
+    """The same for the teacher, ``teacher-<data>.json``.
+
+    A teacher of another chat template (``teacher.other_template``) answers the student's prompts: these are
+    what it is asked wherever a run uses it.
+    """
+    student, teacher = recipe.model.path, recipe.teacher
+    if teacher.other_template:
+        recipe = with_video_form(recipe)
+    as_student = recipe.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
+    prompts_of = student if teacher.other_template else None
+    _evaluate_frozen("teacher", as_student, teacher.dtype, None, out, prompts_of)
 
 
 def _evaluate_frozen(
-    name: str, recipe: Recipe, weights_dtype: str, compute_dtype: torch.dtype | None, out: Path
+    name: str,
+    recipe: Recipe,
+    weights_dtype: str,
+    compute_dtype: torch.dtype | None,
+    out: Path,
+    prompts_of: str | None = None,
 ) -> None:
+    """``prompts_of`` is the model whose prompts are answered; None: the evaluated model's own."""
     model = recipe.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded, processor = load_model(model.path, dtype=weights_dtype, device=device, attn=model.attn)
     policy = HFPolicy(loaded, processor, model.engine, compute_dtype=compute_dtype)
-    loader = prompt_loader(recipe, processor, skipped_path=None, max_failed_share=1.0)
-    _evaluate(name, recipe, policy, loader, Path(model.path), out)
+    asking = processor if prompts_of is None else load_processor(prompts_of)
+    loader = prompt_loader(recipe, asking, skipped_path=None, max_failed_share=1.0)
+    _evaluate(name, recipe, policy, loader, Path(model.path), out, prompts_of)
 
 
 def _evaluate(
@@ -79,6 +94,7 @@ def _evaluate(
     loader: Loader,
     model: Path,
     out: Path,
+    prompts_of: str | None = None,
 ) -> None:
     settings = recipe.evaluate
     for path in settings.data:
@@ -92,6 +108,7 @@ def _evaluate(
             provenance={
                 "model": model_fingerprint(model),
                 "dtype": recipe.model.dtype,
+                **({"prompts_of": model_fingerprint(prompts_of)} if prompts_of else {}),
                 "input": {
                     "video": recipe.video.model_dump(),
                     "prompt": with_video_form(recipe).prompt.model_dump(),

@@ -10,9 +10,12 @@ import pytest
 import torch
 from model_cases import encode, model, processor
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from video_opd.errors import UserError
+from video_opd.models import checkpoint_files
 from video_opd.models.checkpoint_files import check_model_files
+from video_opd.models.inference import read_inference_config, read_saved_settings, trained_video_form
 from video_opd.models.loading import load_model, read_config
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
@@ -309,7 +312,11 @@ def test_a_teacher_with_more_tokens_scores_over_the_students() -> None:
     [
         (swap_two_tokens, "token 200 is"),
         (unspecial, "special tokens: added token 483"),
-        (set_eos, r"token 17 .* ends a response of only one"),
+        (
+            set_eos,
+            r"token 17 .* ends one of the teacher's only .*; add 17 to eos_token_id in the student's "
+            r"generation_config\.json",
+        ),
         (lambda m, p: setattr(m.config, "video_token_id", 3), "video_token_id"),
         (
             lambda m, p: setattr(p, "chat_template", p.chat_template + "<think>\n"),
@@ -323,6 +330,67 @@ def test_a_teacher_with_more_tokens_scores_over_the_students() -> None:
 def test_a_difference_is_named(change: Callable[[Any, Any], None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_same_tokens(*pair(change))
+
+
+def test_a_missing_generation_config_is_to_be_copied() -> None:
+    """transformers makes one up, with fewer tokens that end a response."""
+    student, (teacher, its_processor) = pair(lambda m, p: None)
+    student[0].generation_config.eos_token_id = [17, processor().tokenizer.eos_token_id]
+    teacher.generation_config = GenerationConfig.from_model_config(teacher.config)
+    with pytest.raises(UserError, match=r"the teacher has no generation_config\.json: copy it from"):
+        check_same_tokens(student, (teacher, its_processor))
+    with pytest.raises(UserError, match=r"the student has no generation_config\.json: copy it from"):
+        check_same_tokens((teacher, its_processor), student)
+
+
+HUB_FILES = [
+    ({"prompt": {"video_form": "nested"}}, "nested"),
+    ({"prompt": {"style": "paper"}}, "nested"),  # before the form was written
+    (None, "release"),  # Qwen's own checkpoints
+]
+
+
+@pytest.mark.parametrize(("settings", "form"), HUB_FILES)
+def test_the_settings_of_a_model_on_a_hub_are_read(
+    settings: Any, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache as ``hf download`` leaves it; ``config.json`` of the same name is found there."""
+    snapshot = tmp_path / "hub" / "models--someone--tuned" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    config = {"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    if settings is not None:
+        (snapshot / "video_opd.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    checkpoint_files._file_on_hub.cache_clear()
+    assert read_config("someone/tuned").model_type == "qwen3_vl"
+    assert read_saved_settings("someone/tuned") == settings
+    assert read_inference_config("someone/tuned", []).prompt.video_form == form
+    assert trained_video_form("someone/unknown") == "release"
+    checkpoint_files._file_on_hub.cache_clear()
+
+
+def test_a_hub_is_asked_once_for_settings_and_never_about_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def cached_file(model: str, name: str, **options: Any) -> str | None:
+        asked.append((model, name))
+        raise OSError("is not a valid model identifier")
+
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    checkpoint_files._file_on_hub.cache_clear()
+    for path in ("models", "models/studnt", "studnt", "./a/b", "someone/tuned", "someone/tuned"):
+        assert read_saved_settings(path) is None
+    assert asked == [("someone/tuned", "video_opd.json")]
+    checkpoint_files._file_on_hub.cache_clear()
 
 
 def test_a_hub_is_not_asked_about_a_name_in_a_folder_that_is_here(

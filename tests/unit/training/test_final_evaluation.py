@@ -1,0 +1,69 @@
+"""What the models are asked that a run's student is compared with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_cases import model, processor
+from training_cases import make_recipe
+
+from video_opd.errors import UserError
+from video_opd.training import final_evaluation
+from video_opd.training.final_evaluation import evaluate_teacher
+
+
+def thinking_processor() -> Any:
+    """A processor whose chat template opens ``<think>``, as those of Thinking checkpoints do."""
+    made = copy.deepcopy(processor())
+    made.chat_template += "<think>\n"
+    return made
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What ``predict`` is given; nothing is answered."""
+    found: dict[str, Any] = {}
+
+    def predict(policy: Any, samples: Any, loader: Any, out: Path, **given: Any) -> None:
+        encoder = loader(samples).encoder
+        found.update(policy=policy, encoder=encoder, text=encoder._chat_text("q", "i"), **given)
+
+    teacher, student = thinking_processor(), processor()
+    processors = {"teacher": teacher, "base": student}
+    monkeypatch.setattr(final_evaluation, "load_model", lambda path, **_: (model(), processors[str(path)]))
+    monkeypatch.setattr(final_evaluation, "load_processor", lambda path: processors[str(path)])
+    monkeypatch.setattr(final_evaluation, "predict", predict)
+    monkeypatch.setattr(final_evaluation, "evaluate_file", lambda *_: {"mIoU": 0.0})
+    return found
+
+
+def teacher_recipe(tmp_path: Path, **teacher: Any) -> Any:
+    row = {"id": "a", "video": "a.mp4", "query": "q", "spans": [[0, 1]], "duration": 2}
+    (tmp_path / "bench.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "out").mkdir()
+    data = {"data": [str(tmp_path / "bench.jsonl")]}
+    return make_recipe(tmp_path / "run", teacher={"path": "teacher", **teacher}, evaluate=data)
+
+
+def test_a_teacher_of_another_template_answers_the_students_prompts(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    evaluate_teacher(teacher_recipe(tmp_path, other_template=True), tmp_path / "out")
+    assert "<think>" not in asked["text"]
+    assert asked["provenance"]["model"] == "name:teacher"
+    assert asked["provenance"]["prompts_of"] == "name:base"
+    assert asked["provenance"]["input"]["prompt"]["video_form"] == "release"
+    assert asked["policy"].processor.chat_template.endswith("<think>\n")  # it writes with its own tokens
+
+
+def test_another_teacher_answers_its_own_prompts(asked: dict[str, Any], tmp_path: Path) -> None:
+    recipe = teacher_recipe(tmp_path)
+    with pytest.raises(UserError, match=r"opens <think>.*prompt\.thinking"):
+        evaluate_teacher(recipe, tmp_path / "out")
+    thinking = recipe.changed(**{"prompt.thinking": True, "sampling.max_new_tokens": 512})
+    evaluate_teacher(thinking, tmp_path / "out")
+    assert asked["text"].endswith("<think>") and "prompts_of" not in asked["provenance"]
