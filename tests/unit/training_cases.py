@@ -28,9 +28,10 @@ from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
-from video_opd.models.teachers import AdaptersOffReference, LocalTeacher
+from video_opd.models.teachers import AdaptersOffReference
 from video_opd.training.components import Components, adapt, freeze, prepare, usable_samples
 from video_opd.training.loop import train
+from video_opd.training.placement import place
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
 
@@ -95,7 +96,7 @@ class Build:
             adapt(student, recipe, weights)
         else:
             freeze(student, recipe.model)
-        forward_module, optimizer = prepare(recipe, accelerator, student)
+        forward_module, optimizer, masters = prepare(recipe, accelerator, student)
         recompute = bool(recipe.model.gradient_checkpointing)
         policy = HFPolicy(
             student,
@@ -111,10 +112,11 @@ class Build:
             forward_module=forward_module,
             policy=policy,
             plain=HFPolicy(student, processor(), "plain"),
-            teacher=LocalTeacher(teacher),
-            reference=self.reference(policy),
+            teacher=self.placed(recipe, accelerator, teacher),
+            reference=self.reference(recipe, accelerator, policy),
             method=method,
             optimizer=optimizer,
+            masters=masters,
             processor=processor(),
             samples=usable_samples(recipe, method, [sample(i) for i in range(self.rows)]),
             loader=self.load,
@@ -126,10 +128,14 @@ class Build:
         use_linear_patches(made)  # as models that are loaded
         return made
 
-    def reference(self, policy: HFPolicy) -> Teacher:
+    def reference(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
         if has_adapters(policy.model) and not trained_in_full(policy.model):
             return AdaptersOffReference(policy)
-        return LocalTeacher(HFPolicy(self.base(), processor(), self.engine))
+        return self.placed(recipe, accelerator, HFPolicy(self.base(), processor(), self.engine))
+
+    def placed(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
+        asked = recipe.teacher.placement
+        return place(policy, "whole" if asked == "auto" else asked, accelerator.device, "raise")
 
     def load(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         return ((s, prompt(int(s.id[1:]))) for s in samples if s.id not in self.broken)

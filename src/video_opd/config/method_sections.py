@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from video_opd.config.sections import Dtype
+from video_opd.config.sections import Dtype, Placement
 from video_opd.config.settings import Number, Settings, TextByText
 from video_opd.errors import need
 
@@ -35,6 +35,11 @@ class TeacherConfig(Settings):
         ge=1,
         description="prompts that the teacher, or the reference, scores together; none: as "
         "optim.micro_batch_size",
+    )
+    placement: Placement = Field(
+        default="auto",
+        description="where the teacher, or the reference, is held: whole on every device, sharded over the "
+        "processes, on the cpu outside its turn; auto: the first of these that fits; ours",
     )
     other_template: bool = Field(
         default=False,

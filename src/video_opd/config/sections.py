@@ -21,6 +21,7 @@ ModelPart = Literal["vision", "merger", "language", "lm_head"]
 AdaptedPart = Literal["vision", "merger", "language"]
 Dtype = Literal["float32", "bfloat16"]
 VideoForm = Literal["release", "nested"]
+Placement = Literal["auto", "whole", "sharded", "cpu"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Beta = Annotated[float, Field(ge=0, lt=1), number]
 
@@ -53,6 +54,23 @@ class ModelConfig(Settings):
         default=None,
         description="with several processes, fsdp2 shards the master weights and the optimiser's state; ours",
     )
+    reduce: Literal["step", "micro_batch"] = Field(
+        default="step",
+        description="when gradients are reduced to shards and freed: once, or after each micro-batch, which "
+        "sends more and holds less; ours",
+    )
+
+    @model_validator(mode="after")
+    def _check_reduce(self) -> Self:
+        need(
+            self.reduce == "step" or self.sharding is not None,
+            f"reduce {self.reduce} needs model.sharding fsdp2: without shards there is nothing to reduce to",
+        )
+        return self
+
+    def as_run(self) -> dict[str, Any]:
+        """The settings without those that only training reads and that notes of earlier versions lack."""
+        return self.model_dump(exclude={"reduce"})
 
 
 class LoraConfig(Settings):
@@ -208,6 +226,10 @@ class OptimConfig(Settings):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="the learning rate after the warm-up; ours"
+    )
+    offload: bool = Field(
+        default=False,
+        description="whether master weights and moments are on the CPU, and the optimiser works there; ours",
     )
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
@@ -85,4 +86,22 @@ class Teacher(Protocol):
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """As :meth:`Policy.logprobs`, without gradients. Values are finite wherever ``mask_BT`` is True."""
+        ...
+
+
+@runtime_checkable
+class CollectiveTeacher(Teacher, Protocol):
+    """A teacher that all processes call equally often, because they hold it together."""
+
+    def attend(self) -> None:
+        """Takes part in a call of the other processes' :meth:`logprobs`, without prompts of its own."""
+        ...
+
+
+@runtime_checkable
+class VisitingTeacher(Teacher, Protocol):
+    """A teacher that takes up memory of the device only during its turn."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """A context in which several calls of :meth:`logprobs` are one turn."""
         ...

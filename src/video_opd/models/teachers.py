@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from video_opd.errors import UserError
-from video_opd.models.interfaces import Responses, Teacher
+from video_opd.models.interfaces import CollectiveTeacher, Responses, Teacher
 from video_opd.models.lora import adapters_off, trained_in_full
 from video_opd.models.policy import HFPolicy
 from video_opd.models.prefix import Prefix
@@ -80,7 +80,7 @@ class RoutedTeacher:
     """Several teachers, each for some of the samples (``teacher.by_source``).
 
     ``route`` gives the name of a prompt's teacher. The prompts of one teacher are scored together; the result
-    keeps the order of ``prompts``.
+    keeps the order of ``prompts``. A teacher that processes hold together is asked in each call, by all.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], route: Callable[[EncodedPrompt], str]) -> None:
@@ -98,18 +98,20 @@ class RoutedTeacher:
         mine: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             mine.setdefault(self.route(prompt), []).append(i)
-        scored = [
-            self.teachers[name].logprobs(
-                [prompts[i] for i in group],
-                [responses[i] for i in group],
-                full=full,
-                temperature=temperature,
-            )
-            for name, group in mine.items()
-        ]
-        order = [
-            i for group in mine.values() for i in group
-        ]  # the prompts in the order in which they were scored
+        scored, order = [], []  # the prompts in the order in which they were scored
+        for name, teacher in self.teachers.items():
+            if group := mine.get(name):
+                order += group
+                scored.append(
+                    teacher.logprobs(
+                        [prompts[i] for i in group],
+                        [responses[i] for i in group],
+                        full=full,
+                        temperature=temperature,
+                    )
+                )
+            elif isinstance(teacher, CollectiveTeacher):
+                teacher.attend()
         starts, row = {}, 0
         for i in order:
             starts[i], row = row, row + len(responses[i])
@@ -121,6 +123,12 @@ class RoutedTeacher:
             mask_BT=whole.mask_BT[rows],
             full_BTV=None if whole.full_BTV is None else whole.full_BTV[rows],
         )
+
+    def attend(self) -> None:
+        """As :meth:`CollectiveTeacher.attend`, of those that processes hold together."""
+        for teacher in self.teachers.values():
+            if isinstance(teacher, CollectiveTeacher):
+                teacher.attend()
 
 
 def _finite(

@@ -144,7 +144,7 @@ def run(
                 "judge": "lmms-eval's" if settings.judge else None,
                 "answers": asdict(answers),
                 "video": config.video.model_dump(),
-                "model": config.model.model_dump(),
+                "model": config.model.as_run(),
                 "fingerprint": model_fingerprint(model),
                 "limit": settings.limit,
                 "rows": {task.name: digest for task, digest in digests.items()},

@@ -26,7 +26,9 @@ from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, LocalTeacher, RoutedTeacher
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.progress import log
+from video_opd.training.masters import Masters
 from video_opd.training.memory import recomputes
+from video_opd.training.placement import choose_placement, loading_device, place
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.sharding import is_sharded, shard, sharding_asked
 from video_opd.types import EncodedPrompt, Sample
@@ -54,6 +56,7 @@ class Components:
     samples: Sequence[Sample]
     loader: Loader
     evaluation_loader: Loader
+    masters: Masters | None = None  # the weights that the optimiser updates, if the model has others
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -96,7 +99,7 @@ def build_components(
         with no_library_warnings():
             getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
-    forward_module, optimizer = prepare(recipe, accelerator, model)
+    forward_module, optimizer, masters = prepare(recipe, accelerator, model)
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
     policy = HFPolicy(
         model,
@@ -115,6 +118,7 @@ def build_components(
         reference=load_reference(recipe, policy, device) if method.needs.reference else None,
         method=method,
         optimizer=optimizer,
+        masters=masters,
         processor=processor,
         samples=samples,
         loader=prompt_loader(
@@ -127,16 +131,25 @@ def build_components(
 
 def prepare(
     recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module
-) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """(the module that forwards with gradients go through, the optimiser), for one process or several."""
-    if sharding_asked(recipe):
-        shard(model, DTYPES[recipe.model.dtype], accelerator.device)
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, Masters | None]:
+    """(the module that forwards with gradients go through, the optimiser, the weights that it updates if they
+    are not the model's own), for one process or several."""
+    sharded, dtype, masters = sharding_asked(recipe), DTYPES[recipe.model.dtype], None
+    if recipe.optim.offload:
+        processes = accelerator.num_processes if sharded else 1
+        masters = Masters(model, dtype, rank=accelerator.process_index, processes=processes)
+    if sharded:
+        shard(model, dtype, accelerator.device)
     elif recipe.model.sharding is not None:
         log(f"model.sharding is {recipe.model.sharding}, but there is one process: nothing is sharded")
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+    if masters is not None:
+        masters.bind(model)
+        optimizer = make_optimizer(list(masters.weights.values()), recipe.optim)
+    else:
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
     if is_sharded(model):
-        return model, accelerator.prepare(optimizer)
-    return accelerator.prepare(model, optimizer)
+        return model, accelerator.prepare(optimizer), masters
+    return *accelerator.prepare(model, optimizer), masters
 
 
 def load_student(
@@ -209,12 +222,15 @@ def load_teachers(
             )
 
     def load(path: str) -> LocalTeacher:
-        loaded = load_model(path, dtype=settings.dtype, device=device, attn=recipe.model.attn)
+        loaded = load_model(
+            path, dtype=settings.dtype, device=loading_device(placement, device), attn=recipe.model.attn
+        )
         check_same_tokens(student, loaded, other_template=settings.other_template)
         log_other_video_form(with_video_form(recipe).prompt.video_form, path)
         policy = HFPolicy(*loaded, recipe.model.engine, vocabulary=Vocabulary.of(*student))
-        return LocalTeacher(policy, nonfinite=recipe.loss.nonfinite)
+        return place(policy, placement, device, recipe.loss.nonfinite)
 
+    placement = choose_placement(recipe, settings.paths, settings.dtype, device)
     teachers = {path: load(path) for path in settings.paths}
     if not settings.by_source:
         return teachers[settings.path]
@@ -233,8 +249,14 @@ def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Te
     """
     if has_adapters(policy.model) and not trained_in_full(policy.model):
         return AdaptersOffReference(policy, nonfinite=recipe.loss.nonfinite)
-    loaded = load_model(recipe.model.path, dtype=recipe.model.dtype, device=device, attn=recipe.model.attn)
-    return LocalTeacher(HFPolicy(*loaded, recipe.model.engine), nonfinite=recipe.loss.nonfinite)
+    placement = choose_placement(recipe, [recipe.model.path], recipe.model.dtype, device)
+    loaded = load_model(
+        recipe.model.path,
+        dtype=recipe.model.dtype,
+        device=loading_device(placement, device),
+        attn=recipe.model.attn,
+    )
+    return place(HFPolicy(*loaded, recipe.model.engine), placement, device, recipe.loss.nonfinite)
 
 
 def prompt_loader(
@@ -274,7 +296,11 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig)
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps
+        [group for group in groups if group["params"]],
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=optim.offload or None,  # on a CPU the other ways read the memory several times
     )
 
 

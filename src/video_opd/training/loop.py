@@ -42,7 +42,7 @@ from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
-from video_opd.training.sharding import Shards, load_optimizer_state, sharding_asked
+from video_opd.training.sharding import Shards, check_processes, load_optimizer_state
 from video_opd.training.step import Batch, Stepper, StepResult, StepSettings
 from video_opd.training.step_metrics import step_metrics, token_counts
 from video_opd.training.stopwatch import Stopwatch
@@ -267,7 +267,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     from accelerate.utils import set_seed
 
     check_trackers(recipe)
-    sharding_asked(recipe)
+    check_processes(recipe)
     follow_launcher()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
@@ -337,7 +337,7 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
         return 0
     state = checkpoints.load_training_state(saved)
     try:
-        load_optimizer_state(components.model, components.optimizer, state["optimizer"])
+        load_optimizer_state(components.model, components.optimizer, state["optimizer"], components.masters)
         states = state["random"]
         checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -351,7 +351,7 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
 
 def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components: Components) -> RunResult:
     """Writes and evaluates the model, on the first process; a LoRA run's adapters are merged into it."""
-    Shards(components.model).dissolve()
+    Shards(components.model, components.masters).dissolve()
     processes.on_first(lambda: _write_results(recipe, folder, components))
     return _result(folder)
 

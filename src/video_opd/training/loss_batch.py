@@ -24,11 +24,14 @@ from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 class MicroBatch:
     """The rows whose prompts go through the models together.
 
-    ``groups`` are the rollouts of each row, None if they have not been sampled yet.
+    ``groups`` are the rollouts of each row, None if they have not been sampled yet. ``teacher`` and
+    ``reference`` are the scores of these rollouts, if they were scored ahead.
     """
 
     rows: Sequence[Row]
     groups: Sequence[Sequence[Rollout]] | None = None
+    teacher: TokenLogprobs | None = None
+    reference: TokenLogprobs | None = None
 
     @property
     def prompts(self) -> list[EncodedPrompt]:

@@ -36,7 +36,8 @@ def recomputes(recipe: Recipe, model: Any, samples: Sequence[Sample], device: to
     needed = graph_bytes(model.config.text_config, tokens, recipe.model.dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     casts = 2 if recipe.model.dtype != "float32" else 0
-    free = free_bytes(device) - (12 + casts) * trained  # a float32 gradient and Adam's two moments
+    # A float32 gradient and, unless they are on the CPU, Adam's two moments and the copy.
+    free = free_bytes(device) - (4 if recipe.optim.offload else 12 + casts) * trained
     again = needed > SHARE * free
     log(
         f"prefilling {tokens:,} prompt tokens keeps about {needed / 2**30:.1f} GiB for the backward, "

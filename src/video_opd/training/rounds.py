@@ -48,6 +48,7 @@ from video_opd.training.final_evaluation import (
 )
 from video_opd.training.loop import Build, check_trackers, make_accelerator, processes_of, train
 from video_opd.training.run_folder import RunFolder, read_record
+from video_opd.training.sharding import check_processes
 
 _COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate"}
 _COUNTS |= {"candidates", "selected", "shortfall"}
@@ -72,6 +73,7 @@ def run_rounds(
     first selection is empty. A later empty selection ends the rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
+    check_processes(recipe)
     recipe = with_video_form(recipe)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     processes = processes_of(make_accelerator(recipe)) if several else Processes()

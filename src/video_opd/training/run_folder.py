@@ -26,6 +26,8 @@ from video_opd.training.checkpoint import check_model_folder, stated_recipes
 from video_opd.training.digests import Damage
 
 ROUNDS_ONLY = ("tvdf.", "rounds.")  # sections of a recipe that train ignores
+# Keys that say where weights are held and when they are exchanged, which changes no result.
+HOLDING = ("model.sharding", "model.reduce", "optim.offload", "teacher.placement")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
 
@@ -117,8 +119,8 @@ class RunFolder:
         if "prompt.video_form" in now:  # before it was written, there was one form
             before.setdefault("prompt.video_form", "nested")
         for key in dict.fromkeys((*now, *before)):
-            # The folder may have been moved, or be named from elsewhere; shards change no result.
-            if key in ("run.dir", "model.sharding") or key.startswith(ignored):
+            # The folder may have been moved, or be named from elsewhere.
+            if key in ("run.dir", *HOLDING) or key.startswith(ignored):
                 continue
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if old != new and not _moved_along(old, stored, new, recipe):

@@ -3,7 +3,8 @@
 The model is gathered once a step, not once a forward. A step here is many forwards of some of the modules,
 and their number differs between processes because responses differ in length. A gather inside a forward would
 make every process wait for the same forward of all others: for each token, in each layer. So the weights are
-whole while the model is run and in shards while the optimiser works. In between, gradients are reduced once:
+whole while the model is run and in shards while the optimiser works. In between, gradients are reduced, once
+a step or (``model.reduce: micro_batch``) after each backward:
 
     whole: sample, score, differentiate, differentiate, … → reduce, in shards: clip, step → whole
 
@@ -14,6 +15,7 @@ this is less by nearly 2·N of them, and by another N if the computation is in b
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,15 +26,13 @@ from torch import nn
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.modes import call_through
+from video_opd.models.parts import state_of
+from video_opd.models.placed_teachers import units_of
+from video_opd.training.masters import Masters
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-# FSDP gathers and reduces these modules one at a time.
-UNITS = (
-    *("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
-    *("Qwen3VLMoeTextDecoderLayer", "Qwen3VLMoeVisionBlock"),
-)
 
 
 def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,10 +47,23 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Autocast casts the inputs.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in list(model.modules()):
-        if type(module).__name__ in UNITS:
-            fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for module in (*units_of(model), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raises :class:`UserError` for settings that the number of processes rules out."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.optim.offload and count > 1 and not sharding_asked(recipe):
+        raise UserError(
+            f"optim.offload with {count} processes needs model.sharding fsdp2: otherwise each of them would "
+            "hold all masters and moments on the CPU"
+        )
+    if recipe.teacher.placement == "sharded" and count == 1:
+        raise UserError(
+            "teacher.placement is sharded, and there is one process to hold the shards: start several with "
+            "torchrun, or set it to cpu or auto"
+        )
 
 
 def sharding_asked(recipe: Recipe) -> bool:
@@ -76,78 +89,100 @@ class Shards:
     """Switches a model that FSDP2 manages between whole and in shards; all processes call it together.
 
     The model is whole at first. A model that is not sharded is left unchanged.
+
+    With ``masters``, the optimiser works on these in place of the model's weights. ``each_micro_batch`` says
+    that :meth:`reduce` follows each backward. A gradient is then held in the type of its weight, not in
+    float32, because nothing is added to it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, masters: Masters | None = None, *, each_micro_batch: bool = False
+    ) -> None:
         from torch.distributed.fsdp import FSDPModule
 
-        self.model = model
+        self.model, self.masters = model, masters
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._in_shards()
+        self.each_micro_batch = each_micro_batch and (bool(self.units) or masters is not None)
+        self.to_shards()
+        self._held = _trained(model)
         #: The weights that the optimiser updates; of a sharded model, this process's shards.
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = list((masters.weights if masters else self._held).values())
         for unit in self.units:
             unit.set_reshard_after_backward(False, recurse=False)
-            unit.set_requires_gradient_sync(False, recurse=False)
+            unit.set_requires_gradient_sync(False, recurse=False)  # :meth:`reduce` does it
         if self.units:
             with torch.no_grad():  # FSDP initialises itself in the first forward of the whole model
                 call_through(model, model, lambda: torch.zeros(()))
-        self.gather()
+        self._unshard()
+        self._whole = _trained(model)
+        self._kept: dict[str, torch.Tensor] = {}
+        if self.each_micro_batch or masters is not None:
+            for name, weight in self._whole.items():
+                weight.register_post_accumulate_grad_hook(functools.partial(self._keep, name))
 
     def gather(self) -> None:
-        """Makes the model whole: its parameters are now tensors that autograd writes gradients to."""
+        """Makes the model whole, with the weights that the optimiser has updated."""
+        if self.masters is not None:
+            self.masters.publish()
+        self._unshard()
+
+    def to_shards(self) -> None:
+        """Puts the model into shards."""
         for unit in self.units:
-            unit.unshard()
+            unit.reshard()
 
     def reduce(self) -> None:
-        """Puts the model into shards, with the mean over processes of the gradients that each added up."""
-        if not self.units:
+        """Adds the gradients of the whole weights to those of :attr:`parameters`, and frees them.
+
+        Of a model in shards it is the mean over processes, in float32.
+        """
+        if not self.units and self.masters is None:
             return
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:  # a process without a gradient for a weight would block all others
-                parameter.grad = torch.zeros_like(parameter)
-        for unit in self.units:
-            unit.set_requires_gradient_sync(True, recurse=False)
-        # FSDP reduces gradients at the end of any backward through the root module.
-        call_through(self.model, self.model, lambda: trained[0].sum() * 0.0).backward()
-        for unit in self.units:
-            unit.set_requires_gradient_sync(False, recurse=False)
-        self._in_shards()
+        for name, weight in self._whole.items():
+            grad = self._kept.pop(name, None)
+            if grad is None:
+                grad, weight.grad = weight.grad, None
+            if self.units:
+                # A process without a gradient for a weight would block all others.
+                grad = self._mean(name, torch.zeros_like(weight) if grad is None else grad)
+            if grad is None:
+                continue
+            held = self._held[name]
+            if self.masters is not None:
+                self.masters.add_gradient(name, grad)
+            elif held.grad is None:
+                held.grad = grad
+            else:
+                held.grad += grad
+
+    def clip(self, accelerator: Accelerator, max_norm: float) -> float:
+        """Clips the gradients of :attr:`parameters` to a global norm, and returns the norm before."""
+        if self.masters is not None:
+            return self.masters.clip(max_norm).item()
+        return whole(accelerator.clip_grad_norm_(self.parameters, max_norm)).item()
 
     def states(
         self, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
         """(state dict of the master weights, state dict of the optimiser) on the CPU of the first process;
         other processes get empty ones. The weights are None if the model holds them itself."""
-        self._in_shards()
-        weights = self._weights() if self.units else None
-        moments = optimizer_state(self.model, optimizer)
-        self.gather()
+        self.to_shards()
+        weights = self._weights() if self.units or self.masters else None
+        moments = optimizer_state(self.model, optimizer, self.masters)
+        self._unshard()
         return weights, moments
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        state: dict[str, Any] = get_model_state_dict(self.model, options=_on_first_process())
-        first_names: dict[int, str] = {}  # a tensor that has two names stays one
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            first = first_names.setdefault(id(parameter), name)
-            if first != name and name in state:
-                state[name] = state[first]
-        return state
 
     def dissolve(self) -> None:
         """Makes the model whole for good: it can no longer be trained.
 
         The first process gets the master weights, to evaluate and save them.
         """
-        if not self.units:
+        if not self.units and self.masters is None:
             return
         masters: dict[int, nn.Parameter] = {}  # a tensor that has two names stays one
-        self._in_shards()
+        self.to_shards()
         weights = self._weights()
-        self.gather()
+        self._unshard()
         for name, tensor in weights.items():
             prefix, _, own = name.rpartition(".")
             module = self.model.get_submodule(prefix)
@@ -157,9 +192,56 @@ class Shards:
                     masters[id(held)] = nn.Parameter(tensor.to(held.device), held.requires_grad)
                 module._parameters[own] = masters[id(held)]
 
-    def _in_shards(self) -> None:
+    def _unshard(self) -> None:
         for unit in self.units:
-            unit.reshard()
+            unit.unshard()
+        # FSDP puts the same tensors back each time; the hooks are on them.
+        whole = getattr(self, "_whole", {})
+        assert all(self.model.get_parameter(name) is weight for name, weight in whole.items())
+
+    @torch.no_grad()
+    def _keep(self, name: str, weight: torch.Tensor) -> None:
+        """Takes the gradient that a backward left at a whole weight."""
+        assert weight.grad is not None
+        grad, weight.grad = weight.grad, None
+        if name in self._kept:
+            self._kept[name] += grad
+        else:
+            self._kept[name] = grad.to(weight.dtype if self.each_micro_batch else torch.float32)
+
+    @torch.no_grad()
+    def _mean(self, name: str, grad: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.tensor import DTensor, Partial, Shard
+
+        held = self._held[name]
+        assert isinstance(held, DTensor)
+        summands = DTensor.from_local(grad.float(), held.device_mesh, [Partial()], run_check=False)
+        return summands.redistribute(placements=[Shard(0)]).div_(held.device_mesh.size())
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """The state dict with the master weights; empty except on the first process."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        state: dict[str, Any] = (
+            get_model_state_dict(self.model, options=_on_first_process())
+            if self.units
+            else state_of(self.model)
+        )
+        if self.masters is not None:
+            for name, weight in self.masters.weights.items():
+                tensor = self.masters.whole(name, weight)
+                if name in state:
+                    state[name] = tensor
+        first_names: dict[int, str] = {}  # a tensor that has two names stays one
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = first_names.setdefault(id(parameter), name)
+            if first != name and name in state:
+                state[name] = state[first]
+        return state
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,7 +251,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, masters: Masters | None = None
+) -> dict[str, Any]:
     """The optimiser's state by the weights' names, on the CPU of the first process.
 
     All processes call it together. A sharded model must be in shards.
@@ -178,11 +262,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
     if not optimizer.state:  # no step was made; the library would make one to fill the state
         return {"state": {}, "param_groups": []}
+    if masters is not None:
+        return masters.optimizer_state(_plain(optimizer))
     return get_optimizer_state_dict(model, _plain(optimizer), options=_on_first_process())
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    masters: Masters | None = None,
 ) -> None:
     """Gives the optimiser what :func:`optimizer_state` returned, in whatever shards the weights are now.
 
@@ -191,20 +280,26 @@ def load_optimizer_state(
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    saved = _by_name(model, optimizer, state)
+    names: dict[torch.Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    if masters is not None:
+        names = {weight: name for name, weight in masters.weights.items()}
+    saved = _by_name(names, optimizer, state)
     if not saved["state"]:
+        return
+    if masters is not None:
+        masters.load_optimizer_state(_plain(optimizer), saved)
         return
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_optimizer_state_dict(model, _plain(optimizer), saved, options=options)
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter in list(optimizer.state):
         if names[parameter] not in saved["state"]:  # it has had no gradient yet
             del optimizer.state[parameter]
 
 
-def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(
+    names: Mapping[torch.Tensor, str], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> dict[str, Any]:
     """An optimiser's state with weights' names in place of their numbers, if it has numbers."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
     def name(key: int | str) -> str:

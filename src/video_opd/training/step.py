@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from video_opd.algorithms.losses import Reduction, loss_divisor
 from video_opd.algorithms.method import Needs
 from video_opd.config import Recipe
 from video_opd.errors import UserError
-from video_opd.models.interfaces import Responses, Teacher
+from video_opd.models.interfaces import CollectiveTeacher, Responses, Teacher, VisitingTeacher
 from video_opd.models.modes import call_through
 from video_opd.models.teachers import join_logprobs
 from video_opd.seeds import derive_seed
@@ -40,10 +40,10 @@ from video_opd.training.loss_batch import (
     without_nonfinite,
 )
 from video_opd.training.rollout_records import RolloutRecord, make_records
-from video_opd.training.sharding import Shards, whole
+from video_opd.training.sharding import Shards
 from video_opd.training.step_metrics import Measured, measure, token_values
 from video_opd.training.stopwatch import Stopwatch
-from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
+from video_opd.types import Rollout, TokenLogprobs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,6 +59,7 @@ class StepSettings:
     micro_batch_size: int  # prompts
     sampling_micro_batch_size: int | None  # prompts; None: each micro-batch is sampled by its first update
     teacher_micro_batch_size: int | None  # prompts; None: a micro-batch at a time
+    reduces_each_micro_batch: bool  # whether sharded gradients are; otherwise once a step
     prefills: bool  # whether responses are sampled from a prefix, which the first update then continues
     distributions: bool  # whether student and teacher give distributions over the whole vocabulary
     reduction: Reduction
@@ -79,6 +80,7 @@ class StepSettings:
             micro_batch_size=recipe.optim.micro_batch_size,
             sampling_micro_batch_size=recipe.sampling_micro_batch_size,
             teacher_micro_batch_size=recipe.teacher.micro_batch_size,
+            reduces_each_micro_batch=recipe.model.reduce == "micro_batch",
             prefills=needs.sampling and recipe.model.engine == "prefix",
             distributions=needs.distributions or recipe.measures_analytic_kl,
             reduction=recipe.loss.reduction,
@@ -95,11 +97,13 @@ class StepSettings:
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """This process's rows of a global batch of ``planned`` prompts, in as many micro-batches as on every
-    process. They are :class:`ScoredBatch` from the first update on; one without rows stays as it is."""
+    process. They are :class:`ScoredBatch` from the first update on (``scored``); one without rows stays as it
+    is."""
 
     planned: int
     micro_batches: Sequence[MicroBatch]
     shown: frozenset[int]  # positions whose rollouts are recorded in full, should they be among the first
+    scored: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +148,20 @@ class Stepper:
         self.settings, self.accelerator, self.components = settings, accelerator, components
         self.watch = watch
         self.method, self.policy = components.method, components.policy
-        self.shards = Shards(components.model)
+        self.shards = Shards(
+            components.model, components.masters, each_micro_batch=settings.reduces_each_micro_batch
+        )
+        needs = self.method.needs
+        asked = ((needs.teacher, components.teacher), (needs.reference, components.reference))
+        self._visiting = [
+            scorer for needed, scorer in asked if needed and isinstance(scorer, VisitingTeacher)
+        ]
+        # The prompts whose trajectories are made together, before the first micro-batch's update; None: each
+        # micro-batch's are a part of its update. An annotation is there from the beginning, so a teacher that
+        # comes to the device once scores them all.
+        self._ahead = settings.sampling_micro_batch_size
+        if self._visiting and not needs.sampling:
+            self._ahead = settings.micro_batch_size
 
     def prepare(self, step: int, planned: int, rows: Sequence[Row]) -> Batch:
         """This process's ``rows`` of a global batch of ``planned`` prompts, in micro-batches.
@@ -155,11 +172,12 @@ class Stepper:
         settings = self.settings
         rows = _by_length(rows)
         cut = self._cut(rows, planned)
-        if settings.sampling_micro_batch_size is None:
+        if self._ahead is None:
             batches = [MicroBatch(rows=some) for some in cut]
         else:
-            groups = self._sampled_ahead(step, rows, settings.sampling_micro_batch_size)
+            groups = self._sampled_ahead(step, rows, self._ahead)
             batches = [MicroBatch(rows=some, groups=[next(groups) for _ in some]) for some in cut]
+            batches = self._scored_in_one_turn(batches)
         # The first rollouts of the global batch are among the first ones of each process.
         positions = sorted(row.position for row in rows)
         shown = positions[: math.ceil(settings.shown_rollouts / settings.rollouts)]
@@ -173,31 +191,35 @@ class Stepper:
         # The assumed divisor. With reduction sum it is exact unless videos fail; with token_mean the divisor
         # counts tokens.
         assumed = float(batch.planned * self.settings.rollouts)
-        first = not any(isinstance(micro, ScoredBatch) for micro in batch.micro_batches)
         done: list[_Differentiated] = []
         scored: list[MicroBatch] = []
         for i, micro in enumerate(batch.micro_batches):
             with self._exchanging_gradients(last=i + 1 == len(batch.micro_batches)):
                 if not micro.rows:
+                    if not batch.scored:
+                        self._score(micro, ())
                     self._backward_of_nothing()
                     scored.append(micro)
-                    continue
-                if isinstance(micro, ScoredBatch):
-                    done.append(self._differentiate_again(micro, assumed, batch.shown))
                 else:
-                    done.append(self._score_and_differentiate(step, micro, assumed, batch.shown))
-                scored.append(done[-1].batch)
+                    if isinstance(micro, ScoredBatch):
+                        done.append(self._differentiate_again(micro, assumed, batch.shown))
+                    else:
+                        done.append(self._score_and_differentiate(step, micro, assumed, batch.shown))
+                    scored.append(done[-1].batch)
+            if self.shards.each_micro_batch:
+                with self.watch.stage("update"):
+                    self.shards.reduce()
         divisor = self._divisor(scored)
         factor = assumed / divisor if divisor else math.nan
         grad_norm, updated = self._apply(step, factor) if divisor else self._leave_out()
         return StepResult(
-            batch=Batch(planned=batch.planned, micro_batches=scored, shown=batch.shown),
+            batch=Batch(planned=batch.planned, micro_batches=scored, shown=batch.shown, scored=True),
             loss=sum(each.loss for each in done) * factor if done else 0.0,
             records=[record for each in done for record in each.records],
             measured=[each.measured for each in done],
             grad_norm=grad_norm,
             updated=updated,
-            continued_prefill=first and self._continues_prefill,
+            continued_prefill=not batch.scored and self._continues_prefill,
         )
 
     def scores_before_update(
@@ -230,16 +252,13 @@ class Stepper:
     ) -> _Differentiated:
         """The first update's share: trajectories, the scores of teacher and reference, the student's forward,
         the signal, and the backward."""
-        settings, needs = self.settings, self.method.needs
+        settings = self.settings
         if micro.groups is None:
             prefix, groups = self._sample(step, micro.rows, grad=True)
         else:
             prefix, groups = micro.prompts, micro.groups
         responses = token_ids(groups)
-        with self.watch.stage("teacher"):
-            teacher = self._teacher_scores(micro.prompts, responses) if needs.teacher else None
-        with self.watch.stage("reference"):
-            reference = self._reference_scores(micro.prompts, responses) if needs.reference else None
+        teacher, reference = self._score(micro, responses)
         with self.watch.stage("update"):
             student = self._student_scores(prefix, responses)
             del prefix  # the graph keeps the keys and values that it needs
@@ -314,38 +333,58 @@ class Stepper:
             temperature=self.settings.temperature,
         )
 
-    def _teacher_scores(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> TokenLogprobs:
-        """The teacher's distribution is never sharpened: its temperature is 1."""
-        return self._scores(
-            self.components.teacher, prompts, responses, full=self.settings.distributions, temperature=1.0
-        )
+    def _score(
+        self, micro: MicroBatch, responses: Responses
+    ) -> tuple[TokenLogprobs | None, TokenLogprobs | None]:
+        """(the teacher's scores of the responses, the reference's); None where the method needs none of them.
 
-    def _reference_scores(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> TokenLogprobs:
-        return self._scores(
-            self.components.reference,
-            prompts,
-            responses,
-            full=False,
-            temperature=self.settings.temperature,
-        )
+        All processes call it for each of their micro-batches, those without rows, too.
+        """
+        settings, needs = self.settings, self.method.needs
+        teacher, reference = micro.teacher, micro.reference
+        if needs.teacher and teacher is None:
+            with self.watch.stage("teacher"):
+                # The teacher's distribution is never sharpened: its temperature is 1.
+                teacher = self._scores(
+                    self.components.teacher, micro, responses, full=settings.distributions, temperature=1.0
+                )
+        if needs.reference and reference is None:
+            with self.watch.stage("reference"):
+                reference = self._scores(
+                    self.components.reference,
+                    micro,
+                    responses,
+                    full=False,
+                    temperature=settings.temperature,
+                )
+        return teacher, reference
 
     def _scores(
         self,
         scorer: Teacher | None,
-        prompts: Sequence[EncodedPrompt],
+        micro: MicroBatch,
         responses: Responses,
         *,
         full: bool,
         temperature: float,
-    ) -> TokenLogprobs:
+    ) -> TokenLogprobs | None:
+        """None if the micro-batch has no rows."""
         assert scorer is not None, "the method needs a model that was not built"
-        size = self.settings.teacher_micro_batch_size or len(prompts)
-        scores = [
-            scorer.logprobs(
-                prompts[i : i + size], responses[i : i + size], full=full, temperature=temperature
-            )
-            for i in range(0, len(prompts), size)
-        ]
+        prompts = micro.prompts
+        # Calls of a teacher that processes hold together are as many on each of them.
+        together = isinstance(scorer, CollectiveTeacher)
+        count = self.settings.micro_batch_size if together else len(prompts)
+        size = self.settings.teacher_micro_batch_size or max(1, count)
+        scores = []
+        for i in range(0, count, size):
+            if asked := prompts[i : i + size]:
+                given = responses[i : i + size]
+                scores.append(scorer.logprobs(asked, given, full=full, temperature=temperature))
+            else:
+                assert isinstance(scorer, CollectiveTeacher)
+                scorer.attend()
+        if not scores:
+            return None
         return scores[0] if len(scores) == 1 else join_logprobs(scores)
 
     @property
@@ -355,6 +394,20 @@ class Stepper:
 
     def _cut(self, rows: Sequence[Row], planned: int) -> list[Sequence[Row]]:
         return micro_batches(rows, planned, self.accelerator.num_processes, self.settings.micro_batch_size)
+
+    def _scored_in_one_turn(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with the scores of a teacher that takes up memory only during its turn; others
+        score them later."""
+        if not self._visiting:
+            return batches
+        with ExitStack() as turns:
+            for scorer in self._visiting:
+                turns.enter_context(scorer.turn())
+            scores = [self._score(micro, token_ids(micro.groups or ())) for micro in batches]
+        return [
+            replace(micro, teacher=teacher, reference=reference)
+            for micro, (teacher, reference) in zip(batches, scores, strict=True)
+        ]
 
     def _exchanging_gradients(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients are added up locally, and exchanged by the backward of the last micro-batch. Shards are
@@ -396,13 +449,14 @@ class Stepper:
         """
         optimizer = self.components.optimizer
         with self.watch.stage("update"):
-            self.shards.reduce()
-            parameters = self.shards.parameters
+            if not self.shards.each_micro_batch:
+                self.shards.reduce()
+            self.shards.to_shards()
             if factor != 1.0:
-                for parameter in parameters:
+                for parameter in self.shards.parameters:
                     if parameter.grad is not None:
                         parameter.grad.mul_(factor)
-            norm = whole(self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)).item()
+            norm = self.shards.clip(self.accelerator, self.settings.max_grad_norm)
             finite = math.isfinite(norm)
             if not finite and self.settings.nonfinite == "raise":
                 raise UserError(

@@ -499,7 +499,7 @@ def test_a_run_that_was_cut_off_continues(undisturbed: RunResult, tmp_path: Path
 class WithCopy(Build):
     """The initial student as a model of its own."""
 
-    def reference(self, policy: HFPolicy) -> Teacher:
+    def reference(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
         return LocalTeacher(HFPolicy(self.base(), processor(), self.engine))
 
 
