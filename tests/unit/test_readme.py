@@ -1,10 +1,9 @@
-"""The commands that the README tells a newcomer to type are valid."""
+"""The README's data row, recipe, algorithm and map of folders. test_documents.py tries its commands."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import yaml
 from places import ROOT
 
-from video_opd.cli.commands import parse_words
 from video_opd.config import recipe_from_dict
 from video_opd.data.annotations import read_samples
 
@@ -34,18 +32,6 @@ def test_the_recipe_is_one() -> None:
     (text,) = blocks("yaml")
     recipe = recipe_from_dict(yaml.safe_load(text))
     assert recipe.optim.lr == 1e-6
-
-
-LINES = [line for block in blocks("sh") for line in block.splitlines()]
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_commands_parse(line: str) -> None:
-    program, *words = shlex.split(line, comments=True)
-    if program == "make":
-        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    else:
-        assert program == "video-opd" and callable(parse_words(words).command.run)
 
 
 def test_the_folders_are_there() -> None:
