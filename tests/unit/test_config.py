@@ -58,6 +58,24 @@ def test_the_defaults_are_the_papers_values():
     assert recipe.loss.reduction == "sum"
 
 
+def test_every_mistake_of_a_recipe_is_named_at_once():
+    tree = {**SMALLEST, "optim": {"lr": -1, "betas": [2, 3]}, "model": {"dtype": "half"}}
+    with pytest.raises(UserError) as refused:
+        recipe_from_dict(tree)
+    message = str(refused.value)
+    assert message.startswith("recipe: model.dtype is 'half'") and "\n" not in message
+    assert message.endswith("(also wrong: optim.lr, optim.betas[0], optim.betas[1])")
+
+
+def test_unknown_keys_hide_other_mistakes():
+    tree = {**SMALLEST, "optim": {"lrr": 1, "lr": -1}, "run": {"sed": 0}}
+    with pytest.raises(UserError) as refused:
+        recipe_from_dict(tree)
+    message = str(refused.value)
+    assert message.startswith("recipe: optim.lrr is not a known key; did you mean optim.lr?")
+    assert message.endswith("(also wrong: run.sed)")
+
+
 @pytest.mark.parametrize(
     ("tree", "expected"),
     [

@@ -1,4 +1,4 @@
-"""One line from pydantic's ``ValidationError``: which key is wrong, how, and what would be right."""
+"""One line from pydantic's ``ValidationError``: what is wrong first, what is right, what else is wrong."""
 
 from __future__ import annotations
 
@@ -46,20 +46,27 @@ BOUNDS = {
 
 
 def one_line(error: ValidationError, root: Model | Mapping[str, Model]) -> str:
-    """The first mistake in ``error``. An unknown key comes before all others, because it may explain them.
+    """The first mistake in ``error``, and the keys of the others.
 
-    ``root`` is the class that was read, or the classes of a union by their tags.
+    Unknown keys hide all other mistakes, because they may explain them. ``root`` is the class that was read,
+    or the classes of a union by their tags.
     """
     errors = error.errors(include_url=False)
-    unknown = [item for item in errors if item["type"] in UNKNOWN]
-    first = (unknown or errors)[0]
+    errors = [item for item in errors if item["type"] in UNKNOWN] or errors
+    first, *others = errors
     if not isinstance(root, Mapping):
-        return _explain(first, first["loc"], root, [root])
+        return _explain(first, first["loc"], root, [root]) + _also(others, first["loc"], 0)
     if first["type"].startswith("union_tag"):
         name = str(first["ctx"]["discriminator"]).strip("'")
         return f"{name} {_choose(first['input'].get(name), list(root))}"
     tag, *location = first["loc"]
-    return _explain(first, location, root[str(tag)], list(root.values()))
+    return _explain(first, location, root[str(tag)], list(root.values())) + _also(others, first["loc"], 1)
+
+
+def _also(others: Sequence[ErrorDetails], first: Sequence[str | int], skip: int) -> str:
+    """Names the keys of further mistakes; the first ``skip`` words of a location are no key."""
+    paths = dict.fromkeys(_path(item["loc"][skip:]) for item in others if item["loc"] != tuple(first))
+    return f" (also wrong: {', '.join(filter(None, paths))})" if any(paths) else ""
 
 
 def leaves(*roots: Model) -> dict[str, FieldInfo]:
