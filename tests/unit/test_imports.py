@@ -24,6 +24,7 @@ BASE = {
     "files",
     "locks",
     "pools",
+    "seals",
     "seeds",
     "processes",
     "progress",

@@ -19,7 +19,7 @@ from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader
 from video_opd.evaluation.output import Output, append_batches
 from video_opd.evaluation.predict import GenerationSettings, generate_responses, samples_without_rows
-from video_opd.evaluation.resume import read_provenance
+from video_opd.evaluation.resume import changed_since_written, read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.locks import locked_file
 from video_opd.processes import Processes
@@ -241,6 +241,8 @@ def _teacher_scores(
             raise UserError(
                 f"{path}: another {key!r} made these teacher scores: score anew, without that file"
             )
+    if changed_since_written(path):
+        raise UserError(f"{path}: rows were changed or lost since they were written: score anew, without it")
     queries = {sample.id: sample.query for sample in todo}
     return {
         row["id"]: {key: row[key] for key in TEACHER_KEYS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from video_opd.evaluation.resume import (
     open_output,
     process_file_path,
     read_rows,
+    write_provenance,
 )
-from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.processes import Processes
 from video_opd.progress import task
+from video_opd.seals import Sealer
 from video_opd.types import Sample
 
 
@@ -29,11 +29,13 @@ class Output:
     left are merged when ``out`` is next opened, by any number of processes. Raises :class:`UserError` as
     :func:`open_output` does.
 
+    ``OUT.meta.json`` holds the seal of the rows, which is renewed after each append of a single process and
+    after the merge. Whoever opens ``out`` again sees whether a row has changed or is lost.
+
     A ``repeatable`` output, which a single process writes, ends with the same bytes whether it was killed on
     the way or not. The rows that a kill leaves of a block (:mod:`video_opd.evaluation.batching`) would
-    otherwise stay, and the block's other rows would be batched and padded differently. So the writer calls
-    :meth:`end_block` after each block, ``OUT.window`` holds the size of ``out`` at that moment, and whoever
-    opens ``out`` again first cuts it to that size. The file is removed at the end.
+    otherwise stay, and the block's other rows would be batched and padded differently. So it is sealed at the
+    end of each block only (:meth:`end_block`), and whoever opens it again first cuts it to what was sealed.
     """
 
     def __init__(
@@ -50,33 +52,37 @@ class Output:
         assert not repeatable or self.processes.count == 1, "the blocks of several processes differ"
         single = self.processes.count == 1
         self._mine = self.path if single else process_file_path(out, self.processes.rank)
-        self._block = self.path.with_name(f"{self.path.name}.window") if repeatable else None
-        if self._block is not None and not overwrite:
-            _cut_to_block(self.path, self._block)
+        self._provenance, self._repeatable = provenance, repeatable
         # No process may append before the files of the last run are merged.
-        self.rows = self.processes.on_first(lambda: open_output(out, provenance, overwrite=overwrite))
+        self.rows = self.processes.on_first(
+            lambda: open_output(out, provenance, overwrite=overwrite, repeatable=repeatable)
+        )
         self.ids = set(self.rows)
-        self.end_block()
+        self._sealer = Sealer(self.path)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         append_jsonl(self._mine, rows)
         self.ids.update(row["id"] for row in rows)
+        if not self._repeatable:
+            self._seal()
 
     def end_block(self) -> None:
         """Marks the end of a block: a kill leaves the rows so far. It does nothing if not ``repeatable``."""
-        if self._block is not None:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            write_text(self._block, str(size))
+        if self._repeatable:
+            self._seal()
+
+    def _seal(self) -> None:
+        if self.processes.count == 1:
+            write_provenance(self.path, self._provenance, self._sealer.seal())
 
     def finish(self, samples: Sequence[Sample]) -> None:
         """Leaves every row in ``out``, for every process; rows of several in the order of ``samples``."""
         if self.processes.count == 1:
             append_jsonl(self.path, [])  # an output without rows is a file, too
-            if self._block is not None:
-                self._block.unlink(missing_ok=True)
             return
         self.processes.wait()
-        self.processes.on_first(lambda: merge_process_files(self.path, [sample.id for sample in samples]))
+        order = [sample.id for sample in samples]
+        self.processes.on_first(lambda: merge_process_files(self.path, order, self._provenance))
         self.ids = set(read_rows(self.path))
 
 
@@ -99,9 +105,3 @@ def append_batches(
                 output.append(make_rows(batch))
                 bar.advance(len(batch))
             output.end_block()
-
-
-def _cut_to_block(out: Path, block: Path) -> None:
-    if out.exists() and block.exists():
-        size = int(block.read_text(encoding="utf-8"))
-        os.truncate(out, min(size, out.stat().st_size))

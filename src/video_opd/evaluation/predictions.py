@@ -16,7 +16,7 @@ from video_opd.evaluation.protocols import (
     prompt_style_of,
     protocol_of,
 )
-from video_opd.evaluation.resume import provenance_path, read_provenance
+from video_opd.evaluation.resume import note_changes, provenance_path, read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.temporal import NO_RULE, Interval, is_proper
 from video_opd.types import Prediction, Sample
@@ -174,6 +174,7 @@ def read_model_predictions(
     files = []
     for path in paths:
         provenance = read_provenance(path) if provenance_path(path).exists() else None
+        note_changes(path)
         if not any_protocol:
             _check_protocol(path, protocol, prompt_style_of(provenance))
         thought = is_thinking(provenance) if thinking is None else thinking

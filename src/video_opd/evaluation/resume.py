@@ -1,14 +1,16 @@
 """The files of an output that is continued after a kill. No torch.
 
 Rows are appended to ``OUT`` as they are finished. ``OUT.meta.json`` holds their provenance, which says what
-made them, so that the rows of two models never end up in one file. Each of several processes appends to a
-file of its own (``OUT.part-0``, …) until these are merged.
+made them, so that the rows of two models never end up in one file, and the seal of the rows
+(:mod:`video_opd.seals`), so that no row changes or gets lost unnoticed. Each of several processes appends to
+a file of its own (``OUT.part-0``, …), without a seal, until these are merged.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from typing import Any
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
+from video_opd.progress import log
+from video_opd.seals import Seal, Sealer
+
+_SEAL = "written"  # the key of the seal beside the keys of the provenance
 
 
 def provenance_path(out: str | Path) -> Path:
@@ -34,13 +40,16 @@ def process_file_paths(out: str | Path) -> list[Path]:
 
 
 def open_output(
-    out: str | Path, provenance: Mapping[str, Any], *, overwrite: bool = False
+    out: str | Path, provenance: Mapping[str, Any], *, overwrite: bool = False, repeatable: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Returns the rows that ``out`` already holds, by id, those of a killed run's process files included.
 
     ``provenance`` is a tree of plain values: everything that the rows depend on. It is written beside an
-    output without rows. Raises :class:`UserError` if something else made the rows that are there, or if their
-    provenance is not known. ``overwrite`` removes these rows.
+    output without rows. ``overwrite`` removes the rows that are there. A ``repeatable`` output is cut to what
+    was sealed last, and begun anew if that has changed.
+
+    Raises :class:`UserError` if something else made the rows that are there, if their provenance is not
+    known, or if they have changed since they were written. The files are as they were then.
     """
     out, written = Path(out), provenance_path(out)
     if overwrite:
@@ -48,22 +57,29 @@ def open_output(
         written.unlink(missing_ok=True)
         for path in process_file_paths(out):
             path.unlink()
-    rows = _all_rows(out)
-    provenance = json.loads(json.dumps(provenance))
-    if rows and not written.exists():
-        raise UserError(
-            f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
-        )
-    if rows:
-        _check_same(out, read_provenance(out), provenance)
-    else:
-        write_jsonl(written, [provenance])
+    rows: dict[str, dict[str, Any]] = {}
+    if any(path.exists() and path.stat().st_size for path in [out, *process_file_paths(out)]):
+        if not written.exists():
+            raise UserError(
+                f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
+            )
+        _check_same(out, read_provenance(out), json.loads(json.dumps(provenance)))
+        _check_seal(out, repeatable)
+        rows = _all_rows(out)
     if process_file_paths(out):
-        merge_process_files(out, list(rows))
+        merge_process_files(out, list(rows), provenance)
+    else:
+        write_provenance(out, provenance, Sealer(out).seal())
     return rows
 
 
-def merge_process_files(out: str | Path, order: Sequence[str]) -> None:
+def write_provenance(out: str | Path, provenance: Mapping[str, Any], seal: Seal | None) -> None:
+    """Writes ``OUT.meta.json``: the provenance, and the seal of the rows that are in ``out`` now."""
+    sealed = {} if seal is None else {_SEAL: seal.to_json()}
+    write_jsonl(provenance_path(out), [{**provenance, **sealed}])
+
+
+def merge_process_files(out: str | Path, order: Sequence[str], provenance: Mapping[str, Any]) -> None:
     """Writes ``out`` anew with its rows and those of its process files: the ids of ``order`` first.
 
     The file is replaced in one step. A kill before the process files are removed costs nothing: their rows
@@ -71,7 +87,9 @@ def merge_process_files(out: str | Path, order: Sequence[str]) -> None:
     """
     paths, rows = process_file_paths(out), _all_rows(out)
     first = dict.fromkeys(name for name in order if name in rows)
+    write_provenance(out, provenance, None)  # after a kill, neither the old file nor the new one is damaged
     write_jsonl(out, [rows[name] for name in first | dict.fromkeys(rows)])
+    write_provenance(out, provenance, Sealer(out).seal())
     for path in paths:
         path.unlink()
 
@@ -106,10 +124,55 @@ def read_provenance(out: str | Path) -> dict[str, Any]:
     """
     path = provenance_path(out)
     for _, row in read_jsonl(path):
+        row.pop(_SEAL, None)
         if isinstance(shown := row.get("input"), dict) and isinstance(prompt := shown.get("prompt"), dict):
             prompt.setdefault("video_form", "nested")
         return row
     raise UserError(f"{path} is empty: repeat with --overwrite")
+
+
+def changed_since_written(out: str | Path) -> bool:
+    """Whether rows of ``out`` are lost or not as they were written. False if there is no seal to tell it."""
+    seal = _read_seal(Path(out))
+    return seal is not None and not seal.holds(out)
+
+
+def note_changes(out: str | Path) -> None:
+    """Logs that rows of a file changed or got lost since a command of this project wrote them."""
+    if changed_since_written(out):
+        log(f"{out}: rows were changed or lost since they were written; they are used as they are")
+
+
+def _read_seal(out: Path) -> Seal | None:
+    """The seal of the rows; None for an output of an earlier version, and while process files are merged."""
+    path = provenance_path(out)
+    return next((Seal.read(row.get(_SEAL)) for _, row in read_jsonl(path)), None) if path.exists() else None
+
+
+def _check_seal(out: Path, repeatable: bool) -> None:
+    """Finds rows that changed or got lost, and cuts a repeatable output to what was sealed."""
+    seal, block = _read_seal(out), Path(f"{out}.window")  # where earlier versions wrote the size of a block
+    if seal is not None and out.exists() and not seal.holds(out):
+        if not repeatable:
+            raise UserError(
+                f"{out}: rows were changed or lost since they were written: restore the file, or repeat with "
+                f'--overwrite; to go on with the rows as they are, delete "{_SEAL}" in '
+                f"{provenance_path(out).name}"
+            )
+        log(f"{out}: rows were changed or lost since they were written; they are made again")
+        out.unlink()
+    elif repeatable and out.exists():
+        size = seal.size if seal is not None else _block_size(block)
+        if size is not None and size < out.stat().st_size:
+            os.truncate(out, size)
+    block.unlink(missing_ok=True)
+
+
+def _block_size(block: Path) -> int | None:
+    try:
+        return max(0, int(block.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # damaged: what stands after the block stays
+        return None
 
 
 def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

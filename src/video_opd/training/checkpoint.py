@@ -1,10 +1,10 @@
 """Checkpoints that are either intact or not used, and model folders that anyone can load.
 
 ``checkpoints/step-N/`` holds ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser
-and random states, tensors and numbers only) and ``state.json`` (the step, the recipe, and the size and digest
-of every file). With LoRA, ``adapter/`` stands in place of ``model/``: it holds what is trained, and nothing
-of the base. Folders are replaced whole or not at all (:mod:`video_opd.files`), so a kill or a full disk
-leaves the earlier checkpoints. Nothing that is read here can run code.
+and random states, tensors and numbers only) and ``state.json`` (the step, the recipe, the size and digest of
+every file, and the seals of the run's rows). With LoRA, ``adapter/`` stands in place of ``model/``: it holds
+what is trained, and nothing of the base. Folders are replaced whole or not at all (:mod:`video_opd.files`),
+so a kill or a full disk leaves the earlier checkpoints. Nothing that is read here can run code.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
 from video_opd.models.parts import state_of
 from video_opd.progress import log
+from video_opd.seals import Seal
 from video_opd.training.digests import Damage, check_files, read_list, write_list
 
 ADAPTER = "adapter"
@@ -48,13 +49,15 @@ class Checkpoint:
     done.
 
     ``recipe`` is that of its run, as :meth:`Recipe.to_dict` gives it; None in those that an earlier version
-    wrote. ``files`` has (size, digest) by name; the digest is None in those.
+    wrote. ``files`` has (size, digest) by name; the digest is None in those. ``rows`` has the seals of the
+    run's files of rows as of that step, by name; earlier versions wrote none.
     """
 
     path: Path
     step: int
     recipe: Mapping[str, Any] | None = None
     files: Mapping[str, tuple[int, str | None]] = field(default_factory=dict, repr=False)
+    rows: Mapping[str, Seal] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Path:
@@ -108,11 +111,12 @@ def save_checkpoint(
     training: Mapping[str, Any],
     recipe: Recipe,
     weights: dict[str, torch.Tensor] | None = None,
+    rows: Mapping[str, Seal] | None = None,
 ) -> Checkpoint:
     """Writes ``root/step-N`` and deletes all but the newest ``run.keep_checkpoints``.
 
     ``training`` goes into ``training.pt``. ``weights`` is the model's state dict if the model does not hold
-    it itself.
+    it itself. ``rows`` are the seals of the run's files of rows, by name.
 
     Raises :class:`UserError` when the disk is full; earlier checkpoints are then untouched.
     """
@@ -123,7 +127,8 @@ def save_checkpoint(
         else:
             _fill_model_folder(model, processor, folder / "model", recipe, weights)
         torch.save(dict(training), folder / "training.pt")
-        write_list(folder, STATE, {"step": step, "recipe": recipe.to_dict()})
+        sealed = {name: seal.to_json() for name, seal in (rows or {}).items()}
+        write_list(folder, STATE, {"step": step, "recipe": recipe.to_dict(), "rows": sealed})
     # Later ones are there only if they were found damaged, and this run will replace them.
     earlier = [found for found in find_checkpoints(root) if found.step <= step]
     for old in earlier[recipe.run.keep_checkpoints :]:
@@ -335,6 +340,7 @@ def _read_state(path: Path) -> Checkpoint:
         state = written if old else read_list(path, STATE)
         files = {name: (size, None) if old else tuple(size) for name, size in state["files"].items()}
         step, recipe = state["step"], state.get("recipe")
+        rows = {name: Seal.read(seal) for name, seal in state.get("rows", {}).items()}
         if not all(len(file) == 2 for file in files.values()) or not files:
             raise Damage(f"{STATE} holds no list of files")
     except OSError as error:
@@ -345,4 +351,5 @@ def _read_state(path: Path) -> Checkpoint:
         raise Damage(f"{STATE} is not what a checkpoint holds") from None
     if type(step) is not int or path.name != f"{_PREFIX}{step}":
         raise Damage(f"{STATE} is that of step {step}")
-    return Checkpoint(path=path, step=step, recipe=recipe, files=files)
+    known = {name: seal for name, seal in rows.items() if seal is not None}
+    return Checkpoint(path=path, step=step, recipe=recipe, files=files, rows=known)

@@ -33,6 +33,7 @@ from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher
 from video_opd.progress import log, task
+from video_opd.seals import NOTHING, Sealer
 from video_opd.seeds import derive_seed
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
@@ -92,7 +93,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, processes: Processes, build
     saved = processes.on_first(lambda: _checkpoint_to_continue(folder))
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
-    processes.on_first(lambda: _begin(folder, start, _machine(accelerator, recipe)))
+    processes.on_first(lambda: _begin(folder, saved, _machine(accelerator, recipe)))
     with _trackers(recipe, accelerator, start):
         Run(recipe, accelerator, processes, folder, components).steps(start)
     return _finish(recipe, processes, folder, components)
@@ -104,8 +105,9 @@ def _open(folder: RunFolder, recipe: Recipe) -> None:
     folder.put_damage_aside()
 
 
-def _begin(folder: RunFolder, start: int, machine: Mapping[str, Any]) -> None:
-    folder.rewind(start)
+def _begin(folder: RunFolder, saved: checkpoints.Checkpoint | None, machine: Mapping[str, Any]) -> None:
+    nothing = {path.name: NOTHING for path in folder.rows}
+    folder.rewind(saved.step if saved else 0, saved.rows if saved else nothing)
     folder.write_environment(machine)
 
 
@@ -123,6 +125,7 @@ class Run:
         self.recipe, self.accelerator, self.processes = recipe, accelerator, processes
         self.folder, self.components = folder, components
         self.plan = BatchPlan.of(recipe, components.samples)
+        self.sealers = [Sealer(path) for path in folder.rows]  # the first process's
         self.watch = Stopwatch(settle=_settle(accelerator.device))
         settings = StepSettings.of(recipe, components.method.needs)
         self.stepper = Stepper(settings, accelerator, components, self.watch)
@@ -221,6 +224,7 @@ class Run:
             training=training,
             recipe=self.recipe,
             weights=weights,
+            rows={sealer.path.name: sealer.seal() for sealer in self.sealers},
         )
 
 
@@ -312,21 +316,25 @@ def _trackers(recipe: Recipe, accelerator: Accelerator, start: int) -> Iterator[
 
 
 def _checkpoint_to_continue(folder: RunFolder) -> checkpoints.Checkpoint | None:
-    """The newest intact checkpoint whose steps all have their rows of metrics, so that lost rows are made
-    again. If there is none of these, the newest intact one. None: the run begins anew."""
-    reported, newest = folder.reported_steps(), None
+    """The newest intact checkpoint up to which the rows are as they were written, so that lost and changed
+    rows are made again. If there is none of these, the newest intact one. None: the run begins anew."""
+    newest = None
     for found in checkpoints.intact_checkpoints(folder.checkpoints):
-        if found.step <= reported:
+        changed = folder.changed_rows(found.rows)
+        if changed:
+            log(f"{changed[0]}: rows up to step {found.step} were changed or lost since they were written")
+        # Earlier versions sealed nothing: there, the rows are counted.
+        elif folder.metrics.name in found.rows or found.step <= folder.reported_steps():
             if newest is not None:
-                log(f"{folder.metrics} has the rows of {reported} steps only: the later steps are made again")
+                log(f"the steps after {found.step} are made again, with their rows")
             return found
         newest = newest or found
     if newest is not None:
         log(
-            f"{folder.metrics} has the rows of {reported} steps, and {newest.path} continues after "
-            f"{newest.step}: the rows between them are lost"
+            f"{newest.path} continues after {newest.step}: the rows that are lost stay lost, and those that "
+            "were changed stay as they are"
         )
-    elif folder.metrics.exists() and reported:
+    elif folder.metrics.exists() and folder.metrics.stat().st_size:
         log(f"no intact checkpoint is left in {folder.checkpoints}: the run begins anew")
     return newest
 

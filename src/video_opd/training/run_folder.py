@@ -22,6 +22,7 @@ from video_opd.errors import UserError
 from video_opd.files import discard_unfinished, disk_errors, write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.progress import log
+from video_opd.seals import Seal
 from video_opd.training.checkpoint import check_model_folder, stated_recipes
 from video_opd.training.digests import Damage
 
@@ -174,10 +175,28 @@ class RunFolder:
         steps = {row.get("step") for _, row in read_jsonl(self.metrics)}
         return next(step for step in itertools.count() if step + 1 not in steps)
 
-    def rewind(self, step: int) -> None:
-        """Removes the rows of all steps after ``step``; the run makes these steps again."""
-        for path in (self.metrics, self.rollouts):
-            if path.exists():
+    @property
+    def rows(self) -> tuple[Path, Path]:
+        """The files to which each step appends its rows."""
+        return self.metrics, self.rollouts
+
+    def changed_rows(self, seals: Mapping[str, Seal]) -> list[Path]:
+        """The files of rows that do not begin with what was sealed, or are missing."""
+        return [path for path in self.rows if path.name in seals and not seals[path.name].holds(path)]
+
+    def rewind(self, step: int, seals: Mapping[str, Seal]) -> None:
+        """Removes the rows of all steps after ``step``; the run makes these steps again.
+
+        ``seals`` are those of that step. Without the seal of a file, or if its rows are not as they were
+        sealed, its rows that can be read and are not later are kept.
+        """
+        for path in self.rows:
+            seal = seals.get(path.name)
+            if seal is not None and seal.holds(path):
+                if path.exists():
+                    with disk_errors(path):
+                        os.truncate(path, seal.size)
+            elif path.exists():
                 repair_jsonl(path)
                 rows = [row for _, row in read_jsonl(path)]
                 kept = [row for row in rows if _is_step(row) and row["step"] <= step]

@@ -210,9 +210,9 @@ def test_a_rewound_folder_ends_at_the_checkpoint(tmp_path: Path):
     text = "".join(json.dumps({"step": step, "loss": step / 2}) + "\n" for step in range(1, 6))
     folder.metrics.write_text(text[:-5])  # the last row was cut short
     folder.rollouts.write_text('{"step": 2}\n{"step": 3}\n{"step": 3}\n')
-    folder.rewind(2)
+    folder.rewind(2, {})
     assert folder.metrics.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 1.0}\n'
     assert folder.rollouts.read_text() == '{"step": 2}\n'
     assert folder.last_metrics() == {"step": 2, "loss": 1.0}
-    folder.rewind(0)
+    folder.rewind(0, {})
     assert folder.metrics.read_text() == "" and folder.last_metrics() == {}

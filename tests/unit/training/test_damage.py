@@ -21,7 +21,9 @@ from training_cases import Build, make_recipe, rows_of, weights_of
 
 from video_opd.errors import UserError
 from video_opd.files import UNFINISHED
-from video_opd.training.checkpoint import find_checkpoints, intact_checkpoints, save_checkpoint
+from video_opd.training import loop
+from video_opd.training.checkpoint import STATE, find_checkpoints, intact_checkpoints, save_checkpoint
+from video_opd.training.digests import read_list, write_list
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
 
@@ -247,10 +249,70 @@ def test_lost_rows_of_metrics_are_made_again_or_named(
     assert same_weights(path, undisturbed[0])
     steps = [row["step"] for row in rows_of(metrics)] if metrics.exists() else []
     told = " ".join(capsys.readouterr().err.split())
+    assert "metrics.jsonl: rows up to step 4 were changed or lost" in told
     if "last" in kind:
-        assert steps == [1, 2, 3, 4] and "the later steps are made again" in told
+        assert steps == [1, 2, 3, 4] and "the steps after 2 are made again" in told
     else:
-        assert steps == [] and "the rows between them are lost" in told
+        assert steps == [] and "the rows that are lost stay lost" in told
+
+
+def changed_at(step: int, rows: list[bytes]) -> bytes:
+    """The row of a step is another, of the same length, and still JSON."""
+    number = next(i for i, row in enumerate(rows) if json.loads(row)["step"] == step)
+    other = rows[number].replace(b"1", b"2").replace(b"0.", b"1.")
+    assert other != rows[number]
+    return b"".join([*rows[:number], other, *rows[number + 1 :]])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts.jsonl"])
+def test_rows_are_as_they_were_at_the_checkpoint_that_is_continued(
+    cut_off: tuple[Path, bool], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows after it are cut, whatever they hold; a change before it takes the checkpoint before."""
+    folder = RunFolder(cut_off[0])
+    file, whole = folder.path / name, (folder.path / name).read_bytes()
+    rows = whole.splitlines(keepends=True)
+    until_2 = b"".join(row for row in rows if json.loads(row)["step"] <= 2)
+    cases: dict[str, tuple[bytes, int, bytes]] = {
+        "rows of later steps": (whole + rows[-1].replace(b'"step": 4', b'"step": 5'), 4, whole),
+        "a later row that is no JSON": (whole + b"nonsense\n{half", 4, whole),
+        "a lost last row": (b"".join(rows[:-1]), 2, until_2),
+        "half a last row": (whole[:-9], 2, until_2),
+        "a changed last row": (changed_at(4, rows), 2, until_2),
+        "a last row of zeros": (whole[:-40] + bytes(40), 2, until_2),
+        "a changed first row": (changed_at(1, rows), 4, changed_at(1, rows)),
+        "a row twice": (rows[0] + whole, 4, rows[0] + whole),
+    }
+    for case, (content, step, kept) in cases.items():
+        file.write_bytes(content)
+        capsys.readouterr()
+        found = loop._checkpoint_to_continue(folder)
+        assert found is not None and found.step == step, case
+        folder.rewind(found.step, found.rows)
+        assert file.read_bytes() == kept, case
+        told = " ".join(capsys.readouterr().err.split())
+        assert (f"{name}: rows up to step 4 were changed or lost" in told) == ("later" not in case), case
+        assert ("those that were changed stay as they are" in told) == ("first" in case or "twice" in case)
+    file.write_bytes(b"nonsense\n" + whole)
+    found = loop._checkpoint_to_continue(folder)
+    with pytest.raises(UserError, match=rf"{name}:1: not JSON"):
+        folder.rewind(found.step, found.rows)  # type: ignore[union-attr]
+
+
+def test_checkpoints_of_earlier_versions_have_no_seals(cut_off: tuple[Path, bool]) -> None:
+    folder = RunFolder(cut_off[0])
+    for step in (2, 4):
+        state = folder.checkpoints / f"step-{step}"
+        facts = read_list(state, STATE)
+        assert set(facts.pop("rows")) == {"metrics.jsonl", "rollouts.jsonl"}
+        write_list(state, STATE, {key: facts[key] for key in ("step", "recipe")})
+    rows = folder.metrics.read_bytes().splitlines(keepends=True)
+    for kept, step in ((4, 4), (3, 2), (2, 2), (0, 4)):
+        folder.metrics.write_bytes(b"".join(rows[:kept]))
+        found = loop._checkpoint_to_continue(folder)
+        assert found is not None and found.step == step and not found.rows
+        folder.rewind(found.step, found.rows)
+        assert len(rows_of(folder.metrics)) == min(kept, step)
 
 
 @pytest.mark.slow
@@ -317,8 +379,6 @@ def test_damage_at_random_never_continues_to_other_weights(
 def test_the_list_of_a_folder_names_what_sha256sum_prints(tmp_path: Path) -> None:
     import hashlib
 
-    from video_opd.training.digests import read_list, write_list
-
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.bin").write_bytes(bytes(range(256)) * 10_000)
     (tmp_path / ".hidden").write_text("x")
@@ -345,9 +405,6 @@ class Trap:
 @pytest.mark.parametrize("place", ["alone", "optimizer", "random", "bare pickle", "no state", "wrong shapes"])
 def test_a_training_state_of_somebody_else_runs_nothing(cut_off: tuple[Path, bool], place: str) -> None:
     """Its list of digests is right: whoever writes a checkpoint can write that, too."""
-    from video_opd.training.checkpoint import STATE
-    from video_opd.training.digests import read_list, write_list
-
     path, adapted = cut_off
     saved = path / "checkpoints" / "step-4"
     state: Any = torch.load(saved / "training.pt", weights_only=True)

@@ -330,7 +330,7 @@ def test_kills_in_every_stage_leave_no_trace(
         draws = random.Random(0)
         kill_in("opening", whole, recipe, draws.uniform(0.0, 0.1))
         kill_in("scoring", whole, recipe, 0.0)
-        assert (whole / "round-2" / "scores.jsonl.window").exists()
+        assert not (whole / "round-2" / "select.json").exists()
         assert (
             2 <= len(ids(whole / "round-2" / "scores.jsonl")) < len(ids(aside / "round-2" / "scores.jsonl"))
         )
