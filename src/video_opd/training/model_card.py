@@ -1,11 +1,14 @@
 """The ``README.md`` of a model folder: what the model is, in the form that hubs read.
 
 The metadata at its top (YAML) are those of the Hugging Face Hub, so that the folder can be uploaded as it is.
-Nothing in the card names a folder of this machine.
+Nothing in the card names a folder of this machine. Names that the card shows come from data files, paths and
+records, so each is shown as the text that it is, whatever Markdown, HTML or YAML it holds.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ from video_opd.config import Recipe, dump_recipe
 from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.rows import METRICS
 from video_opd.models.checkpoint_files import is_hub_name
+from video_opd.terminal import visible
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
@@ -54,7 +58,8 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
     environment = Environment(
         loader=PackageLoader("video_opd.training"),
         undefined=StrictUndefined,
-        autoescape=False,  # the card is Markdown
+        autoescape=False,  # the card is Markdown, and finalize escapes for that
+        finalize=lambda value: value if isinstance(value, _AsItIs) else as_markdown(str(value)),
         keep_trailing_newline=True,
     )
     sources = Counter(sample.source or Path(recipe.data.train).stem for sample in samples)
@@ -66,10 +71,13 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
     about = _metadata(title, recipe, published, evaluations)
     protocols = [record["protocol"] for record in evaluations if record["model"] == OURS]
     notes = [line for each in protocols for line in (protocol_line(each), *deviation_lines(each))]
+    shown_recipe = _as_yaml(_public(recipe))
+    longest = max(map(len, re.findall("`+", shown_recipe)), default=0)
     return environment.get_template("model_card.md.j2").render(
         name=name,
+        name_in_code=_AsItIs(visible(json.dumps(name, ensure_ascii=False))),
         title=title,
-        metadata=yaml.safe_dump(about, sort_keys=False, allow_unicode=True),
+        metadata=_as_yaml(about),
         base=base,
         local_base=not is_hub_name(recipe.model.path),
         teacher=public_name(recipe.teacher.path) if recipe.teacher.path else None,
@@ -78,11 +86,44 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
         data=dict(sources),
         local_data=len(published) < len(sources),
         steps=folder.last_metrics().get("step", 0),
-        recipe=yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True),
+        recipe=shown_recipe,
+        fence=_AsItIs("`" * max(3, longest + 1)),
         metrics=METRICS,
         evaluations=evaluations,
         notes=list(dict.fromkeys(notes)),
     )
+
+
+class _AsItIs(str):
+    """A part of the card that is not escaped."""
+
+
+def as_markdown(text: str) -> str:
+    """``text`` as Markdown that shows it: nothing in it is markup, HTML, a link, or the end of a cell.
+
+    Control characters and ends of lines become their escapes, as on a terminal.
+    """
+    text = re.sub(r"[\\`*_\[\]<>&|~#!$]", r"\\\g<0>", visible(text).strip())
+    text = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", _first_escaped, text)  # a list, or a heading
+    return text.replace("://", ":\\//").replace("www.", "www\\.")
+
+
+def _first_escaped(found: re.Match[str]) -> str:
+    return f"\\{found.group()}" if found.group() in "-+=" else f"{found.group()}\\"
+
+
+def _as_yaml(tree: Mapping[str, Any]) -> _AsItIs:
+    """The tree with every text on a line of its own, so that none can end the block that it stands in."""
+    shown = _shown(tree)
+    return _AsItIs(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=float("inf")))
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_shown(key): _shown(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shown(each) for each in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def public_name(path: str) -> str:
@@ -125,9 +166,22 @@ def _evaluations(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     for who in ("student", "base", "teacher"):
         for data in [Path(path).stem for path in recipe.evaluate.data]:
             path = folder.evaluations / f"{who}-{data}.json"
-            if (record := read_record(path)) is not None:
+            if (record := read_record(path)) is not None and _is_whole(record):
                 found.append({**record, "model": OURS if who == "student" else who, "data": data})
     return found
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record has all that the card shows. The evaluation at the end of the run writes it anew."""
+    try:
+        protocol_line(record["protocol"]), deviation_lines(record["protocol"])
+        numbers = [record["n"], *(record[metric] for metric in METRICS)]
+        for metric in METRICS:
+            low, high = record["ci95"][metric] or (0, 0)
+            numbers += [low, high]
+        return all(type(number) in (int, float) and abs(number) < 1e15 for number in numbers)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def _metadata(

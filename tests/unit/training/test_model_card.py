@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from markdown_it import MarkdownIt
 from training_cases import Build, make_recipe
 
 from video_opd import evaluate
 from video_opd.config import dump_recipe
 from video_opd.data.annotations import write_rows
 from video_opd.models.fingerprint import model_fingerprint
+from video_opd.terminal import visible
 from video_opd.training.loop import train
 from video_opd.training.model_card import model_card, public_name
 from video_opd.training.run_folder import RunFolder
@@ -155,3 +159,97 @@ def test_a_run_writes_the_card_and_its_metrics(tmp_path: Path):
     text = (plain.model / "README.md").read_text()
     assert model_card_data(text).eval_results is None and "has not been evaluated" in text
     assert "1 optimiser steps" in text
+
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<!-- hidden",
+    "[click](http://evil.example/x)",
+    "![x](http://evil.example/x.png)",
+    "http://evil.example www.evil.example",
+    "a | b | c",
+    "*bold* _it_ __b__ ~~s~~ `code` $x$",
+    "``` ~~~ ````",
+    "# heading",
+    "- list",
+    "+ list",
+    "1. list",
+    "2) list",
+    "> quote",
+    "===",
+    "a\n---\nbase_model: evil/model",
+    "a\r\n\r\n# heading",
+    "a\n```\n# heading",
+    "x: y",
+    "{a: b}",
+    "!!python/object/apply:os.system [id]",
+    "&anchor *alias",
+    '\'"); import os; os.system("id") #',
+    "\\",
+    "\x1b[31m\u202e\udcff",
+    "&lt;b&gt;",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_shown_and_are_nothing_else(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """The card has the structure of one with plain names, and its text shows the hostile ones."""
+
+    def card(name: str) -> str:
+        path = name.replace("\udcff", "")  # a recipe is text, a data row's source need not be
+        recipe = make_recipe(
+            run.path,
+            "video-opd",
+            model={"path": path},
+            teacher={"path": path},
+            data={"train": f"{path}.jsonl"},
+            evaluate={"data": [f"{path}.jsonl"]},
+        )
+        folder = RunFolder(tmp_path / "kitchen")
+        folder.path = tmp_path / name.replace("/", "∕")
+        record = json.loads((run.evaluations / "student-charades.json").read_text())
+        record["protocol"]["name"] = name
+        record["protocol"]["deviations"] = {name: name}
+        monkeypatch.setattr("video_opd.training.run_folder.read_record", lambda path: record)
+        return model_card(recipe, folder, [sample(0, name), sample(1, "other")])
+
+    plain, hostile = card("plain"), card(name)
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+
+    def split(text: str) -> tuple[str, str]:
+        _, head, body = re.split(r"(?m)^---$", text, maxsplit=2)
+        return head, body
+
+    (plain_head, plain_body), (head, body) = split(plain), split(hostile)
+    assert structure(parser, body) == structure(parser, plain_body)
+    about, expected = yaml.safe_load(head), yaml.safe_load(plain_head)
+    assert about.keys() == expected.keys() and "base_model" not in about
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e\ud800-\udfff]", hostile)
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", body)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert len(calls) == 3  # load, ground, print
+    shown = "".join(token.content for block in parser.parse(body) for token in block.children or ())
+    assert visible(name).strip() in shown
+    assert ModelCard(hostile).data.to_dict()["library_name"] == "transformers"
+
+
+def structure(parser: MarkdownIt, text: str) -> list[Any]:
+    """The types of all blocks, and of all parts of lines that are not plain text."""
+    return [
+        (block.type, block.tag, [part.type for part in block.children or () if part.type not in PLAIN])
+        for block in parser.parse(text)
+    ]
+
+
+PLAIN = ("text", "softbreak", "text_special")
+
+
+@pytest.mark.parametrize("damaged", [{}, {"mIoU": "x"}, {"ci95": None}, {"protocol": {}}, {"n": 10**400}])
+def test_a_damaged_record_is_left_out(run: RunFolder, tmp_path: Path, damaged: dict[str, Any]):
+    path = run.evaluations / "base-charades.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damaged} if damaged else {}))
+    recipe = make_recipe(run.path, evaluate={"data": [str(tmp_path / "charades.jsonl")]})
+    text = model_card(recipe, run, [sample(0)])
+    assert "| charades | this model |" in text and "| charades | base |" not in text
