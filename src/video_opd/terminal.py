@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +25,8 @@ def visible(text: str, keep: str = "") -> str:
     """Returns ``text`` with what could act on a terminal as its escape: ``\\x1b``, ``\\u202e``.
 
     ``keep`` are characters that stay, such as ``"\\n"``. Everything from files, models and arguments that is
-    printed goes through here, in ``say``, ``progress.log`` and the last line of an error.
+    printed goes through here: in the functions below, in ``progress.log``, in the last line of an error, and,
+    for what libraries say, in :func:`escape_libraries` and :class:`Escaping`.
     """
 
     def escaped(found: re.Match[str]) -> str:
@@ -56,6 +60,48 @@ def print_lines(lines: Iterable[str], console: Console | None = None) -> None:
 def print_line(line: str) -> None:
     """Prints one line to stdout."""
     print(visible(line))
+
+
+def print_text(text: str) -> None:
+    """Prints a text of several lines to stdout."""
+    print(visible(text, keep="\n\t"))
+
+
+class Escaping(io.TextIOBase):
+    """A stream for what a library prints: all of it goes to ``stream``, with only ends of lines acting."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text, keep="\n\t"))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+class _VisibleRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return visible(super().getMessage(), keep="\n\t")
+
+
+def escape_libraries() -> None:
+    """Makes what any library logs or warns of visible text: it quotes files and models of other people."""
+    logging.setLogRecordFactory(_VisibleRecord)
+    warnings.formatwarning = _visible_warning
+
+
+def _visible_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return visible(_format_warning(message, category, filename, lineno, line), keep="\n\t")
+
+
+_format_warning = warnings.formatwarning
 
 
 def print_rows(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -85,6 +85,6 @@ def _path_mistake(error: Exception) -> str | None:
 def _fail(message: str, code: int, debug: bool) -> int:
     with contextlib.suppress(OSError):  # the exit code says it if stderr cannot
         if debug:
-            traceback.print_exc()
+            print(visible(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
         print("video-opd: " + visible(" ".join(message.split())), file=sys.stderr, flush=True)
     return code

@@ -10,6 +10,7 @@ from pathlib import Path
 from video_opd.cli.arguments import positive
 from video_opd.cli.output import write_json
 from video_opd.cli.parser import VIDEO_SETTINGS, Parser
+from video_opd.terminal import print_text
 
 HELP = "from a video file to a prompt, against qwen-vl-utils and the processor"
 EXAMPLE = "video-opd bench data holiday.mp4 lecture.mkv --json data.json"
@@ -46,4 +47,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         record = {"command": sys.argv[1:], "machine": machine(torch.device("cpu")), "results": results}
         write_json(arguments.json, record)
-    print(table(results))
+    print_text(table(results))

@@ -9,6 +9,7 @@ from typing import Any
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import write_json
 from video_opd.cli.parser import NO_SETTINGS, Parser
+from video_opd.terminal import print_text
 
 HELP = (
     "the prefix engine against the plain one: operations, seconds and peak memory of steps; scoring; "
@@ -93,6 +94,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         record = {"command": sys.argv[1:], "machine": machine(device)}
         write_json(arguments.json, {**record, "operations": operations, "results": results})
-    print(operations_table(operations))
+    print_text(operations_table(operations))
     if results:
-        print("\n".join(["", table(results), "", *against_grpo(results)]))
+        print_text("\n".join(["", table(results), "", *against_grpo(results)]))

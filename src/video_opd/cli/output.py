@@ -14,6 +14,7 @@ from typing import Any
 from video_opd.cli.parser import Place
 from video_opd.files import write_text
 from video_opd.locks import locked_file, locked_folder
+from video_opd.terminal import escape_libraries
 
 # Control characters that JSON leaves as they are, and marks that turn the direction of writing.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -60,10 +61,12 @@ def locked_outputs(places: Iterable[Place]) -> Iterator[None]:
 
 def prepare_streams() -> io.StringIO | None:
     """Makes stdout and stderr take any text: a character that they cannot encode is written as its escape.
+    What libraries log is shown as text, too.
 
     Returns what stands in for stdout if it is closed. No file that is opened later gets the number of a
     closed stream: a library's message would be written into it.
     """
+    escape_libraries()
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

@@ -7,9 +7,11 @@ soon as they are made: a run that was killed continues with the same command.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +33,7 @@ from video_opd.suites.accuracy import (
 )
 from video_opd.suites.benchmarks import BENCHMARKS, Task, choose_tasks
 from video_opd.suites.rows import Row, hub_home, stock_file
+from video_opd.terminal import Escaping
 
 if TYPE_CHECKING:
     from video_opd.suites.responder import Responder
@@ -131,7 +134,8 @@ def run(
         digests = write_task_files(
             settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
         )
-        rehearse(found.rows)
+        with _prints_on_stderr():
+            rehearse(found.rows)
         scored = _run_lmms_eval(responder, settings.out / TASK_FILES, found.rows)
         result = SuiteResult(
             model=model,
@@ -212,12 +216,13 @@ def _run_lmms_eval(
     _quiet_logs()
     manager = TaskManager(include_path=str(folder), include_defaults=False, model_name=QWEN)
     try:
-        results = simple_evaluate(
-            model=VideoOPD(responder=responder),
-            tasks=[task.prefixed for task in rows],
-            task_manager=manager,
-            bootstrap_iters=0,  # our own intervals draw videos
-        )
+        with _prints_on_stderr():
+            results = simple_evaluate(
+                model=VideoOPD(responder=responder),
+                tasks=[task.prefixed for task in rows],
+                task_manager=manager,
+                bootstrap_iters=0,  # our own intervals draw videos
+            )
     except RetryError as error:  # lmms-eval's retries hide the error itself
         cause = error.last_attempt.exception()
         raise (cause if cause is not None else error) from error
@@ -273,7 +278,8 @@ def download(settings: SuiteSettings) -> None:
         folder = stock_file(task).parent
         manager = TaskManager(include_path=str(folder), include_defaults=False, model_name="qwen3_vl")
         try:
-            manager.load_task_or_group([task.name], task_type="chat")
+            with _prints_on_stderr():
+                manager.load_task_or_group([task.name], task_type="chat")
         except RetryError as error:
             raise RuntimeError(f"{task.name}: {_reason(error.last_attempt.exception() or error)}") from error
 
@@ -302,6 +308,11 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HOME", str(hub_home()))  # lmms-eval's tasks need it to be set
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _prints_on_stderr() -> contextlib.redirect_stdout[Escaping]:
+    """For a block in which lmms-eval prints: its lines quote rows and files, and stdout is for results."""
+    return contextlib.redirect_stdout(Escaping(sys.stderr))
 
 
 def _quiet_logs() -> None:

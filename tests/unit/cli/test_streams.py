@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from places import SRC
 
 from video_opd import progress
 from video_opd.cli import main
@@ -175,3 +179,67 @@ def test_a_deleted_working_folder_is_one_line(
     assert run(["report", str(tmp_path / "r"), "--out", "r.html"]) == 2
     error = capsys.readouterr().err
     assert "no such folder" in error and error.count("\n") == 2 and "Error" not in error
+
+
+def test_what_libraries_log_and_warn_of_is_visible(tmp_path: Path) -> None:
+    """In a process of its own: with handlers that a library has set up, before and after."""
+    script = (
+        "import logging, sys, warnings\n"
+        "early = logging.getLogger('early'); early.addHandler(logging.StreamHandler())\n"
+        "from video_opd.cli.output import prepare_streams\n"
+        "prepare_streams()\n"
+        f"odd = {ODD!r}\n"
+        "early.warning('1 %s', odd); early.warning(odd)\n"
+        "logging.getLogger('none').warning('2 %s', odd)\n"
+        "logging.basicConfig(force=True, format='3 %(message)s'); logging.warning(odd)\n"
+        "warnings.warn(odd)\n"
+        "from video_opd.suites.suite import _prints_on_stderr\n"
+        "with _prints_on_stderr(): print('4', odd, end='', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(SRC), "PYTHONIOENCODING": "utf-8"},
+        check=True,
+    )
+    assert done.stdout == b""
+    assert done.stderr.count(rb"\x1b[31m") == 6 and not re.search(rb"[\x1b\r]|\xe2\x80\xae", done.stderr)
+
+
+def test_a_traceback_is_visible(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: object) -> None:
+        raise RuntimeError(ODD)
+
+    monkeypatch.setattr("video_opd.cli.report.run", fail)
+    assert main(["report", "nowhere", "--out", "x", "--debug"]) == 1
+    told = capfd.readouterr().err
+    assert "Traceback" in told and r"\x1b[31m" in told and not re.search("[\x1b\r\u202e]", told)
+
+
+def test_nothing_prints_but_through_the_escapes() -> None:
+    """Every ``print`` and ``console.print`` of the package is one of these."""
+    allowed = {
+        "terminal.py": 4,  # say, print_line, print_text, print_rows
+        "progress.py": 2,  # log, which was escaped, and lines of progress
+        "cli/__init__.py": 2,
+        "cli/output.py": 1,  # JSON
+        "cli/ground.py": 1,  # formats for files, which escape by themselves
+        "evaluation/terminal.py": 1,  # a table of escaped cells
+        "config/__main__.py": 1,  # our own schema
+    }
+    found: dict[str, int] = {}
+    for path in (SRC / "video_opd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _prints(node.func):
+                name = path.relative_to(SRC / "video_opd").as_posix()
+                found[name] = found.get(name, 0) + 1
+    assert found == allowed
+
+
+def _prints(function: ast.expr) -> bool:
+    if isinstance(function, ast.Name):
+        return function.id == "print"
+    if not isinstance(function, ast.Attribute):
+        return False
+    written = ast.unparse(function)
+    return written.endswith((".print", ".print_exc")) or written in ("sys.stdout.write", "sys.stderr.write")

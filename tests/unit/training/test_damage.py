@@ -283,7 +283,10 @@ def test_rows_are_as_they_were_at_the_checkpoint_that_is_continued(
         "a changed first row": (changed_at(1, rows), 4, changed_at(1, rows)),
         "a row twice": (rows[0] + whole, 4, rows[0] + whole),
     }
+    others = {path: path.read_bytes() for path in folder.rows}
     for case, (content, step, kept) in cases.items():
+        for path, before in others.items():
+            path.write_bytes(before)
         file.write_bytes(content)
         capsys.readouterr()
         found = loop._checkpoint_to_continue(folder)
