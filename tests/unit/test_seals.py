@@ -25,7 +25,8 @@ def test_a_seal_is_the_length_and_sha256_of_all_that_was_there(tmp_path: Path) -
 
 
 def test_each_byte_is_read_once_and_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, flushed = tmp_path / "rows", []
+    path = tmp_path / "rows"
+    flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", flushed.append)
     path.write_bytes(b"first\n")
     sealer = Sealer(path)
