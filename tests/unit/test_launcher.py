@@ -14,10 +14,11 @@ from places import SRC
 from process_cases import is_alive, needs_proc, wait_until
 
 WORKER = """
-import pathlib, sys, time
+import pathlib, sys, threading, time
 from video_opd.processes import follow_launcher
 follow_launcher()
 follow_launcher()
+assert threading.active_count() <= 2  # it follows once
 pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
 while True:
     time.sleep(60)
@@ -46,6 +47,19 @@ def launched(note: Path, **environment: str) -> tuple[subprocess.Popen[bytes], i
 @needs_proc
 def test_a_worker_ends_with_its_launcher(tmp_path: Path) -> None:
     launcher, worker = launched(tmp_path / "pid", TORCHELASTIC_RUN_ID="none")
+    assert is_alive(worker)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not is_alive(worker))
+
+
+@needs_proc
+@pytest.mark.parametrize("port", [None, "none", "0"])
+def test_a_worker_that_cannot_ask_for_its_launchers_store_goes_on(tmp_path: Path, port: str | None) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if port is not None:
+        environment |= {"MASTER_ADDR": "localhost" if port == "none" else "256.0.0.1", "MASTER_PORT": port}
+    launcher, worker = launched(tmp_path / "pid", **environment)
     assert is_alive(worker)
     launcher.kill()
     launcher.wait()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from video_opd.locks import locked_file, locked_folder
 from video_opd.processes import Processes
 
 HOST = socket.gethostname()
+NOBODY = 2**22 + 1  # above the highest number that Linux gives a process
 
 
 @contextmanager
@@ -131,7 +132,7 @@ def test_a_block_inside_a_block_holds_the_same_lock(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("p")
     with locked_file(tmp_path / "p"):
         with locked_file(tmp_path / "link"):
-            pass
+            assert not (tmp_path / "link.lock").exists()
         assert (tmp_path / "p.lock").exists()
         with pytest.raises(ZeroDivisionError), locked_file(tmp_path / "p"):
             1 / 0  # noqa: B018
@@ -189,10 +190,11 @@ def test_the_name_of_an_earlier_process_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_a_process_of_another_host_is_named(tmp_path: Path) -> None:
+    """Whether a process of its number is here, too, says nothing about it."""
     with other(FILE, tmp_path / "p"):
-        elsewhere = {"host": "node-7", "pid": 1, "since": "2026-01-02 03:04:05+00:00"}
+        elsewhere = {"host": "node-7", "pid": NOBODY, "since": "2026-01-02 03:04:05+00:00"}
         (tmp_path / "p.lock").write_text(json.dumps(elsewhere))
-        named = r"process 1 on host node-7 \(since 2026"
+        named = rf": process {NOBODY} on host node-7 \(since 2026"
         with pytest.raises(UserError, match=named), locked_file(tmp_path / "p"):
             pass
 
@@ -219,6 +221,76 @@ def test_the_processes_of_a_launcher_share_a_lock_and_each_of_them_keeps_others_
         with locked_file(out):
             pass
     assert not (tmp_path / "p.lock").exists()
+
+
+@pytest.fixture
+def one_of_two(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    """This process as the first of two, which do not talk."""
+    monkeypatch.setattr(Processes, "on_first", lambda self, work: work())
+    return Processes(rank=0, count=2)
+
+
+def test_work_that_failed_leaves_the_file_while_another_process_may_be_writing(
+    tmp_path: Path, one_of_two: Processes
+) -> None:
+    out = tmp_path / "p"
+    with pytest.raises(ZeroDivisionError), locked_file(out, one_of_two):
+        second = stack_of(other(RANK, out, 1))
+        1 / 0  # noqa: B018
+    with second:
+        assert (tmp_path / "p.lock").exists() and refused_in_another_process(out)
+
+
+def test_another_process_that_has_finished_leaves_the_lock_to_the_first(
+    tmp_path: Path, one_of_two: Processes
+) -> None:
+    out = tmp_path / "p"
+    with locked_file(out, one_of_two):
+        with other(RANK, out, 1) as second:
+            assert second.stdin is not None
+            second.stdin.close()
+            assert second.wait() == 0
+        assert (tmp_path / "p.lock").exists() and refused_in_another_process(out)
+    assert not (tmp_path / "p.lock").exists()
+
+
+def stack_of(entered: Any) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(entered)
+    return stack
+
+
+@pytest.mark.parametrize("broken", [KeyboardInterrupt, ZeroDivisionError, None])
+def test_nothing_is_left_of_a_lock(tmp_path: Path, broken: type[BaseException] | None) -> None:
+    before = os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else []
+    with pytest.raises(broken) if broken else nullcontext(), locked_file(tmp_path / "p"):
+        if broken:
+            raise broken
+    after = os.listdir("/proc/self/fd") if before else []
+    assert len(after) == len(before) and locks._locks == {} and list(tmp_path.iterdir()) == []
+
+
+def test_the_owner_replaces_whatever_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "LOOKS", 3)
+    (tmp_path / "p.lock").write_text("x" * 500)
+    with locked_file(tmp_path / "p"):
+        assert json.loads((tmp_path / "p.lock").read_text())["pid"] == os.getpid()
+    with other(FILE, tmp_path / "p"):
+        for text in ("", "x", "[]", '{"host": 1}', '{"host": "a", "pid": "b", "since": 1}'):
+            (tmp_path / "p.lock").write_text(text)
+            named = "p: another process is writing it"
+            with pytest.raises(UserError, match=named), locked_file(tmp_path / "p"):
+                pass
+
+
+def test_a_lock_holds_without_the_name_of_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(locks, "LOOKS", 3)
+    with locked_file(tmp_path / "p"):
+        assert refused_in_another_process(tmp_path / "p")
 
 
 def test_a_file_system_without_locks_is_told_once(

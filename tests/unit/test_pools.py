@@ -84,6 +84,17 @@ def test_a_pool_gives_results_in_order() -> None:
         assert list(pool.map(str, range(5))) == list("01234")
 
 
+def _blocked() -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_ctrl_c_while_a_worker_starts_is_blocked_there(method: str) -> None:
+    """It would end the worker before it can ignore the signal, with a traceback."""
+    with worker_pool(1, method) as pool:
+        assert pool.submit(_blocked).result() and not _blocked()
+
+
 def test_an_error_in_the_block_ends_the_workers_and_is_raised(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), worker_pool(1) as pool:
         worker = pool.submit(os.getpid).result()
