@@ -15,6 +15,7 @@ from typing import Any
 from video_opd.errors import UserError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_TEXT_BYTES = 100 << 20  # of a file that is read whole; the largest tokenizers have 40 MiB
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 # Suffixes with which quantised copies are published: Qwen3-VL-8B-Instruct-FP8, …-bnb-4bit, …-AWQ-4bit.
 _QUANTISED_ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit", "-AWQ-4bit", "-AWQ-8bit", "-AWQ", "-GPTQ", "-FP8")
@@ -44,6 +45,7 @@ def check_model_files(path: str | Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: no config.json in it; give a folder that save_pretrained wrote")
+    _check_text_sizes(folder)
     for file in [*sorted(folder.glob("*.json")), *weights]:
         with file.open("rb") as handle:
             if handle.read(len(_POINTER)) == _POINTER:
@@ -110,6 +112,7 @@ def check_processor_files(path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
+    _check_text_sizes(folder)
     advice = "copy it from the checkpoint that this one was made from"
     tokenizers = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
     there = {file.name for file in folder.iterdir()}
@@ -120,6 +123,18 @@ def check_processor_files(path: str | Path) -> None:
         )
     if not there & set(_PROCESSOR):
         raise UserError(f"{path}: no processor in it ({' or '.join(_PROCESSOR)}); {advice}")
+
+
+def _check_text_sizes(folder: Path) -> None:
+    """Raises :class:`UserError` for a settings or tokenizer file that would take minutes and gigabytes."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.is_file():
+            size = file.stat().st_size
+            if size > _MOST_TEXT_BYTES:
+                raise UserError(
+                    f"{folder}: {file.name} has {size:,} bytes, and no such file has more than "
+                    f"{_MOST_TEXT_BYTES:,}; copy it from the checkpoint that this one was made from"
+                )
 
 
 def quantisation_of(config: Any) -> str | None:

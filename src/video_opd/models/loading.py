@@ -16,6 +16,7 @@ from video_opd.models.checkpoint_files import (
     quantisation_of,
     unquantised_name,
 )
+from video_opd.models.folder_trial import try_prompt
 from video_opd.models.parts import cast_weights
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.vision_attention import use_batched_frames
@@ -147,7 +148,7 @@ def count_weights(path: str | Path) -> int:
 _SIZES = {
     "text_config": (
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-        "vocab_size", "head_dim",
+        "vocab_size", "head_dim", "num_experts", "num_local_experts", "moe_intermediate_size",
     ),
     "vision_config": (
         "hidden_size", "intermediate_size", "num_heads", "depth", "patch_size", "temporal_patch_size",
@@ -156,16 +157,22 @@ _SIZES = {
 }  # fmt: skip
 
 
+# Far above any model's. transformers makes each layer in turn, for hours if there are a thousand million.
+_MOST_LAYERS, _MOST_ELSE = 1000, 1 << 24
+
+
 def _check_sizes(path: str | Path, config: Any) -> None:
     """Raises :class:`UserError` for a size that no model has: a division by it would be the first to fail."""
     for part, names in _SIZES.items():
         section = getattr(config, part, None)
         for name in names:
             size = getattr(section, name, None)
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            most = _MOST_LAYERS if name in ("num_hidden_layers", "depth") else _MOST_ELSE
+            if size is not None and not (type(size) is int and 1 <= size <= most):
+                shown = repr(size)[:40]  # an integer may have thousands of digits
                 raise UserError(
-                    f"{path}: config.json has {part}.{name} {size!r}, and it must be an integer from 1; "
-                    "copy config.json from the checkpoint that it was made from"
+                    f"{path}: config.json has {part}.{name} {shown}, and it must be an integer from 1 to "
+                    f"{most:,}; copy config.json from the checkpoint that it was made from"
                 )
     heads, shared = config.text_config.num_attention_heads, config.text_config.num_key_value_heads
     if heads % shared:
@@ -175,7 +182,8 @@ def _check_sizes(path: str | Path, config: Any) -> None:
 
 
 def load_processor(path: str | Path) -> Qwen3VLProcessor:
-    """The processor of a checkpoint. Raises :class:`UserError` if it has no Qwen3-VL processor."""
+    """The processor of a checkpoint. Raises :class:`UserError` if it has no Qwen3-VL processor, or one whose
+    prompts take time or memory without end."""
     from transformers import AutoProcessor, Qwen3VLProcessor
 
     check_processor_files(path)
@@ -191,6 +199,7 @@ def load_processor(path: str | Path) -> Qwen3VLProcessor:
             f"{path}: no chat template in it (chat_template.jinja, chat_template.json or a key of "
             "tokenizer_config.json); copy it from the checkpoint that this one was made from"
         )
+    try_prompt(path, processor)
     return processor
 
 

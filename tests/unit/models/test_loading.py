@@ -47,7 +47,7 @@ def test_a_saved_folder_loads_as_it_was(saved: Path) -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True])
+@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, 10**9, 10**400])
 @pytest.mark.parametrize(
     "key",
     ["text_config.num_attention_heads", "text_config.num_key_value_heads", "text_config.hidden_size",
