@@ -27,7 +27,7 @@ from video_opd.config import (
     read_settings,
     recipe_from_dict,
 )
-from video_opd.config.tree import flatten, parse_yaml
+from video_opd.config.tree import apply_overrides, flatten, parse_yaml
 from video_opd.errors import UserError
 
 SMALLEST = {"teacher": {"path": "teacher"}, "data": {"train": "train.jsonl"}}
@@ -238,6 +238,11 @@ def test_broken_files_name_the_file(tmp_path: Path, text: str, expected: str):
         ),
         (b"optim: {lr: 0x" + b"f" * 5000 + b"}", "line 1: an integer of thousands of digits"),
         (b"a: &a {<<: *a}", "aliases that multiply"),
+        # numbers of YAML 1.1 that no reader takes for what they are
+        (b"data: {train: x}\noptim: {batch_size: 010}", "line 2: YAML 1.1 reads 010 as 8; .* plain digits"),
+        (b"run: {seed: -0_17}", "reads -0_17 as -15"),
+        (b"run: {seed: 1:30}", "reads 1:30 as 90; .* quotation marks around a text"),
+        (b"optim: {lr: 1:30.5}", r"reads 1:30\.5 as 90\.5"),
         (b"- [" + b"1," * 20_000 + b"]", "more than 10000 values"),
     ],
 )
@@ -246,6 +251,14 @@ def test_files_that_no_reader_should_follow(tmp_path: Path, blob: bytes, expecte
     path.write_bytes(blob)
     with pytest.raises(UserError, match=rf"r\.yaml.*{expected}"):
         load_recipe(path)
+
+
+def test_plain_numbers_are_read() -> None:
+    numbers = "--run.seed 1_000 --optim.batch_size=0x10 --optim.lr +1.5e-6 --run.log_rollouts 00"
+    texts = "--model.path '010' --teacher.path t --data.train d"
+    recipe = recipe_from_dict(apply_overrides({}, [*numbers.split(), *texts.split()]))
+    assert (recipe.run.seed, recipe.optim.batch_size, recipe.optim.lr) == (1000, 16, 1.5e-6)
+    assert (recipe.model.path, recipe.run.log_rollouts) == ("010", 0)
 
 
 @pytest.mark.parametrize(

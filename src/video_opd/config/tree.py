@@ -76,6 +76,12 @@ class _Loader(yaml.SafeLoader):
             value.bit_length() <= MAX_BITS,
             f"line {node.start_mark.line + 1}: an integer of thousands of digits",
         )
+        _refuse_old_number(node, value)
+        return value
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value: float = super().construct_yaml_float(node)
+        _refuse_old_number(node, value)
         return value
 
     def _check_extent(self, values: int, levels: int, line: int) -> None:
@@ -87,6 +93,18 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+
+
+def _refuse_old_number(node: yaml.ScalarNode, value: float) -> None:
+    """Refuses what YAML 1.1 reads in base 60 (1:30 is 90) or in base 8 (010 is 8)."""
+    text = node.value.replace("_", "").lstrip("+-")
+    octal = text.isdecimal() and text.startswith("0") and int(text) != abs(value)
+    need(
+        ":" not in text and not octal,
+        f"line {node.start_mark.line + 1}: YAML 1.1 reads {node.value} as {value}; write the number that you "
+        "mean in plain digits, or quotation marks around a text",
+    )
 
 
 def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> None:
