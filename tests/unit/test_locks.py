@@ -112,14 +112,10 @@ def test_children_do_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
 
 def test_a_fork_leaves_the_lock_to_its_parent(tmp_path: Path) -> None:
     with locked_file(tmp_path / "p"):
+        (held,) = locks._locks.values()
         child = os.fork()
         if child == 0:
-            locks._leave(  # as if the fork left the block
-                locks._Lock(descriptor=None, process=os.getppid(), thread=0),
-                tmp_path / "p.lock",
-                Processes(),
-                finished=True,
-            )
+            locks._leave(held, tmp_path / "p.lock", Processes(), finished=True)  # it leaves the block
             try:
                 with locked_file(tmp_path / "p"):
                     os._exit(1)

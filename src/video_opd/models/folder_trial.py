@@ -18,6 +18,7 @@ from typing import Any
 
 from video_opd.data.prompts import build_messages
 from video_opd.errors import UserError
+from video_opd.progress import log
 
 CPU_S = 20  # a prompt takes milliseconds
 MEMORY_BYTES = 2 << 30  # more than the process had before
@@ -30,9 +31,13 @@ def try_prompt(path: str | Path, processor: Any) -> None:
 
     Other errors of the template are left to those who render their own prompts with it.
     """
-    with warnings.catch_warnings(), _tokenizers_told():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads: the fork needs none of them
-        child = os.fork()
+    try:
+        with warnings.catch_warnings(), _tokenizers_told():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads: the fork needs none of them
+            child = os.fork()
+    except OSError as error:  # a machine that promises no more memory than it has
+        log(f"{path}: its chat template is not tried before it is used ({error.strerror})")
+        return
     if child == 0:
         _be_tried(processor)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

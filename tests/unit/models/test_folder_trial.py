@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def test_a_tokenizer_that_writes_texts_without_end_is_refused(folder: Path, shor
 
 def test_our_own_processor_passes_the_trial(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert load_processor(folder).chat_template and capfd.readouterr().err == ""
+
+
+def test_a_machine_that_cannot_fork_says_that_nothing_was_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(folder_trial.os, "fork", full)
+    assert load_processor(folder).chat_template
+    assert "is not tried before it is used (Cannot allocate memory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "merges.txt"])
