@@ -236,7 +236,7 @@ def test_a_world(tmp_path: Path, kind: str, number: signal.Signals, twice: bool)
 
 
 def test_a_check(rows: Path, tmp_path: Path) -> None:
-    words = [*OURS, "data", "check", str(rows), "--out", "c.jsonl", "--write-good", "good.jsonl", "--decode"]
+    words = [*OURS, "data", "check", str(rows), "--out", "c.jsonl", "--write-good", "good.jsonl"]
     finish(words, tmp_path / "whole")
     killed = tmp_path / "killed"
     kill_often("data check", words, killed, lambda: bytes_of(killed / "c.jsonl"), wait_s=0.1)

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,78 +98,87 @@ def test_every_output_of_every_command_has_a_case() -> None:
     assert not missing
 
 
+class Commands:
+    """The process that forks them (fork_commands.py)."""
+
+    def __init__(self, world: Path) -> None:
+        paths = [SRC] if importlib.util.find_spec("lmms_eval") else [SRC, write_stand_in(world / "stand-in")]
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "fork_commands.py"],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "XDG_CACHE_HOME": "out/cache"}
+            | {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, words: Words, folder: Path, count: int = 1) -> list[tuple[int, int, str]]:
+        """(pid, exit code, stderr) of each of ``count`` that start together in ``folder``."""
+        (folder / "meeting").mkdir(parents=True)
+        request = {"words": list(map(str, words)), "folder": str(folder), "count": count}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        done = json.loads(self.process.stdout.readline())
+        return [(pid, code, (folder / "meeting" / f"said-{pid}").read_text()) for pid, code in done]
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows, predictions, scores and a run, for commands to read."""
-    folder = tmp_path_factory.mktemp("world")
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.fixture(scope="session")
+def commands(world: Path) -> Iterator[Commands]:
+    """Makes rows, predictions, scores and a run, for commands to read."""
+    commands = Commands(world)
     prepare: list[Words] = [
         ["world", "make", "--out", "w", "--videos", "train=6", "short=3", "--workers", "1"],
         ["predict", BASE, "w/short.jsonl", "--out", "p.jsonl", *SHORT],
         ["score", *MODELS, "--data", "w/train.jsonl", "--out", "s.jsonl", "--k", "1", *SHORT],
-        ["train", *recipe(folder, "video-opd"), "--optim.max_steps", "1"],
+        ["train", *recipe(world, "video-opd"), "--optim.max_steps", "1"],
     ]
     for words in prepare:
-        done = subprocess.run(
-            [sys.executable, "-m", "video_opd", *map(str, words)],
-            cwd=folder,
-            env=environment(folder),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    (folder / "out").rename(folder / "run")
-    (folder / "charades_sta_test.txt").write_text("AAA1 1.0 4.0##a person walks\nAAA2 0.5 3.0##a dog sits\n")
-    (folder / "durations.json").write_text(json.dumps({"AAA1": 30.0, "AAA2": 20.0}))
-    write_data(folder / "suite", folder / "w" / "videos" / "short-0-00000.mp4")
-    write_stand_in(folder / "stand-in")
-    return folder
-
-
-def environment(world: Path) -> dict[str, str]:
-    paths = [SRC] if importlib.util.find_spec("lmms_eval") else [SRC, world / "stand-in"]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "XDG_CACHE_HOME": "out/cache"}
+        ((_, code, said),) = commands.run(words, world)
+        assert code == 0, said
+        shutil.rmtree(world / "meeting")
+    (world / "out").rename(world / "run")
+    (world / "charades_sta_test.txt").write_text("AAA1 1.0 4.0##a person walks\nAAA2 0.5 3.0##a dog sits\n")
+    (world / "durations.json").write_text(json.dumps({"AAA1": 30.0, "AAA2": 20.0}))
+    write_data(world / "suite", world / "w" / "videos" / "short-0-00000.mp4")
+    yield commands
+    assert commands.process.stdin is not None
+    commands.process.stdin.close()
+    commands.process.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_one_works_and_one_is_refused(name: str, world: Path, tmp_path: Path) -> None:
+def test_one_works_and_one_is_refused(name: str, commands: Commands, world: Path, tmp_path: Path) -> None:
     words = cases(world)[name]
     folder = tmp_path / "here"  # the same for all: some files name it
-    (process,) = started(words, folder, world, count=1)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+    make_folder(folder, world)
+    ((_, code, said),) = commands.run(words, folder)
+    assert code == 0, said
     assert unlocked(folder) == ""
     alone = contents(folder / "out")
     assert alone
     for _ in range(TIMES):
-        shutil.rmtree(folder)
-        processes = started(words, folder, world, count=2)
-        said = [process.communicate()[1] for process in processes]
-        assert sorted(process.returncode for process in processes) == [0, 2], said
-        winner, loser = (0, 1) if processes[0].returncode == 0 else (1, 0)
-        pids = [int(pid) for _, pid, _ in REFUSED.findall(said[loser])]
-        assert pids == [processes[winner].pid], said[loser]
+        make_folder(folder, world)
+        both = commands.run(words, folder, count=2)
+        assert sorted(code for _, code, _ in both) == [0, 2], both
+        winner, loser = sorted(both, key=lambda command: command[1])
+        assert [int(pid) for _, pid, _ in REFUSED.findall(loser[2])] == [winner[0]], loser
         assert unlocked(folder) == ""
         assert contents(folder / "out") == alone
-    print(f"{name}: {TIMES} times one worked, and one was refused by name; {len(alone)} files as from one")
+    print(f"{name}: {TIMES} times one worked and one was refused by name; {len(alone)} files as from one")
 
 
-def started(words: Words, folder: Path, world: Path, *, count: int) -> list[subprocess.Popen[str]]:
+def make_folder(folder: Path, world: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
     (folder / "out").mkdir(parents=True)
-    (folder / "meeting").mkdir()
     shutil.copy(world / "w" / "short.jsonl", folder / "out" / "rows.jsonl")
-    script = [sys.executable, HERE / "one_of_two.py", "meeting", str(count)]
-    return [
-        subprocess.Popen(
-            [str(word) for word in (*script, *words)],
-            cwd=folder,
-            env=environment(world),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(count)
-    ]
 
 
 def unlocked(folder: Path) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from video_opd.cli.commands import build_parser
 from video_opd.cli.parser import ALL_SETTINGS, Kind, Parser
 
-RUN_DIR = "--run.dir"  # of the commands that read a whole recipe
+RUN_DIR = "--run.dir"  # of the commands that read a whole recipe, and write its run
+WRITES_NO_RUN = {"plan"}
 
 
 def parsers_of_commands() -> list[tuple[str, Parser]]:
@@ -27,6 +28,6 @@ def outputs() -> list[tuple[str, str, Kind]]:
     found: list[tuple[str, str, Kind]] = []
     for name, parser in parsers_of_commands():
         found += [(name, output.flag, output.kind) for output in parser.outputs]
-        if parser.settings == ALL_SETTINGS:
+        if parser.settings == ALL_SETTINGS and name not in WRITES_NO_RUN:
             found.append((name, RUN_DIR, "folder"))
     return found
