@@ -107,6 +107,7 @@ def kill_often(
         process.wait()
         wait_until(lambda f=family: not any(map(is_alive, f)))  # type: ignore[misc]
         ended_s.setdefault(kind, []).append(time.monotonic() - began_s)
+        print(f"{kind}: nobody was alive {ended_s[kind][-1]:.1f} s later", flush=True)
         kills += 1
     finish(words, folder)
 
