@@ -112,6 +112,7 @@ def run(words: list[str], folder: Path, count: int) -> int:
     from video_opd.cli import main
 
     os.chdir(folder)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "out" / "cache")
     meeting = folder / "meeting"
     for stream, path in ((0, os.devnull), (1, os.devnull), (2, str(meeting / f"said-{os.getpid()}"))):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT)

@@ -35,8 +35,8 @@ MODELS = ("--student", BASE, "--teacher", TEACHER)
 REFUSED = re.compile(
     r"^video-opd: (\S+): process (\d+) on host (\S+) \(since [^)]+\) is writing it: wait", re.MULTILINE
 )
-# Content that holds times. A run's model card and report name them, too.
 TENSORBOARD = "video-opd"  # the folder of its events, in a run folder
+# Content that holds times. A run's model card and report name them, too.
 TIMED = {"environment.json", "README.md", "report.html", "bench.json", "data.json"}
 
 
@@ -108,7 +108,7 @@ class Commands:
         self.process = subprocess.Popen(
             [sys.executable, HERE / "fork_commands.py"],
             env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "XDG_CACHE_HOME": "out/cache"}
+            | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
             | {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

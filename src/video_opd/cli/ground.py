@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from video_opd.cli.arguments import add_shared, positive
-from video_opd.cli.output import print_json_text
-from video_opd.cli.parser import MODEL_SETTINGS, Parser
+from video_opd.cli.output import locked_outputs, print_json_text
+from video_opd.cli.parser import MODEL_SETTINGS, Parser, Place
 from video_opd.errors import UserError
 from video_opd.progress import log
 
@@ -74,16 +74,26 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.data.video import probe
+
+    video = Path(arguments.video)
+    duration_s = probe(video).duration_s
+    queries = _queries(arguments, video)
+    _windows(arguments)
+    _check_targets(arguments, video)
+    clips = _clips(Path(arguments.cut), len(queries)) if arguments.cut else []
+    with locked_outputs([Place(str(clip), "file") for clip in clips]):
+        _answer(arguments, video, duration_s, queries, clips)
+
+
+def _answer(
+    arguments: argparse.Namespace, video: Path, duration_s: float, queries: list[str], clips: list[Path]
+) -> None:
     from video_opd.evaluation.predict import GenerationSettings
     from video_opd.grounding.ground import ground
     from video_opd.grounding.output_formats import FORMATS
     from video_opd.models.inference import load_inference_model, read_inference_config
 
-    video = Path(arguments.video)
-    info = probe(video)
-    queries = _queries(arguments, video)
     window_s, overlap_s = _windows(arguments)
-    _check_targets(arguments, video)
     config = read_inference_config(arguments.model, arguments.overrides)
     settings = GenerationSettings.choose(
         arguments.samples,
@@ -117,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
                 log(f"no cue for {answer.query!r}: {answer.line()}")
     if answers[0].thinned and window_s is None:
         log(
-            f"{video}: {info.duration_s:.1f} s are more than the video budget holds, so the model was shown "
+            f"{video}: {duration_s:.1f} s are more than the video budget holds, so the model was shown "
             f"{answers[0].frames} frames; --window SECONDS searches the video in windows"
         )
     if arguments.view:
@@ -125,8 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         name = Path(arguments.model).name
         log(f"wrote {write_page(arguments.view, video, answers, model=name, embed_mb=arguments.embed_mb)}")
-    if arguments.cut:
-        _write_clips(Path(arguments.cut), video, answers)
+    _write_clips(clips, video, answers)
 
 
 def _queries(arguments: argparse.Namespace, video: Path) -> list[str]:
@@ -165,12 +174,16 @@ def _check_targets(arguments: argparse.Namespace, video: Path) -> None:
         check_target(video, Path(arguments.cut))
 
 
-def _write_clips(out: Path, video: Path, answers: Sequence[GroundedAnswer]) -> None:
+def _clips(out: Path, count: int) -> list[Path]:
     """``OUT.mp4`` for one query, ``OUT-1.mp4`` and so on for several, numbered as the queries are."""
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(1, count + 1)]
+
+
+def _write_clips(clips: Sequence[Path], video: Path, answers: Sequence[GroundedAnswer]) -> None:
+    """Writes a clip for each answer; ``clips`` is empty if none are wanted."""
     from video_opd.grounding.cut import cut_clip
 
-    for number, answer in enumerate(answers, start=1):
-        target = out if len(answers) == 1 else out.with_stem(f"{out.stem}-{number}")
+    for target, answer in zip(clips, answers, strict=bool(clips)):
         if answer.span is None:
             log(f"{target} is not written: {answer.line()}")
             continue

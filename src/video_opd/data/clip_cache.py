@@ -58,7 +58,7 @@ class ClipCache:
             stat = path.stat()
         except (OSError, ValueError):
             return None  # load_clip raises the error that names the problem
-        file = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+        file = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]  # a row may name it by another path
         known = [FORMAT, *file, backend, budget.without_decoder()]
         key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
         return self.folder / f"{key}.npz"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
 from video_opd.grounding.ground import GroundedAnswer, Response, WindowAnswer
 from video_opd.grounding.query_files import read_queries
+from video_opd.locks import locked_file
 from video_opd.models.inference import InferenceConfig
 from video_opd.temporal import Interval, clamp, parse_answer
 
@@ -170,6 +172,14 @@ def test_one_answer_is_one_clip_and_several_are_numbered(
     err = capsys.readouterr().err
     assert "clip-2.mp4 is not written: no answer: the model wrote 'I cannot say'" in err
     assert "clip-3.mp4: 3.50 to 4.00 s of v.mp4" in err
+
+
+def test_each_of_several_clips_is_locked(video: Path, asked: list, tmp_path: Path, capsys: Any) -> None:
+    words = (video, "the cup falls", "late", "--cut", tmp_path / "clip.mp4")
+    with ThreadPoolExecutor(1) as other, locked_file(tmp_path / "clip-2.mp4"):
+        assert other.submit(run, *words).result() == 2
+    assert f"{tmp_path / 'clip-2.mp4'}: another thread" in capsys.readouterr().err
+    assert asked == [] and not list(tmp_path.glob("clip*"))
 
 
 def test_the_page_shows_the_answers(video: Path, asked: list, tmp_path: Path, capsys: Any) -> None:

@@ -34,6 +34,19 @@ SMALL = VideoConfig(min_frame_tokens=8, max_frame_tokens=16)
 NATIVE = VideoConfig(min_frame_tokens=1)  # frames of 64×192 stay as they are
 
 
+def test_a_video_that_is_named_by_another_path_is_found_in_the_cache(tmp_path):
+    """The rows of a selection name their videos from another folder than the rows of the pool."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    path = write_video(tmp_path / "a" / "v.mp4", 12)
+    cache = ClipCache(tmp_path / "cache", max_bytes=1 << 24)
+    clips = [
+        cache.load(p, SMALL, "pyav")
+        for p in (path, tmp_path / "a" / ".." / "a" / "v.mp4", tmp_path / "link" / "v.mp4")
+    ]
+    assert len({clip.digest for clip in clips}) == len(list((tmp_path / "cache").glob("*.npz"))) == 1
+
+
 @pytest.mark.parametrize(
     ("suffix", "codec", "options"),
     [
