@@ -170,7 +170,7 @@ def touches_a_digit(text: str) -> bool:
     """Whether a digit follows, with nothing between that keeps two numbers apart."""
     for i, character in enumerate(text):
         if character.isalnum():
-            return i > 0 and character.isdigit()
+            return i > 0 and character.isdecimal()
         if character.isspace() or character in APART:
             return False
     return False
