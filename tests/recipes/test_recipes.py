@@ -7,7 +7,10 @@ Recipes that then say the same take the same steps, so one of them is run.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -78,8 +81,17 @@ def test_it_reads_and_survives_yaml(path: Path):
     assert recipe_from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
+# A teacher in shards needs several processes; the steps are the same wherever it is held.
+ONE_PROCESS = {"teacher.placement": "auto"}
+
+
 def small(path: Path, world: Path, run: Path, **changes: object) -> Recipe:
     """Two steps of the recipe on the tiny world."""
+    return load_recipe(path, small_words(world, run, **ONE_PROCESS, **changes))
+
+
+def small_words(world: Path, run: Path, **changes: object) -> list[str]:
+    """The words that make two steps on the tiny world of a recipe."""
     values = {
         "model.path": world / "base",
         "teacher.path": world / "teacher",
@@ -96,7 +108,7 @@ def small(path: Path, world: Path, run: Path, **changes: object) -> Recipe:
         "run.dir": run,
         **changes,
     }
-    return load_recipe(path, [text for key, value in values.items() for text in (f"--{key}", str(value))])
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
 def structures() -> dict[str, Path]:
@@ -121,6 +133,30 @@ def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
     assert result.model.joinpath("config.json").exists()
     record = json.loads((tmp_path / "run" / "eval" / "student-short.json").read_text())
     assert record["n"] > 0 and record["missing"] == 0 and record["best_constant"]["mIoU"] > 0
+
+
+@pytest.mark.slow
+def test_the_recipe_of_eight_gpus_runs_in_four_processes(world: Path, tmp_path: Path):
+    """Two steps of two rows, so that two of the processes have none; one process has the same losses."""
+    path = FOLDER / "qwen3-vl-8b" / "8x80gb.yaml"
+    plain = {"model.dtype": "float32", "teacher.dtype": "float32", "optim.lr": 1e-3}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    words = small_words(world, tmp_path / "four", **plain)
+    done = subprocess.run(
+        [*launcher, "-m", "video_opd", "train", str(path), *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "four" / "environment.json").read_text())["processes"] == 4
+    train(small(path, world, tmp_path / "one", **plain))
+    four, one = (
+        [row for _, row in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("four", "one")
+    )
+    assert [row["step"] for row in four] == [row["step"] for row in one] == [1, 2]
+    for a, b in zip(four, one, strict=True):
+        assert a["rollouts"] == b["rollouts"] == 2 and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["tiny/video-opd-lora.yaml", "qwen3-vl-8b/video-opd-lora.yaml"])
