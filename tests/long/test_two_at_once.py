@@ -35,7 +35,7 @@ MODELS = ("--student", BASE, "--teacher", TEACHER)
 REFUSED = re.compile(
     r"^video-opd: (\S+): process (\d+) on host (\S+) \(since [^)]+\) is writing it: wait", re.MULTILINE
 )
-UNCOMPARED = {"video-opd", "clips"}  # TensorBoard's folder in a run folder; the clip cache: both hold times
+TRACKED = ("events.out", "hparams.yml")  # the beginnings of TensorBoard's files, in folders named by the time
 # Content that holds times. A run's model card and report name them, too.
 TIMED = {"environment.json", "README.md", "report.html", "bench.json", "data.json"}
 
@@ -192,11 +192,11 @@ def unlocked(folder: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What the files hold, without times. No lock may be left."""
+    """What the files hold, without times, which the clip cache holds, too. No lock may be left."""
     return {
         str(path.relative_to(folder)): content(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not UNCOMPARED.intersection(path.relative_to(folder).parts)
+        if path.is_file() and not path.name.startswith(TRACKED) and "clips" not in path.parts
     }
 
 
