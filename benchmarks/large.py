@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from common import parser, write_result
-from paper_size import SIZES, Costs, StepWork, make, matrix_rate
+from paper_size import SIZES, costs_of, make, matrix_rate
 
 from video_opd.bench.timing import machine, peak_bytes, summary, take_turns
 from video_opd.bench.work import Steps, prompts_of
 from video_opd.config import LoraConfig
 from video_opd.models.lora import add_adapters
+from video_opd.planning.cost_model import StepWork
 from video_opd.world.tiny import build_processor
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     processor = build_processor()
     student = make(arguments.student, arguments.dtype, device, seed=0)
     teacher = make(arguments.teacher, arguments.dtype, device, seed=1)
-    costs = {name: Costs.of(model) for name, model in (("student", student), ("teacher", teacher))}
+    costs = {name: costs_of(model) for name, model in (("student", student), ("teacher", teacher))}
     adapt(student, arguments)
     prompts = prompts_of(processor, arguments.video_tokens, side_px=arguments.frame_side)
     print(f"{prompts[0].length} tokens, of them {prompts[0].video_tokens} of the video")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from paper_size import Costs, StepWork, Trained, make, matrix_rate
+from paper_size import costs_of, make, matrix_rate
 from section import Report, run
 from stages import StageWatch, watched
 
@@ -24,8 +24,10 @@ from video_opd.bench.work import Engine, Steps, prompts_of
 from video_opd.config import LoraConfig, ModelConfig
 from video_opd.models.lora import add_adapters
 from video_opd.models.parts import cast_weights
+from video_opd.planning import graph
+from video_opd.planning.cost_model import Costs, StepWork, Trained
+from video_opd.planning.sizes import sizes_of
 from video_opd.training.components import freeze
-from video_opd.training.memory import graph_bytes
 from video_opd.training.step import StepResult
 from video_opd.types import EncodedPrompt
 from video_opd.world.tiny import build_processor
@@ -131,7 +133,7 @@ class Bench:
         layers = self.plan.layers if trained == "full" else None
         self.student = make(self.plan.size, "float32" if layers else DTYPE, self.device, 0, layers)
         self.teacher = make(self.plan.size, DTYPE, self.device, 1, layers)
-        self.costs = {"student": Costs.of(self.student), "teacher": Costs.of(self.teacher)}
+        self.costs = {"student": costs_of(self.student), "teacher": costs_of(self.teacher)}
         if trained == "full":
             self.student.requires_grad_(True)
             freeze(self.student, ModelConfig(freeze=("vision", "merger", "lm_head")))
@@ -245,14 +247,14 @@ class Bench:
         self.report.note(summary=f"{len(self.report.record['rows']) - 1} ways; the last: {figure}")
 
     def estimated_bytes(self, way: Way, tokens: int) -> int:
-        """The memory of the graph, by :mod:`video_opd.training.memory` or the formula of docs/performance.md,
-        and of the gradients with autocast's copies. For the prefix engine."""
-        text = self.student.config.text_config
-        kept = graph_bytes(text, tokens, DTYPE)
+        """The memory of the graph by :mod:`video_opd.planning.graph`, and of the gradients with autocast's
+        copies. For the prefix engine."""
+        text = sizes_of(self.student.config.to_dict(), "student").text
+        mode: graph.Mode = "bfloat16" if way.trained == "adapters" else "autocast"
+        kept = graph.graph_bytes(text, tokens, mode, way.trained)
         if way.recompute:
-            keys = text.num_key_value_heads * text.head_dim
-            inputs = tokens * text.num_hidden_layers * (4 * text.hidden_size + 8 * keys)
-            kept = inputs + kept // text.num_hidden_layers
+            inputs = graph.input_bytes(text, mode) + 2 * graph.cache_bytes(text, mode)
+            kept = tokens * text.layers * inputs + kept // text.layers
         return kept + 6 * self.trained_weights
 
 

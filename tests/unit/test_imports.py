@@ -31,14 +31,15 @@ BASE = {
     "terminal",
     "",
 }
-PATH_OF_A_RUN = {"data", "models", "algorithms", "evaluation", "curriculum", "training"}
+PATH_OF_A_RUN = {"data", "models", "algorithms", "evaluation", "curriculum", "planning", "training"}
 MAY_IMPORT = {
     "data": set[str](),
     "models": {"data"},
     "algorithms": {"models", "data"},
     "evaluation": {"data", "models"},
     "curriculum": {"evaluation", "data", "models"},
-    "training": {"data", "models", "algorithms", "evaluation", "curriculum"},
+    "planning": set[str](),
+    "training": {"data", "models", "algorithms", "evaluation", "curriculum", "planning"},
     # Tools around the path of a run; nothing on it imports them.
     "convert": {"data"},
     "grounding": {"data", "models", "evaluation"},
@@ -85,6 +86,9 @@ NO_TORCH = (
     "convert.conversion",
     "convert.describe",
     "convert.terminal",
+    "planning.plan",
+    "planning.suggest",
+    "planning.terminal",
     "reports.dataset",
     "reports.html",
     "grounding.page",

@@ -4,7 +4,7 @@ PyTorch's ``FlopCounterMode`` counts matrix products, convolutions and attention
 operations for each multiplication with its addition, and attention in full, masked or not. It does not count
 norms, activations, the softmax, rotary positions, the draw of tokens and the optimiser. A count therefore
 does not depend on the machine, and a second run gives the same one if it samples the same tokens.
-``benchmarks/paper_size.py`` predicts the same operations from a model's shapes, without running it.
+:mod:`video_opd.planning.cost_model` predicts the same operations from a model's sizes, without running it.
 
 The least is one forward of each prompt by the student, a backward of twice a forward, and one forward of each
 prompt by the teacher, if the method has one. The gradient of the pixels is taken off, because nobody needs

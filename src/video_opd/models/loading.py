@@ -135,16 +135,6 @@ def read_config(path: str | Path) -> Any:
     return config
 
 
-def count_weights(path: str | Path) -> int:
-    """The number of weights of a checkpoint, from its config alone."""
-    import transformers
-
-    config = read_config(path)
-    with torch.device("meta"):
-        model = getattr(transformers, FAMILIES[config.model_type])(config)
-    return sum(weight.numel() for weight in model.parameters())
-
-
 _SIZES = {
     "text_config": (
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",

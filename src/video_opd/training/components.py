@@ -25,10 +25,11 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, LocalTeacher, RoutedTeacher
 from video_opd.models.vocabulary import Vocabulary
+from video_opd.planning.setup import Place
 from video_opd.progress import log
 from video_opd.training.masters import Masters
-from video_opd.training.memory import recomputes
-from video_opd.training.placement import choose_placement, loading_device, place
+from video_opd.training.memory import plan_of_run
+from video_opd.training.placement import loading_device, place, placement_asked
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.sharding import is_sharded, shard, sharding_asked
 from video_opd.types import EncodedPrompt, Sample
@@ -81,6 +82,8 @@ def build_components(
         for path in recipe.teacher.paths:
             read_config(path)
     device = accelerator.device
+    plan = plan_of_run(recipe, samples, accelerator)
+    placement = plan.teacher_placement if plan is not None else placement_asked(recipe)
     model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
     encoder = PromptEncoder(processor, with_video_form(recipe).prompt)
     method = make_method(recipe, processor.tokenizer, opened=encoder.opens_thinking)
@@ -88,8 +91,8 @@ def build_components(
     teacher = None
     if method.needs.teacher:
         assert isinstance(recipe, DistillationRecipe), "only these learn from a teacher"
-        teacher = load_teachers(recipe, samples, (model, processor), device)
-    recompute = recomputes(recipe, model, samples, device)
+        teacher = load_teachers(recipe, samples, (model, processor), device, placement)
+    recompute = bool(recipe.model.gradient_checkpointing) if plan is None else plan.recompute
     if recompute:
         # The prefix engine needs the cache of its decoder layers, and checkpoints them itself.
         checkpointed = model.model.visual if recipe.model.engine == "prefix" else model
@@ -115,7 +118,7 @@ def build_components(
         policy=policy,
         plain=HFPolicy(model, processor, "plain", compute_dtype=compute_dtype),
         teacher=teacher,
-        reference=load_reference(recipe, policy, device) if method.needs.reference else None,
+        reference=load_reference(recipe, policy, device, placement) if method.needs.reference else None,
         method=method,
         optimizer=optimizer,
         masters=masters,
@@ -204,7 +207,11 @@ def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> lis
 
 
 def load_teachers(
-    recipe: DistillationRecipe, samples: Sequence[Sample], student: tuple[Any, Any], device: torch.device
+    recipe: DistillationRecipe,
+    samples: Sequence[Sample],
+    student: tuple[Any, Any],
+    device: torch.device,
+    placement: Place,
 ) -> Teacher:
     """The teacher, or a teacher for each source that ``teacher.by_source`` names. A folder is loaded once.
 
@@ -230,7 +237,6 @@ def load_teachers(
         policy = HFPolicy(*loaded, recipe.model.engine, vocabulary=Vocabulary.of(*student))
         return place(policy, placement, device, recipe.loss.nonfinite)
 
-    placement = choose_placement(recipe, settings.paths, settings.dtype, device)
     teachers = {path: load(path) for path in settings.paths}
     if not settings.by_source:
         return teachers[settings.path]
@@ -241,7 +247,9 @@ def load_teachers(
     return RoutedTeacher(teachers, route)
 
 
-def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Teacher:
+def load_reference(
+    recipe: Recipe, policy: HFPolicy, device: torch.device, placement: Place = "whole"
+) -> Teacher:
     """The reference: the student as it was before its first step, also after a resume.
 
     If only adapters are trained, it is the student itself with its adapters switched off, otherwise a copy in
@@ -249,7 +257,6 @@ def load_reference(recipe: Recipe, policy: HFPolicy, device: torch.device) -> Te
     """
     if has_adapters(policy.model) and not trained_in_full(policy.model):
         return AdaptersOffReference(policy, nonfinite=recipe.loss.nonfinite)
-    placement = choose_placement(recipe, [recipe.model.path], recipe.model.dtype, device)
     loaded = load_model(
         recipe.model.path,
         dtype=recipe.model.dtype,

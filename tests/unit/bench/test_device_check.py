@@ -20,6 +20,7 @@ from video_opd.bench.work import Steps, checkpointed, prompts_of, seeds_of
 from video_opd.config import LoraConfig
 from video_opd.models.lora import add_adapters
 from video_opd.models.policy import HFPolicy
+from video_opd.planning.cost_model import StepWork
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 CPU = torch.device("cpu")
@@ -259,10 +260,10 @@ class Counted:
             add_adapters(model, LoraConfig(parts=("language",), rank=1), 0)
         else:
             model.model.language_model.requires_grad_(True)
-        self.costs = paper_size.Costs.of(model)
+        self.costs = paper_size.costs_of(model)
         prompts = prompts_of(processor(), 300, side_px=128)
         self.prompt = prompts[0]
-        self.work = paper_size.StepWork(
+        self.work = StepWork(
             prompt=self.prompt.length,
             video_tokens=self.prompt.video_tokens,
             frame_pairs=len(self.prompt.pair_times_s),
@@ -331,17 +332,20 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(adapters: bool, re
 
 
 def test_without_a_shared_prefix_every_response_has_its_prompt() -> None:
-    paper_size = _script("paper_size")
     costs = counted(False, False).costs
-    settings = {"prompt": 1000, "video_tokens": 900, "frame_pairs": 9, "response": 10, "recompute": False}
-    one, eight = (
-        paper_size.StepWork(rollouts=n, shared=False, **settings).operations(costs, costs) for n in (1, 8)
-    )
+    settings: dict[str, Any] = {
+        "prompt": 1000,
+        "video_tokens": 900,
+        "frame_pairs": 9,
+        "response": 10,
+        "recompute": False,
+    }
+    one, eight = (StepWork(rollouts=n, shared=False, **settings).operations(costs, costs) for n in (1, 8))
     for stage in ("teacher", "update", "backward"):
         assert eight[stage] == pytest.approx(8 * one[stage])
-    shared = paper_size.StepWork(rollouts=8, shared=True, **settings).operations(costs, costs)
+    shared = StepWork(rollouts=8, shared=True, **settings).operations(costs, costs)
     assert sum(eight.values()) / sum(shared.values()) > 5
-    assert paper_size.StepWork(rollouts=8, shared=True, **settings).operations(costs, None)["teacher"] == 0
+    assert StepWork(rollouts=8, shared=True, **settings).operations(costs, None)["teacher"] == 0
 
 
 def test_the_large_model_has_the_published_shape() -> None:
@@ -349,7 +353,7 @@ def test_the_large_model_has_the_published_shape() -> None:
     paper_size = _script("paper_size")
     model = paper_size.make("8b", "bfloat16", torch.device("meta"), 0)
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 12288
-    assert paper_size.Costs.of(model).weights == 36 * layer
+    assert paper_size.costs_of(model).weights == 36 * layer
     assert sum(p.numel() for p in model.parameters()) == 8_767_123_696
     assert model.config.vision_config.num_position_embeddings == 48**2
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -25,7 +25,8 @@ from video_opd.errors import UserError
 from video_opd.models.kv_cache import GrowingLayer
 from video_opd.models.policy import HFPolicy
 from video_opd.models.vision_attention import use_batched_frames
-from video_opd.training.memory import graph_bytes
+from video_opd.planning.graph import graph_bytes
+from video_opd.planning.sizes import sizes_of
 from video_opd.types import Rollout
 
 
@@ -341,9 +342,9 @@ def test_computing_again_keeps_less_and_the_estimate_of_the_rest_holds(made: Any
         of.model.train()
     rows, columns = kept.prefill(mixed_prompts()).attention_mask_BP.shape
     assert rows == 3
-    config = kept.model.config.text_config
+    text = sizes_of(kept.model.config.to_dict(), "model").text
     tokens = 2 * trunk_length() + 3 * (columns - trunk_length())
-    estimate = graph_bytes(config, tokens, dtype)
+    estimate = graph_bytes(text, tokens, "float32" if compute_dtype is None else "autocast")
     if compute_dtype is not None:  # autocast's copies of the weights of linear layers
         layers = kept.model.model.language_model.layers
         estimate += 2 * sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)

@@ -8,40 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from training_cases import Build, assert_equal_to_rounding, make_recipe
 
 from video_opd.errors import UserError
 from video_opd.models.placed_teachers import OffloadedTeacher
-from video_opd.training import placement
 from video_opd.training.loop import train
-from video_opd.training.placement import choose_placement
 from video_opd.training.sharding import check_processes
-
-CUDA = torch.device("cuda")
-
-
-@pytest.mark.parametrize("free, processes, expected", [(100, 1, "whole"), (20, 8, "sharded"), (20, 1, "cpu")])
-def test_a_teacher_that_does_not_fit_is_sharded_or_on_the_cpu(
-    free: int,
-    processes: int,
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(placement, "free_bytes", lambda device: free * 2**30)
-    monkeypatch.setattr(placement, "count_weights", lambda path: 2**30)
-    recipe = make_recipe(tmp_path)
-    assert choose_placement(recipe, ["a", "b", "c", "d"], "float32", CUDA) == expected  # 16 GiB
-    assert (
-        f"teacher.placement is {expected}: 16.0 GiB of weights, {free}.0 GiB are free"
-        in capsys.readouterr().err
-    )
-    assert choose_placement(recipe, ["a"], "float32", torch.device("cpu")) == "whole"
-    asked = make_recipe(tmp_path, teacher={"placement": "cpu"})
-    assert choose_placement(asked, ["a"], "float32", CUDA) == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,375 @@
+"""What a process holds in a step, and what ``video-opd plan`` says: a model of 110 million random weights.
+
+python benchmarks/plan_memory.py --out runs/plan-memory
+
+Each configuration makes two steps by the training loop's own code, in processes of its own: one on short
+prompts, from which on moments exist, and one on prompts of 1,000 tokens, which is measured. Two figures are
+taken:
+
+- ``tensors``: the storage of all tensors that are alive at once, at most. Every operation is seen by a
+dispatch mode; a storage counts from the operation that makes it, or first reads it, until it is freed. -
+``rss``: the largest resident set less that after the imports. Allocations of 64 KiB or more are given back to
+the system at once (``MALLOC_MMAP_THRESHOLD_``), so the allocator keeps nothing; temporaries inside an
+operation, Python's own objects and the C++ parts of libraries are in it.
+
+The plan is compared with the first. With several processes, the one that holds most counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, write_result
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from video_opd.bench.work import prompts_of
+from video_opd.config import METHODS, Recipe, recipe_from_dict
+from video_opd.config.messages import leaves
+from video_opd.planning.plan import RecipeSizes, decide
+from video_opd.planning.setup import Setup, Work
+from video_opd.types import Sample
+
+TEXT = {
+    "hidden_size": 768, "intermediate_size": 2304, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 128, "vocab_size": 24000,
+}  # fmt: skip
+LAYERS = {"student": 8, "teacher": 10}
+VISION = {
+    "hidden_size": 320, "intermediate_size": 1280, "depth": 8, "num_heads": 5, "out_hidden_size": 768,
+    "num_position_embeddings": 2304, "deepstack_visual_indexes": [1, 3],
+}  # fmt: skip
+TOKENS, SIDE_PX, RESPONSE = 1000, 256, 12
+SHORT = 40  # tokens of the first step's prompts
+ADAPTERS = {"lora.parts": ["vision", "merger", "language"], "model.freeze": ["lm_head"]}
+#: (what it is, processes, settings beside those of ``BASE``).
+CONFIGURATIONS: list[tuple[str, int, dict[str, Any]]] = [
+    ("full, keep", 1, {"model.gradient_checkpointing": False}),
+    ("full, recompute", 1, {}),
+    ("full, recompute, two micro-batches", 1, {"optim.batch_size": 2}),
+    ("full, keep, autocast", 1, {"model.gradient_checkpointing": False, "model.dtype": "bfloat16"}),
+    ("frozen tower, keep", 1, {"model.gradient_checkpointing": False, "model.freeze": ["vision", "merger"]}),
+    ("adapters, keep", 1, {**ADAPTERS, "model.gradient_checkpointing": False}),
+    ("adapters in bfloat16, recompute", 1,
+     {**ADAPTERS, "model.dtype": "bfloat16", "teacher.dtype": "bfloat16"}),
+    ("GRPO, 8 rollouts, a reference", 1, {"method": "grpo", "sampling.rollouts": 8, "loss.kl_beta": 0.1}),
+    ("full, two processes, DDP", 2, {}),
+    ("full, two processes, FSDP2", 2, {"model.sharding": "fsdp2"}),
+    ("full, two processes, FSDP2, bfloat16", 2, {"model.sharding": "fsdp2", "model.dtype": "bfloat16"}),
+    ("full, four processes, FSDP2", 4, {"model.sharding": "fsdp2"}),
+    ("teacher in shards of two processes", 2, {"teacher.placement": "sharded", "model.sharding": "fsdp2"}),
+    (
+        "gradients reduced after each micro-batch, two processes",
+        2,
+        {"model.sharding": "fsdp2", "model.reduce": "micro_batch", "optim.batch_size": 4},
+    ),
+    (
+        "layers gathered one at a time, teacher in shards, four processes",
+        4,
+        {
+            "model.sharding": "fsdp2", "model.gather": "layer", "model.reduce": "micro_batch",
+            "teacher.placement": "sharded",
+        },
+    ),
+    ("teacher in int8", 1, {"teacher.quantization": "int8"}),
+    ("moments in int8", 1, {"optim.moments": "int8"}),
+    ("weights in bfloat16, moments in int8", 1,
+     {"model.weights": "bfloat16", "optim.moments": "int8", "model.dtype": "bfloat16"}),
+    ("adapters on an int8 base, teacher in int8", 1,
+     {**ADAPTERS, "lora.base_quantization": "int8", "teacher.quantization": "int8",
+      "model.dtype": "bfloat16"}),
+]  # fmt: skip
+BASE: dict[str, Any] = {
+    "method": "video-opd",
+    "model.gradient_checkpointing": True,
+    "optim.micro_batch_size": 1,
+    "sampling.max_new_tokens": RESPONSE,
+    "loss.ratio_tolerance": 1e6,  # rounding in a random model must not end a measurement
+    "run.trackers": [],
+}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.worker is not None:
+        work(arguments)
+        return
+    out = Path(arguments.out)
+    make_models(out)
+    known = leaves(*METHODS.values())
+    records = []
+    for number, (name, processes, settings) in enumerate(CONFIGURATIONS):
+        missing = [key for key in settings if key != "method" and key not in known]
+        if missing or (arguments.only and number not in arguments.only):
+            print(f"{number} {name}: left out {missing}", flush=True)
+            continue
+        records.append({"number": number, "configuration": name, **measure(out, number, processes)})
+        print(row_of(records[-1]), flush=True)
+    print("\n".join([*HEADER, *map(row_of, records)]))
+    write_result(arguments.result, {"records": records})
+
+
+HEADER = [
+    "| configuration | plan | tensors | plan / tensors | rss | fullest in the plan |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def row_of(record: Mapping[str, Any]) -> str:
+    plan, tensors, rss = (record[key] for key in ("plan_bytes", "tensor_bytes", "rss_bytes"))
+    return (
+        f"| {record['configuration']} | {plan / 2**20:,.0f} MiB | {tensors / 2**20:,.0f} MiB "
+        f"| {plan / tensors:.3f} | {rss / 2**20:,.0f} MiB | {record['phase']} |"
+    )
+
+
+def parse() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--out", required=True, help="a folder for the models and the measurements")
+    made.add_argument("--result", default="plan-memory", help="name under benchmarks/results/")
+    made.add_argument("--only", type=int, nargs="*", help="numbers of the configurations; default: all")
+    made.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    return made.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------ the models
+
+
+def make_models(out: Path) -> None:
+    """Folders of student and teacher, with the tiny models' processor."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from video_opd.world.tiny import build_model, build_processor
+
+    for number, (name, layers) in enumerate(LAYERS.items()):
+        if (out / name / "config.json").exists():
+            continue
+        base = build_model("test")
+        config = base.config.to_dict()
+        config["text_config"] |= {**TEXT, "num_hidden_layers": layers}
+        config["text_config"]["rope_parameters"] |= {"mrope_section": [24, 20, 20]}
+        config["vision_config"] |= VISION
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+        torch.manual_seed(number)
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(config))
+        model.generation_config = base.generation_config
+        model.save_pretrained(out / name)
+        build_processor().save_pretrained(out / name)
+
+
+# ---------------------------------------------------------------------------------------------- a measurement
+
+
+def measure(out: Path, number: int, processes: int) -> dict[str, Any]:
+    """Runs the processes of a configuration; what they measured, at most."""
+    for old in out.glob(f"measured-{number}-*.json"):
+        old.unlink()
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launch, __file__, "--out", str(out), "--worker", str(number)]
+    subprocess.run(command, check=True, env=environment)
+    found = [json.loads(file.read_text()) for file in sorted(out.glob(f"measured-{number}-*.json"))]
+    assert len(found) == processes
+    return max(found, key=lambda each: each["tensor_bytes"])
+
+
+def recipe_of(out: Path, number: int, processes: int) -> Recipe:
+    settings = {"optim.batch_size": processes, **BASE, **CONFIGURATIONS[number][2]}
+    if settings["method"] != "grpo":
+        settings["teacher.path"] = str(out / "teacher")
+    tree: dict[str, Any] = {
+        "model": {"path": str(out / "student")},
+        "data": {"train": str(out / "rows.jsonl")},
+        "run": {"dir": str(out / f"run-{number}")},
+    }
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return recipe_from_dict(tree)
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One process of a configuration."""
+    from video_opd.training.batches import Row
+    from video_opd.training.components import build_components
+    from video_opd.training.loop import make_accelerator
+    from video_opd.training.run_folder import RunFolder
+    from video_opd.training.step import Stepper, StepSettings
+    from video_opd.training.stopwatch import Stopwatch
+    from video_opd.world.tiny import build_processor
+
+    out, number = Path(arguments.out), arguments.worker
+    processes = CONFIGURATIONS[number][1]
+    recipe = recipe_of(out, number, processes)
+    accelerator = make_accelerator(recipe)
+    long, short = (
+        prompts_of(build_processor(), tokens, videos=recipe.optim.batch_size, side_px=side_px)
+        for tokens, side_px in ((TOKENS, SIDE_PX), (SHORT, 64))
+    )
+    samples = [
+        Sample(id=p.sample_id, video=Path("noise.mp4"), query="", duration_s=p.duration_s, spans=((0, 1),))
+        for p in long
+    ]
+    if accelerator.is_main_process:
+        row = {"video": "noise.mp4", "query": "q", "duration": long[0].duration_s, "spans": [[0, 1]]}
+        lines = [json.dumps({"id": sample.id, **row}) for sample in samples]
+        (out / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    accelerator.wait_for_everyone()
+    after_imports = resident_bytes("VmRSS")
+    tracker = LiveTensors()
+    with tracker:
+        components = build_components(recipe, accelerator, RunFolder(recipe.run.dir), recipe.model.path)
+        settings = StepSettings.of(recipe, components.method.needs)
+        stepper = Stepper(settings, accelerator, components, Stopwatch())
+        mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
+        for step, prompts in enumerate((short, long)):
+            tracker.start_again()
+            forget_peak()
+            rows = [Row(position=i, sample=samples[i], prompt=prompts[i]) for i in mine]
+            stepper.update(step, stepper.prepare(step, len(samples), rows))
+    measured = {
+        "processes": processes,
+        "prompt_tokens": long[0].length,
+        "tensor_bytes": tracker.peak,
+        "largest": tracker.at_peak,
+        "rss_bytes": resident_bytes("VmHWM") - after_imports,
+        **planned(recipe, processes, long),
+    }
+    (out / f"measured-{number}-{accelerator.process_index}.json").write_text(json.dumps(measured))
+    accelerator.wait_for_everyone()
+
+
+def planned(recipe: Recipe, processes: int, prompts: Any) -> dict[str, Any]:
+    """The plan for prompts of exactly these lengths: its bounds are not what is measured."""
+    prompt = prompts[0]
+    work = dataclasses.replace(
+        Work.of(recipe, (), processes),
+        prompt_tokens=prompt.length,
+        video_tokens=prompt.video_tokens,
+        frame_pairs=len(prompt.pair_times_s),
+        prompts_a_step=len(prompts) // processes,
+    )
+    setup = Setup.of(recipe, processes)
+    _, memory, _ = decide(setup, work, RecipeSizes.of(recipe), None, cuda=False)
+    phases = {phase: sum(parts.values()) for phase, parts in memory.phases.items()}
+    return {
+        "plan_bytes": memory.peak,
+        "phase": memory.fullest,
+        "parts": dict(memory.parts),
+        "phases": phases,
+    }
+
+
+def resident_bytes(key: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (at most) of this process."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in status if line.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Sets ``VmHWM`` back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class LiveTensors(TorchDispatchMode):
+    """Adds up the storage of all tensors that are alive, and keeps the largest sum.
+
+    FSDP frees the storage of a gathered weight by resizing it to 0, so ``resize_`` is watched, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.at_peak: list[list[Any]] = []
+        self._sizes: dict[int, int] = {}
+        self._shapes: dict[int, str] = {}
+        self._references: dict[int, Any] = {}
+
+    def __enter__(self) -> LiveTensors:
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = self._resize(storage, size)
+            self._see(storage, "")
+            self._compare()
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in storages([args, kwargs, result]):
+            self._see(tensor.untyped_storage(), str(tuple(tensor.shape)))
+        self._compare()
+        return result
+
+    def start_again(self) -> None:
+        self.peak = self.now
+
+    def _see(self, storage: torch.UntypedStorage, shape: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        before = self._sizes.get(key)
+        if before is None:
+            self._references[key] = weakref.ref(storage, partial(self._forget, key))
+        if before != size:
+            self.now += size - (before or 0)
+            self._sizes[key] = size
+            self._shapes[key] = shape or self._shapes.get(key, "")
+
+    def _forget(self, key: int, _: Any = None) -> None:
+        self.now -= self._sizes.pop(key, 0)
+        self._shapes.pop(key, None)
+        self._references.pop(key, None)
+
+    def _compare(self) -> None:
+        if self.now > self.peak:
+            self.peak = self.now
+            if self.now > 1.01 * getattr(self, "_described", 0):
+                self._described = self.now
+                largest = sorted(self._sizes.items(), key=lambda item: -item[1])[:12]
+                self.at_peak = [[self._shapes[key], size] for key, size in largest]
+
+
+def storages(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors with a storage of their own; a tensor that wraps others stands for these."""
+    for leaf in tree_leaves(tree):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if hasattr(leaf, "_local_tensor"):
+            yield from storages(leaf._local_tensor)
+        elif hasattr(leaf, "__tensor_flatten__"):
+            names, _ = leaf.__tensor_flatten__()
+            yield from storages([getattr(leaf, name) for name in names])
+        elif leaf.device.type == "cpu":
+            yield leaf
+
+
+if __name__ == "__main__":
+    main()

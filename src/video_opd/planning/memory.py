@@ -1,0 +1,475 @@
+"""The memory of a step by part, in each of its phases, on the process that holds most.
+
+A phase is a moment of :class:`~video_opd.training.step.Stepper`'s work at which memory may be fullest. What
+is held all the time (weights, masters, moments, the teacher) stands in every phase; the graph, caches and
+gradients stand where they exist. Sums are of the tensors alone, and ``runtime`` is what the device and its
+libraries take beside them.
+
+Symbols: P prompt tokens of a micro-batch, G rollouts, R response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from video_opd.planning import graph
+from video_opd.planning.setup import Setup, Work
+from video_opd.planning.sizes import ModelSizes
+
+#: The parts of a plan, with what each is.
+PARTS: Mapping[str, str] = {
+    "weights": "the student's weights, as it computes with them",
+    "casts": "autocast's copies of weights",
+    "masters": "the weights that the optimiser updates",
+    "moments": "the optimiser's moments",
+    "gradients": "gradients",
+    "buckets": "the copy in which DDP exchanges gradients",
+    "gathered": "the largest layer that is gathered or reduced at a time",
+    "vision": "activations of the vision tower",
+    "decoder": "activations of the decoder",
+    "caches": "keys and values of prompts, and their gradients",
+    "responses": "distributions at response tokens, and lm_head in float32",
+    "teacher": "the teacher's weights",
+    "teacher_work": "the teacher's forward: keys and values, one layer's activations",
+    "reference": "the reference's weights",
+    "optimiser": "what the optimiser's step needs beside moments",
+    "pixels": "the frames of a micro-batch",
+    "runtime": "the device's own: context, libraries, buffers of the exchange",
+}
+LM_HEAD_ROWS = 16384  # of a 16-bit lm_head are converted to float32 at once
+CACHE_ROOM = 64  # tokens by which a cache grows
+SCALED_TOGETHER = 256  # moments in 8 bits that share a float32 scale
+SLICE = 1 << 24  # numbers that such an optimiser updates at once
+SLICE_WORK = 50  # bytes that each of them takes meanwhile
+GIB = 2**30
+CUDA_RUNTIME = GIB  # context, cuBLAS and cuDNN workspaces
+CUDA_EXCHANGE = GIB  # NCCL's buffers and channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of each part in each phase; ``cuda`` adds what a GPU's libraries take."""
+
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def fullest(self) -> str:
+        """The name of the phase that takes most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """The parts in the fullest phase, in the order of ``PARTS``."""
+        return self.phases[self.fullest]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def memory_of(
+    student: ModelSizes,
+    teachers: tuple[ModelSizes, ...],
+    setup: Setup,
+    work: Work,
+    *,
+    recompute: bool,
+    cuda: bool = True,
+) -> Memory:
+    """The memory of a step from the second on: moments exist from the end of the first."""
+    estimate = _Estimate(student, teachers, setup, work, recompute, cuda)
+    phases = {
+        "prefill": estimate.prefill(),
+        "sampling": estimate.sampling() if work.sampled else Counter[str](),
+        "teacher": estimate.teacher_turn() if setup.has_teacher or setup.reference else Counter[str](),
+        "backward, last layer": estimate.backward_starts(),
+        "backward, first layer": estimate.backward_ends(),
+        "reduction": estimate.reduction(),
+        "optimiser": estimate.optimiser(),
+    }
+    return Memory(
+        phases={
+            name: {part: parts[part] for part in PARTS if parts[part]}
+            for name, parts in phases.items()
+            if parts
+        }
+    )
+
+
+def held_bytes(weights: ModelSizes, number: int, quantization: str | None) -> int:
+    """A frozen model: in numbers of ``number`` bytes, or its linear layers but ``lm_head`` in 8 bits with a
+    float32 scale for each row."""
+    if quantization is None:
+        return number * weights.weights
+    kept = weights.weights
+    quantised = 0
+    for part, found in weights.parts.items():
+        if part != "lm_head":
+            kept -= found.in_matrices
+            quantised += found.in_matrices + 4 * sum(rows for _, rows in found.matrices)
+    return number * kept + quantised
+
+
+class _Estimate:
+    """The bytes of each part, for one set of models and settings."""
+
+    def __init__(
+        self,
+        student: ModelSizes,
+        teachers: tuple[ModelSizes, ...],
+        setup: Setup,
+        work: Work,
+        recompute: bool,
+        cuda: bool,
+    ) -> None:
+        self.student, self.teachers, self.setup, self.work = student, teachers, setup, work
+        self.recompute, self.cuda = recompute, cuda
+        self.text, self.vision = student.text, student.vision
+        self.R = work.micro_batch * work.rollouts * work.response_tokens  # response tokens of a micro-batch
+        # The plain engine puts every response behind a prompt of its own.
+        prompts = work.micro_batch if setup.prefix else work.micro_batch * work.rollouts
+        self.P = prompts * work.prompt_tokens + (0 if setup.prefix else self.R)
+        self.patches = prompts * work.video_tokens * student.vision.patches_a_token
+        roles = {part: setup.role(part) for part in student.parts}
+        #: Trained weights by part, and all of them.
+        self.trained = {
+            part: {"full": weights.count, "adapters": weights.adapters(setup.rank)}.get(roles[part] or "", 0)
+            for part, weights in student.parts.items()
+        }
+        if student.tied and roles["language"] == "full" and roles["lm_head"] is None:
+            self.trained["language"] -= student.embedding  # the shared tensor is frozen with lm_head
+        self.all_trained = sum(self.trained.values())
+        self.roles = roles
+        self.mode = setup.mode("language")
+
+    # -------------------------------------------------------------------------------------- held all the time
+
+    def held(self) -> Counter[str]:
+        """What is there in every phase; the weights that are gathered are another matter
+        (:meth:`weights`)."""
+        setup, shards = self.setup, self.setup.processes if self.setup.sharded else 1
+        parts = Counter[str]()
+        if setup.sharded or setup.offload:
+            parts["masters"] = self._masters()
+        if not self.away:
+            moments = 8 if setup.moments == "float32" else 2 + 2 * 4 / SCALED_TOGETHER
+            parts["moments"] = round(moments * self.all_trained) // shards
+        if setup.has_teacher:
+            parts["teacher"] = self._teacher_held()
+        if setup.reference and not self._only_adapters:
+            parts["reference"] = self._placed(held_bytes(self.student, setup.number, None))
+        parts["pixels"] = 4 * self.patches * self.vision.patch_numbers
+        if self.cuda:
+            parts["runtime"] = CUDA_RUNTIME + (CUDA_EXCHANGE if setup.processes > 1 else 0)
+        return parts
+
+    @property
+    def away(self) -> bool:
+        """Whether masters and moments are on the CPU, beside a GPU."""
+        return self.setup.offload and self.cuda
+
+    def _masters(self) -> int:
+        """What the optimiser updates, where that is not what the student computes with. Masters on the CPU
+        leave the shards of a model in shards behind, in the type of the computation."""
+        setup = self.setup
+        if not setup.offload:
+            return self._as_loaded() // setup.processes
+        shards = setup.processes if setup.sharded else 1
+        on_device = self._as_loaded() // shards if setup.sharded else 0
+        return on_device + (0 if self.cuda else 4 * self.all_trained // shards)
+
+    @property
+    def _only_adapters(self) -> bool:
+        return "adapters" in self.roles.values() and "full" not in self.roles.values()
+
+    def _as_loaded(self) -> int:
+        """The student's weights in the types that they are trained or frozen in, before they are gathered."""
+        setup = self.setup
+        total = 0
+        for part, weights in self.student.parts.items():
+            role = self.roles[part]
+            trained = 4 if setup.weights == "float32" and not setup.offload else setup.number
+            if role == "full":
+                total += trained * weights.count
+            elif role == "adapters" and setup.base_quantization is not None:
+                total += setup.number * weights.others + weights.in_matrices
+                total += 4 * sum(rows for _, rows in weights.matrices) + 4 * self.trained[part]
+            else:
+                total += (setup.number if setup.adapted else trained) * weights.count
+                total += 4 * self.trained[part]
+        return total
+
+    def _teacher_held(self) -> int:
+        setup = self.setup
+        if setup.teacher_is_adapter:
+            return 0
+        return self._placed(
+            sum(
+                held_bytes(sizes, setup.teacher_number, setup.teacher_quantization) for sizes in self.teachers
+            )
+        )
+
+    def _placed(self, whole: int) -> int:
+        """What a process holds of a frozen model outside its turn."""
+        if self.setup.teacher_placement == "cpu":
+            return 0
+        return whole // self.setup.processes if self.setup.teacher_placement == "sharded" else whole
+
+    def weights(self) -> Counter[str]:
+        """The student's weights while it runs: as loaded, or gathered from the shards."""
+        setup = self.setup
+        if not setup.sharded:
+            return Counter(weights=self._as_loaded())
+        if setup.gather == "step":
+            return Counter(weights=setup.number * (self.student.weights + self._adapters))
+        return Counter(
+            weights=setup.number * self.student.rest, gathered=2 * setup.number * self.student.largest_unit
+        )
+
+    @property
+    def _adapters(self) -> int:
+        return sum(count for part, count in self.trained.items() if self.roles[part] == "adapters")
+
+    def casts(self) -> int:
+        """Autocast's copies of the weights of linear layers in float32, as far as a gradient goes through
+        them. They live as long as the forward, and as long as its graph where that is kept."""
+        parts = ("vision", "merger", "language")
+        cast = [part for part in parts if self.setup.mode(part) == "autocast" and self.roles[part]]
+        return 2 * sum(self.student.parts[part].in_matrices for part in cast)
+
+    # -------------------------------------------------------------------------------------------- activations
+
+    def vision_graph(self) -> int:
+        """Nothing where no gradient goes into the tower; its features are then only inputs of the decoder."""
+        role, mode = self.roles["vision"], self.setup.mode("vision")
+        if role is not None:
+            return graph.vision_graph_bytes(
+                self.vision, self.patches, mode, role, recompute=self.recompute, cuda=self.cuda
+            )
+        merger = self.roles["merger"]
+        return (
+            0
+            if merger is None
+            else self.patches * graph.merger_bytes(self.vision, mode, merger, cuda=self.cuda)
+        )
+
+    def features(self) -> int:
+        """What the vision tower gives to the decoder."""
+        numbers = self.vision.out_hidden * (1 + self.vision.levels) // self.vision.patches_a_token
+        return self.setup.number * self.patches * numbers
+
+    def decoder_graph(self) -> int:
+        role = self.roles["language"]
+        if role is None:
+            return 0
+        if self.recompute:
+            inputs = self.text.layers * graph.input_bytes(self.text, self.mode)
+            return self.P * (inputs + graph.last_norm_bytes(self.text, self.mode, role))
+        return graph.graph_bytes(self.text, self.P, self.mode, role)
+
+    def prompt_cache(self) -> int:
+        if not self.setup.prefix:
+            return 0
+        return self.P * self.text.layers * graph.cache_bytes(self.text, self.mode)
+
+    def own_cache(self) -> int:
+        """The prompt's keys and values as far as the graph does not hold them anyhow."""
+        if self.recompute or self.roles["language"] is None:
+            return self.prompt_cache()
+        # Under autocast the cache is float32, and the graph keeps casts of it.
+        return self.prompt_cache() if self.mode == "autocast" else 0
+
+    def response_graph(self) -> int:
+        """What the forward of the responses keeps of the prompt: keys and values with the response's behind
+        them. A mask makes transformers repeat them for every query head."""
+        if not self.setup.prefix:
+            return 0
+        text, number = self.text, self.setup.number
+        repeated = text.queries if text.heads > text.key_heads else text.keys
+        layers = 1 if self.recompute else text.layers
+        return 2 * number * repeated * self.P * layers
+
+    def one_layer(self) -> int:
+        """What the backward of a layer needs beside what is kept: the layer's own graph where it is
+        recomputed, and gradients of the feed-forward layer."""
+        text, number = self.text, self.setup.number
+        role = self.roles["language"]
+        if role is None:
+            return 0
+        F = text.experts_a_token * text.expert_feed_forward if text.expert_layers else text.feed_forward
+        again = 0
+        if self.recompute:
+            again = self.P * graph.layer_bytes(text, self.mode, role, experts=bool(text.expert_layers))
+        return again + self.P * (3 * number * F + (4 + number) * text.hidden)
+
+    def head(self, *, backward: bool) -> int:
+        """Logits and log-probabilities in float32, and ``lm_head`` in float32 where its weights are not."""
+        text, setup = self.text, self.setup
+        copies = (6 if setup.distributions else 3) + (2 if backward else 0)
+        logits = 4 * text.vocabulary * min(self.R, 512) * copies
+        sixteen_bit = self.setup.mode("lm_head") == "bfloat16"
+        converted = 4 * self.student.embedding if sixteen_bit else 0
+        if backward and sixteen_bit and self.roles["lm_head"] == "full":
+            converted += 6 * self.student.embedding  # its gradient in pieces
+        return logits + converted
+
+    # ------------------------------------------------------------------------------------------------- phases
+
+    def accumulated(self) -> Counter[str]:
+        """Gradients of earlier micro-batches of the step."""
+        if self.work.micro_batches == 1:
+            return Counter()
+        if self.setup.reduce == "micro_batch" and self.setup.sharded:
+            return Counter(gradients=self._gradient_shard())
+        return self.gradients()
+
+    def gradients(self) -> Counter[str]:
+        """All gradients at the end of a backward."""
+        setup = self.setup
+        if not setup.sharded:
+            return Counter(gradients=4 * self.all_trained, buckets=4 * self.all_trained * setup.ddp)
+        if setup.reduce == "micro_batch":
+            return Counter(gradients=setup.number * self.all_trained + self._gradient_shard())
+        several = self.work.micro_batches > 1
+        return Counter(gradients=(4 if several else setup.number) * self.all_trained)
+
+    def _gradient_shard(self) -> int:
+        """The mean over processes, in float32; masters on the CPU have it there."""
+        return 0 if self.away else 4 * self.all_trained // self.setup.processes
+
+    def running(self) -> Counter[str]:
+        parts = self.held() + self.weights() + self.accumulated()
+        parts["casts"] = self.casts()
+        return parts
+
+    def prefill(self) -> Counter[str]:
+        parts = self.running()
+        parts["vision"] += self.vision_graph() + self.features()
+        parts["decoder"] += self.decoder_graph() + self.P * graph.layer_work_bytes(
+            self.text, self.setup.number
+        )
+        parts["caches"] += self.own_cache()
+        return parts
+
+    def sampling(self) -> Counter[str]:
+        """Sampling copies the prompt's keys and values once, with room for responses."""
+        parts = self.running()
+        if self.setup.prefix:
+            parts["vision"] += self.vision_graph()
+            parts["decoder"] += self.decoder_graph()
+            parts["caches"] += self.own_cache()
+            room = self.work.micro_batch * self.work.rollouts * CACHE_ROOM
+            parts["caches"] += (self.P + room) * self.text.layers * graph.cache_bytes(self.text, self.mode)
+        else:
+            parts["vision"] += self.patches * graph.block_work_bytes(self.vision, self.setup.number)
+            parts["decoder"] += self.P * graph.layer_work_bytes(self.text, self.setup.number)
+        rows = self.work.micro_batch * self.work.rollouts
+        sixteen_bit = self.setup.mode("lm_head") == "bfloat16"
+        parts["responses"] += 4 * 4 * self.text.vocabulary * rows
+        parts["responses"] += 4 * LM_HEAD_ROWS * self.text.hidden if sixteen_bit else 0
+        return parts
+
+    def teacher_turn(self) -> Counter[str]:
+        """The teacher, or where there is none the reference, scores the responses."""
+        parts = self.running()
+        if self.setup.prefix:
+            parts["vision"] += self.vision_graph()
+            parts["decoder"] += self.decoder_graph()
+            parts["caches"] += self.own_cache()
+        setup = self.setup
+        part, number, bits = "teacher", setup.teacher_number, setup.teacher_quantization
+        models = self.teachers
+        if not setup.has_teacher:
+            part, number, bits, models = "reference", setup.number, None, (self.student,)
+        parts["teacher_work"] += max(self._teacher_work(sizes, number) for sizes in models)
+        if setup.teacher_is_adapter or (part == "reference" and self._only_adapters):
+            return parts
+        largest = max(models, key=lambda sizes: sizes.weights)
+        if setup.teacher_placement == "cpu":
+            parts[part] += held_bytes(largest, number, bits)
+        if setup.teacher_placement == "sharded":
+            embedding = 0 if largest.tied else largest.embedding  # is gathered by itself
+            unit = max(largest.largest_unit, embedding)
+            parts["gathered"] += number * (largest.rest - embedding + 2 * unit)
+        return parts
+
+    def _teacher_work(self, sizes: ModelSizes, number: int) -> int:
+        """A forward without a graph: the vision tower, then the decoder with its keys and values."""
+        work = self.work
+        prompts = work.teacher_micro_batch * (1 if self.setup.prefix else work.rollouts)
+        tokens = prompts * work.prompt_tokens
+        patches = prompts * work.video_tokens * sizes.vision.patches_a_token
+        mode: graph.Mode = "float32" if number == 4 else "bfloat16"
+        seen = patches * graph.block_work_bytes(sizes.vision, number)
+        text = sizes.text
+        features = tokens * number * text.hidden * (1 + sizes.vision.levels)
+        cache = tokens * text.layers * graph.cache_bytes(text, mode) if self.setup.prefix else 0
+        copies = 2 if self.setup.distributions else 1
+        logits = (
+            4 * copies * text.vocabulary * work.teacher_micro_batch * work.rollouts * work.response_tokens
+        )
+        logits += 0 if number == 4 else 4 * LM_HEAD_ROWS * text.hidden
+        layer = max(tokens * graph.layer_work_bytes(text, number), logits)
+        return max(seen, features + cache + layer)
+
+    def backward_starts(self) -> Counter[str]:
+        """The responses' layers are done, and the gradients of all keys and values are there."""
+        parts = self.running()
+        parts["vision"] += self.vision_graph()
+        parts["decoder"] += self.decoder_graph() + self.one_layer()
+        cache = self.own_cache() + (self.prompt_cache() if self.roles["language"] else 0)
+        parts["caches"] += max(cache, self.own_cache() + self.response_graph())
+        parts["responses"] += self.head(backward=True)
+        if not self.accumulated():
+            parts["gradients"] += self.setup.number * self.trained["lm_head"]
+        if self.recompute:
+            parts["casts"] = 0
+        return parts
+
+    def backward_ends(self) -> Counter[str]:
+        """The decoder's graph is freed, and its gradients are there; the vision tower's graph is left."""
+        parts = self.held() + self.weights()
+        gradients = self.gradients()
+        vision = self.trained["vision"] + self.trained["merger"]
+        share = 1 - vision / max(1, self.all_trained) if self.work.micro_batches == 1 else 1.0
+        parts["gradients"] += round(gradients["gradients"] * share)
+        parts["buckets"] += gradients["buckets"]
+        parts["vision"] += self.vision_graph()
+        parts["decoder"] += self.one_layer()
+        if self.roles["language"] == "full":
+            parts["gradients"] += (
+                self.setup.number * self.student.embedding
+            )  # on its way to what was added up
+        return parts
+
+    def reduction(self) -> Counter[str]:
+        """Gradients are reduced one weight after the other, in float32, while all weights are gathered."""
+        parts = self.held() + self.weights() + self.gradients()
+        if self.setup.sharded:
+            parts["gathered"] += 2 * 4 * min(self._largest_weight, self.all_trained)
+        return parts
+
+    @property
+    def _largest_weight(self) -> int:
+        return max(weights.largest for weights in self.student.parts.values())
+
+    def optimiser(self) -> Counter[str]:
+        """torch's optimiser works on all weights at once on a GPU, and on one at a time on a CPU; ours, for
+        weights and moments in fewer bits, on slices."""
+        setup = self.setup
+        shards = setup.processes if setup.sharded else 1
+        parts = self.held()
+        if not setup.sharded:
+            parts += self.weights()
+        if self.away:
+            return parts
+        parts["gradients"] += 4 * self.all_trained // shards
+        parts["buckets"] += 4 * self.all_trained * setup.ddp
+        largest = min(self._largest_weight, self.all_trained)
+        if setup.weights == "bfloat16" or setup.moments == "int8":
+            parts["optimiser"] += SLICE_WORK * min(SLICE, largest)
+        else:
+            parts["optimiser"] += 4 * (self.all_trained if self.cuda else 2 * largest) // shards
+        return parts

@@ -1,0 +1,218 @@
+"""What a plan reads from a recipe: how the models are held and computed, and how much goes through them.
+
+This is the one place that knows the names of a recipe's keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from video_opd.config import WITH_TEACHER, GRPORecipe, Recipe, VideoOPDRecipe
+from video_opd.errors import need
+from video_opd.planning.graph import Mode, Role
+from video_opd.types import Sample
+
+Place = Literal["whole", "sharded", "cpu"]
+TEXT_TOKENS = 256  # tokens of a prompt beside video and time stamps: an upper bound for most prompts
+STAMP_TOKENS = 10  # tokens of the time stamp before each frame pair, "<12.3 seconds>" with its borders
+PAPER_ROWS = 2500  # sec. 4.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How the models of a run are held: the settings that decide about memory."""
+
+    processes: int
+    dtype: str  # of the student's computation
+    weights: str  # of the student's trained weights: float32, or bfloat16 with stochastic rounding
+    moments: str  # of the optimiser: float32 or int8
+    sharded: bool  # the student's masters and moments, over the processes
+    gather: str  # step: the student is whole while it runs; layer: one layer at a time
+    reduce: str  # step: gradients are reduced once a step; micro_batch: after each backward
+    offload: bool  # the masters and the optimiser's state are on the CPU
+    recompute: bool | None  # None: where the rest does not fit
+    prefix: bool  # the prefix engine
+    frozen: frozenset[str]  # parts
+    adapted: frozenset[str]  # parts
+    rank: int
+    base_quantization: str | None
+    has_teacher: bool  # whether a step asks a teacher
+    teacher_dtype: str
+    teacher_placement: Place | Literal["auto"]
+    teacher_quantization: str | None
+    teacher_is_adapter: bool  # on the student's base
+    reference: bool  # whether a step asks the initial student
+    distributions: bool  # whether whole distributions are computed at response tokens
+
+    @classmethod
+    def of(cls, recipe: Recipe, processes: int = 1) -> Setup:
+        """Raises :class:`UserError` for a teacher in shards with a single process."""
+        model, teacher = recipe.model, recipe.teacher
+        has_teacher = recipe.method in WITH_TEACHER
+        placement = _key(teacher, "placement", "whole")
+        need(
+            not (has_teacher and placement == "sharded" and processes == 1),
+            "teacher.placement is sharded, and one process has nobody to share with: start several, or set "
+            "it to whole or cpu",
+        )
+        return cls(
+            processes=processes,
+            dtype=model.dtype,
+            weights=_key(model, "weights", "float32"),
+            moments=_key(recipe.optim, "moments", "float32"),
+            sharded=model.sharding is not None and processes > 1,
+            gather=_key(model, "gather", "step"),
+            reduce=_key(model, "reduce", "step"),
+            offload=_key(recipe.optim, "offload", False),
+            recompute=model.gradient_checkpointing,
+            prefix=model.engine == "prefix",
+            frozen=frozenset(model.freeze),
+            adapted=frozenset(recipe.lora.parts),
+            rank=recipe.lora.rank,
+            base_quantization=_key(recipe.lora, "base_quantization", None),
+            has_teacher=has_teacher,
+            teacher_dtype=teacher.dtype,
+            teacher_placement=placement,
+            teacher_quantization=_key(teacher, "quantization", None),
+            teacher_is_adapter=has_teacher and shares_base(recipe),
+            reference=isinstance(recipe, GRPORecipe) and recipe.loss.kl_beta > 0,
+            distributions=recipe.measures_analytic_kl
+            or recipe.method == "op-fkd"
+            or (isinstance(recipe, VideoOPDRecipe) and recipe.loss.estimator != "sampled"),
+        )
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number of the student's computation."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def teacher_number(self) -> int:
+        return 4 if self.teacher_dtype == "float32" else 2
+
+    @property
+    def ddp(self) -> bool:
+        return self.processes > 1 and not self.sharded
+
+    def mode(self, part: str) -> Mode:
+        """How a part is computed: in bfloat16 throughout where its weights are bfloat16."""
+        if self.dtype == "float32":
+            return "float32"
+        frozen_in_reduced = bool(self.adapted) and part in self.frozen | self.adapted
+        if self.sharded or self.weights == "bfloat16" or frozen_in_reduced:
+            return "bfloat16"
+        return "autocast"
+
+    def role(self, part: str) -> Role | None:
+        """What the backward does in a part: the vision tower comes first, then mergers, language,
+        ``lm_head``."""
+        if part in self.adapted:
+            return "adapters"
+        if part not in self.frozen:
+            return "full"
+        order = ("vision", "merger", "language", "lm_head")
+        before = order[: order.index(part)]
+        return "passed" if any(self.role(other) for other in before) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much goes through the models: upper bounds for a prompt, and the number of prompts."""
+
+    prompt_tokens: int
+    video_tokens: int
+    frame_pairs: int
+    response_tokens: int
+    rollouts: int
+    micro_batch: int  # prompts
+    teacher_micro_batch: int
+    sampling_micro_batch: int | None
+    prompts_a_step: int  # of a process
+    steps: int  # optimiser steps of a run
+    updates_a_batch: int
+    rows: int
+    rows_assumed: bool  # the data file is not here
+    sampled: bool  # responses are sampled, not taken from the annotation
+
+    @classmethod
+    def of(cls, recipe: Recipe, samples: Sequence[Sample] | None, processes: int = 1) -> Work:
+        """``samples`` are the rows of the data file; None: it is not here, so videos of any length are
+        assumed, and as many rows as the paper trains on."""
+        optim, count = recipe.optim, PAPER_ROWS if samples is None else len(samples)
+        rows = min(count, recipe.data.limit or count)
+        steps = optim.updates_per_batch * optim.epochs * -(-rows // optim.batch_size)
+        a_process = math.ceil(min(optim.batch_size, max(1, rows)) / processes)
+        micro = min(optim.micro_batch_size, a_process)
+        tokens, pairs = video_tokens(recipe, samples or ())
+        return cls(
+            prompt_tokens=tokens + pairs * STAMP_TOKENS + TEXT_TOKENS,
+            video_tokens=tokens,
+            frame_pairs=pairs,
+            response_tokens=recipe.sampling.max_new_tokens,
+            rollouts=recipe.rollouts,
+            micro_batch=micro,
+            teacher_micro_batch=min(micro, recipe.teacher.micro_batch_size or micro),
+            sampling_micro_batch=recipe.sampling_micro_batch_size,
+            prompts_a_step=a_process,
+            steps=optim.max_steps or steps,
+            updates_a_batch=optim.updates_per_batch,
+            rows=rows,
+            rows_assumed=samples is None,
+            sampled=recipe.method in ("video-opd", "grpo"),
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a process in a step."""
+        return math.ceil(self.prompts_a_step / self.micro_batch)
+
+
+def video_tokens(recipe: Recipe, samples: Sequence[Sample]) -> tuple[int, int]:
+    """Upper bounds for the longest video: (its tokens, its frame pairs), from the budget and the rows'
+    durations."""
+    video = recipe.video
+    longest_s = max((math.inf if s.duration_s is None else s.duration_s for s in samples), default=math.inf)
+    frames = max(video.min_frames, min(longest_s * video.fps, video.max_frames))
+    pairs = math.ceil(frames / 2)
+    most = video.max_video_tokens
+    if video.keep == "min_frame_tokens":
+        most = max(most, pairs * math.ceil(1.05 * video.min_frame_tokens))  # qwen-vl-utils' slack
+    return min(pairs * video.max_frame_tokens, most), min(pairs, most)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter without the model that it is for."""
+    folder = Path(path)
+    return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def base_of(path: str | Path) -> str:
+    """The model that an adapter is for; "" if it does not say."""
+    try:
+        config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
+
+
+def shares_base(recipe: Recipe) -> bool:
+    """Whether the teacher is an adapter on the student's own base, which is then in memory once: the student
+    trains adapters only, and both hold the base alike."""
+    path, base = recipe.teacher.path, base_of(recipe.teacher.path)
+    trained = {"vision", "merger", "language", "lm_head"} - set(recipe.model.freeze)
+    return (
+        is_adapter(path)
+        and trained <= set(recipe.lora.parts)
+        and (base == recipe.model.path or Path(base).resolve() == Path(recipe.model.path).resolve())
+        and recipe.teacher.dtype == recipe.model.dtype
+        and _key(recipe.teacher, "quantization", None) == _key(recipe.lora, "base_quantization", None)
+    )
+
+
+def _key(section: Any, name: str, default: Any) -> Any:
+    return getattr(section, name, default)

@@ -1,0 +1,174 @@
+"""Plans of the paper's pair, and what a plan decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_cases import ADAPTERS, PAIR, paper
+
+from video_opd.config import Recipe
+from video_opd.errors import UserError
+from video_opd.planning import teacher_placement
+from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
+from video_opd.planning.plan import FITS, decide, make_plan
+from video_opd.planning.setup import Setup, Work, video_tokens
+from video_opd.types import Sample
+
+GB = 1e9
+SPARE = 5 * GB
+
+
+def planned(recipe: Recipe, gpus: int, memory_gb: float, **settings: Any) -> Memory:
+    """The memory with settings that the engines have."""
+    setup = replace(Setup.of(recipe, gpus), **settings)
+    return decide(setup, Work.of(recipe, None, gpus), PAIR, int(memory_gb * GB))[1]
+
+
+# ---------------------------------------------------------------------------- the three machines of the paper
+
+
+def test_the_papers_pair_fits_eight_cards_of_80_gb_in_full() -> None:
+    memory = planned(paper(), 8, 80, reduce="micro_batch", teacher_placement="sharded")
+    assert memory.peak + SPARE <= 80 * GB
+    # The table in docs/performance.md, in GB.
+    assert memory.parts["weights"] / GB == pytest.approx(17.5, abs=0.1)
+    assert (memory.parts["masters"] + memory.parts["moments"]) / GB == pytest.approx(13.2, abs=0.1)
+    assert memory.parts["teacher"] / GB == pytest.approx(8.3, abs=0.1)
+
+
+def test_the_papers_pair_fits_one_card_of_141_gb_in_full() -> None:
+    memory = planned(
+        paper(),
+        1,
+        141,
+        weights="bfloat16",
+        moments="int8",
+        teacher_placement="whole",
+        teacher_quantization="int8",
+    )
+    assert memory.peak + SPARE <= 141 * GB
+
+
+def test_the_papers_pair_fits_one_card_of_80_gb_with_adapters() -> None:
+    memory = planned(paper(**ADAPTERS), 1, 80, teacher_placement="whole", teacher_quantization="int8")
+    assert memory.peak + SPARE <= 80 * GB
+
+
+def test_the_plain_settings_do_not_fit() -> None:
+    for recipe, gpus, memory_gb in ((paper(), 8, 80), (paper(), 1, 141), (paper(**ADAPTERS), 1, 80)):
+        memory = planned(recipe, gpus, memory_gb, teacher_placement="whole")
+        assert memory.peak > memory_gb * GB
+
+
+# ---------------------------------------------------------------------------------------- what a plan decides
+
+
+def test_activations_are_kept_where_they_fit() -> None:
+    for memory, again in ((1000, False), (200, True)):
+        plan = make_plan(paper(), 8, memory * GIB, sizes=PAIR)
+        assert plan.recompute is again and plan.fits
+        assert [reason for reason in plan.reasons if "model.gradient_checkpointing" in reason]
+    assert (
+        make_plan(paper(model={"gradient_checkpointing": False}), 8, 200 * GIB, sizes=PAIR).recompute is False
+    )
+
+
+def test_auto_takes_the_first_placement_that_fits() -> None:
+    setup, work = Setup.of(paper(), 8), Work.of(paper(), None, 8)
+    open_setup = replace(setup, teacher_placement="auto", reduce="micro_batch")
+    for size, place in ((200, "whole"), (80, "sharded"), (74, "sharded")):
+        found, _, reasons = decide(open_setup, work, PAIR, size * GIB)
+        assert found.teacher_placement == place
+        assert any(f"teacher.placement is {place}" in reason for reason in reasons)
+    alone = replace(Setup.of(paper(**ADAPTERS), 1), teacher_placement="auto")
+    found, memory, _ = decide(alone, Work.of(paper(**ADAPTERS), None, 1), PAIR, 80 * GIB)
+    assert found.teacher_placement in ("whole", "cpu")
+    assert found.teacher_placement == "cpu" or memory.peak <= FITS * 80 * GIB
+
+
+def test_where_nothing_fits_the_least_is_taken_and_said() -> None:
+    plan = make_plan(paper(), 8, 20 * GIB, sizes=PAIR)
+    assert not plan.fits and plan.recompute
+    assert plan.to_json()["spare_bytes"] < 0
+
+
+def test_the_placement_of_a_recipe_is_kept() -> None:
+    place, why = teacher_placement(paper(), PAIR, 8, 80 * GIB)
+    assert place in ("whole", "sharded", "cpu") and why
+
+
+def test_a_sharded_teacher_needs_several_processes() -> None:
+    recipe = paper()
+    if not hasattr(recipe.teacher, "placement"):
+        pytest.skip("the recipe cannot ask for it yet")
+    sharded = recipe.changed(**{"teacher.placement": "sharded"})
+    assert Setup.of(sharded, 2).teacher_placement == "sharded"
+    with pytest.raises(UserError, match=r"teacher\.placement is sharded"):
+        make_plan(sharded, 1, 80 * GIB, sizes=PAIR)
+
+
+@pytest.mark.parametrize("numbers", [(0, 80), (-1, 80), (8, 0), (8, -1)])
+def test_nonsense_numbers_are_refused(numbers: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match="needs"):
+        make_plan(paper(), *numbers, sizes=PAIR)
+
+
+# --------------------------------------------------------------------------------------------- the formula
+
+
+def test_every_part_is_described_and_sums_to_the_peak() -> None:
+    memory = make_plan(paper(), 8, 80 * GIB, sizes=PAIR).memory
+    assert set(memory.parts) <= set(PARTS)
+    assert sum(memory.parts.values()) == memory.peak == max(sum(p.values()) for p in memory.phases.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"reduce": "micro_batch"}, {"gradients"}),
+        ({"gather": "layer"}, {"weights"}),
+        ({"teacher_placement": "sharded"}, {"teacher"}),
+        ({"teacher_quantization": "int8"}, {"teacher"}),
+        ({"moments": "int8"}, {"moments"}),
+        ({"offload": True}, {"masters", "moments"}),
+        ({"recompute": True}, {"decoder", "vision"}),
+    ],
+)
+def test_a_setting_saves_what_it_is_for(changes: dict[str, Any], parts: set[str]) -> None:
+    setup = replace(Setup.of(paper(), 8), teacher_placement="whole", recompute=False)
+    work = Work.of(paper(), None, 8)
+
+    def parts_of(setup: Setup) -> dict[str, int]:
+        found = memory_of(PAIR.student, PAIR.teachers, setup, work, recompute=bool(setup.recompute))
+        return {part: max(phase.get(part, 0) for phase in found.phases.values()) for part in PARTS}
+
+    before, after = parts_of(setup), parts_of(replace(setup, **changes))
+    assert {part for part in before if after[part] < before[part]} >= parts
+    grown = {part for part in before if after[part] > before[part]}
+    assert grown <= {"gathered"}, "something else takes more"
+
+
+def test_more_processes_need_no_more_memory_each() -> None:
+    peaks = [make_plan(paper(), gpus, 10_000 * GIB, sizes=PAIR).memory.peak for gpus in (2, 4, 8, 16)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_prompts_are_bounded_by_the_budget_and_by_the_longest_video() -> None:
+    recipe = paper()
+    assert video_tokens(recipe, ()) == (8192, 384)
+    short = [Sample(id="a", video="a.mp4", query="q", duration_s=4.0)]  # type: ignore[arg-type]
+    assert video_tokens(recipe, short) == (4 * 768, 4)
+    work = Work.of(recipe, short, 8)
+    assert work.prompt_tokens > 4 * 768 and work.rows == 1 and work.steps == 1 and not work.rows_assumed
+    assert Work.of(recipe, None, 8).rows_assumed and Work.of(recipe, None, 8).steps == 79
+
+
+def test_time_is_operations_over_the_rate() -> None:
+    slow, fast = (make_plan(paper(), 8, None, sizes=PAIR, rate_tflops=rate).times for rate in (100.0, 400.0))
+    assert slow.step_s == pytest.approx(4 * fast.step_s) and slow.run_s == pytest.approx(79 * slow.step_s)
+    alone = make_plan(paper(), 1, None, sizes=PAIR, rate_tflops=400.0).times
+    assert alone.step_s == pytest.approx(8 * fast.step_s)
+    assert alone.candidate_s == fast.candidate_s is not None
+    assert fast.scoring_s == pytest.approx(fast.candidate_s * 313)  # of 2,500 rows, on eight
