@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -144,12 +145,22 @@ def recipe(name: str, rows: Path) -> list[str]:
     return [*words, "--optim.max_steps", str(2 + 2 * TIMES)]
 
 
+IN_SHARDS = ["--model.sharding", "fsdp2", "--model.reduce", "micro_batch", "--teacher.placement", "sharded"]
+IN_SHARDS += ["--optim.offload", "true"]
+
+
+@pytest.mark.parametrize("holding", [[], IN_SHARDS], ids=["whole", "in shards"])
 @pytest.mark.parametrize("choose", [launcher, worker])
-def test_a_run_on_two_processes(rows: Path, tmp_path: Path, choose: Choose) -> None:
-    words = [*TORCHRUN, "train", *recipe("video-opd", rows), "--optim.batch_size", "4"]
+def test_a_run_on_two_processes(rows: Path, tmp_path: Path, choose: Choose, holding: list[str]) -> None:
+    """The launcher names a worker that was killed."""
+    words = [*TORCHRUN, "train", *recipe("video-opd", rows), "--optim.batch_size", "4", *holding]
     finish(words, tmp_path / "whole")
     run = tmp_path / "killed" / "run"
-    kill_often(f"train, {choose.__name__}", words, run.parent, lambda: steps_of(run), choose=choose)
+    kind = f"train{' in shards' if holding else ''}, {choose.__name__}"
+    kill_often(kind, words, run.parent, lambda: steps_of(run), choose=choose)
+    if choose is worker:
+        said = (run.parent / "log").read_text()
+        assert re.search(r"rank +: \d", said) and "Signal 9 (SIGKILL) received by PID" in said
     whole = tmp_path / "whole" / "run"
     for name in ("model/model.safetensors", "rollouts.jsonl"):
         assert (whole / name).read_bytes() == (run / name).read_bytes(), name
