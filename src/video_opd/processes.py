@@ -61,6 +61,16 @@ class Processes:
 
             _collective(distributed.barrier)
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank. Raises :class:`UserError` as :meth:`wait` does."""
+        if self.count == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.count
+        _collective(lambda: distributed.all_gather_object(values, value))
+        return values
+
     def on_first(self, work: Callable[[], T]) -> T:
         """The result of ``work``, which the first process does while the others wait; all must call this.
 

@@ -56,26 +56,29 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
 def task(description: str, total: int | None = None) -> Iterator[Task]:
     """A task whose progress the caller reports with :meth:`Task.advance`."""
     if not is_first_process():
-        yield Task(lambda done, note: None)
+        yield Task(lambda done, note, total: None, total)
     elif sys.stderr.isatty():
         with _Bars.shown(description, total) as report:
-            yield Task(report)
+            yield Task(report, total)
     else:
         lines = _Lines(description, total)
-        yield Task(lines.report)
+        yield Task(lines.report, total)
         lines.finish()
 
 
 class Task:
-    """Counts the items that are done. ``note`` is shown beside the count, a loss for example."""
+    """Counts the items that are done. ``note`` is shown beside the count, a loss for example.
 
-    def __init__(self, report: Callable[[int, str], None]) -> None:
-        self.done = 0
+    ``total`` may be set anew where the number of items becomes known on the way.
+    """
+
+    def __init__(self, report: Callable[[int, str, int | None], None], total: int | None) -> None:
+        self.done, self.total = 0, total
         self._report = report
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
-        self._report(self.done, note)
+        self._report(self.done, note, self.total)
 
 
 def _print(line: str) -> None:
@@ -106,8 +109,8 @@ class _Lines:
         self.started_s = self.last_s = time.monotonic()
         self.done = 0
 
-    def report(self, done: int, note: str) -> None:
-        self.done = done
+    def report(self, done: int, note: str, total: int | None) -> None:
+        self.done, self.total = done, total
         now_s = time.monotonic()
         if now_s - self.last_s >= LINE_EVERY_S and done != self.total:
             self.last_s = now_s
@@ -133,7 +136,7 @@ class _Bars:
 
     @classmethod
     @contextmanager
-    def shown(cls, description: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    def shown(cls, description: str, total: int | None) -> Iterator[Callable[[int, str, int | None], None]]:
         from rich import progress as rich_progress
         from rich.console import Console
 
@@ -153,7 +156,7 @@ class _Bars:
         live = cls.live
         task_id = live.add_task(description, total=total, note="")
         try:
-            yield lambda done, note: live.update(task_id, completed=done, note=note)
+            yield lambda done, note, total: live.update(task_id, completed=done, note=note, total=total)
         finally:
             cls.open_tasks -= 1
             live.stop_task(task_id)

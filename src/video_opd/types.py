@@ -127,6 +127,18 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForTopK:
+    """A selection that lazy scores are exact for: the first ``k`` by δ with this gate.
+
+    They are exact for a smaller k and for a lower gate, too.
+    Example: ``ForTopK(k=2500, min_teacher_iou=0.5)``.
+    """
+
+    k: int
+    min_teacher_iou: float = MIN_TEACHER_IOU
+
+
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """TVDF's measurements of one row of a pool (appendix B). NaN stands for a value that was not measured."""
 
@@ -136,6 +148,7 @@ class Score:
     reverse_kl: float | None = None  # nats a token, along the student's rollout
     teacher_spans: tuple[tuple[float, float] | None, ...] = ()
     student_spans: tuple[tuple[float, float] | None, ...] = ()
+    for_topk: ForTopK | None = None  # set if the teacher was not asked, because the row cannot be selected so
 
     @property
     def delta(self) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -22,6 +24,7 @@ from process_cases import wait_until
 from video_opd.algorithms.registry import make_method
 from video_opd.cli import main
 from video_opd.config import Recipe, recipe_from_dict
+from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import DTYPES, load_model
@@ -29,6 +32,7 @@ from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference
+from video_opd.processes import Processes
 from video_opd.training.components import Components, adapt, freeze, prepare, usable_samples
 from video_opd.training.loop import train
 from video_opd.training.placement import place
@@ -295,3 +299,30 @@ class Watched(Build):
 
         self.components.policy.sample = watched  # type: ignore[method-assign,assignment]
         return self.components
+
+
+def in_processes(count: int, work: Callable[[Processes], Any], folder: Path) -> list[Any]:
+    """Returns the outcome of ``work`` in each of ``count`` forks: its value, error text, or "killed"."""
+
+    def run(rank: int, port: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            value = work(Processes.of_environment())
+        except UserError as error:
+            value = str(error)
+        (folder / f"result-{rank}.json").write_text(json.dumps(value))
+
+    port, context = free_port(), multiprocessing.get_context("fork")
+    forks = [context.Process(target=run, args=(rank, port)) for rank in range(count)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(60)
+        assert fork.exitcode in (0, -signal.SIGKILL)
+    values = []
+    for rank, fork in enumerate(forks):
+        file = folder / f"result-{rank}.json"
+        values.append(json.loads(file.read_text()) if fork.exitcode == 0 else "killed")
+        file.unlink(missing_ok=True)
+    return values

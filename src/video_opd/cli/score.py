@@ -12,6 +12,7 @@ from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line
+from video_opd.types import MIN_TEACHER_IOU, ForTopK
 
 if TYPE_CHECKING:
     from video_opd.models.inference import InferenceConfig, TeacherInferenceConfig
@@ -39,7 +40,25 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--reverse-kl", action="store_true", help="also measure it along the student's responses"
     )
-    parser.add_argument("--teacher-from", metavar="S.jsonl", help="take the teacher's scores from this file")
+    parser.add_argument(
+        "--teacher-from",
+        action="append",
+        default=[],
+        metavar="S.jsonl",
+        help="take the teacher's scores from this file; may be given several times",
+    )
+    parser.add_argument(
+        "--for-topk",
+        type=positive,
+        metavar="K",
+        help="let the teacher answer only rows that select --strategy topk --k K (or fewer) can choose",
+    )
+    parser.add_argument(
+        "--min-teacher-iou",
+        type=float,
+        metavar="X",
+        help=f"with --for-topk: the gate of that selection (or a lower one); default: {MIN_TEACHER_IOU:g}",
+    )
     add_shared(
         parser,
         "--device",
@@ -53,7 +72,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    for_topk = _for_topk(arguments)
     student, teacher, data, video_root = _inputs(arguments)
+    from video_opd.curriculum.lazy_scores import TopKScoreResult
     from video_opd.curriculum.pool import score_pool
     from video_opd.curriculum.scores import ScoreSettings
     from video_opd.data.annotations import read_samples
@@ -75,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         samples,
         arguments.out,
         settings=settings,
+        for_topk=for_topk,
         batch_size=arguments.batch_size,
         device=arguments.device,
         teacher_from=arguments.teacher_from,
@@ -85,8 +107,26 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.json:
         print_json({**asdict(result), "out": arguments.out})
-    else:
-        print_line(f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored")
+        return
+    scored = f"{arguments.out}: {result.kept + result.scored} of {len(samples)} rows scored"
+    print_line(
+        scored + (f", {result.answered} by the teacher" if isinstance(result, TopKScoreResult) else "")
+    )
+
+
+def _for_topk(arguments: argparse.Namespace) -> ForTopK | None:
+    gate = arguments.min_teacher_iou
+    if arguments.for_topk is None:
+        if gate is not None:
+            raise UserError("--min-teacher-iou belongs to --for-topk; full scores leave the gate to select")
+        return None
+    if arguments.reverse_kl:
+        raise UserError(
+            "--reverse-kl asks the teacher about every row, --for-topk does not: leave out either"
+        )
+    if gate is not None and not gate <= 1:
+        raise UserError(f"--min-teacher-iou is {gate:g}, and a mean IoU is at most 1")
+    return ForTopK(k=arguments.for_topk, min_teacher_iou=MIN_TEACHER_IOU if gate is None else max(gate, 0.0))
 
 
 def _inputs(

@@ -12,7 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from video_opd.config.settings import Number, Settings, Texts, number, several
 from video_opd.errors import need
-from video_opd.types import MIN_TEACHER_IOU, UNGATED, RankBy, Strategy
+from video_opd.types import MIN_TEACHER_IOU, UNGATED, ForTopK, RankBy, Strategy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -359,6 +359,13 @@ class TVDFConfig(SelectionConfig):
     def asks_teacher(self) -> bool:
         """Whether the selection depends on the teacher's responses; GRPO's, by difficulty, does not."""
         return self.gated or self.strategy != "gaussian"
+
+    @property
+    def for_topk(self) -> ForTopK | None:
+        """The selection that lazy scores are enough for; None if it depends on the scores of all rows."""
+        if self.strategy != "topk" or self.rank_by != "iou_gap":
+            return None
+        return ForTopK(k=self.k, min_teacher_iou=max(self.min_teacher_iou, 0.0))
 
 
 class RoundsConfig(Settings):

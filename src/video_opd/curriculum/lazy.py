@@ -1,9 +1,9 @@
 """Which rows the teacher must answer so that the first k by δ are known: exact lazy TVDF. No torch.
 
-δ = τ − σ ≤ 1 − σ (eq 12), because an IoU is at most 1. The student has answered all rows, so the *best rank
-key* of a row is known: its place in the order of eq 13 if the teacher were always right. The teacher
-answers rows in ascending order of their best keys, which is ascending σ with ties by id, until k known candidates
-stand before the best key of every row that is left. Such a row stands behind its best key at best, and other
+δ = τ − σ ≤ 1 − σ (eq 12), because an IoU is at most 1. The student has answered all rows, so the *best key*
+of a row is known: its place in the order of eq 13 if the teacher were always right. The teacher answers rows
+in ascending order of their best keys, which is ascending σ with ties by id, until k known candidates stand
+before the best key of every row that is left. Such a row stands behind its best key at best, and other
 answers only add candidates, so it is not among the first k. Keys end in the id, so no two are equal, and a
 row that could only tie with the k-th is answered if its id would win.
 """
@@ -98,13 +98,14 @@ class LazyTopK:
     def expected(self, open_rows: Sequence[str]) -> int:
         """About how many of the first open rows will have to be answered: an estimate.
 
-        It supposes that the teacher's IoU of an open row is drawn from those that are known.
+        It supposes that the teacher's IoU of an open row is drawn from those that are known, or from the
+        student's as long as none is.
         """
-        count = len(self._answered_ious)
-        if not count or not open_rows:
-            return len(open_rows)
-        step = max(1, count // ESTIMATE_FROM)
-        sample = self._answered_ious[step // 2 :: step]
+        if not open_rows:
+            return 0
+        known_ious = self._answered_ious or sorted(self.student_ious.values())
+        step = max(1, len(known_ious) // ESTIMATE_FROM)
+        sample = known_ious[step // 2 :: step]
         passing = [iou for iou in sample if self.min_teacher_iou <= 0 or iou >= self.min_teacher_iou]
         ious = [self.student_ious[row] for row in open_rows]  # ascending
 
@@ -127,9 +128,9 @@ class LazyTopK:
         """
         open_rows = self.open_rows()
         size = max(at_least, min(self.certain(open_rows), len(self.answers)))
-        likely = self.expected(open_rows) if self._answered_ious else 0
         videos = {video_of[row] for row in open_rows[:size]}
-        return open_rows[:size] + [row for row in open_rows[size:likely] if video_of[row] in videos]
+        likely = open_rows[size : self.expected(open_rows)]
+        return open_rows[:size] + [row for row in likely if video_of[row] in videos]
 
     def _position(self, key: _Key) -> int:
         """How many rows have a best key before ``key``."""

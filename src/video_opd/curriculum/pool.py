@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.config import Recipe
+from video_opd.curriculum.lazy_scores import score_for_topk
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
+from video_opd.errors import UserError
 from video_opd.locks import locked_file
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import (
     InferenceConfig,
-    InferenceModel,
     TeacherInferenceConfig,
+    chosen_device,
     load_inference_model,
+    load_model_inputs,
     log_other_video_form,
     teacher_config,
     with_video_form,
 )
-from video_opd.models.loading import load_model, read_config
+from video_opd.models.loading import load_model, load_processor, read_model_configs, release_memory
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
-from video_opd.types import Sample
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.types import ForTopK, Sample
 
 if TYPE_CHECKING:
     from video_opd.models.interfaces import Policy
@@ -46,57 +51,78 @@ def score_pool(
     out: str | Path,
     *,
     settings: ScoreSettings,
+    for_topk: ForTopK | None = None,
     batch_size: int = 8,
     device: str | None = None,
     cache_dir: str | Path | None = None,
-    teacher_from: str | Path | None = None,
+    teacher_from: Sequence[str | Path] = (),
     overwrite: bool = False,
     repeatable: bool = False,
     processes: Processes | None = None,
 ) -> ScoreResult:
     """Loads the models and scores ``samples``, as :func:`~video_opd.curriculum.scores.score` does.
 
-    With ``teacher_from`` the teacher is loaded only when a row needs it. ``cache_dir`` keeps decoded
-    clips. Raises :class:`UserError` for models that do not share their tokens, and as ``score`` does.
+    With ``for_topk`` it scores them as :func:`~video_opd.curriculum.lazy_scores.score_for_topk` does: the
+    student is loaded, answers and is freed before the teacher is loaded. With ``teacher_from`` the teacher is
+    loaded only when a row needs it. ``cache_dir`` keeps decoded clips. Raises :class:`UserError` for models
+    that do not share their tokens, and as ``score`` does.
     """
-    if teacher is not None and teacher_from is None:
-        read_config(teacher.model.path)  # finds a missing teacher before minutes are spent on the student
-    with locked_file(out, processes):  # before the models are loaded
-        loaded = load_inference_model(student, device, cache_dir)
-        lazy_teacher = None if teacher is None else LazyPolicy(lambda: _load_teacher(teacher, loaded, device))
-        if lazy_teacher is not None and teacher_from is None:
-            lazy_teacher.load()
-        provenance: dict[str, Any] = {
-            "student": loaded.provenance()["model"],
+    inputs = load_model_inputs(student, cache_dir)
+    form = read_model_configs(student.model.path), inputs.encoder.processor
+    if teacher is not None:  # before minutes are spent on the student
+        theirs = read_model_configs(teacher.model.path), load_processor(teacher.model.path)
+        check_same_tokens(form, theirs, other_template=teacher.other_template)
+    shared: dict[str, Any] = {
+        "provenance": {
+            "student": inputs.provenance()["model"],
             "student_dtype": student.model.dtype,
             "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
             "teacher_dtype": None if teacher is None else teacher.model.dtype,
-            "input": loaded.provenance()["input"],
-        }
-        return score(
-            loaded.policy,
-            lazy_teacher,
-            samples,
-            loaded.prompts,
-            out,
-            provenance=provenance,
-            settings=settings,
-            batch_size=batch_size,
-            teacher_from=teacher_from,
-            overwrite=overwrite,
-            repeatable=repeatable,
-            processes=processes,
-        )
+            "input": inputs.provenance()["input"],
+        },
+        "settings": settings,
+        "batch_size": batch_size,
+        "teacher_from": teacher_from,
+        "overwrite": overwrite,
+        "repeatable": repeatable,
+        "processes": processes,
+    }
 
+    def load_student() -> Policy:
+        return load_inference_model(student, device, cache_dir).policy
 
-def _load_teacher(teacher: TeacherInferenceConfig, student: InferenceModel, device: str | None) -> Policy:
-    settings, policy = teacher.model, student.policy
-    loaded = load_model(
-        settings.path, dtype=settings.dtype, device=device or policy.device, attn=settings.attn
+    later = (
+        None if teacher is None else LazyPolicy(lambda: _load_teacher(teacher, Vocabulary.of(*form), device))
     )
-    check_same_tokens((policy.model, policy.processor), loaded, other_template=teacher.other_template)
-    log_other_video_form(student.config.prompt.video_form, settings.path)
-    return HFPolicy(*loaded, settings.engine, vocabulary=policy.vocabulary)
+    with locked_file(out, processes):  # before the models are loaded
+        if for_topk is not None:
+            if later is None:
+                raise UserError("without a teacher there is no δ to find the first k by: name the teacher")
+            first = LazyPolicy(load_student)
+            return score_for_topk(
+                _freed(first), _freed(later), samples, inputs.prompts, out, for_topk=for_topk, **shared
+            )
+        policy = load_student()
+        if later is not None and not teacher_from:
+            later.load()
+        return score(policy, later, samples, inputs.prompts, out, **shared)
+
+
+def _load_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None) -> Policy:
+    """``vocabulary`` is the student's."""
+    settings = teacher.model
+    loaded = load_model(settings.path, dtype=settings.dtype, device=chosen_device(device), attn=settings.attn)
+    log_other_video_form(teacher.prompt.video_form, settings.path)
+    return HFPolicy(*loaded, settings.engine, vocabulary=vocabulary)
+
+
+@contextmanager
+def _freed(policy: LazyPolicy) -> Iterator[Policy]:
+    """The policy, whose memory is free after the block."""
+    try:
+        yield policy
+    finally:
+        policy.free()
 
 
 class LazyPolicy:
@@ -110,6 +136,12 @@ class LazyPolicy:
         if self._policy is None:
             self._policy = self._load()
         return self._policy
+
+    def free(self) -> None:
+        """Frees the memory of the policy. It would be loaded again if it were used again."""
+        if self._policy is not None:
+            self._policy = None
+            release_memory()
 
     def prefill(self, *arguments: Any, **settings: Any) -> Any:
         return self.load().prefill(*arguments, **settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
-from video_opd.types import Score
+from video_opd.types import ForTopK, Score
 
 KEYS = ("teacher_iou", "student_iou", "reverse_kl")
 
@@ -19,8 +19,8 @@ def read_scores(path: str | Path) -> dict[str, Score]:
 
     A value that is null, missing or not finite becomes NaN, or None if it is the reverse KL. The spans that
     the scores were computed from stay in the file. Raises :class:`UserError` with file and line for a row
-    without id, for an id that comes twice, and for a value that is no number or out of range; and without a
-    line for a file in which no row has any score.
+    without id, for an id that comes twice, for a value that is no number or out of range, and for a
+    ``for_topk`` that names no selection; and without a line for a file in which no row has any score.
     """
     scores: dict[str, Score] = {}
     measured = False
@@ -38,6 +38,7 @@ def read_scores(path: str | Path) -> dict[str, Score]:
                 teacher_iou=_iou(row, "teacher_iou"),
                 student_iou=_iou(row, "student_iou"),
                 reverse_kl=None if math.isnan(reverse_kl) else reverse_kl,
+                for_topk=_for_topk(row),
             )
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
@@ -47,6 +48,16 @@ def read_scores(path: str | Path) -> dict[str, Score]:
             "name one that video-opd score made"
         )
     return scores
+
+
+def _for_topk(row: Mapping[str, Any]) -> ForTopK | None:
+    found = row.get("for_topk")
+    if found is None:
+        return None
+    k, gate = (found.get(key) for key in ("k", "min_teacher_iou")) if isinstance(found, Mapping) else (0, 0)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1 or not isinstance(gate, int | float):
+        raise UserError(f'"for_topk" must be {{"k": rows, "min_teacher_iou": gate}}, not {found!r}')
+    return ForTopK(k=k, min_teacher_iou=gate)
 
 
 def _number(row: Mapping[str, Any], key: str) -> float:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 K = 4  # responses of a model to a row; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
+TEACHER_PROVENANCE = ("teacher", "teacher_dtype", "input", "teacher_answers")  # what they depend on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def score(
     provenance: Mapping[str, Any],
     settings: ScoreSettings | None = None,
     batch_size: int = 8,
-    teacher_from: str | Path | None = None,
+    teacher_from: Sequence[str | Path] = (),
     overwrite: bool = False,
     repeatable: bool = False,
     processes: Processes | None = None,
@@ -102,27 +103,22 @@ def score(
 
     Without a ``teacher`` only the student responds: all that GRPO's selection by difficulty needs (D.1).
     ``provenance`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
-    (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` is an earlier scores
-    file. The teacher's scores of its rows are reused if the same teacher made them from the same input and
+    (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` are earlier scores
+    files. The teacher's scores of their rows are reused if the same teacher made them from the same input and
     settings. ``repeatable``: a killed output ends with the same bytes as another
     (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
     Raises :class:`UserError` where another teacher made the rows of ``teacher_from``, and where something
     else made the rows of ``out``, and where another command is writing ``out``.
     """
     settings = settings or ScoreSettings()
-    if teacher is None and (settings.reverse_kl or teacher_from is not None):
+    if teacher is None and (settings.reverse_kl or teacher_from):
         raise UserError("without a teacher there is no reverse KL and no teacher's score: name the teacher")
-    provenance = {
-        **provenance,
-        "teacher_answers": asdict(settings.teacher),  # checks the settings before the first video
-        "student_answers": asdict(settings.student),
-        "reverse_kl": settings.reverse_kl,
-    }
+    provenance = full_provenance(provenance, settings)
     with locked_file(out, processes):
         output = Output(out, provenance, overwrite=overwrite, repeatable=repeatable, processes=processes)
         wanted = [sample for sample in samples if sample.spans or settings.reverse_kl]
         todo = samples_without_rows(wanted, output.rows, out)
-        reused = {} if teacher_from is None else _teacher_scores(teacher_from, provenance, todo)
+        reused = known_teacher_scores(teacher_from, provenance, todo)
         kept = len(wanted) - len(todo)
         reuse = f", the teacher's scores of {len(reused)} are reused" if reused else ""
         log(f"{out}: {kept} of {len(wanted)} rows are there, {len(todo)} to score{reuse}")
@@ -130,7 +126,8 @@ def score(
         def rows_of(batch: Sequence[Item]) -> list[dict[str, Any]]:
             return _score_batch(student, teacher, batch, settings, reused)
 
-        append_batches(output, todo, make_loader, batch_size, rows_of, "scoring")
+        title = "scoring" if teacher is not None else "student answering"
+        append_batches(output, wanted, make_loader, batch_size, rows_of, title)
         output.finish(samples)
     scored = [sample for sample in todo if sample.id in output.ids]
     return ScoreResult(
@@ -140,6 +137,16 @@ def score(
         unannotated=len(samples) - len(wanted),
         reused=sum(sample.id in reused for sample in scored),
     )
+
+
+def full_provenance(provenance: Mapping[str, Any], settings: ScoreSettings) -> dict[str, Any]:
+    """The provenance of a scores file. Raises :class:`UserError` for settings that cannot work."""
+    return {
+        **provenance,
+        "teacher_answers": asdict(settings.teacher),
+        "student_answers": asdict(settings.student),
+        "reverse_kl": settings.reverse_kl,
+    }
 
 
 def _score_batch(
@@ -173,20 +180,20 @@ def _score_batch(
             )
             for i, group in zip(missing, teacher_groups, strict=True):
                 sample = batch[i][0]
-                teacher_scores[sample.id] = _scores_of("teacher", sample, group, settings)
+                teacher_scores[sample.id] = scores_of("teacher", sample, group, settings)
         if settings.reverse_kl:
             teacher_BT = teacher.logprobs(prefix, responses).logprobs_BT.tolist()
             reverse_kls = _reverse_kls(student_BT, teacher_BT, groups)
     return [
         {"id": sample.id, "query": sample.query}
         | teacher_scores.get(sample.id, {})
-        | _scores_of("student", sample, group, settings)
+        | scores_of("student", sample, group, settings)
         | reverse_kl
         for (sample, _), group, reverse_kl in zip(batch, groups, reverse_kls, strict=True)
     ]
 
 
-def _scores_of(
+def scores_of(
     role: str, sample: Sample, rollouts: Sequence[Rollout], settings: ScoreSettings
 ) -> dict[str, Any]:
     """The keys of a row that one model's responses give."""
@@ -231,23 +238,30 @@ def _reverse_kls(
     return results
 
 
-def _teacher_scores(
-    path: str | Path, provenance: Mapping[str, Any], todo: Sequence[Sample]
+def known_teacher_scores(
+    paths: Sequence[str | Path], provenance: Mapping[str, Any], samples: Sequence[Sample]
 ) -> dict[str, dict[str, Any]]:
-    """The teacher's keys of an earlier scores file, by id, for the samples of ``todo``."""
-    before = read_provenance(path)
-    for key in ("teacher", "teacher_dtype", "input", "teacher_answers"):
-        if before.get(key) != json.loads(json.dumps(provenance.get(key))):
+    """The teacher's keys of earlier scores files, by id, for the samples whose query they were made for.
+
+    Raises :class:`UserError` if something else than ``provenance`` says made the teacher's part of a file.
+    """
+    queries = {sample.id: sample.query for sample in samples}
+    known: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        before = read_provenance(path)
+        for key in TEACHER_PROVENANCE:
+            if before.get(key) != json.loads(json.dumps(provenance.get(key))):
+                raise UserError(
+                    f"{path}: another {key!r} made these teacher scores: score anew, without that file"
+                )
+        if changed_since_written(path):
             raise UserError(
-                f"{path}: another {key!r} made these teacher scores: score anew, without that file"
+                f"{path}: rows were changed or lost since they were written: score anew, without it"
             )
-    if changed_since_written(path):
-        raise UserError(f"{path}: rows were changed or lost since they were written: score anew, without it")
-    queries = {sample.id: sample.query for sample in todo}
-    return {
-        row["id"]: {key: row[key] for key in TEACHER_KEYS}
-        for _, row in read_jsonl(path)
-        if row["id"] in queries
-        and row.get("query") == queries[row["id"]]
-        and all(key in row for key in TEACHER_KEYS)
-    }
+        for _, row in read_jsonl(path):
+            identity = row["id"]
+            if identity not in queries or row.get("query") != queries[identity]:
+                continue
+            if all(key in row for key in TEACHER_KEYS):
+                known[identity] = {key: row[key] for key in TEACHER_KEYS}
+    return known

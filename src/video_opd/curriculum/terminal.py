@@ -67,6 +67,7 @@ def _exclusions(summary: Summary) -> list[str]:
         ("used before", summary.used_before),
         ("without annotation", summary.unannotated),
         ("without a score", summary.unscored),
+        ("that the teacher was not asked about: they cannot be selected (lazy scores)", summary.not_asked),
         ("with a score that is missing or not finite", summary.unmeasured),
         ("where the teacher failed the gate", summary.failed_gate),
     )

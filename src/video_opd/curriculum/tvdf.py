@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from video_opd.config import SelectionConfig
 from video_opd.curriculum.gate import passes
+from video_opd.curriculum.lazy import LazyTopK
 from video_opd.curriculum.samplers import Selection, rank_value, select
 from video_opd.curriculum.score_files import read_scores
 from video_opd.errors import UserError
@@ -36,7 +37,7 @@ class SourceCount:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Counts the rows of a data file. ``rows`` is the sum of the five exclusions and of ``candidates``."""
+    """Counts the rows of a data file. ``rows`` is the sum of the six exclusions and of ``candidates``."""
 
     strategy: Strategy
     rank_by: str
@@ -46,6 +47,7 @@ class Summary:
     used_before: int  # rows that the caller excludes
     unannotated: int  # rows without spans, which the gate excludes: it cannot compare the teacher with them
     unscored: int  # rows that the scores file does not have
+    not_asked: int  # rows that the teacher was not asked about, because they cannot be selected: lazy scores
     unmeasured: int  # rows whose score lacks a finite value that the gate or the ranking needs
     failed_gate: int
     candidates: int
@@ -72,6 +74,7 @@ class _Pool:
     used_before: int
     unannotated: int
     unscored: int
+    not_asked: int
     unmeasured: int
     failed_gate: int
 
@@ -92,7 +95,8 @@ def select_file(
     Returns the selected data rows with a ``"tvdf"`` block, in rank order, and a summary; writes the rows to
     ``out`` if it is given. ``exclude`` are ids that may not be selected again; ``seed`` and ``fill`` are
     those of :func:`~video_opd.curriculum.samplers.select`. Raises :class:`UserError` for a mistake in the
-    files, and for scores without a reverse KL if that is to rank them.
+    files, for scores without a reverse KL if that is to rank them, and for lazy scores
+    (:mod:`~video_opd.curriculum.lazy_scores`) if the selection from full scores could be another one.
     """
     data_rows, scores_by_id = _read_rows(data), read_scores(scores)
     ranks_by_kl = settings.strategy != "gaussian" and settings.rank_by == "reverse_kl"
@@ -101,7 +105,7 @@ def select_file(
             f"{scores}: no row has reverse_kl, which the rows are to be ranked by; "
             "score the pool with --reverse-kl, or rank by iou_gap"
         )
-    pool = _pool(data_rows, scores_by_id, settings, frozenset(exclude))
+    pool = _pool(data_rows, scores_by_id, settings, frozenset(exclude), str(scores))
     selection = select(pool.candidates, settings, seed=seed, fill=fill)
     summary = _summarise(data_rows, scores_by_id, pool, selection, settings)
     move = _Mover(Path(data), out, video_root)
@@ -132,13 +136,18 @@ def _pool(
     scores: Mapping[str, Score],
     settings: SelectionConfig,
     exclude: frozenset[str],
+    path: str,
 ) -> _Pool:
     fresh = [identity for identity in rows if identity not in exclude]
     annotated = [identity for identity in fresh if rows[identity].get("spans") or not settings.gated]
     scored = [scores[identity] for identity in annotated if identity in scores]
+    asked = scored
+    if settings.gated or settings.strategy != "gaussian":  # which needs the student's part only
+        asked = [score for score in scored if score.for_topk is None]
+        _check_lazy(scored, settings, path)
     measured = [
         score
-        for score in scored
+        for score in asked
         if math.isfinite(rank_value(score, settings))
         and not (settings.gated and math.isnan(score.teacher_iou))
     ]
@@ -148,9 +157,38 @@ def _pool(
         used_before=len(rows) - len(fresh),
         unannotated=len(fresh) - len(annotated),
         unscored=len(annotated) - len(scored),
-        unmeasured=len(scored) - len(measured),
+        not_asked=len(scored) - len(asked),
+        unmeasured=len(asked) - len(measured),
         failed_gate=len(measured) - len(candidates),
     )
+
+
+def _check_lazy(scored: Sequence[Score], settings: SelectionConfig, path: str) -> None:
+    """Raises :class:`UserError` if answers that the teacher was not asked for could change the selection."""
+    not_asked = {score.id: score.for_topk for score in scored if score.for_topk is not None}
+    if not not_asked:
+        return
+    made_for = next(iter(not_asked.values()))
+    what = (
+        f"{path}: the teacher was not asked about {len(not_asked)} rows, which cannot be among the first "
+        f"{made_for.k} by iou_gap with min_teacher_iou {made_for.min_teacher_iou:g}"
+    )
+    for key, value, needed in (
+        ("strategy", settings.strategy, "topk"),
+        ("rank_by", settings.rank_by, "iou_gap"),
+    ):
+        if value != needed:
+            raise UserError(f"{what}; {key} {value} needs the scores of all rows: score without --for-topk")
+    lazy = LazyTopK({score.id: score.student_iou for score in scored}, settings.k, settings.min_teacher_iou)
+    for score in scored:
+        if score.for_topk is None:
+            lazy.answer(score.id, score.teacher_iou)
+    if left := len(not_asked.keys() & set(lazy.open_rows())):
+        raise UserError(
+            f"{what}; {left} of them could be among the first {settings.k} with min_teacher_iou "
+            f"{settings.min_teacher_iou:g}: extend the file, video-opd score … --for-topk {settings.k} "
+            f"--min-teacher-iou {settings.min_teacher_iou:g}"
+        )
 
 
 def _block(score: Score, strategy: Strategy, rank: int) -> dict[str, Any]:
@@ -208,6 +246,7 @@ def _summarise(
         used_before=pool.used_before,
         unannotated=pool.unannotated,
         unscored=pool.unscored,
+        not_asked=pool.not_asked,
         unmeasured=pool.unmeasured,
         failed_gate=pool.failed_gate,
         candidates=len(pool.candidates),
@@ -253,8 +292,16 @@ class ThresholdRow:
 
 
 def explain_file(data: str | Path, scores: str | Path, k: int) -> list[ThresholdRow]:
-    """:func:`explain` for the annotated rows of a data file. Raises :class:`UserError` for wrong files."""
+    """:func:`explain` for the annotated rows of a data file.
+
+    Raises :class:`UserError` for wrong files, and for lazy scores, which do not say what a gate would leave.
+    """
     rows, known = _read_rows(data), read_scores(scores)
+    if not_asked := sum(score.for_topk is not None for score in known.values()):
+        raise UserError(
+            f"{scores}: the teacher was not asked about {not_asked} rows, and what a gate leaves depends on "
+            "all of them: score without --for-topk"
+        )
     return explain((known[i] for i, row in rows.items() if i in known and row.get("spans")), k)
 
 

@@ -142,7 +142,7 @@ def _predict(
         groups = generate_responses(policy, [prompt for _, prompt in batch], settings, "predict")
         return [make_row(sample, group, settings) for (sample, _), group in zip(batch, groups, strict=True)]
 
-    append_batches(output, todo, make_loader, batch_size, make_rows, "answering")
+    append_batches(output, samples, make_loader, batch_size, make_rows, "answering")
     output.finish(samples)
     answered = sum(sample.id in output.ids for sample in todo)
     return PredictResult(kept=kept, answered=answered, failed=len(todo) - answered)

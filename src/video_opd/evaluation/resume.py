@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +51,44 @@ def open_output(
     Raises :class:`UserError` if something else made the rows that are there, if their provenance is not
     known, or if they have changed since they were written. The files are as they were then.
     """
-    out, written = Path(out), provenance_path(out)
     if overwrite:
-        out.unlink(missing_ok=True)
-        written.unlink(missing_ok=True)
-        for path in process_file_paths(out):
-            path.unlink()
-    rows: dict[str, dict[str, Any]] = {}
-    if any(path.exists() and path.stat().st_size for path in [out, *process_file_paths(out)]):
-        if not written.exists():
-            raise UserError(
-                f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
-            )
-        _check_same(out, read_provenance(out), json.loads(json.dumps(provenance)))
-        _check_seal(out, repeatable)
-        rows = _all_rows(out)
+        remove_output(out)
+    rows = known_rows(out, provenance, repeatable=repeatable)
     if process_file_paths(out):
         merge_process_files(out, list(rows), provenance)
     else:
         write_provenance(out, provenance, Sealer(out).seal())
     return rows
+
+
+def remove_output(out: str | Path) -> None:
+    """Removes an output, its provenance and its process files."""
+    for path in (Path(out), provenance_path(out), *process_file_paths(out)):
+        path.unlink(missing_ok=True)
+
+
+def known_rows(
+    out: str | Path,
+    provenance: Mapping[str, Any],
+    *,
+    repeatable: bool = False,
+    ignored: Collection[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """The same as :func:`open_output`, but nothing is written beside the rows.
+
+    The sections ``ignored`` of the provenance may differ.
+    """
+    out, written = Path(out), provenance_path(out)
+    if not any(path.exists() and path.stat().st_size for path in [out, *process_file_paths(out)]):
+        return {}
+    if not written.exists():
+        raise UserError(
+            f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
+        )
+    trees = read_provenance(out), json.loads(json.dumps(provenance))
+    _check_same(out, *({key: tree[key] for key in tree if key not in ignored} for tree in trees))
+    _check_seal(out, repeatable)
+    return _all_rows(out)
 
 
 def write_provenance(out: str | Path, provenance: Mapping[str, Any], seal: Seal | None) -> None:
@@ -82,13 +100,15 @@ def write_provenance(out: str | Path, provenance: Mapping[str, Any], seal: Seal 
 def merge_process_files(out: str | Path, order: Sequence[str], provenance: Mapping[str, Any]) -> None:
     """Writes ``out`` anew with its rows and those of its process files: the ids of ``order`` first.
 
-    The file is replaced in one step. A kill before the process files are removed costs nothing: their rows
-    are in both places then.
+    The file is replaced in one step, unless it holds these rows already. A kill before the process files are
+    removed costs nothing: their rows are in both places then.
     """
     paths, rows = process_file_paths(out), _all_rows(out)
-    first = dict.fromkeys(name for name in order if name in rows)
+    ids = list(dict.fromkeys(name for name in order if name in rows) | dict.fromkeys(rows))
+    if not paths and Path(out).exists() and ids == list(rows):
+        return
     write_provenance(out, provenance, None)  # after a kill, neither the old file nor the new one is damaged
-    write_jsonl(out, [rows[name] for name in first | dict.fromkeys(rows)])
+    write_jsonl(out, [rows[name] for name in ids])
     write_provenance(out, provenance, Sealer(out).seal())
     for path in paths:
         path.unlink()

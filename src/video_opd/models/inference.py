@@ -103,7 +103,7 @@ def _read(
             tree["prompt"] = {**prompt, "style": protocol.prompt_style}
     tree = apply_overrides({**tree, "model": model}, overrides)
     config = read_settings(kind, tree)
-    if "dtype" not in tree["model"] and _chosen_device(device).startswith("cuda"):
+    if "dtype" not in tree["model"] and chosen_device(device).startswith("cuda"):
         config = config.changed(**{"model.dtype": "bfloat16"})
     if protocol is not None and config.prompt.style != protocol.prompt_style:
         raise UserError(
@@ -213,15 +213,14 @@ def _log_once(message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceModel:
-    """A loaded checkpoint: ``policy`` answers prompts that ``encoder`` makes of videos within ``budget``.
+class ModelInputs:
+    """What a checkpoint is given: prompts that ``encoder`` makes of videos within ``budget``. No weights.
 
-    ``workers`` threads decode videos while the model answers. ``cache_dir`` keeps decoded clips, so that
+    ``workers`` threads decode videos while a model answers. ``cache_dir`` keeps decoded clips, so that
     several models that are given the same videos decode them once.
     """
 
     config: InferenceConfig
-    policy: HFPolicy
     encoder: PromptEncoder
     budget: VideoConfig
     cache_dir: Path | None = None
@@ -236,15 +235,6 @@ class InferenceModel:
             "dtype": self.config.model.dtype,
             "input": {"video": self.config.video.model_dump(), "prompt": self.config.prompt.model_dump()},
         }
-
-    def with_prompt_style(self, style: str) -> InferenceModel:
-        """The same model with another prompt style. Raises UserError for an unknown style."""
-        from video_opd.data.encode import PromptEncoder
-
-        if style == self.config.prompt.style:
-            return self
-        config = self.config.changed(**{"prompt.style": style})
-        return replace(self, config=config, encoder=PromptEncoder(self.policy.processor, config.prompt))
 
     def prompts(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         """Yields each sample with its prompt, in order; videos are decoded in the background.
@@ -267,6 +257,38 @@ class InferenceModel:
             log(f"left out {sample.id}: {reason}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InferenceModel(ModelInputs):
+    """A loaded checkpoint: ``policy`` answers the prompts."""
+
+    policy: HFPolicy
+
+    def with_prompt_style(self, style: str) -> InferenceModel:
+        """The same model with another prompt style. Raises UserError for an unknown style."""
+        from video_opd.data.encode import PromptEncoder
+
+        if style == self.config.prompt.style:
+            return self
+        config = self.config.changed(**{"prompt.style": style})
+        return replace(self, config=config, encoder=PromptEncoder(self.policy.processor, config.prompt))
+
+
+def load_model_inputs(config: InferenceConfig, cache_dir: str | Path | None = None) -> ModelInputs:
+    """The inputs of the checkpoint ``config.model.path``, whose weights are not read.
+
+    Raises UserError if it has no Qwen3-VL processor.
+    """
+    from video_opd.data.encode import PromptEncoder
+    from video_opd.models.loading import load_processor
+
+    return ModelInputs(
+        config=config,
+        encoder=PromptEncoder(load_processor(config.model.path), config.prompt),
+        budget=config.video,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+    )
+
+
 def load_inference_model(
     config: InferenceConfig, device: str | None = None, cache_dir: str | Path | None = None
 ) -> InferenceModel:
@@ -282,7 +304,7 @@ def load_inference_model(
     model, processor = load_model(
         config.model.path,
         dtype=config.model.dtype,
-        device=_chosen_device(device),
+        device=chosen_device(device),
         attn=config.model.attn,
     )
     return InferenceModel(
@@ -294,7 +316,8 @@ def load_inference_model(
     )
 
 
-def _chosen_device(device: str | None) -> str:
+def chosen_device(device: str | None) -> str:
+    """The device that is asked for or, without it, this process's GPU or the CPU."""
     import torch
 
     if device is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +83,13 @@ def load_model(
     return model.to(target).eval(), processor
 
 
+def release_memory() -> None:
+    """Frees the memory of models that nothing refers to any more, before another one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _check_quantisation(path: str | Path, config: Any, trained: bool) -> str | None:
     """The method by which the weights are quantised; it is told to dequantise them. None if they are not."""
     method = quantisation_of(config)
@@ -133,6 +142,28 @@ def read_config(path: str | Path) -> Any:
         raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with {known} checkpoints")
     _check_sizes(path, config)
     return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfigs:
+    """What the folder of a model says of it. A loaded model has the same two attributes."""
+
+    config: Any
+    generation_config: Any
+
+
+def read_model_configs(path: str | Path) -> ModelConfigs:
+    """The configs of a checkpoint, without its weights. Raises :class:`UserError` as :func:`read_config`."""
+    from transformers import GenerationConfig
+
+    config = read_config(path)
+    try:
+        generation = _read(path, "generation_config.json", GenerationConfig.from_pretrained)
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        generation = GenerationConfig.from_model_config(config)  # there is no such file
+    return ModelConfigs(config=config, generation_config=generation)
 
 
 _SIZES = {

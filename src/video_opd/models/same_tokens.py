@@ -7,25 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.data.prompts import STYLES, build_messages
 from video_opd.errors import UserError
-from video_opd.models.vocabulary import Vocabulary, eos_token_ids, vision_token_ids
+from video_opd.models.vocabulary import Configured, Vocabulary, eos_token_ids, vision_token_ids
 
 if TYPE_CHECKING:
-    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import Qwen3VLProcessor
 
 _QUERY = "a person opens “the door” at 3.5 s"
 
 
 def check_same_tokens(
-    student: tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor],
-    teacher: tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor],
+    student: tuple[Configured, Qwen3VLProcessor],
+    teacher: tuple[Configured, Qwen3VLProcessor],
     *,
     other_template: bool = False,
 ) -> None:
     """Raise :class:`UserError` unless a teacher can score what a student writes, given the same inputs.
 
-    Both arguments are ``(model, processor)``. Compared are the ids of the student's tokens, the ids that
-    stand for pixels, the end-of-sequence ids, the form of the pixels (patch sizes, normalisation), and the
-    ids of what both chat templates make of our messages. ``other_template`` leaves out the last.
+    Both arguments are ``(model, processor)``; a model's configs do as well. Compared are the ids of the
+    student's tokens, the ids that stand for pixels, the end-of-sequence ids, the form of the pixels (patch
+    sizes, normalisation), and the ids of what both chat templates make of our messages. ``other_template``
+    leaves out the last.
 
     Not compared: the number of embedding rows, which is padded differently from one model size to the next,
     and tokens that only the teacher has, which no student writes.
@@ -113,7 +114,7 @@ def _special_tokens(tokenizer: Any, known: set[int]) -> dict[str, Any]:
     }
 
 
-def _pixel_form(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> dict[str, Any]:
+def _pixel_form(model: Configured, processor: Qwen3VLProcessor) -> dict[str, Any]:
     """The form of the encoded pixels: a teacher is given those that the student's processor made."""
     vision, video = model.config.vision_config, processor.video_processor
     sizes = ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels")

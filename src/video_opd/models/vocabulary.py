@@ -10,18 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from video_opd.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import Qwen3VLProcessor
 
 # Added to the logit of a token that cannot be written: its probability is then exactly 0 in float32. The
 # value is finite so that 0 * (log p - log q) in a divergence over the vocabulary is 0 instead of NaN.
 FORBIDDEN_LOGIT = -1e30
+
+
+class Configured(Protocol):
+    """A loaded model, or what its folder says of it (:func:`video_opd.models.loading.read_model_configs`)."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def generation_config(self) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,7 @@ class Vocabulary:
     pad_id: int  # fills masked positions; its value never matters
 
     @classmethod
-    def of(cls, model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> Vocabulary:
+    def of(cls, model: Configured, processor: Qwen3VLProcessor) -> Vocabulary:
         """The vocabulary of a model and its processor. Raises :class:`UserError` if they do not fit."""
         token_ids = set(processor.tokenizer.get_vocab().values())
         size = max(token_ids) + 1
@@ -76,13 +86,13 @@ class Vocabulary:
         return next((i for i in token_ids if not 0 <= i < self.size or i in self.forbidden_ids), None)
 
 
-def vision_token_ids(model: Qwen3VLForConditionalGeneration) -> dict[str, int]:
+def vision_token_ids(model: Configured) -> dict[str, int]:
     """The ids of vision placeholders by their names in the model's config."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {name: getattr(model.config, name) for name in names}
 
 
-def eos_token_ids(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor) -> frozenset[int]:
+def eos_token_ids(model: Configured, processor: Qwen3VLProcessor) -> frozenset[int]:
     """Every id that ends a response, from generation config, model config and tokenizer together."""
     found: list[Any] = [
         getattr(model.generation_config, "eos_token_id", None),

@@ -244,6 +244,7 @@ _COUNTS = (
     "used_before",
     "unannotated",
     "unscored",
+    "not_asked",
     "failed_gate",
     "candidates",
     "selected",

@@ -141,6 +141,7 @@ def selection_facts(selection: Mapping[str, Any]) -> list[tuple[str, str]]:
         "rows": "rows in the pool",
         "unannotated": "without annotation",
         "unscored": "without a score",
+        "not_asked": "not asked: cannot be selected",
         "min_teacher_iou": "gate: teacher IoU at least",
         "failed_gate": "stopped by the gate",
         "candidates": "passed the gate",
@@ -156,6 +157,7 @@ ROUND_HEADER = (
     "rows in the pool",
     "used before",
     "without annotation",
+    "not asked",
     "stopped by the gate",
     "candidates",
     "selected",
@@ -171,7 +173,7 @@ def rounds_table(run: Run) -> list[list[str]]:
     rows = []
     for each in run.rounds:
         chosen, delta = each.selection or {}, records.get(each.number, {}).get("delta", {})
-        counts = ("rows", "used_before", "unannotated", "failed_gate", "candidates", "selected")
+        counts = ("rows", "used_before", "unannotated", "not_asked", "failed_gate", "candidates", "selected")
         means = [delta.get(name, {}).get("mean") for name in ("scored", "selected")]
         rows.append(
             [

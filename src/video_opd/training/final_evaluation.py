@@ -1,8 +1,13 @@
-"""The evaluation of a run: greedy predictions of its final model on the files of ``evaluate.data``."""
+"""The evaluation of a run: greedy predictions of its final model on the files of ``evaluate.data``.
+
+Several processes divide the videos among themselves, and the first one writes the figures.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +19,15 @@ from video_opd.evaluation.comparison import evaluate_file
 from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
-from video_opd.models.inference import with_video_form
+from video_opd.models.inference import chosen_device, with_video_form
 from video_opd.models.interfaces import Policy
 from video_opd.models.loading import DTYPES, load_model, load_processor
 from video_opd.models.policy import HFPolicy
+from video_opd.processes import Processes
 from video_opd.progress import log
-from video_opd.training.components import Components, Loader, prompt_loader
+from video_opd.training.components import Loader, prompt_loader
 from video_opd.training.run_folder import RunFolder, read_record
+from video_opd.types import Sample
 
 
 def check_evaluation_files(recipe: Recipe) -> None:
@@ -42,20 +49,23 @@ def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
     return all(record is not None for record in records)
 
 
-def evaluate_model(recipe: Recipe, components: Components, folder: RunFolder) -> None:
-    """Writes ``eval/student-<data>.json`` and the predictions beside it; goes on where a kill left off."""
-    _evaluate(
-        "student", recipe, components.policy, components.evaluation_loader, folder.model, folder.evaluations
-    )
+def evaluate_model(
+    recipe: Recipe, policy: Policy, loader: Loader, folder: RunFolder, processes: Processes
+) -> None:
+    """Writes ``eval/student-<data>.json`` and the predictions beside it; goes on where a kill left off.
+
+    ``policy`` is the trained student in this process.
+    """
+    _evaluate("student", recipe, policy, loader, folder.model, folder.evaluations, processes)
 
 
-def evaluate_base(recipe: Recipe, out: Path) -> None:
+def evaluate_base(recipe: Recipe, out: Path, processes: Processes) -> None:
     """The same for the initial student, ``base-<data>.json``, in the trained student's precision."""
     computed = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
-    _evaluate_frozen("base", recipe, "float32", computed, out)
+    _evaluate_frozen("base", recipe, "float32", computed, out, processes)
 
 
-def evaluate_teacher(recipe: Recipe, out: Path) -> None:
+def evaluate_teacher(recipe: Recipe, out: Path, processes: Processes) -> None:
     """The same for the teacher, ``teacher-<data>.json``.
 
     A teacher of another chat template (``teacher.other_template``) answers the student's prompts: these are
@@ -66,7 +76,7 @@ def evaluate_teacher(recipe: Recipe, out: Path) -> None:
         recipe = with_video_form(recipe)
     as_student = recipe.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
     prompts_of = student if teacher.other_template else None
-    _evaluate_frozen("teacher", as_student, teacher.dtype, None, out, prompts_of)
+    _evaluate_frozen("teacher", as_student, teacher.dtype, None, out, processes, prompts_of)
 
 
 def _evaluate_frozen(
@@ -75,16 +85,17 @@ def _evaluate_frozen(
     weights_dtype: str,
     compute_dtype: torch.dtype | None,
     out: Path,
+    processes: Processes,
     prompts_of: str | None = None,
 ) -> None:
     """``prompts_of`` is the model whose prompts are answered; None: the evaluated model's own."""
     model = recipe.model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(None)
     loaded, processor = load_model(model.path, dtype=weights_dtype, device=device, attn=model.attn)
     policy = HFPolicy(loaded, processor, model.engine, compute_dtype=compute_dtype)
     asking = processor if prompts_of is None else load_processor(prompts_of)
     loader = prompt_loader(recipe, asking, skipped_path=None, max_failed_share=1.0)
-    _evaluate(name, recipe, policy, loader, Path(model.path), out, prompts_of)
+    _evaluate(name, recipe, policy, loader, Path(model.path), out, processes, prompts_of)
 
 
 def _evaluate(
@@ -94,6 +105,7 @@ def _evaluate(
     loader: Loader,
     model: Path,
     out: Path,
+    processes: Processes,
     prompts_of: str | None = None,
 ) -> None:
     settings = recipe.evaluate
@@ -121,8 +133,13 @@ def _evaluate(
             ),
             batch_size=settings.batch_size,
             repeatable=True,
+            processes=processes,
         )
-        record = evaluate_file(samples, predictions, recipe.prompt.style)  # the protocol of that name
-        written = predictions.with_suffix(".json")
-        write_text(written, json.dumps({**record, "data": path}, indent=2) + "\n")
-        log(f"{path}: mIoU {record['mIoU']:.1f} (wrote {written})")
+        processes.on_first(partial(_write_figures, samples, predictions, recipe.prompt.style, path))
+
+
+def _write_figures(samples: Sequence[Sample], predictions: Path, protocol: str, data: str) -> None:
+    record = evaluate_file(samples, predictions, protocol)
+    written = predictions.with_suffix(".json")
+    write_text(written, json.dumps({**record, "data": data}, indent=2) + "\n")
+    log(f"{data}: mIoU {record['mIoU']:.1f} (wrote {written})")

@@ -29,8 +29,10 @@ from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.locks import locked_folder
 from video_opd.models.inference import with_video_form
+from video_opd.models.loading import load_model
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
+from video_opd.models.policy import HFPolicy
 from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher
 from video_opd.progress import log, task
 from video_opd.seals import NOTHING, Sealer
@@ -43,7 +45,7 @@ from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
-from video_opd.training.sharding import Shards, check_processes, load_optimizer_state
+from video_opd.training.sharding import Shards, check_processes, is_sharded, load_optimizer_state
 from video_opd.training.step import Batch, Stepper, StepResult, StepSettings
 from video_opd.training.step_metrics import step_metrics, token_counts
 from video_opd.training.stopwatch import Stopwatch
@@ -51,6 +53,8 @@ from video_opd.training.weight_probe import WeightProbe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from video_opd.models.interfaces import Policy
 
 STAGES = ("decode_wait", "prefill", "sample", "teacher", "reference", "update", "checkpoint")
 PROGRESS = {"reverse_kl/sampled": "reverse KL", "reward/mean": "reward", "response/nll": "nats a token"}
@@ -358,22 +362,51 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
 
 
 def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components: Components) -> RunResult:
-    """Writes and evaluates the model, on the first process; a LoRA run's adapters are merged into it."""
+    """Writes and evaluates the model; a LoRA run's adapters are merged into it."""
     Shards(components.model, components.masters).dissolve()
+    processes.on_first(lambda: _write_adapters(folder, components))
+    save_dtype = getattr(torch, recipe.run.save_dtype)
+    if processes.first or not _only_first_is_whole(components):
+        merge_adapters(components.model, save_dtype)
+        cast_weights(components.model, save_dtype)
+    processes.on_first(lambda: _write_model(recipe, folder, components))
+    policy = _trained_policy(recipe, processes, folder, components)
+    evaluate_model(recipe, policy, components.evaluation_loader, folder, processes)
     processes.on_first(lambda: _write_results(recipe, folder, components))
     return _result(folder)
 
 
-def _write_results(recipe: Recipe, folder: RunFolder, components: Components) -> None:
+def _only_first_is_whole(components: Components) -> bool:
+    """Whether the other processes have no master weights after the last step."""
+    return is_sharded(components.model) or components.masters is not None
+
+
+def _write_adapters(folder: RunFolder, components: Components) -> None:
     if has_adapters(components.model):  # before model/, which says that all is there
         checkpoints.save_adapter_folder(components.model, folder.adapter)
-    save_dtype = getattr(torch, recipe.run.save_dtype)
-    merge_adapters(components.model, save_dtype)
-    cast_weights(components.model, save_dtype)
+
+
+def _write_model(recipe: Recipe, folder: RunFolder, components: Components) -> None:
     if not folder.model.is_dir():
         card = model_card(recipe, folder, components.samples)
         checkpoints.save_model_folder(components.model, components.processor, folder.model, recipe, card)
-    evaluate_model(recipe, components, folder)
+
+
+def _trained_policy(
+    recipe: Recipe, processes: Processes, folder: RunFolder, components: Components
+) -> Policy:
+    """The trained student in this process."""
+    policy = components.policy
+    if processes.first or not _only_first_is_whole(components):
+        return policy
+    assert isinstance(policy, HFPolicy), "nothing else is sharded"
+    model, processor = load_model(
+        folder.model, dtype=recipe.run.save_dtype, device=policy.device, attn=recipe.model.attn
+    )
+    return HFPolicy(model, processor, policy.engine, compute_dtype=policy.compute_dtype)
+
+
+def _write_results(recipe: Recipe, folder: RunFolder, components: Components) -> None:
     card = model_card(recipe, folder, components.samples)  # with its metrics
     write_text(folder.model / checkpoints.CARD, card)
     write_text(folder.done, json.dumps({"steps": folder.last_metrics().get("step", 0)}) + "\n")

@@ -9,7 +9,6 @@ run folder with three more files: ``scores.jsonl``, ``selected.jsonl`` and, when
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -19,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import torch
 
 from video_opd.algorithms.registry import make_reward
 from video_opd.config import GRPORecipe, Recipe, dump_recipe
@@ -36,6 +33,7 @@ from video_opd.files import write_text
 from video_opd.jsonl import read_jsonl
 from video_opd.locks import locked_folder
 from video_opd.models.inference import with_video_form
+from video_opd.models.loading import release_memory
 from video_opd.processes import Processes
 from video_opd.progress import log
 from video_opd.training.components import build_components
@@ -115,16 +113,19 @@ class Rounds:
     def run(self, after_round: Callable[[Path], object]) -> None:
         count, on_first = self.recipe.rounds.count, self.processes.on_first
         on_first(self._check)
-        on_first(self._evaluate_others)
+        data = self.recipe.data
+        self.samples = read_samples(data.train, data.video_root)[: data.limit]
+        self._evaluate_others()
         done, ended = 0, None
         for number in range(1, count + 1):
+            self._select(number)
             ended, trained = on_first(partial(self._prepare, number))
             if ended is not None:
                 break
             if not trained:
                 log(f"round {number} of {count}: training")
                 train(self.round_recipe(number), self.build)
-                _release_memory()
+                release_memory()
             done = number
             on_first(partial(self._end_round, done, after_round))
         on_first(partial(self._end, done, ended))
@@ -137,13 +138,10 @@ class Rounds:
         check_trackers(recipe)
         if isinstance(recipe, GRPORecipe):
             make_reward(recipe)
-        self.samples = read_samples(recipe.data.train, recipe.data.video_root)[: recipe.data.limit]
 
     def _prepare(self, number: int) -> tuple[str | None, bool]:
-        """Selects a round's rows. Returns (why it has nothing to train on, whether it was trained before)."""
+        """Returns (why a round has nothing to train on, whether it was trained before)."""
         folder = RunFolder(self.folder.round(number))
-        if _selection(folder) is None:
-            self._select(number)
         ended = _nothing_selected(number, _selection(folder) or {})
         trained = folder.finished and not folder.damaged_folders()  # the next round begins with its model
         if ended is None and not trained:
@@ -184,14 +182,20 @@ class Rounds:
         for name, evaluate in models.items():
             if not recipe.evaluate.data or (name == "teacher" and not recipe.teacher.path):
                 continue
-            if not is_evaluated(name, recipe, out):
-                evaluate(recipe, out)
-                _release_memory()
+            if self.processes.on_first(partial(is_evaluated, name, recipe, out)):
+                continue
+            evaluate(recipe, out, self.processes)
+            release_memory()
 
     def _select(self, number: int) -> None:
-        """Writes ``scores.jsonl``, then ``selected.jsonl``, then ``select.json``."""
+        """Writes ``scores.jsonl``, then ``selected.jsonl``, then ``select.json``.
+
+        The processes divide the scoring among themselves. The scores are lazy if the strategy allows it.
+        """
         recipe, tvdf, folder = self.recipe, self.recipe.tvdf, self.folder.round(number)
-        used = set() if recipe.rounds.reuse else self._used(number)
+        if self.processes.on_first(lambda: _selection(RunFolder(folder)) is not None):
+            return
+        used = set() if recipe.rounds.reuse else self.processes.on_first(partial(self._used, number))
         wanted = [s for s in self.samples if s.id not in used and (s.spans or not tvdf.gated)]
         log(f"round {number} of {recipe.rounds.count}: scoring {len(wanted)} rows of the pool")
         student, teacher = inference_configs(self.round_recipe(number))
@@ -209,12 +213,21 @@ class Rounds:
                 thinking=recipe.prompt.thinking,
                 reverse_kl=tvdf.rank_by == "reverse_kl",
             ),
+            for_topk=tvdf.for_topk,
             batch_size=tvdf.batch_size,
             cache_dir=recipe.data.cache_dir,
-            teacher_from=self.folder.round(1) / "scores.jsonl" if number > 1 and tvdf.asks_teacher else None,
+            teacher_from=[
+                self.folder.round(n) / "scores.jsonl" for n in range(1, number) if tvdf.asks_teacher
+            ],
             repeatable=True,
+            processes=self.processes,
         )
-        _release_memory()
+        release_memory()
+        self.processes.on_first(partial(self._choose, number, used))
+
+    def _choose(self, number: int, used: set[str]) -> None:
+        """Selects by the scores."""
+        recipe, tvdf, folder = self.recipe, self.recipe.tvdf, self.folder.round(number)
         _, summary = select_file(
             recipe.data.train,
             folder / "scores.jsonl",
@@ -248,14 +261,14 @@ class Rounds:
 
     def _record(self, number: int) -> dict[str, Any]:
         folder = RunFolder(self.folder.round(number))
-        chosen = _selection(folder) or {}
+        chosen = {"not_asked": 0, **(_selection(folder) or {})}  # 0: from before there were lazy scores
         counts = ("rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate")
         scores = read_scores(folder.path / "scores.jsonl").values()
         rows = [row for _, row in read_jsonl(folder.path / "selected.jsonl")]
         return {
             "round": number,
             "model": folder.model.relative_to(self.folder.path).as_posix(),
-            **{key: chosen[key] for key in (*counts, "candidates", "selected", "shortfall")},
+            **{key: chosen[key] for key in (*counts, "not_asked", "candidates", "selected", "shortfall")},
             "used": len(self._used(number + 1)),
             "delta": {
                 "scored": _statistics(score.delta for score in scores),
@@ -298,10 +311,11 @@ def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:
         "used_before": "were used before (rounds.reuse allows them)",
         "unannotated": "have no spans",
         "unscored": "have no score (can their videos be read?)",
+        "not_asked": "cannot be selected, so the teacher was not asked",
         "unmeasured": "have a score that is not finite",
         "failed_gate": "failed the gate (tvdf.min_teacher_iou)",
     }
-    counts = [f"{chosen[key]} {what}" for key, what in reasons.items() if chosen[key]]
+    counts = [f"{chosen[key]} {what}" for key, what in reasons.items() if chosen.get(key)]
     return (
         f"round {number} has nothing to train on: of the pool's {chosen['rows']} rows, "
         f"{', '.join(counts) or 'none is left'}"
@@ -313,10 +327,3 @@ def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]
     if not known:
         return {"n": 0, "mean": None, "min": None, "max": None}
     return {"n": len(known), "mean": fmean(known), "min": min(known), "max": max(known)}
-
-
-def _release_memory() -> None:
-    """Releases the memory of the models that a stage had loaded, before the next stage loads its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

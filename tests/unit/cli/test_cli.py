@@ -455,6 +455,29 @@ def test_score_by_options_and_by_recipe_agree(model_and_data, tmp_path, capsys) 
     assert main(["score", str(recipe), *named, "--out", str(tmp_path / "t.jsonl")]) == 2
 
 
+def test_score_for_topk(model_and_data, tmp_path, capsys) -> None:
+    model, data = model_and_data
+    words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data)]
+    words += ["--out", str(tmp_path / "s.jsonl"), "--k", "2", "--max-new-tokens", "4"]
+    assert main([*words, "--for-topk", "1", "--min-teacher-iou", "0", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["scored"] == 3 and 1 <= record["needed"] <= record["answered"] <= 3
+    assert main([*words, "--for-topk", "1", "--min-teacher-iou", "0"]) == 0
+    assert f"3 of 3 rows scored, {record['answered']} by the teacher" in capsys.readouterr().out
+    selection = ["select", "--data", str(data), "--scores", str(tmp_path / "s.jsonl"), "--k", "1"]
+    selection += ["--strategy", "topk", "--min-teacher-iou", "0", "--out", str(tmp_path / "t.jsonl")]
+    assert main(selection) == 0 and len((tmp_path / "t.jsonl").read_text().splitlines()) == 1
+    for more, said in (
+        (["--min-teacher-iou", "0.5"], "belongs to --for-topk"),
+        (["--for-topk", "1", "--reverse-kl"], "leave out either"),
+        (["--for-topk", "1", "--min-teacher-iou", "50"], "at most 1"),
+        (["--for-topk", "0"], "at least 1"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.fixture
 def asked_of(monkeypatch) -> list:
     """Records the configurations of student and teacher that ``score`` is called with; loads no model."""

@@ -127,7 +127,7 @@ def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     run(first, 4)
     trained = {**PROVENANCE, "student": "trained"}
-    result, student, teacher = run(second, 6, provenance=trained, teacher_from=first)
+    result, student, teacher = run(second, 6, provenance=trained, teacher_from=[first])
     assert result.reused == 4 and result.scored == 6
     assert sorted(i for call in teacher.calls for i in call["ids"]) == ["s4", "s5"]
     assert len([i for call in student.calls for i in call["ids"]]) == 6
@@ -135,11 +135,13 @@ def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
     assert all(after[i]["teacher_responses"] == before[i]["teacher_responses"] for i in before)
     assert all(row["teacher_iou"] == 1.0 for row in after.values())
     with pytest.raises(UserError, match="teacher"):
-        run(tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher": "other"}, teacher_from=first)
+        run(tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher": "other"}, teacher_from=[first])
     with pytest.raises(UserError, match="another 'teacher_dtype'"):
-        run(tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher_dtype": "bfloat16"}, teacher_from=first)
+        run(
+            tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher_dtype": "bfloat16"}, teacher_from=[first]
+        )
     with pytest.raises(UserError, match="teacher_answers"):
-        run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=first)
+        run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=[first])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -156,7 +158,7 @@ def test_each_model_reads_a_prompt_once(tmp_path: Path, reverse_kl: bool, temper
     second = tmp_path / "2.jsonl"
     samples = [*make_samples(7)[5:], *make_samples(5)]
     _, student, teacher = run(
-        second, provenance=trained, teacher_from=first, settings=settings, samples=samples
+        second, provenance=trained, teacher_from=[first], settings=settings, samples=samples
     )
     assert sorted(i for call in teacher.calls for i in call["ids"]) == ["s6"]
     read = ["s6"] if not reverse_kl else [f"s{i}" for i in range(7)]
@@ -229,6 +231,6 @@ def test_without_a_teacher_only_the_student_is_scored(tmp_path: Path) -> None:
     scores = list(read_scores(out).values())
     assert select(scores, SelectionConfig(strategy="gaussian", k=2)).candidates == 4
     assert select(scores, SelectionConfig(k=2)).candidates == 0  # δ needs both
-    for more in ({"settings": ScoreSettings(reverse_kl=True)}, {"teacher_from": out}):
+    for more in ({"settings": ScoreSettings(reverse_kl=True)}, {"teacher_from": [out]}):
         with pytest.raises(UserError, match="name the teacher"):
             score(student, None, make_samples(4), FakeLoader(), out, provenance=PROVENANCE, **more)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from answer_cases import FakeLoader, FakePolicy
 from prediction_cases import COUNTS, PROVENANCE, SAMPLED, queries_of, rows_of, seeded
-from training_cases import free_port
+from training_cases import in_processes
 
 from video_opd.curriculum.scores import ScoreSettings, score
 from video_opd.errors import UserError
@@ -58,33 +57,6 @@ def answer_all(
         **more,
     )
     return result, policy
-
-
-def in_processes(count: int, work: Callable[[Processes], Any], folder: Path) -> list[Any]:
-    """Returns the outcome of ``work`` in each of ``count`` forks: its value, error text, or "killed"."""
-
-    def run(rank: int, port: int) -> None:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        try:
-            value = work(Processes.of_environment())
-        except UserError as error:
-            value = str(error)
-        (folder / f"result-{rank}.json").write_text(json.dumps(value))
-
-    port, context = free_port(), multiprocessing.get_context("fork")
-    forks = [context.Process(target=run, args=(rank, port)) for rank in range(count)]
-    for fork in forks:
-        fork.start()
-    for fork in forks:
-        fork.join(60)
-        assert fork.exitcode in (0, -signal.SIGKILL)
-    values = []
-    for rank, fork in enumerate(forks):
-        file = folder / f"result-{rank}.json"
-        values.append(json.loads(file.read_text()) if fork.exitcode == 0 else "killed")
-        file.unlink(missing_ok=True)
-    return values
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from model_cases import model, processor
 from training_cases import make_recipe
 
 from video_opd.errors import UserError
+from video_opd.processes import Processes
 from video_opd.training import final_evaluation
 from video_opd.training.final_evaluation import evaluate_teacher
 
@@ -52,7 +53,7 @@ def teacher_recipe(tmp_path: Path, **teacher: Any) -> Any:
 def test_a_teacher_of_another_template_answers_the_students_prompts(
     asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    evaluate_teacher(teacher_recipe(tmp_path, other_template=True), tmp_path / "out")
+    evaluate_teacher(teacher_recipe(tmp_path, other_template=True), tmp_path / "out", Processes())
     assert "<think>" not in asked["text"]
     assert asked["provenance"]["model"] == "name:teacher"
     assert asked["provenance"]["prompts_of"] == "name:base"
@@ -63,7 +64,7 @@ def test_a_teacher_of_another_template_answers_the_students_prompts(
 def test_another_teacher_answers_its_own_prompts(asked: dict[str, Any], tmp_path: Path) -> None:
     recipe = teacher_recipe(tmp_path)
     with pytest.raises(UserError, match=r"opens <think>.*prompt\.thinking"):
-        evaluate_teacher(recipe, tmp_path / "out")
+        evaluate_teacher(recipe, tmp_path / "out", Processes())
     thinking = recipe.changed(**{"prompt.thinking": True, "sampling.max_new_tokens": 512})
-    evaluate_teacher(thinking, tmp_path / "out")
+    evaluate_teacher(thinking, tmp_path / "out", Processes())
     assert asked["text"].endswith("<think>") and "prompts_of" not in asked["provenance"]

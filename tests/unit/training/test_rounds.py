@@ -23,7 +23,7 @@ from process_cases import wait_until
 from training_cases import fork, repeatable, rows_of, said_by_two
 
 from video_opd.cli import main
-from video_opd.config import Recipe, SelectionConfig, dump_recipe, recipe_from_dict
+from video_opd.config import Recipe, SelectionConfig, dump_recipe, load_recipe, recipe_from_dict
 from video_opd.curriculum import pool
 from video_opd.curriculum.scores import ScoreSettings
 from video_opd.curriculum.tvdf import select_file
@@ -184,8 +184,12 @@ def test_the_summary_counts_every_row(three: tuple[Path, Recipe, Asked], world: 
     assert [record["used_before"] for record in summary["rounds"]] == [0, K, 2 * K]
     assert [record["used"] for record in summary["rounds"]] == [K, 2 * K, 3 * K]
     for record in summary["rounds"]:
-        reasons = ("used_before", "unannotated", "unscored", "unmeasured", "failed_gate", "candidates")
-        assert sum(record[key] for key in reasons) == record["rows"] == len(ids(world / "pool.jsonl"))
+        excluded = ("used_before", "unannotated", "unscored", "not_asked", "unmeasured", "failed_gate")
+        assert (
+            sum(record[key] for key in (*excluded, "candidates"))
+            == record["rows"]
+            == len(ids(world / "pool.jsonl"))
+        )
         assert record["unannotated"] == UNANNOTATED
         assert record["unscored"] == record["unmeasured"] == record["shortfall"] == 0
         assert record["failed_gate"] >= WRONG
@@ -382,6 +386,103 @@ def test_damaged_files_of_rounds_are_made_again(
     finally:
         shutil.rmtree(whole)
         aside.rename(whole)
+
+
+# -------------------------------------------------------------------------------------------- lazy scores
+
+
+LAZY: dict[str, Any] = {
+    "tvdf": {"k": 1, "teacher_k": 2, "student_k": 2, "min_teacher_iou": 0.3, "batch_size": 1},
+    "optim": {"max_steps": 1, "batch_size": 1},
+    "rounds": {"count": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def lazy(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Recipe]]:
+    """Two rounds of top-k by δ, for which the scores are lazy, without a kill."""
+    folder = tmp_path_factory.mktemp("lazy") / "run"
+    recipe = make_recipe(world, folder, **LAZY)
+    run_rounds(recipe)
+    yield folder, recipe
+
+
+def test_lazy_rounds_select_what_full_scores_select(
+    lazy: tuple[Path, Recipe], world: Path, tmp_path: Path
+) -> None:
+    folder, recipe = lazy
+    used: list[str] = []
+    not_asked = 0
+    for n in (1, 2):
+        path = folder / f"round-{n}"
+        rows = {row["id"]: row for row in rows_of(path / "scores.jsonl")}
+        known = {i for i, row in rows.items() if "teacher_iou" in row}
+        record = read(path / "select.json")
+        assert record["not_asked"] == len(rows) - len(known)
+        not_asked += record["not_asked"]
+        settings = load_recipe(path / "recipe.yaml")
+        out = tmp_path / f"{n}.jsonl"
+        words = ["score", str(path / "recipe.yaml"), "--data.train", recipe.data.train, "--out", str(out)]
+        assert main([*words, "--k", "2", "--max-new-tokens", "14", "--batch-size", "1"]) == 0
+        full = {row["id"]: row for row in rows_of(out)}
+        assert all(rows[i] == full[i] for i in known)
+        assert all(row["student_iou"] == full[i]["student_iou"] for i, row in rows.items())
+        chosen, _ = select_file(world / "pool.jsonl", out, settings.tvdf, exclude=used)
+        assert [row["id"] for row in chosen] == ids(path / "selected.jsonl")
+        assert [row["tvdf"] for row in chosen] == [row["tvdf"] for row in rows_of(path / "selected.jsonl")]
+        used += ids(path / "selected.jsonl")
+    assert not_asked > 0
+    # Round 2 knows what round 1 was told.
+    first, second = (
+        {row["id"]: row for row in rows_of(folder / f"round-{n}" / "scores.jsonl")} for n in (1, 2)
+    )
+    told = {i for i, row in first.items() if "teacher_iou" in row} & second.keys()
+    assert told and all(second[i]["teacher_responses"] == first[i]["teacher_responses"] for i in told)
+    assert read(folder / "rounds.json")["rounds"][1]["not_asked"] == read(path / "select.json")["not_asked"]
+
+
+def test_kills_in_lazy_scoring_leave_no_trace(lazy: tuple[Path, Recipe]) -> None:
+    whole, recipe = lazy
+    aside = whole.parent / "undisturbed"
+    shutil.copytree(whole, aside)
+    try:
+        shutil.rmtree(whole / "round-2")
+        shutil.rmtree(whole / "round-1" / "eval")
+        for file in ("round-1/scores.jsonl", "round-1/select.json", "round-1/done.json", "rounds.json"):
+            (whole / file).unlink()
+        for path in (whole / "round-1" / "scores.jsonl.student", whole / "round-1" / "scores.jsonl.teacher"):
+            process = fork(run_rounds, recipe)
+            wait_until(lambda p=process, f=path: p.exitcode is not None or f.exists(), every_s=0.002)  # type: ignore[misc]
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL and path.exists()
+            assert not (whole / "round-1" / "scores.jsonl").exists()
+        run_rounds(recipe)
+        mine, theirs = contents(whole), contents(aside)
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if mine[name] != theirs[name]] == []
+    finally:
+        shutil.rmtree(whole)
+        aside.rename(whole)
+
+
+def test_two_processes_score_and_evaluate_what_one_does(
+    lazy: tuple[Path, Recipe], world: Path, tmp_path: Path
+) -> None:
+    whole, _ = lazy
+    recipe = make_recipe(world, tmp_path / "run", **{**LAZY, "rounds": {"count": 1}})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    codes, said = said_by_two(["rounds", str(tmp_path / "recipe.yaml")], tmp_path)
+    assert codes == [0, 0], said
+    alone, two = whole, tmp_path / "run"
+    names = [f"eval/{name}-short.{end}" for name in ("base", "teacher") for end in ("jsonl", "json")]
+    names += [f"round-1/{name}.jsonl" for name in ("scores", "selected")]
+    for name in names:
+        assert (two / name).read_bytes() == (alone / name).read_bytes(), name
+    responses = [rows_of(folder / "round-1" / "eval" / "student-short.jsonl") for folder in (alone, two)]
+    assert (
+        responses[0] == responses[1] and not list(two.rglob("*.part-*")) and not list(two.rglob("*.window*"))
+    )
 
 
 # ---------------------------------------------------------------------------------- other settings, refusals
