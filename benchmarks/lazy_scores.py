@@ -2,10 +2,12 @@
 
     python benchmarks/lazy_scores.py --out runs/lazy-scores
 
-A generated pool is scored whole, and with ``--for-topk`` for several k, each of which extends the file of the
-one before. Then ``video-opd rounds`` makes three rounds, whose scores are lazy. Both are killed on the way
-(SIGKILL) and repeated. Every selection must be the one from full scores; those of the rounds are the
-teacher's answers to the whole pool beside the answers of the round's student.
+The student answers a generated pool, and ``score --for-topk K`` lets the teacher answer what the selection of
+K rows needs, for several K, each of which extends the file of the one before. At last K is the whole pool:
+then all rows have their scores, and each selection from fewer answers must be the one from all of them. With
+``--rounds``, ``video-opd rounds`` makes three rounds, whose selections must be those from the teacher's
+answers to the whole pool beside the answers of the round's student. Every command is killed on the way
+(SIGKILL) and repeated.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import BASE, ROOT, TEACHER, machine, parser, run_all, video_opd, write_result
+from common import BASE, ROOT, TEACHER, machine, parser, video_opd, write_result
 
 from video_opd.config import SelectionConfig
 from video_opd.curriculum.tvdf import select_file
@@ -32,7 +34,7 @@ from video_opd.world.make import make_world
 
 SEED = 950
 SHARES = (0.026, 0.05, 0.1)  # k ÷ rows of the pool; the first is the paper's, 2,500 of 96,586
-TEACHER_K, STUDENT_K, BATCH_SIZE = 4, 2, 32
+BATCH_SIZE = 32
 ROUNDS = 3
 
 
@@ -41,32 +43,30 @@ def main() -> None:
     out = Path(arguments.out)
     data = make_world(out / "world", videos={"train": arguments.videos}, seed=SEED, workers=1)["train"]
     samples = read_samples(data)
-    full = out / "full.jsonl"
-    run_all([score(data, out, full)], 1)
-    lazy: list[dict[str, Any]] = []
-    for share in SHARES:
-        k = round(share * len(samples))
-        path = out / f"lazy-{k}.jsonl"
-        if not path.exists() and lazy:
-            for end in ("", ".meta.json"):  # the file of the last k is extended
-                Path(f"{path}{end}").write_bytes(Path(f"{lazy[-1]['file']}{end}").read_bytes())
-        command = score(data, out, path, "--for-topk", k, "--json")
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        counts = {key: json.loads(printed)[key] for key in ("answered", "needed")}
-        lazy.append({"k": k, "file": str(path), **counts, **compare(data, full, path, k)})
-        print(f"k = {k}: {counts}", flush=True)
-    killed = kill_and_repeat(score(data, out, out / "killed.jsonl", "--for-topk", lazy[0]["k"]), arguments)
-    same = (out / "killed.jsonl").read_bytes() == Path(lazy[0]["file"]).read_bytes()
-    assert same, "the killed file differs"
-    rounds = three_rounds(data, out, full, lazy[0]["k"], arguments)
+    sizes = [round(share * len(samples)) for share in SHARES]
+    files = [out / f"scores-{k}.jsonl" for k in (*sizes, len(samples))]
+    counts, kills = [], []
+    for k, path, before in zip((*sizes, len(samples)), files, (None, *files), strict=False):
+        if before is not None and not path.exists():
+            for end in ("", ".meta.json"):
+                shutil.copyfile(f"{before}{end}", f"{path}{end}")
+        printed, killed = kill_and_repeat(score(data, path, arguments, k), path, arguments)
+        kills.append(killed)
+        counts.append({key: json.loads(printed)[key] for key in ("answered", "needed")})
+        print(f"k = {k}: {counts[-1]}", flush=True)
+    full = files[-1]
+    assert counts[-1]["answered"] == len(samples), "the last file has every answer"
+    lazy = [
+        {"k": k, **of_k, "killed": killed, **compare(data, full, path, k)}
+        for k, of_k, killed, path in zip(sizes, counts, kills, files, strict=False)
+    ]
     record = {
         "command": sys.argv,
         "machine": machine(),
         "rows": len(samples),
         "videos": len(by_video(samples)),
-        "lazy": [{key: value for key, value in row.items() if key != "file"} for row in lazy],
-        "killed": {"times": killed, "same_bytes": same},
-        "rounds": rounds,
+        "lazy": lazy,
+        "rounds": three_rounds(data, out, full, sizes[0], arguments) if arguments.rounds else [],
     }
     write_result("lazy_scores", record)
     print(table(record))
@@ -76,7 +76,10 @@ def parse() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--out", required=True, help="folder for videos, scores and rounds")
     options.add_argument("--videos", type=int, default=500, help="of the pool, some four queries each")
-    options.add_argument("--kills", type=int, default=3, help="of each command that is killed")
+    options.add_argument("--rounds", action="store_true", help="also make three rounds")
+    options.add_argument("--teacher-k", type=int, default=4, help="the teacher's responses to a row")
+    options.add_argument("--student-k", type=int, default=2, help="the student's")
+    options.add_argument("--kills", type=int, default=1, help="of each command")
     options.add_argument("--every", type=float, default=30.0, metavar="S", help="mean seconds between kills")
     return options.parse_args()
 
@@ -90,14 +93,16 @@ def settings(data: Path, out: Path) -> list[Any]:
         "data.limit": "null",
         "data.cache_dir": out / "clips",
         "evaluate.data": "[]",
+        "tvdf.batch_size": BATCH_SIZE,
     }
     words = (word for key, value in changes.items() for word in (f"--{key}", value))
     return [ROOT / "recipes" / "tiny" / "rounds.yaml", *words]
 
 
-def score(data: Path, out: Path, scores: Path, *more: Any) -> list[str]:
-    words = ["--k", TEACHER_K, "--student-k", STUDENT_K, "--max-new-tokens", 16, "--batch-size", BATCH_SIZE]
-    return video_opd("score", *settings(data, out), *words, "--out", scores, *more)
+def score(data: Path, scores: Path, arguments: argparse.Namespace, k: int) -> list[str]:
+    words = ["--k", arguments.teacher_k, "--student-k", arguments.student_k, "--max-new-tokens", 16]
+    words += ["--batch-size", BATCH_SIZE, "--out", scores, "--for-topk", k, "--json"]
+    return video_opd("score", *settings(data, Path(arguments.out)), *words)
 
 
 def compare(data: Path, full: Path, lazy: Path, k: int, exclude: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,23 +116,27 @@ def compare(data: Path, full: Path, lazy: Path, k: int, exclude: Sequence[str] =
     return {"selected": len(found), "equal": True, "answered_videos": len(videos)}
 
 
-def kill_and_repeat(command: Sequence[str], arguments: argparse.Namespace) -> int:
-    """Runs a command to its end; on the way it is killed. Returns how often it was."""
-    draws, kills = random.Random(0), 0
+def kill_and_repeat(command: Sequence[str], name: Path, arguments: argparse.Namespace) -> tuple[str, int]:
+    """Runs a command to its end; on the way it is killed. Returns its output, and how often it was killed.
+
+    A file beside ``name`` counts the kills, because this script may be stopped and repeated, too.
+    """
+    note = name.with_name(f"{name.name}.kills")
+    kills = int(note.read_text()) if note.exists() else 0
+    draws = random.Random(kills)
     while True:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_s = draws.uniform(0.5, 1.5) * arguments.every if kills < arguments.kills else None
         try:
-            code = process.wait(
-                draws.uniform(0.5, 1.5) * arguments.every if kills < arguments.kills else None
-            )
+            printed, _ = process.communicate(timeout=wait_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.communicate()
             kills += 1
-            time.sleep(0.1)
+            note.write_text(str(kills))
             continue
-        assert code == 0, f"{command} ended with {code}"
-        return kills
+        assert process.returncode == 0, f"{command} ended with {process.returncode}"
+        return printed, kills
 
 
 def three_rounds(
@@ -135,8 +144,9 @@ def three_rounds(
 ) -> list[dict[str, Any]]:
     folder = out / "rounds"
     words = ["--run.dir", folder, "--run.trackers", "[]", "--rounds.count", ROUNDS, "--tvdf.k", k]
-    words += ["--tvdf.teacher_k", TEACHER_K, "--tvdf.student_k", STUDENT_K, "--optim.max_steps", 2]
-    kills = kill_and_repeat(video_opd("rounds", *settings(data, out), *words), arguments)
+    words += ["--tvdf.teacher_k", arguments.teacher_k, "--tvdf.student_k", arguments.student_k]
+    words += ["--optim.max_steps", 2]
+    _, kills = kill_and_repeat(video_opd("rounds", *settings(data, out), *words), folder, arguments)
     teacher = {row["id"]: row for _, row in read_jsonl(full)}
     used: list[str] = []
     known: set[str] = set()

@@ -9,6 +9,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -455,7 +456,22 @@ def test_score_by_options_and_by_recipe_agree(model_and_data, tmp_path, capsys) 
     assert main(["score", str(recipe), *named, "--out", str(tmp_path / "t.jsonl")]) == 2
 
 
-def test_score_for_topk(model_and_data, tmp_path, capsys) -> None:
+def test_score_for_topk(model_and_data, tmp_path, capsys, monkeypatch) -> None:
+    from video_opd.curriculum import pool
+
+    load_student, load_teacher, students = pool.load_inference_model, pool.load_model, []
+
+    def student(*arguments):
+        loaded = load_student(*arguments)
+        students.append(weakref.ref(loaded.policy.model))
+        return loaded
+
+    def teacher(*arguments, **settings):
+        assert [model() for model in students] == [None], "one model in memory at a time"
+        return load_teacher(*arguments, **settings)
+
+    monkeypatch.setattr(pool, "load_inference_model", student)
+    monkeypatch.setattr(pool, "load_model", teacher)
     model, data = model_and_data
     words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data)]
     words += ["--out", str(tmp_path / "s.jsonl"), "--k", "2", "--max-new-tokens", "4"]
