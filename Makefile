@@ -36,9 +36,10 @@ $(VENV)/.stamp-dev: requirements/dev.txt $(VENV)/.stamp-base
 	$(PIP) install --require-hashes --no-deps --no-compile -r $<
 	touch $@
 
-# Beside the others, not among them: libraries that find torchcodec use it, whether or not it can be loaded.
-$(VENV)/.stamp-torchcodec: requirements/torchcodec.txt $(VENV)/.stamp-base
-	$(PIP) install --require-hashes --no-deps --no-compile --upgrade --target $(VENV)/torchcodec -r $<
+# Beside the others, not among them: libraries that find torchcodec use it, whether or not it can be loaded, and
+# transformers imports torchao in every process that finds it, which takes seconds.
+$(VENV)/.stamp-torchcodec $(VENV)/.stamp-torchao: $(VENV)/.stamp-%: requirements/%.txt $(VENV)/.stamp-base
+	$(PIP) install --require-hashes --no-deps --no-compile --upgrade --target $(VENV)/$* -r $<
 	touch $@
 
 $(VENV)/.stamp-bench: requirements/bench.txt $(VENV)/.stamp-base
@@ -54,13 +55,13 @@ bench: install $(VENV)/.stamp-bench
 demo: install
 	$(BIN)/video-opd demo $(DEMO_ARGS)
 
-test: install $(VENV)/.stamp-dev
+test: install $(VENV)/.stamp-dev $(VENV)/.stamp-torchao
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-bench: bench $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)
 
-test-long: install $(VENV)/.stamp-dev $(VENV)/.stamp-torchcodec
+test-long: install $(VENV)/.stamp-dev $(VENV)/.stamp-torchcodec $(VENV)/.stamp-torchao
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(VENV)/torchcodec OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/data/test_torchcodec.py $(PYTEST_ARGS)
 

@@ -28,7 +28,7 @@ from video_opd.bench.work import prompts_of, seeds_of
 from video_opd.config import LoraConfig, OptimConfig
 from video_opd.models.lora import add_adapters
 from video_opd.models.policy import HFPolicy
-from video_opd.training.components import make_optimizer
+from video_opd.training.optimizers import make_optimizer
 from video_opd.world.tiny import build_processor
 
 LONGEST = 20

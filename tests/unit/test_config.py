@@ -370,6 +370,8 @@ def test_a_recipe_with_the_neutral_keys_of_other_methods_is_the_same_recipe(meth
     kept, before = dict(flatten(new.to_dict())), dict(flatten(old_recipe(method)))
     later = ("teacher.other_template", "teacher.placement", "model.reduce", "optim.offload")
     assert [kept.pop(key) for key in later] == [False, "auto", "step", False]
+    types = ("model.weights", "optim.moments", "teacher.quantization", "lora.base_quantization")
+    assert [kept.pop(key) for key in types] == ["float32", "float32", None, None]
     assert kept.items() <= before.items()
     assert ("reward.iou" in kept) == (method == "grpo")
     assert ("sampling.temperature" in kept) == (method in ("video-opd", "grpo"))

@@ -94,7 +94,10 @@ class Build:
     ) -> Components:
         student = self.base()
         if Path(weights).is_dir() and not is_adapter(weights):
-            student, _ = load_model(weights, dtype="float32")
+            finished = Path(weights) == folder.model
+            student, _ = load_model(
+                weights, dtype=recipe.run.save_dtype if finished else recipe.model.weights
+            )
         method = make_method(recipe, processor().tokenizer)
         if recipe.lora.parts and Path(weights) != folder.model:
             adapt(student, recipe, weights)

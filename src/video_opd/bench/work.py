@@ -29,8 +29,9 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
-from video_opd.training.components import Components, make_optimizer
+from video_opd.training.components import Components
 from video_opd.training.loop import make_accelerator
+from video_opd.training.optimizers import make_optimizer
 from video_opd.training.step import Stepper, StepResult, StepSettings
 from video_opd.training.stopwatch import Stopwatch
 from video_opd.types import Clip, EncodedPrompt, Rollout, Sample

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from video_opd.config.sections import Dtype, Placement
+from video_opd.config.sections import Dtype, Placement, Quantization
 from video_opd.config.settings import Number, Settings, TextByText
 from video_opd.errors import need
 
@@ -30,6 +30,11 @@ class TeacherConfig(Settings):
 
     path: str = Field(default="", description="the teacher's folder")
     dtype: Dtype = Field(default="float32", description="type of its weights and computation; ours")
+    quantization: Quantization | None = Field(
+        default=None,
+        description="int8 or float8 (torchao): the teacher's linear layers hold their weights in 8 bits and "
+        "compute in teacher.dtype; none: in teacher.dtype; ours",
+    )
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
@@ -45,6 +50,15 @@ class TeacherConfig(Settings):
         default=False,
         description="accept a teacher whose chat template writes other prompts; it is given the student's",
     )
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        need(
+            self.quantization is None or self.placement in ("auto", "whole"),
+            f"placement {self.placement} with teacher.quantization {self.quantization}: quantised weights "
+            "are neither sharded nor moved; leave out one of them",
+        )
+        return self
 
     @property
     def paths(self) -> list[str]:

@@ -94,7 +94,53 @@ class Recipe(Settings):
             f"{', '.join(both)} stands in lora.parts and in model.freeze: adapters train a part, so take it "
             "out of one of them",
         )
+        self._check_types()
         return self
+
+    def _check_types(self) -> None:
+        model, moments = self.model, self.optim.moments
+        if model.weights == "bfloat16":
+            need(
+                model.dtype == "bfloat16",
+                "model.weights bfloat16 with model.dtype float32: set both to bfloat16, because computing "
+                "in float32 needs a float32 copy of the weights",
+            )
+            need(
+                not self.lora.parts,
+                "model.weights bfloat16 with lora.parts: adapters are float32, and the frozen base is held "
+                "in model.dtype already; leave model.weights out",
+            )
+            need(
+                model.sharding is None,
+                f"model.weights bfloat16 with model.sharding {model.sharding}: it shards float32 weights; "
+                "leave out one of them",
+            )
+            need(
+                not self.optim.offload,
+                "model.weights bfloat16 with optim.offload: that holds float32 weights on the CPU; leave out "
+                "one of them",
+            )
+        if (base := self.lora.base_quantization) is not None:
+            need(
+                bool(self.lora.parts),
+                f"lora.base_quantization {base} without lora.parts: only a frozen base can be quantised; "
+                "name the parts that get adapters",
+            )
+            need(
+                model.sharding is None,
+                f"lora.base_quantization {base} with model.sharding {model.sharding}: quantised weights are "
+                "not sharded; leave out one of them",
+            )
+        need(
+            moments == "float32" or not self.optim.offload,
+            f"optim.moments {moments} with optim.offload: moments on the CPU are float32; leave out one of "
+            "them",
+        )
+        need(
+            moments == "float32" or model.sharding is None,
+            f"optim.moments {moments} with model.sharding {model.sharding}: blocks of moments would cross "
+            "the borders of shards; leave out one of them",
+        )
 
     # The training loop asks these of every method's recipe.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ModelPart = Literal["vision", "merger", "language", "lm_head"]
 AdaptedPart = Literal["vision", "merger", "language"]
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["int8", "float8"]
 VideoForm = Literal["release", "nested"]
 Placement = Literal["auto", "whole", "sharded", "cpu"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -27,15 +28,21 @@ Beta = Annotated[float, Field(ge=0, lt=1), number]
 
 
 class ModelConfig(Settings):
-    """The student. Its weights and the optimiser's state are float32 whatever ``dtype`` says, because an
-    update at lr 1e-6 is below the rounding step of bfloat16. (With LoRA, frozen weights are held in
-    ``dtype``.)"""
+    """The student. Its weights are float32 whatever ``dtype`` says, because an update at lr 1e-6 is below the
+    rounding step of bfloat16. ``weights: bfloat16`` holds no float32 copy and rounds each update
+    stochastically, so that its mean is the float32 update. (With LoRA, frozen weights are held in ``dtype``.)
+    """
 
     path: str = Field(
         default="Qwen/Qwen3-VL-8B-Instruct",
         description="a model folder, or a name that transformers resolves; sec. 4.1",
     )
     dtype: Dtype = Field(default="float32", description="type of the computation; bfloat16 is autocast; ours")
+    weights: Dtype = Field(
+        default="float32",
+        description="type of the trained weights; bfloat16 is updated with stochastic rounding (torchao), in "
+        "one process; ours",
+    )
     attn: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="implementation of attention; ours"
     )
@@ -70,7 +77,7 @@ class ModelConfig(Settings):
 
     def as_run(self) -> dict[str, Any]:
         """The settings without those that only training reads and that notes of earlier versions lack."""
-        return self.model_dump(exclude={"reduce"})
+        return self.model_dump(exclude={"reduce", "weights"})
 
 
 class LoraConfig(Settings):
@@ -87,6 +94,11 @@ class LoraConfig(Settings):
         default=16, ge=1, description="rank of the adapters; without adapters, leave lora.parts empty; ours"
     )
     alpha: Number = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank; ours")
+    base_quantization: Literal["int8"] | None = Field(
+        default=None,
+        description="int8 (torchao): the frozen linear layers hold their weights in 8 bits and compute in "
+        "model.dtype; none: in model.dtype; ours",
+    )
 
 
 class DataConfig(Settings):
@@ -197,7 +209,7 @@ class PromptConfig(Settings):
 
 
 class OptimConfig(Settings):
-    """AdamW on float32 weights."""
+    """AdamW. What its weights are is ``model.weights``."""
 
     lr: Number = Field(default=1e-6, gt=0, description="learning rate; sec. 4.1")
     batch_size: int = Field(
@@ -218,6 +230,9 @@ class OptimConfig(Settings):
     weight_decay: Number = Field(default=0.0, ge=0, description="of matrices, not of vectors; ours")
     betas: Annotated[tuple[Beta, Beta], several] = Field(default=(0.9, 0.999), description="of Adam; ours")
     eps: Number = Field(default=1e-8, gt=0, description="of Adam; ours")
+    moments: Literal["float32", "int8"] = Field(
+        default="float32", description="type of Adam's two moments; int8: blocks of 256 (torchao); ours"
+    )
     max_grad_norm: Number = Field(
         default=1.0, gt=0, description="gradients are clipped to this norm; .inf turns clipping off; ours"
     )

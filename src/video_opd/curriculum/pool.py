@@ -23,7 +23,14 @@ from video_opd.models.inference import (
     teacher_config,
     with_video_form,
 )
-from video_opd.models.loading import load_model, load_processor, read_model_configs, release_memory
+from video_opd.models.loading import (
+    base_of,
+    check_teacher,
+    load_processor,
+    load_teacher,
+    read_model_configs,
+    release_memory,
+)
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vocabulary import Vocabulary
@@ -40,8 +47,7 @@ def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, TeacherInference
     student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=prompt)
     if not recipe.teacher.path:
         return student, None
-    teacher = recipe.teacher
-    return student, teacher_config(student, teacher.path, teacher.dtype, teacher.other_template)
+    return student, teacher_config(student, recipe.teacher.path, recipe.teacher)
 
 
 def score_pool(
@@ -70,7 +76,9 @@ def score_pool(
     inputs = load_model_inputs(student, cache_dir)
     form = read_model_configs(student.model.path), inputs.encoder.processor
     if teacher is not None:  # before minutes are spent on the student
-        theirs = read_model_configs(teacher.model.path), load_processor(teacher.model.path)
+        check_teacher(teacher.model.path, teacher.quantization, chosen_device(device))
+        base = base_of(teacher.model.path)
+        theirs = read_model_configs(base), load_processor(base)
         check_same_tokens(form, theirs, other_template=teacher.other_template)
     shared: dict[str, Any] = {
         "provenance": {
@@ -79,6 +87,8 @@ def score_pool(
             "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
             "teacher_dtype": None if teacher is None else teacher.model.dtype,
             "input": inputs.provenance()["input"],
+            # Notes of teachers that are not quantised stay as they were.
+            **({"teacher_quantization": teacher.quantization} if teacher and teacher.quantization else {}),
         },
         "settings": settings,
         "batch_size": batch_size,
@@ -111,7 +121,9 @@ def score_pool(
 def _load_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None) -> Policy:
     """``vocabulary`` is the student's."""
     settings = teacher.model
-    loaded = load_model(settings.path, dtype=settings.dtype, device=chosen_device(device), attn=settings.attn)
+    loaded = load_teacher(
+        settings.path, settings.dtype, chosen_device(device), settings.attn, teacher.quantization
+    )
     log_other_video_form(teacher.prompt.video_form, settings.path)
     return HFPolicy(*loaded, settings.engine, vocabulary=vocabulary)
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 K = 4  # responses of a model to a row; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
-TEACHER_PROVENANCE = ("teacher", "teacher_dtype", "input", "teacher_answers")  # what they depend on
+# What they depend on.
+TEACHER_PROVENANCE = ("teacher", "teacher_dtype", "teacher_quantization", "input", "teacher_answers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,12 +36,11 @@ def check_model_files(path: str | Path) -> None:
                 f"meant, download it first (hf download {path})"
             )
         return
-    weights = sorted({*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")})
-    weights = [file for file in weights if not file.name.startswith("adapter_model")]
-    if (folder / "adapter_config.json").is_file() and not weights:
+    weights = _weight_files(folder)
+    if is_adapter_folder(path):
         raise UserError(
-            f"{path}: an adapter for {_base_of(folder)}, not a model; merge it into that (peft: "
-            "merge_and_unload), save the result with the processor, and give that folder"
+            f"{path}: an adapter for {adapter_base(path) or 'another model'}, not a model; merge it into "
+            "that (peft: merge_and_unload), save the result with the processor, and give that folder"
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: no config.json in it; give a folder that save_pretrained wrote")
@@ -59,6 +58,24 @@ def check_model_files(path: str | Path) -> None:
     for name in sorted(set(_object(index).get("weight_map", {}).values())):
         if not (folder / name).is_file():
             raise UserError(f"{path}: {name} is missing, which {index.name} names; download it again")
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Whether a folder holds an adapter in peft's format, and no model."""
+    folder = Path(path)
+    return (folder / "adapter_config.json").is_file() and not _weight_files(folder)
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The model that the adapter folder ``path`` belongs to, as its config names it."""
+    name = _object(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights; those of an adapter, and of what was trained beside it, are none."""
+    found = sorted({*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")})
+    return [file for file in found if not file.name.startswith(("adapter_model", "trained_in_full"))]
 
 
 def is_hub_name(path: str) -> bool:
@@ -170,10 +187,6 @@ def _check_length(path: str | Path, file: Path) -> None:
             f"{path}: {file.name} is cut off ({size:,} bytes, and its header needs {expected:,} or more); "
             "download it again"
         )
-
-
-def _base_of(folder: Path) -> str:
-    return str(_object(folder / "adapter_config.json").get("base_model_name_or_path") or "another model")
 
 
 def _object(file: Path) -> dict[str, Any]:

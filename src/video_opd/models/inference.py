@@ -19,6 +19,7 @@ from video_opd.config import (
     Dtype,
     ModelConfig,
     PromptConfig,
+    Quantization,
     Recipe,
     Settings,
     VideoConfig,
@@ -28,7 +29,7 @@ from video_opd.config import (
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
 from video_opd.jsonl import no_key_twice
-from video_opd.models.checkpoint_files import find_file
+from video_opd.models.checkpoint_files import adapter_base, find_file, is_adapter_folder
 from video_opd.progress import log
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class TeacherInferenceConfig(InferenceConfig):
     """The settings of a teacher, which is given what its student is given."""
 
     other_template: bool = False  # whether its chat template may write other prompts
+    quantization: Quantization | None = None  # the type of its linear layers' weights; None: model.dtype
 
 
 class InputProtocol(Protocol):
@@ -118,6 +120,7 @@ class _TeacherModel(Settings):
 
     dtype: Dtype | None = None  # None: the student's dtype
     other_template: bool = False
+    quantization: Quantization | None = None
 
 
 class _PairConfig(InferenceConfig):
@@ -129,23 +132,35 @@ def read_inference_pair(
 ) -> tuple[InferenceConfig, TeacherInferenceConfig | None]:
     """The settings of a student and, if one is named, of a teacher that is given the same inputs.
 
-    ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default, and
-    ``--teacher.other_template``.
+    ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default,
+    ``--teacher.quantization`` and ``--teacher.other_template``.
     """
     pair = _read(_PairConfig, student, overrides, None, device)
     own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
     if teacher is None:
         return own, None
-    dtype = pair.teacher.dtype or own.model.dtype
-    return own, teacher_config(own, teacher, dtype, pair.teacher.other_template)
+    return own, teacher_config(own, teacher, pair.teacher)
 
 
-def teacher_config(
-    student: InferenceConfig, path: str, dtype: Dtype, other_template: bool
-) -> TeacherInferenceConfig:
+class TeacherSettings(Protocol):
+    """The fields of a recipe's ``teacher`` section that decide how it is run."""
+
+    @property
+    def dtype(self) -> Dtype | None: ...
+
+    @property
+    def other_template(self) -> bool: ...
+
+    @property
+    def quantization(self) -> Quantization | None: ...
+
+
+def teacher_config(student: InferenceConfig, path: str, teacher: TeacherSettings) -> TeacherInferenceConfig:
     """The settings of the teacher ``path`` that is given what ``student`` is given."""
-    shown = student.changed(**{"model.path": path, "model.dtype": dtype})
-    return TeacherInferenceConfig(**dict(shown), other_template=other_template)
+    shown = student.changed(**{"model.path": path, "model.dtype": teacher.dtype or student.model.dtype})
+    return TeacherInferenceConfig(
+        **dict(shown), other_template=teacher.other_template, quantization=teacher.quantization
+    )
 
 
 def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
@@ -192,6 +207,8 @@ def trained_video_form(path: str | Path) -> VideoForm:
     without the form was written when this project knew ``nested`` alone.
     """
     saved = read_saved_settings(path)
+    if saved is None and is_adapter_folder(path) and (base := adapter_base(path)):
+        return trained_video_form(base)
     if saved is None:
         return "release"
     prompt = saved.get("prompt")

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from video_opd.config import Quantization
 from video_opd.errors import UserError
 from video_opd.models.checkpoint_files import (
+    adapter_base,
     check_model_files,
     check_processor_files,
+    is_adapter_folder,
     quantisation_of,
     unquantised_name,
 )
 from video_opd.models.folder_trial import try_prompt
+from video_opd.models.lora import load_adapter, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.patch_embedding import use_linear_patches
+from video_opd.models.quantisation import check_quantisation, quantise_frozen_layers
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.progress import log
 
@@ -88,6 +93,62 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def load_teacher(
+    path: str | Path,
+    dtype: str,
+    device: str | torch.device,
+    attn: str = "sdpa",
+    quantization: Quantization | None = None,
+) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
+    """A frozen model: a checkpoint as :func:`load_model` reads it, or an adapter merged into its base.
+
+    With ``quantization`` (``teacher.quantization``), the model is read on the CPU, and its linear layers are
+    quantised one at a time on ``device``, which never holds them in ``dtype``. Raises as
+    :func:`check_teacher` and :func:`load_model` do.
+    """
+    check_teacher(path, quantization, device)
+    target = _usable_device(device)
+    adapted = is_adapter_folder(path)
+    first = torch.device("cpu") if quantization is not None or adapted else target
+    model, processor = load_model(str(adapter_base(path)) if adapted else path, dtype, first, attn)
+    if adapted:
+        load_adapter(model, path)
+        merge_adapters(model, DTYPES[dtype])
+    model.requires_grad_(False)
+    if quantization is not None:
+        count = quantise_frozen_layers(model, quantization, target)
+        log(f"{path}: {count:,} of {model.num_parameters():,} weights are held in {quantization}")
+    return model.to(target).eval(), processor
+
+
+def base_of(path: str | Path) -> str | Path:
+    """The model folder that tokens and config of a teacher are in: an adapter's base, or ``path`` itself."""
+    return (adapter_base(path) or path) if is_adapter_folder(path) else path
+
+
+def check_teacher(path: str | Path, quantization: Quantization | None, device: str | torch.device) -> None:
+    """Finds, before minutes are spent on loading a student, what :func:`load_teacher` would refuse later.
+
+    Raises :class:`UserError` for a teacher that is missing or is no Qwen3-VL model, for an adapter whose base
+    is not there, and for a ``teacher.quantization`` that this machine cannot compute.
+    """
+    if is_adapter_folder(path):
+        base = adapter_base(path)
+        if base is None:
+            raise UserError(
+                f"{path}: an adapter that does not say what it belongs to; set base_model_name_or_path in "
+                "its adapter_config.json to that model's folder"
+            )
+        try:
+            config = read_config(base)
+        except UserError as error:
+            raise UserError(f"{path}: an adapter, and its base cannot be read: {error}") from error
+    else:
+        config = read_config(path)
+    if quantization is not None:
+        check_quantisation(quantization, "teacher.quantization", _usable_device(device), config.model_type)
 
 
 def _check_quantisation(path: str | Path, config: Any, trained: bool) -> str | None:

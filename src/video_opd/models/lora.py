@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from video_opd.errors import UserError
 from video_opd.models.parts import part_modules, state_of
 from video_opd.seeds import derive_seed
 
-NAME = "default"  # peft keeps adapters by name; there is only one here
+NAME = "default"  # peft keeps adapters by name: this is the one that is trained
 WEIGHTS = "adapter_model.safetensors"  # peft's own file name
 # The weights of parts that are trained in full beside the adapters: peft's format has no place for them.
 FULL_WEIGHTS = "trained_in_full.safetensors"
@@ -81,13 +82,13 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def adapter_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every A and B, by its name in the model."""
+def adapter_weights(model: nn.Module, adapter: str = NAME) -> dict[str, nn.Parameter]:
+    """Every A and B of an adapter, by its name in the model."""
     return {
         f"{layer_name}.{name}": parameter
         for layer_name, layer in adapted_layers(model)
         for name, parameter in layer.named_parameters()
-        if name.startswith(("lora_A.", "lora_B."))
+        if name.startswith((f"lora_A.{adapter}.", f"lora_B.{adapter}."))
     }
 
 
@@ -114,17 +115,32 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+@contextmanager
+def adapter_on(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Inside, the model computes with another adapter, which :func:`add_frozen_adapter` put there, in place
+    of the one that is trained. Not to be used between a forward and its backward."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        layer.set_adapter([adapter], inference_mode=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_adapter([NAME])
+
+
 @torch.no_grad()
 def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Turns an adapted model into a plain one in place.
 
     Adapted weights become W + (alpha / rank) B A, summed in float32 and held in ``dtype``. Other weights do
-    not change.
+    not change. Adapters of a teacher are taken off.
     """
     for name, layer in list(adapted_layers(model)):
         linear = layer.get_base_layer()
-        weight = linear.weight.float() + layer.get_delta_weight(NAME).float()
-        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=linear.weight.requires_grad)
+        if NAME in layer.lora_A:
+            weight = linear.weight.float() + layer.get_delta_weight(NAME).float()
+            linear.weight = nn.Parameter(weight.to(dtype), requires_grad=linear.weight.requires_grad)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     if hasattr(model, "peft_config"):
@@ -144,10 +160,9 @@ def save_adapter(model: nn.Module, folder: str | Path, state: dict[str, torch.Te
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     inner.peft_config[NAME].save_pretrained(folder)
+    own = {name: state[name] for name in adapter_weights(model)}  # peft would take a teacher's, too
     # If peft were to look for embeddings, it would ask a hub about the base.
-    weights = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=NAME, save_embedding_layers=False
-    )
+    weights = get_peft_model_state_dict(model, state_dict=own, adapter_name=NAME, save_embedding_layers=False)
     save_file(
         {f"{_PREFIX}{name}": weight.contiguous() for name, weight in weights.items()},
         folder / WEIGHTS,
@@ -163,27 +178,74 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises :class:`UserError` for an adapter that does not fit the model.
     """
+    assert not has_adapters(model), "the model has an adapter already"
+    folder = Path(folder)
+    config, weights, full = _read_adapter(folder)
+    with _fitting(folder):
+        _inject(model, config)
+    _copy_adapter(weights, model, NAME, folder)
+    others = {name: parameter.data for name, parameter in model.named_parameters() if name in full}
+    _copy(full, others, folder)
+
+
+def add_frozen_adapter(model: nn.Module, folder: str | Path, adapter: str) -> None:
+    """Adds a second adapter, frozen, to a model that trains one; only :func:`adapter_on` uses it.
+
+    Raises :class:`UserError` for an adapter that does not fit the model.
+    """
+    from peft import inject_adapter_in_model
+    from peft.functional import cast_adapter_dtype
+
+    folder = Path(folder)
+    inner: Any = model
+    config, weights, full = _read_adapter(folder)
+    assert not full, "weights that were trained in full cannot share a base"
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    with _fitting(folder), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft warns that the model has an adapter already
+        inject_adapter_in_model(config, model, adapter_name=adapter)
+    cast_adapter_dtype(model, adapter)
+    _copy_adapter(weights, model, adapter, folder)
+    for _, layer in adapted_layers(model):
+        layer.set_adapter([NAME])
+    for parameter in model.parameters():  # peft froze what is trained, and made the new one trainable
+        parameter.requires_grad_(id(parameter) in trained)
+    del inner.peft_config[adapter]  # what is saved is the adapter that is trained
+
+
+def has_full_weights(folder: str | Path) -> bool:
+    """Whether an adapter folder also holds weights that were trained in full."""
+    return (Path(folder) / FULL_WEIGHTS).exists()
+
+
+def _read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(peft's config, A and B, weights trained in full) of an adapter folder."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    assert not has_adapters(model), "the model has an adapter already"
-    folder = Path(folder)
     try:
         config = _read_config(folder / "adapter_config.json")
         weights = load_file(folder / WEIGHTS)
-        full = load_file(folder / FULL_WEIGHTS) if (folder / FULL_WEIGHTS).exists() else {}
+        full = load_file(folder / FULL_WEIGHTS) if has_full_weights(folder) else {}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read ({error})") from error
+    return config, weights, full
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
     try:
-        _inject(model, config)
+        yield
     except (ValueError, RuntimeError, re.error) as error:
         raise UserError(f"{folder}: the adapter does not fit the model ({error})") from error
+
+
+def _copy_adapter(weights: dict[str, torch.Tensor], model: nn.Module, adapter: str, folder: Path) -> None:
     mine = {
-        name.replace(f".{NAME}.", "."): parameter.data for name, parameter in adapter_weights(model).items()
+        name.replace(f".{adapter}.", "."): parameter.data
+        for name, parameter in adapter_weights(model, adapter).items()
     }
     _copy({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, mine, folder)
-    others = {name: parameter.data for name, parameter in model.named_parameters() if name in full}
-    _copy(full, others, folder)
 
 
 def _read_config(file: Path) -> Any:

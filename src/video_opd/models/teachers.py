@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 
 from video_opd.errors import UserError
 from video_opd.models.interfaces import CollectiveTeacher, Responses, Teacher
-from video_opd.models.lora import adapters_off, trained_in_full
+from video_opd.models.lora import adapter_on, adapters_off, trained_in_full
 from video_opd.models.policy import HFPolicy
 from video_opd.models.prefix import Prefix
 from video_opd.types import EncodedPrompt, TokenLogprobs
@@ -62,6 +63,10 @@ class AdaptersOffReference:
         assert not trained_in_full(policy.model), "weights that are trained in full cannot be switched off"
         self.policy, self.nonfinite = policy, nonfinite
 
+    def turn(self) -> AbstractContextManager[None]:
+        """The student's model is this teacher inside."""
+        return adapters_off(self.policy.model)
+
     def logprobs(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -71,9 +76,25 @@ class AdaptersOffReference:
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """As :meth:`Teacher.logprobs`."""
-        with adapters_off(self.policy.model):
+        with self.turn():
             scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
         return _finite(scores, prompts, responses, self.nonfinite)
+
+
+class AdapterTeacher(AdaptersOffReference):
+    """A teacher that is an adapter on the student's own base: one set of base weights serves both.
+
+    ``policy`` runs the student's model, to which :func:`~video_opd.models.lora.add_frozen_adapter` added
+    ``adapter``.
+    """
+
+    def __init__(self, policy: HFPolicy, adapter: str, *, nonfinite: Nonfinite = "raise") -> None:
+        super().__init__(policy, nonfinite=nonfinite)
+        self.adapter = adapter
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The student's own adapter is off inside."""
+        return adapter_on(self.policy.model, self.adapter)
 
 
 class RoutedTeacher:

@@ -11,24 +11,43 @@ import torch
 
 from video_opd.algorithms.method import Method
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import DistillationRecipe, GRPORecipe, ModelConfig, OptimConfig, Recipe
+from video_opd.config import DistillationRecipe, GRPORecipe, ModelConfig, Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
-from video_opd.errors import UserError
+from video_opd.errors import UserError, need
+from video_opd.models.checkpoint_files import adapter_base, is_adapter_folder
 from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
-from video_opd.models.loading import DTYPES, load_model, no_library_warnings, read_config
-from video_opd.models.lora import add_adapters, has_adapters, is_adapter, load_adapter, trained_in_full
+from video_opd.models.loading import (
+    DTYPES,
+    check_teacher,
+    load_model,
+    load_teacher,
+    no_library_warnings,
+    read_config,
+)
+from video_opd.models.lora import (
+    add_adapters,
+    add_frozen_adapter,
+    has_adapters,
+    has_full_weights,
+    is_adapter,
+    load_adapter,
+    trained_in_full,
+)
 from video_opd.models.parts import cast_weights, part_modules
 from video_opd.models.policy import HFPolicy
+from video_opd.models.quantisation import check_quantisation, quantise_frozen_layers, restore_layers
 from video_opd.models.same_tokens import check_same_tokens
-from video_opd.models.teachers import AdaptersOffReference, LocalTeacher, RoutedTeacher
+from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, RoutedTeacher
+from video_opd.models.torchao import check_torchao
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.planning.setup import Place
 from video_opd.progress import log
 from video_opd.training.masters import Masters
 from video_opd.training.memory import plan_of_run
+from video_opd.training.optimizers import make_optimizer
 from video_opd.training.placement import loading_device, place, placement_asked
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.sharding import is_sharded, shard, sharding_asked
@@ -37,6 +56,7 @@ from video_opd.types import EncodedPrompt, Sample
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+CPU = torch.device("cpu")
 # A loader turns samples into ``(sample, prompt)``, in order, without those whose video cannot be decoded.
 Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 
@@ -45,7 +65,7 @@ Loader = Callable[[Sequence[Sample]], Iterable[tuple[Sample, EncodedPrompt]]]
 class Components:
     """The objects that a run is built from. Tests and other engines give their own policy or teacher."""
 
-    model: torch.nn.Module  # the student's bare module; its trained weights are float32
+    model: torch.nn.Module  # the student's bare module; its trained weights are of type model.weights
     forward_module: torch.nn.Module  # the wrapper that Accelerate put around ``model``, or ``model`` itself
     policy: Policy  # the student
     plain: Policy  # the student's weights through the plain engine, for checks
@@ -77,11 +97,12 @@ def build_components(
     """
     if isinstance(recipe, GRPORecipe):
         make_reward(recipe)  # finds a function that cannot be imported before any model is loaded
+    check_low_precision(recipe, accelerator.num_processes)
     samples = read_samples(recipe.data.train, recipe.data.video_root)
+    device = accelerator.device
     if recipe.teacher.path:  # finds a missing teacher before minutes are spent on loading the student
         for path in recipe.teacher.paths:
-            read_config(path)
-    device = accelerator.device
+            check_teacher(path, recipe.teacher.quantization, device)
     plan = plan_of_run(recipe, samples, accelerator)
     placement = plan.teacher_placement if plan is not None else placement_asked(recipe)
     model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
@@ -132,6 +153,24 @@ def build_components(
     )
 
 
+def check_low_precision(recipe: Recipe, processes: int) -> None:
+    """Finds out, before anything is loaded, whether a run can have the types that its recipe names.
+
+    Raises :class:`UserError` for a library that is missing, and for several processes with bfloat16 weights.
+    """
+    if recipe.model.weights == "bfloat16":
+        need(
+            processes == 1,
+            f"model.weights bfloat16 with {processes} processes: their gradients would be exchanged in "
+            "bfloat16; use one process, or model.weights float32 with model.sharding fsdp2",
+        )
+        check_torchao("model.weights bfloat16")
+    if recipe.optim.moments == "int8":
+        check_torchao("optim.moments int8")
+    if recipe.lora.base_quantization is not None:
+        check_torchao(f"lora.base_quantization {recipe.lora.base_quantization}")
+
+
 def prepare(
     recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Masters | None]:
@@ -145,11 +184,11 @@ def prepare(
         shard(model, dtype, accelerator.device)
     elif recipe.model.sharding is not None:
         log(f"model.sharding is {recipe.model.sharding}, but there is one process: nothing is sharded")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if masters is not None:
         masters.bind(model)
-        optimizer = make_optimizer(list(masters.weights.values()), recipe.optim)
-    else:
-        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+        trained = list(masters.weights.values())
+    optimizer = make_optimizer(trained, recipe.optim, recipe.model.weights, recipe.run.seed)
     if is_sharded(model):
         return model, accelerator.prepare(optimizer), masters
     return *accelerator.prepare(model, optimizer), masters
@@ -158,27 +197,32 @@ def prepare(
 def load_student(
     recipe: Recipe, weights: str | Path, device: torch.device, *, merged: bool = False
 ) -> tuple[Any, Any]:
-    """(model, processor). Only the weights that are trained require gradients; they are float32.
+    """(model, processor). Only the weights that are trained require gradients; their type is model.weights.
 
     With LoRA, ``weights`` is the base or a checkpoint's ``adapter/``. ``merged`` says that it is a finished
     model, which needs no adapters.
     """
     if not recipe.lora.parts or merged:
+        dtype = recipe.run.save_dtype if merged else recipe.model.weights  # what the run would hold
         model, processor = load_model(
-            weights, dtype="float32", device=device, attn=recipe.model.attn, trained=True
+            weights, dtype=dtype, device=device, attn=recipe.model.attn, trained=True
         )
         freeze(model, recipe.model)
         return model, processor
+    if recipe.lora.base_quantization is not None:
+        model_type = read_config(recipe.model.path).model_type
+        check_quantisation(recipe.lora.base_quantization, "lora.base_quantization", device, model_type)
     # The base stays on the CPU in float32 until its frozen weights are cast: the device may have no room.
     model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn, trained=True)
-    adapt(model, recipe, weights)
+    adapt(model, recipe, weights, device)
     return model.to(device), processor
 
 
-def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path) -> None:
+def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path, device: torch.device = CPU) -> None:
     """Puts adapters on the base: a checkpoint's if ``weights`` is its ``adapter/``, otherwise new ones.
 
-    Weights that are not trained are then held in ``model.dtype``: they need not represent small updates.
+    Weights that are not trained are then held in ``model.dtype``: they need not represent small updates. With
+    ``lora.base_quantization``, their linear layers are quantised, one at a time on ``device``.
     """
     if is_adapter(weights):
         load_adapter(model, weights)
@@ -186,6 +230,16 @@ def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path) -> None:
         add_adapters(model, recipe.lora, recipe.run.seed, recipe.model.path)
     freeze(model, recipe.model)
     cast_weights(model, DTYPES[recipe.model.dtype], frozen_only=True)
+    if recipe.lora.base_quantization is not None:
+        count = quantise_frozen_layers(model, recipe.lora.base_quantization, device)
+        log(f"{recipe.model.path}: {count:,} frozen weights are held in {recipe.lora.base_quantization}")
+
+
+def restore_base(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Gives a student with a quantised base the whole weights of it, for adapters to be merged into."""
+    if recipe.lora.base_quantization is not None and has_adapters(model):
+        base, _ = load_model(recipe.model.path, dtype=recipe.model.dtype, attn=recipe.model.attn)
+        restore_layers(model, base)
 
 
 def usable_samples(recipe: Recipe, method: Method, samples: list[Sample]) -> list[Sample]:
@@ -228,16 +282,22 @@ def load_teachers(
                 f"(there: {known})"
             )
 
-    def load(path: str) -> LocalTeacher:
-        loaded = load_model(
-            path, dtype=settings.dtype, device=loading_device(placement, device), attn=recipe.model.attn
-        )
-        check_same_tokens(student, loaded, other_template=settings.other_template)
+    def load(number: int, path: str) -> Teacher:
         log_other_video_form(with_video_form(recipe).prompt.video_form, path)
+        if is_adapter_folder(path):
+            reason = why_not_shared(recipe, path, student[0])
+            if reason is None:
+                return adapter_teacher(recipe, path, f"teacher{number}", student)
+            log(f"teacher {path}: an adapter, merged into a base of its own, because {reason}")
+        first = loading_device(placement, device)
+        loaded = load_teacher(path, settings.dtype, first, recipe.model.attn, settings.quantization)
+        check_same_tokens(student, loaded, other_template=settings.other_template)
         policy = HFPolicy(*loaded, recipe.model.engine, vocabulary=Vocabulary.of(*student))
         return place(policy, placement, device, recipe.loss.nonfinite)
 
-    teachers = {path: load(path) for path in settings.paths}
+    if settings.quantization is not None:
+        placement = "whole"  # quantised weights are neither sharded nor moved
+    teachers = {path: load(number, path) for number, path in enumerate(settings.paths)}
     if not settings.by_source:
         return teachers[settings.path]
 
@@ -245,6 +305,38 @@ def load_teachers(
         return settings.by_source.get(sources[prompt.sample_id] or "", settings.path)
 
     return RoutedTeacher(teachers, route)
+
+
+def why_not_shared(recipe: DistillationRecipe, path: str, student: torch.nn.Module) -> str | None:
+    """Why the adapter ``path`` needs a base of its own as teacher; None if it shares the student's."""
+    base, settings = str(adapter_base(path)), recipe.teacher
+    if not has_adapters(student) or trained_in_full(student):
+        return "the student's base is trained"
+    if recipe.model.sharding is not None:
+        return "the student's base is in shards"
+    if settings.placement in ("sharded", "cpu"):
+        return f"teacher.placement is {settings.placement}"
+    if base != recipe.model.path and Path(base).resolve() != Path(recipe.model.path).resolve():
+        return f"it belongs to {base}, and the student to {recipe.model.path}"
+    if has_full_weights(path):
+        return "it has weights that were trained in full"
+    if settings.dtype != recipe.model.dtype:
+        return f"teacher.dtype is {settings.dtype}, and model.dtype {recipe.model.dtype}"
+    if settings.quantization != recipe.lora.base_quantization:
+        return "teacher.quantization is not lora.base_quantization"
+    return None
+
+
+def adapter_teacher(
+    recipe: DistillationRecipe, path: str, name: str, student: tuple[Any, Any]
+) -> AdapterTeacher:
+    """The adapter ``path`` on the student's base, which computes as it does for the student."""
+    model, processor = student
+    add_frozen_adapter(model, path, name)
+    log(f"teacher {path}: an adapter on the student's base, whose weights serve both")
+    compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
+    policy = HFPolicy(model, processor, recipe.model.engine, compute_dtype=compute_dtype)
+    return AdapterTeacher(policy, name, nonfinite=recipe.loss.nonfinite)
 
 
 def load_reference(
@@ -291,24 +383,6 @@ def prompt_loader(
         )
 
     return load
-
-
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW. Weight decay leaves out vectors (biases, norms), as is usual."""
-    assert all(p.dtype == torch.float32 for p in parameters), "a bfloat16 weight loses updates of lr 1e-6"
-    decayed = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=optim.offload or None,  # on a CPU the other ways read the memory several times
-    )
 
 
 def freeze(model: torch.nn.Module, settings: ModelConfig) -> None:

@@ -6,13 +6,14 @@ Several processes divide the videos among themselves, and the first one writes t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from video_opd.config import Recipe
+from video_opd.config import Quantization, Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import evaluate_file
@@ -21,7 +22,7 @@ from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import chosen_device, with_video_form
 from video_opd.models.interfaces import Policy
-from video_opd.models.loading import DTYPES, load_model, load_processor
+from video_opd.models.loading import DTYPES, load_processor, load_teacher
 from video_opd.models.policy import HFPolicy
 from video_opd.processes import Processes
 from video_opd.progress import log
@@ -76,7 +77,9 @@ def evaluate_teacher(recipe: Recipe, out: Path, processes: Processes) -> None:
         recipe = with_video_form(recipe)
     as_student = recipe.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
     prompts_of = student if teacher.other_template else None
-    _evaluate_frozen("teacher", as_student, teacher.dtype, None, out, processes, prompts_of)
+    _evaluate_frozen(
+        "teacher", as_student, teacher.dtype, None, out, processes, prompts_of, teacher.quantization
+    )
 
 
 def _evaluate_frozen(
@@ -87,15 +90,19 @@ def _evaluate_frozen(
     out: Path,
     processes: Processes,
     prompts_of: str | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """``prompts_of`` is the model whose prompts are answered; None: the evaluated model's own."""
     model = recipe.model
     device = chosen_device(None)
-    loaded, processor = load_model(model.path, dtype=weights_dtype, device=device, attn=model.attn)
+    loaded, processor = load_teacher(model.path, weights_dtype, device, model.attn, quantization)
     policy = HFPolicy(loaded, processor, model.engine, compute_dtype=compute_dtype)
     asking = processor if prompts_of is None else load_processor(prompts_of)
     loader = prompt_loader(recipe, asking, skipped_path=None, max_failed_share=1.0)
-    _evaluate(name, recipe, policy, loader, Path(model.path), out, processes, prompts_of)
+    made_by = {"prompts_of": model_fingerprint(prompts_of)} if prompts_of else {}
+    if quantization is not None:
+        made_by["quantization"] = quantization
+    _evaluate(name, recipe, policy, loader, Path(model.path), out, processes, made_by)
 
 
 def _evaluate(
@@ -106,7 +113,7 @@ def _evaluate(
     model: Path,
     out: Path,
     processes: Processes,
-    prompts_of: str | None = None,
+    made_by: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     settings = recipe.evaluate
     for path in settings.data:
@@ -120,7 +127,7 @@ def _evaluate(
             provenance={
                 "model": model_fingerprint(model),
                 "dtype": recipe.model.dtype,
-                **({"prompts_of": model_fingerprint(prompts_of)} if prompts_of else {}),
+                **made_by,
                 "input": {
                     "video": recipe.video.model_dump(),
                     "prompt": with_video_form(recipe).prompt.model_dump(),

@@ -39,7 +39,7 @@ from video_opd.seals import NOTHING, Sealer
 from video_opd.seeds import derive_seed
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream
-from video_opd.training.components import Components, build_components
+from video_opd.training.components import Components, build_components, restore_base
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
@@ -367,6 +367,7 @@ def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components:
     processes.on_first(lambda: _write_adapters(folder, components))
     save_dtype = getattr(torch, recipe.run.save_dtype)
     if processes.first or not _only_first_is_whole(components):
+        restore_base(components.model, recipe)
         merge_adapters(components.model, save_dtype)
         cast_weights(components.model, save_dtype)
     processes.on_first(lambda: _write_model(recipe, folder, components))

@@ -29,6 +29,7 @@ from video_opd.models.modes import call_through
 from video_opd.models.parts import state_of
 from video_opd.models.placed_teachers import units_of
 from video_opd.training.masters import Masters
+from video_opd.training.optimizers import LowPrecisionAdamW
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -260,11 +261,15 @@ def optimizer_state(
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+    plain = _plain(optimizer)
+    if isinstance(plain, LowPrecisionAdamW):
+        state = plain.named_state({parameter: name for name, parameter in model.named_parameters()})
+        return state if _is_first_process() else {"state": {}, "param_groups": []}
     if not optimizer.state:  # no step was made; the library would make one to fill the state
         return {"state": {}, "param_groups": []}
     if masters is not None:
-        return masters.optimizer_state(_plain(optimizer))
-    return get_optimizer_state_dict(model, _plain(optimizer), options=_on_first_process())
+        return masters.optimizer_state(plain)
+    return get_optimizer_state_dict(model, plain, options=_on_first_process())
 
 
 def load_optimizer_state(
@@ -286,11 +291,15 @@ def load_optimizer_state(
     saved = _by_name(names, optimizer, state)
     if not saved["state"]:
         return
+    plain = _plain(optimizer)
     if masters is not None:
-        masters.load_optimizer_state(_plain(optimizer), saved)
+        masters.load_optimizer_state(plain, saved)
+        return
+    if isinstance(plain, LowPrecisionAdamW):
+        plain.load_named_state(names, saved)
         return
     options = StateDictOptions(full_state_dict=True, strict=False)
-    set_optimizer_state_dict(model, _plain(optimizer), saved, options=options)
+    set_optimizer_state_dict(model, plain, saved, options=options)
     for parameter in list(optimizer.state):
         if names[parameter] not in saved["state"]:  # it has had no gradient yet
             del optimizer.state[parameter]
@@ -316,6 +325,10 @@ def _by_name(
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimiser that Accelerate wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _is_first_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _on_first_process() -> StateDictOptions:

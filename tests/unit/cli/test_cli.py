@@ -459,7 +459,7 @@ def test_score_by_options_and_by_recipe_agree(model_and_data, tmp_path, capsys) 
 def test_score_for_topk(model_and_data, tmp_path, capsys, monkeypatch) -> None:
     from video_opd.curriculum import pool
 
-    load_student, load_teacher, students = pool.load_inference_model, pool.load_model, []
+    load_student, load_teacher, students = pool.load_inference_model, pool.load_teacher, []
 
     def student(*arguments):
         loaded = load_student(*arguments)
@@ -471,7 +471,7 @@ def test_score_for_topk(model_and_data, tmp_path, capsys, monkeypatch) -> None:
         return load_teacher(*arguments, **settings)
 
     monkeypatch.setattr(pool, "load_inference_model", student)
-    monkeypatch.setattr(pool, "load_model", teacher)
+    monkeypatch.setattr(pool, "load_teacher", teacher)
     model, data = model_and_data
     words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data)]
     words += ["--out", str(tmp_path / "s.jsonl"), "--k", "2", "--max-new-tokens", "4"]
@@ -519,6 +519,9 @@ def test_the_teacher_of_score_has_a_type_of_its_own(tmp_path, asked_of, capsys) 
     assert (teacher.model.path, teacher.model.dtype) == ("t", "bfloat16")
     assert teacher.video == student.video and student.video.fps == 1
     # Left out, it is the student's.
+    assert teacher.quantization is None
+    assert main([*words, "--teacher", "t", "--teacher.quantization", "int8"]) == 0
+    assert asked_of.pop()[1].quantization == "int8"
     assert main([*words, "--teacher", "t", "--model.dtype", "bfloat16"]) == 0
     assert {config.model.dtype for config in asked_of.pop()} == {"bfloat16"}
     for more, said in (

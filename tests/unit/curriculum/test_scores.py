@@ -140,6 +140,12 @@ def test_the_teachers_part_is_made_once(tmp_path: Path) -> None:
         run(
             tmp_path / "3.jsonl", provenance={**PROVENANCE, "teacher_dtype": "bfloat16"}, teacher_from=[first]
         )
+    with pytest.raises(UserError, match="another 'teacher_quantization'"):
+        run(
+            tmp_path / "3.jsonl",
+            provenance={**PROVENANCE, "teacher_quantization": "int8"},
+            teacher_from=[first],
+        )
     with pytest.raises(UserError, match="teacher_answers"):
         run(tmp_path / "4.jsonl", settings=ScoreSettings(k=2), teacher_from=[first])
 

@@ -38,8 +38,9 @@ from video_opd.models.lora import adapters_off, add_adapters, load_adapter, merg
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference, LocalTeacher
 from video_opd.training.checkpoint import find_checkpoints, save_model_folder
-from video_opd.training.components import adapt, load_reference, load_student, make_optimizer
+from video_opd.training.components import adapt, load_reference, load_student
 from video_opd.training.loop import RunResult, train
+from video_opd.training.optimizers import make_optimizer
 from video_opd.training.run_folder import RunFolder
 
 PARTS: Any = ("vision", "merger", "language")

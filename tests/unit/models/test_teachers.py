@@ -1,15 +1,25 @@
 """A teacher equal to its student gives r_t = 0; a broken teacher raises."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model_cases import mixed_prompts, model, processor
 
+from video_opd.config import LoraConfig
 from video_opd.errors import UserError
 from video_opd.models.interfaces import ChunkedPolicy, Policy, Teacher
+from video_opd.models.lora import (
+    adapter_weights,
+    add_adapters,
+    add_frozen_adapter,
+    has_adapters,
+    merge_adapters,
+    save_adapter,
+)
 from video_opd.models.policy import HFPolicy
-from video_opd.models.teachers import LocalTeacher, RoutedTeacher
+from video_opd.models.teachers import AdapterTeacher, LocalTeacher, RoutedTeacher
 
 
 def test_self_distillation_is_zero_on_every_token() -> None:
@@ -104,3 +114,74 @@ def test_each_prompt_is_scored_by_its_own_teacher() -> None:
             torch.testing.assert_close(routed.full_BTV[row, :n], alone.full_BTV[b, :n], atol=1e-4, rtol=1e-5)
             row += 1
     assert row == len(routed.mask_BT)
+
+
+# --------------------------------------------------------------------------- an adapter on the student's base
+
+RESPONSES: Any = [[(9, 10, 11), (12,)], [(13, 14)], [(9, 15, 16, 17)]]
+
+
+def adapted(parts: Any, seed: int) -> Any:
+    """The base with an adapter that training might have made; everything else is frozen."""
+    made = model(0, sharpness=8.0)
+    add_adapters(made, LoraConfig(parts=parts, rank=4, alpha=8.0), seed, base="base")
+    factors = adapter_weights(made)
+    made.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in factors.values():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator)).requires_grad_(True)
+    return made
+
+
+def distributions(teacher: Any) -> torch.Tensor:
+    found = teacher.logprobs(mixed_prompts(), RESPONSES, full=True).full_BTV
+    assert found is not None
+    return found
+
+
+def test_an_adapter_on_the_students_base_is_the_merged_model(tmp_path: Path) -> None:
+    """The student's adapter and the teacher's are on layers that overlap, and neither knows the other."""
+    theirs, student = adapted(("merger", "language"), 7), adapted(("vision", "language"), 3)
+    save_adapter(theirs, tmp_path / "theirs")
+    save_adapter(student, tmp_path / "before")
+    merge_adapters(theirs)
+    policy = HFPolicy(student, processor())
+    before, trained = distributions(policy), {n for n, p in student.named_parameters() if p.requires_grad}
+
+    add_frozen_adapter(student, tmp_path / "theirs", "teacher0")
+    teacher = AdapterTeacher(policy, "teacher0")
+    found, expected = distributions(teacher), distributions(LocalTeacher(HFPolicy(theirs, processor())))
+    assert isinstance(teacher, Teacher) and not found.requires_grad
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - before).abs().max() > 0.1
+
+    assert torch.equal(distributions(policy), before)
+    assert {n for n, p in student.named_parameters() if p.requires_grad} == trained
+    save_adapter(student, tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
+    merge_adapters(student)
+    assert not has_adapters(student)
+    merged = adapted(("vision", "language"), 3)
+    merge_adapters(merged)
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in merged.state_dict().items())
+
+
+def test_its_turn_leaves_the_graph_of_the_student_alone(tmp_path: Path) -> None:
+    """A step prefills with a graph, asks the teacher, and differentiates."""
+    save_adapter(adapted(("language",), 7), tmp_path)
+
+    def gradients(ask: bool) -> dict[str, torch.Tensor]:
+        student = adapted(("language",), 3)
+        add_frozen_adapter(student, tmp_path, "teacher0")
+        policy = HFPolicy(student, processor())
+        prefix = policy.prefill(mixed_prompts(), grad=True)
+        if ask:
+            AdapterTeacher(policy, "teacher0").logprobs(mixed_prompts(), RESPONSES)
+        policy.logprobs(prefix, RESPONSES, grad=True).logprobs_BT.sum().backward()
+        return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    alone, asked = gradients(False), gradients(True)
+    assert len(alone) == 2 * 14 and alone.keys() == asked.keys()  # seven layers in each of two blocks
+    assert all(torch.equal(asked[name], gradient) for name, gradient in alone.items())

@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     teacher, student = thinking_processor(), processor()
     processors = {"teacher": teacher, "base": student}
-    monkeypatch.setattr(final_evaluation, "load_model", lambda path, **_: (model(), processors[str(path)]))
+    monkeypatch.setattr(final_evaluation, "load_teacher", lambda path, *_: (model(), processors[str(path)]))
     monkeypatch.setattr(final_evaluation, "load_processor", lambda path: processors[str(path)])
     monkeypatch.setattr(final_evaluation, "predict", predict)
     monkeypatch.setattr(final_evaluation, "evaluate_file", lambda *_: {"mIoU": 0.0})

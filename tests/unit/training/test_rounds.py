@@ -492,18 +492,18 @@ def test_rows_may_be_used_again_and_a_teacher_that_is_known_is_not_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    load_student, load_teacher = pool.load_inference_model, pool.load_model
+    load_student, load_teacher = pool.load_inference_model, pool.load_teacher
 
     def student(config: Any, *arguments: Any) -> Any:
         opened.append(Path(config.model.path).name)
         return load_student(config, *arguments)
 
-    def teacher(path: str, **settings: Any) -> Any:
+    def teacher(path: str, *settings: Any) -> Any:
         opened.append(Path(path).name)
-        return load_teacher(path, **settings)
+        return load_teacher(path, *settings)
 
     monkeypatch.setattr(pool, "load_inference_model", student)
-    monkeypatch.setattr(pool, "load_model", teacher)
+    monkeypatch.setattr(pool, "load_teacher", teacher)
     recipe = make_recipe(
         world,
         tmp_path / "run",
