@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from typing import get_args
 
 import pytest
 import yaml
+from torchao_cases import torchao  # noqa: F401
 
 from video_opd.config import MethodName, Recipe, dump_recipe, load_recipe, recipe_from_dict
 from video_opd.config.__main__ import schema
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
+from video_opd.planning.plan import make_plan
 from video_opd.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +84,31 @@ def test_it_reads_and_survives_yaml(path: Path):
     assert recipe_from_dict(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
+# What a GPU that is sold with so many GB has for a program, GiB.
+GPU_GIB = {80: 78, 141: 139}
+COUNTS = {"one GPU": 1, "two machines of eight GPUs": 16, "eight GPUs": 8}
+
+
+def machine_of(path: Path) -> tuple[int, int]:
+    """(GPUs, GB of each) that a recipe's first comment names."""
+    comment = path.read_text().partition("\nmodel")[0].replace("\n# ", " ")
+    ((count, gigabytes),) = set(re.findall(rf"\b({'|'.join(COUNTS)}) of (\d+) GB", comment))
+    return COUNTS[count], int(gigabytes)
+
+
+OF_THE_PAPER = [path for path in RECIPES if path.parent.name != "tiny"]
+
+
+@pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_it_fits_the_machine_that_it_names(path: Path):
+    """By plan, and with 5 GB to spare."""
+    gpus, gigabytes = machine_of(path)
+    recipe = load_recipe(path)
+    if made := re.fullmatch(r"runs/qwen3-vl-(\d+)b-grpo/model", recipe.teacher.path):  # table 5
+        recipe = recipe.changed(**{"teacher.path": f"Qwen/Qwen3-VL-{made[1]}B-Instruct"})
+    assert make_plan(recipe, gpus, GPU_GIB[gigabytes] * 2**30 - 5 * 10**9).fits
+
+
 # A teacher in shards needs several processes; the steps are the same wherever it is held.
 ONE_PROCESS = {"teacher.placement": "auto"}
 
@@ -111,6 +139,13 @@ def small_words(world: Path, run: Path, **changes: object) -> list[str]:
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
 
 
+def find_torchao(recipe: Recipe, request: pytest.FixtureRequest) -> None:
+    """Skips the test of a recipe with 8-bit weights or moments where torchao is not installed."""
+    settings = (recipe.teacher.quantization, recipe.optim.moments, recipe.lora.base_quantization)
+    if not {"int8", "float8"}.isdisjoint(settings) or recipe.model.weights == "bfloat16":
+        request.getfixturevalue("torchao")
+
+
 def structures() -> dict[str, Path]:
     """The recipes that take different steps once their paths and sizes are those of the tiny world."""
     found: dict[str, Path] = {}
@@ -123,8 +158,9 @@ STRUCTURES = structures()
 
 
 @pytest.mark.parametrize("path", STRUCTURES.values(), ids=STRUCTURES)
-def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path):
+def test_its_first_steps_run(path: Path, world: Path, tmp_path: Path, request: pytest.FixtureRequest):
     recipe = small(path, world, tmp_path / "run")
+    find_torchao(recipe, request)
     result = train(recipe)
     rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert [row["step"] for row in rows] == [1, 2]
@@ -160,10 +196,13 @@ def test_the_recipe_of_eight_gpus_runs_in_four_processes(world: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["tiny/video-opd-lora.yaml", "qwen3-vl-8b/video-opd-lora.yaml"])
-def test_adapters_continue_where_they_were_cut_off(name: str, world: Path, tmp_path: Path):
+def test_adapters_continue_where_they_were_cut_off(
+    name: str, world: Path, tmp_path: Path, request: pytest.FixtureRequest
+):
     """After a step, and again when only the evaluation is left, where the model needs no adapters."""
     run = tmp_path / "run"
     recipe = small(FOLDER / name, world, run, **{"run.save_every": 1})
+    find_torchao(recipe, request)
     train(recipe)
     kept = [run / "model" / "model.safetensors", run / "adapter" / "adapter_model.safetensors"]
     kept += [run / "eval" / "student-short.jsonl", run / "eval" / "student-short.json"]

@@ -18,7 +18,7 @@ from video_opd.evaluation.published import published
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 OTHERS = {"find", "lmms-eval", "mkdir"}  # programs whose words nobody checks here
-ON_A_RECIPE = {"train", "rounds", "score"}
+ON_A_RECIPE = {"train", "rounds", "score", "plan"}
 
 
 def joined(lines: list[str]) -> list[str]:
