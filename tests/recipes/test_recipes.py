@@ -216,6 +216,19 @@ def test_adapters_continue_where_they_were_cut_off(
         assert [path.read_bytes() for path in kept] == before
 
 
+def test_a_model_that_was_trained_in_full_is_evaluated_when_the_run_is_repeated(world: Path, tmp_path: Path):
+    """The model is in run.save_dtype then, in which its weights could not be trained."""
+    run = tmp_path / "run"
+    recipe = small(FOLDER / "qwen3-vl-8b" / "sft.yaml", world, run)
+    assert recipe.run.save_dtype == "bfloat16" and recipe.model.weights == "float32"
+    train(recipe)
+    figures = (run / "eval" / "student-short.json").read_bytes()
+    (run / "done.json").unlink()
+    shutil.rmtree(run / "eval")
+    train(recipe)
+    assert (run / "eval" / "student-short.json").read_bytes() == figures
+
+
 def test_an_evaluation_that_could_not_be_made_is_refused_at_once(world: Path, tmp_path: Path):
     words = [f"--model.path={world / 'base'}", f"--teacher.path={world / 'teacher'}"]
     words += [f"--data.train={world / 'train.jsonl'}", f"--run.dir={tmp_path / 'run'}"]

@@ -105,7 +105,8 @@ def build_components(
             check_teacher(path, recipe.teacher.quantization, device)
     plan = plan_of_run(recipe, samples, accelerator)
     placement = plan.teacher_placement if plan is not None else placement_asked(recipe)
-    model, processor = load_student(recipe, weights, device, merged=Path(weights) == folder.model)
+    finished = Path(weights) == folder.model
+    model, processor = load_student(recipe, weights, device, merged=finished)
     encoder = PromptEncoder(processor, with_video_form(recipe).prompt)
     method = make_method(recipe, processor.tokenizer, opened=encoder.opens_thinking)
     samples = usable_samples(recipe, method, samples)
@@ -123,7 +124,11 @@ def build_components(
         with no_library_warnings():
             getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only
-    forward_module, optimizer, masters = prepare(recipe, accelerator, model)
+    if finished:  # nothing is trained, so nothing is wrapped or divided, and the optimiser is never asked
+        forward_module, masters = model, None
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
+    else:
+        forward_module, optimizer, masters = prepare(recipe, accelerator, model)
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
     policy = HFPolicy(
         model,
