@@ -222,11 +222,7 @@ class _Estimate:
         setup = self.setup
         if not setup.sharded:
             return Counter(weights=self._as_loaded())
-        if setup.gather == "step":
-            return Counter(weights=setup.number * (self.student.weights + self._adapters))
-        return Counter(
-            weights=setup.number * self.student.rest, gathered=2 * setup.number * self.student.largest_unit
-        )
+        return Counter(weights=setup.number * (self.student.weights + self._adapters))
 
     @property
     def _adapters(self) -> int:

@@ -32,7 +32,6 @@ class Setup:
     weights: str  # of the student's trained weights: float32, or bfloat16 with stochastic rounding
     moments: str  # of the optimiser: float32 or int8
     sharded: bool  # the student's masters and moments, over the processes
-    gather: str  # step: the student is whole while it runs; layer: one layer at a time
     reduce: str  # step: gradients are reduced once a step; micro_batch: after each backward
     offload: bool  # the masters and the optimiser's state are on the CPU
     recompute: bool | None  # None: where the rest does not fit
@@ -66,7 +65,6 @@ class Setup:
             weights=_key(model, "weights", "float32"),
             moments=_key(recipe.optim, "moments", "float32"),
             sharded=model.sharding is not None and processes > 1,
-            gather=_key(model, "gather", "step"),
             reduce=_key(model, "reduce", "step"),
             offload=_key(recipe.optim, "offload", False),
             recompute=model.gradient_checkpointing,

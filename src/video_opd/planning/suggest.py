@@ -18,12 +18,19 @@ from video_opd.types import Sample
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """Settings that save memory. ``price`` says how much they change a run, ``costs`` in what way: first what
-    leaves the result alone, then what rounds, then what trains less."""
+    leaves the result alone, then what rounds, then what trains less. A recipe refuses them beside changes of
+    the keys in ``excludes``, and with several processes if they need one."""
 
     settings: Mapping[str, Any]
     price: int
     costs: str
     needs_processes: bool = False
+    needs_one_process: bool = False
+    excludes: Sequence[str] = ()
+
+
+#: Settings of an optimiser that is neither in shards nor on the CPU.
+IN_ONE_PLACE = {"model.sharding": None, "model.reduce": "step", "optim.offload": False}
 
 
 #: In the order of their price. Keys that a recipe does not have are passed over.
@@ -55,12 +62,6 @@ CHANGES: Sequence[Change] = (
     ),
     Change(settings={"teacher.dtype": "bfloat16"}, price=7, costs="the teacher computes in bfloat16"),
     Change(settings={"model.dtype": "bfloat16"}, price=8, costs="the student computes in bfloat16"),
-    Change(
-        settings={"model.gather": "layer"},
-        price=9,
-        costs="the student's layers are exchanged in each of its forwards",
-        needs_processes=True,
-    ),
     Change(settings={"optim.offload": True}, price=12, costs="the optimiser works on the CPU"),
     Change(
         settings={"teacher.placement": "cpu"},
@@ -71,14 +72,21 @@ CHANGES: Sequence[Change] = (
         settings={"teacher.quantization": "int8"},
         price=16,
         costs="the teacher's weights are rounded to 8 bits",
+        excludes=["teacher.placement"],
     ),
     Change(
-        settings={"optim.moments": "int8"}, price=20, costs="the optimiser's moments are rounded to 8 bits"
+        settings={"optim.moments": "int8", **IN_ONE_PLACE},
+        price=20,
+        costs="the optimiser's moments are rounded to 8 bits",
+        needs_one_process=True,
+        excludes=[*IN_ONE_PLACE],
     ),
     Change(
-        settings={"model.weights": "bfloat16"},
+        settings={"model.weights": "bfloat16", **IN_ONE_PLACE},
         price=24,
         costs="weights are rounded stochastically, to bfloat16",
+        needs_one_process=True,
+        excludes=[*IN_ONE_PLACE, "lora.parts"],
     ),
     Change(
         settings={"lora.parts": ["vision", "merger", "language"], "model.freeze": ["lm_head"]},
@@ -86,13 +94,14 @@ CHANGES: Sequence[Change] = (
         costs="adapters are trained in place of the weights",
     ),
     Change(
-        settings={"lora.base_quantization": "int8"}, price=20, costs="the frozen base is rounded to 8 bits"
+        settings={"lora.base_quantization": "int8", "model.sharding": None, "model.reduce": "step"},
+        price=20,
+        costs="the frozen base is rounded to 8 bits",
+        needs_one_process=True,
+        excludes=["model.sharding", "model.reduce"],
     ),
 )
 MOST_TRIED = 3000  # sets of changes
-MOST_EXCLUDED = (
-    2  # changes that others exclude: one of two placements, and what a recipe refuses beside another
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +152,8 @@ class Suggestion:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, list):
         return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -212,10 +223,14 @@ def _without_useless(
 
 
 def _changes(recipe: Recipe) -> Iterator[Change]:
-    """``CHANGES``, with adapters on all parts that the recipe does not freeze."""
+    """``CHANGES`` without what the recipe has already, and with adapters on all parts that it does not
+    freeze."""
+    present = dict(flatten(recipe.to_dict()))
     for change in CHANGES:
         if "lora.parts" not in change.settings:
-            yield change
+            new = {k: v for k, v in change.settings.items() if k not in present or present[k] != v}
+            if new:
+                yield replace(change, settings=new)
             continue
         frozen = {*recipe.model.freeze, "lm_head"}
         parts = [part for part in change.settings["lora.parts"] if part not in frozen]
@@ -225,7 +240,7 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
 
 def _applies(change: Change, recipe: Recipe, processes: int) -> bool:
     """Whether the recipe has these keys, at other values."""
-    if change.needs_processes and processes == 1:
+    if (change.needs_processes and processes == 1) or (change.needs_one_process and processes > 1):
         return False
     present = dict(flatten(recipe.to_dict()))
     if not all(key in present for key in change.settings):
@@ -234,19 +249,33 @@ def _applies(change: Change, recipe: Recipe, processes: int) -> bool:
 
 
 def _exclude(one: Change, other: Change) -> bool:
-    return bool(set(one.settings) & set(other.settings))
+    """Whether they set a key to two values, or a recipe refuses the one beside the other."""
+    differ = any(one.settings[key] != other.settings[key] for key in {*one.settings} & {*other.settings})
+    return differ or any(
+        key in theirs.settings and theirs.settings[key] != ours.settings.get(key, theirs)
+        for ours, theirs in ((one, other), (other, one))
+        for key in ours.excludes
+    )
 
 
 def _largest(useful: Sequence[Change]) -> Iterator[Sequence[Change]]:
-    """Every set to which nothing can be added, and the empty one."""
+    """The empty set, and every set that leaves out nothing but choices.
+
+    A choice is a change that excludes another, or one of where the teacher is: the recipe's own place may
+    need less.
+    """
     yield ()
-    for size in range(len(useful) + 1):
-        for left_out in itertools.combinations(useful, size):
+    choices = [
+        change
+        for change in useful
+        if "teacher.placement" in {*change.settings, *change.excludes}
+        or any(_exclude(change, other) for other in useful if other is not change)
+    ]
+    for size in range(len(choices) + 1):
+        for left_out in itertools.combinations(choices, size):
             kept = [change for change in useful if change not in left_out]
             if not any(_exclude(*pair) for pair in itertools.combinations(kept, 2)):
                 yield kept
-        if size == MOST_EXCLUDED:
-            return
 
 
 def _cheapest_first(useful: Sequence[Change]) -> Iterator[Sequence[Change]]:

@@ -114,7 +114,7 @@ class Rounds:
         count, on_first = self.recipe.rounds.count, self.processes.on_first
         on_first(self._check)
         data = self.recipe.data
-        self.samples = read_samples(data.train, data.video_root)[: data.limit]
+        self.samples = on_first(lambda: read_samples(data.train, data.video_root)[: data.limit])
         self._evaluate_others()
         done, ended = 0, None
         for number in range(1, count + 1):

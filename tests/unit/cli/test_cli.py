@@ -21,6 +21,7 @@ from video_opd.cli import main, report
 from video_opd.cli.commands import build_parser, parse_words
 from video_opd.cli.parser import Parser, split_overrides
 from video_opd.errors import UserError
+from video_opd.evaluation.resume import read_provenance, write_provenance
 
 # Python as it is where torch is not installed.
 WITHOUT_TORCH = (
@@ -400,6 +401,7 @@ def test_predict_continues_what_was_killed(model_and_data, tmp_path, capsys) -> 
     assert json.loads(capsys.readouterr().out)["answered"] == 3
     # Killed within the third row:
     out.write_text(first[: first.index("\n", first.index("\n") + 1) + 20])
+    write_provenance(out, read_provenance(out), None)  # rows are sealed at the end
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["kept"], result["answered"]) == (2, 1)

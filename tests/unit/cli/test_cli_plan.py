@@ -27,7 +27,7 @@ def plan(capsys, *words: str) -> tuple[int, str]:
 
 
 def test_a_plan_is_a_table_and_a_record(capsys) -> None:
-    code, text = plan(capsys, *PAPER, "--gpus", "8", "--gpu-memory", "80")
+    code, text = plan(capsys, *PAPER, "--gpus", "8", "--gpu-memory", "60")
     assert code == 1 and "does not fit" in text and "8.77 billion weights" in text
     code, printed = plan(capsys, *PAPER, "--gpus", "8", "--gpu-memory", "400", "--json")
     record = json.loads(printed)
@@ -40,7 +40,7 @@ def test_a_plan_is_a_table_and_a_record(capsys) -> None:
 
 
 def test_the_suggestion_is_yaml_that_makes_the_recipe_fit(capsys, tmp_path: Path) -> None:
-    words = ["--gpus", "8", "--gpu-memory", "100", "--model.dtype", "float32"]
+    words = ["--gpus", "8", "--gpu-memory", "80", "--model.dtype", "float32"]
     code, text = plan(capsys, *PAPER, *words, "--suggest")
     assert code == 1
     lines = text[text.index("# it fits with") :]
@@ -90,7 +90,7 @@ def test_nonsense_is_one_line_and_exit_code_2(words, said, capsys, tmp_path, mon
 def test_a_model_is_read_by_its_config_and_nothing_else(capsys, tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text(json.dumps(known_models()["Qwen3-VL-4B"]))
-    words = ["--model.path", str(tmp_path / "student"), "--gpu-memory", "100", "--json"]
+    words = ["--model.path", str(tmp_path / "student"), "--gpus", "8", "--gpu-memory", "100", "--json"]
     _, printed = plan(capsys, *PAPER, *words)
     assert json.loads(printed)["student"]["weights"] == 4_437_815_808
 

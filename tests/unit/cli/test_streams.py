@@ -178,7 +178,7 @@ def test_a_deleted_working_folder_is_one_line(
     (tmp_path / "r" / "recipe.yaml").write_text("method: sft\n")
     assert run(["report", str(tmp_path / "r"), "--out", "r.html"]) == 2
     error = capsys.readouterr().err
-    assert "no such folder" in error and error.count("\n") == 2 and "Error" not in error
+    assert error.count("the working folder was deleted") == 2 == error.count("\n") and "Error" not in error
 
 
 def test_what_libraries_log_and_warn_of_is_visible(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from video_opd.cli import main
 from video_opd.evaluation.prediction_cache import cached_predictions_path
 from video_opd.evaluation.protocols import PROTOCOLS
+from video_opd.evaluation.resume import read_provenance, write_provenance
 from video_opd.types import Sample
 
 
@@ -280,6 +281,7 @@ def test_evaluating_a_model_continues_by_content(model_and_data, tmp_path, capsy
     whole = kept.read_text()
     # Killed within the last row: it alone is answered again.
     kept.write_text(whole[: whole.rstrip("\n").rindex("\n") + 20])
+    write_provenance(kept, read_provenance(kept), None)  # rows are sealed at the end
     assert json.loads(run(capsys, *words)) == first and sum(answered) == 4
     assert sorted(kept.read_text().splitlines()) == sorted(whole.splitlines())
     # Another length, another protocol: other responses.

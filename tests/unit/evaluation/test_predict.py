@@ -16,7 +16,7 @@ from video_opd.evaluation.batching import BLOCK_BATCHES, blocks_of_batches
 from video_opd.evaluation.metrics import evaluate
 from video_opd.evaluation.predict import GenerationSettings, PredictResult, predict
 from video_opd.evaluation.predictions import read_predictions
-from video_opd.evaluation.resume import provenance_path
+from video_opd.evaluation.resume import provenance_path, read_provenance, write_provenance
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.types import Sample
 
@@ -153,10 +153,12 @@ def test_other_files_are_not_continued(tmp_path: Path) -> None:
     changed = [Sample(id="s0", video=Path("x"), query="another question")]
     with pytest.raises(UserError, match="another query"):
         predict(FakePolicy(right), changed, FakeLoader(), out, provenance=PROVENANCE)
+    made = read_provenance(out)
     provenance_path(out).unlink()
     with pytest.raises(UserError, match="--overwrite"):
         predict(FakePolicy(right), make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
     out.write_text('{"step": 1}\n')
+    write_provenance(out, made, None)
     with pytest.raises(UserError, match=r"p\.jsonl:1"):
         predict(FakePolicy(right), make_samples(2), FakeLoader(), out, provenance=PROVENANCE)
 

@@ -128,7 +128,6 @@ def test_every_part_is_described_and_sums_to_the_peak() -> None:
     ("changes", "parts"),
     [
         ({"reduce": "micro_batch"}, {"gradients"}),
-        ({"gather": "layer"}, {"weights"}),
         ({"teacher_placement": "sharded"}, {"teacher"}),
         ({"teacher_quantization": "int8"}, {"teacher"}),
         ({"moments": "int8"}, {"moments"}),

@@ -10,6 +10,7 @@ from plan_cases import ADAPTERS, PAIR, paper
 
 from video_opd.config import load_recipe, recipe_from_dict
 from video_opd.config.tree import flatten
+from video_opd.errors import UserError
 from video_opd.planning import suggest as module
 from video_opd.planning.memory import GIB
 from video_opd.planning.plan import make_plan
@@ -59,10 +60,11 @@ def test_the_least_is_given_where_nothing_fits_and_every_line_of_it_saves() -> N
     assert not found.plan.fits and found.changes
     for left_out in found.changes:
         settings = {k: v for c in found.changes if c is not left_out for k, v in c.settings.items()}
-        assert (
-            make_plan(recipe.changed(**settings), 1, 10 * GIB, sizes=PAIR).memory.peak
-            > found.plan.memory.peak
-        )
+        try:
+            fewer = make_plan(recipe.changed(**settings), 1, 10 * GIB, sizes=PAIR)
+        except UserError:  # another line rests on it
+            continue
+        assert fewer.memory.peak > found.plan.memory.peak
 
 
 def test_more_gpus_are_named_only_if_they_would_do() -> None:

@@ -230,7 +230,9 @@ def test_a_finished_folder_returns_at_once_and_refuses_another_recipe(
 
     for name in ("score_pool", "select_file", "train", "evaluate_base", "read_samples"):
         monkeypatch.setattr(rounds_module, name, nothing)
-    result = run_rounds(recipe, nothing, nothing)
+    reported: list[Path] = []
+    result = run_rounds(recipe, nothing, reported.append)
+    assert reported == [folder]
     assert result.model == folder / "round-3" / "model"
     assert result.summary == read(folder / "rounds.json")
     other = make_recipe(world, folder, tvdf={"rank_by": "reverse_kl", "k": 4})
