@@ -18,7 +18,12 @@ from video_opd.curriculum.scores import ScoreSettings, score
 from video_opd.errors import UserError
 from video_opd.evaluation.output import Output
 from video_opd.evaluation.predict import PredictResult, predict
-from video_opd.evaluation.resume import process_file_path, process_file_paths
+from video_opd.evaluation.resume import (
+    process_file_path,
+    process_file_paths,
+    read_provenance,
+    write_provenance,
+)
 from video_opd.locks import locked_file
 from video_opd.processes import Processes
 from video_opd.types import Sample
@@ -145,6 +150,7 @@ def test_a_kill_during_the_merge_leaves_all_parts(tmp_path: Path, monkeypatch: p
     rows = out.read_text().splitlines(keepends=True)
     out.write_text("".join(rows[:3]))
     process_file_path(out, 1).write_text("".join(rows[3:8]))
+    write_provenance(out, read_provenance(out), None)  # no seal holds while files are merged
 
     def full(*_: Any) -> None:
         raise KeyboardInterrupt
