@@ -91,3 +91,16 @@ def test_every_change_is_one_that_a_recipe_accepts(change) -> None:
 
 
 ADAPTERS_FLAT = {"lora.parts": ["vision", "merger", "language"], "model.freeze": ["lm_head"]}
+
+
+def test_shards_are_not_undone_for_what_only_one_process_can_do() -> None:
+    sharded = paper(model={"reduce": "micro_batch"}, teacher={"placement": "sharded"})
+    for processes, expected in ((1, True), (8, False)):
+        useful = [
+            change for change in module._changes(sharded) if module._applies(change, sharded, processes)
+        ]
+        keys = {key for change in useful for key in change.settings}
+        assert {"model.weights", "optim.moments", "model.sharding"} <= keys or not expected
+        assert keys.isdisjoint({"model.weights", "optim.moments", "model.sharding"}) or expected
+    found = suggest(sharded.changed(**{"model.dtype": "float32"}), 8, 80 * GIB, sizes=PAIR)
+    assert found.settings == {"model.dtype": "bfloat16"}
