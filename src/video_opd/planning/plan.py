@@ -173,6 +173,8 @@ def _places(setup: Setup, cuda: bool) -> list[Place]:
         return [setup.teacher_placement]
     if not cuda or not (setup.has_teacher or setup.reference):
         return ["whole"]
+    if setup.has_teacher and setup.teacher_quantization is not None:
+        return ["whole"]  # quantised weights are neither sharded nor moved
     return ["whole", "sharded", "cpu"] if setup.processes > 1 else ["whole", "cpu"]
 
 
@@ -202,7 +204,8 @@ def teacher_placement(
     recipe: Recipe, sizes: RecipeSizes | None, processes: int, memory_bytes: int | None, *, cuda: bool = True
 ) -> tuple[Place, str]:
     """(where the teacher, or the reference, is held, why) under ``teacher.placement``; ``auto`` takes the
-    first of whole, sharded and cpu that fits into ``memory_bytes`` of each process.
+    first of whole, sharded and cpu that fits into ``memory_bytes`` of each process. A quantised teacher is
+    whole.
 
     ``sizes`` None reads them from the models' folders. Raises :class:`UserError` for a teacher in shards with
     a single process.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from video_opd.config import WITH_TEACHER, GRPORecipe, Recipe, VideoOPDRecipe
 from video_opd.errors import need
@@ -53,7 +53,7 @@ class Setup:
         """Raises :class:`UserError` for a teacher in shards with a single process."""
         model, teacher = recipe.model, recipe.teacher
         has_teacher = recipe.method in WITH_TEACHER
-        placement = _key(teacher, "placement", "whole")
+        placement = teacher.placement
         need(
             not (has_teacher and placement == "sharded" and processes == 1),
             "teacher.placement is sharded, and one process has nobody to share with: start several, or set "
@@ -62,21 +62,21 @@ class Setup:
         return cls(
             processes=processes,
             dtype=model.dtype,
-            weights=_key(model, "weights", "float32"),
-            moments=_key(recipe.optim, "moments", "float32"),
+            weights=model.weights,
+            moments=recipe.optim.moments,
             sharded=model.sharding is not None and processes > 1,
-            reduce=_key(model, "reduce", "step"),
-            offload=_key(recipe.optim, "offload", False),
+            reduce=model.reduce,
+            offload=recipe.optim.offload,
             recompute=model.gradient_checkpointing,
             prefix=model.engine == "prefix",
             frozen=frozenset(model.freeze),
             adapted=frozenset(recipe.lora.parts),
             rank=recipe.lora.rank,
-            base_quantization=_key(recipe.lora, "base_quantization", None),
+            base_quantization=recipe.lora.base_quantization,
             has_teacher=has_teacher,
             teacher_dtype=teacher.dtype,
             teacher_placement=placement,
-            teacher_quantization=_key(teacher, "quantization", None),
+            teacher_quantization=teacher.quantization,
             teacher_is_adapter=has_teacher and shares_base(recipe),
             reference=isinstance(recipe, GRPORecipe) and recipe.loss.kl_beta > 0,
             distributions=recipe.measures_analytic_kl
@@ -205,12 +205,10 @@ def shares_base(recipe: Recipe) -> bool:
     trained = {"vision", "merger", "language", "lm_head"} - set(recipe.model.freeze)
     return (
         is_adapter(path)
+        and recipe.model.sharding is None
+        and recipe.teacher.placement in ("auto", "whole")
         and trained <= set(recipe.lora.parts)
         and (base == recipe.model.path or Path(base).resolve() == Path(recipe.model.path).resolve())
         and recipe.teacher.dtype == recipe.model.dtype
-        and _key(recipe.teacher, "quantization", None) == _key(recipe.lora, "base_quantization", None)
+        and recipe.teacher.quantization == recipe.lora.base_quantization
     )
-
-
-def _key(section: Any, name: str, default: Any) -> Any:
-    return getattr(section, name, default)

@@ -300,8 +300,6 @@ def load_teachers(
         policy = HFPolicy(*loaded, recipe.model.engine, vocabulary=Vocabulary.of(*student))
         return place(policy, placement, device, recipe.loss.nonfinite)
 
-    if settings.quantization is not None:
-        placement = "whole"  # quantised weights are neither sharded nor moved
     teachers = {path: load(number, path) for number, path in enumerate(settings.paths)}
     if not settings.by_source:
         return teachers[settings.path]

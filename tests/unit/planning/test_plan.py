@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from video_opd.errors import UserError
 from video_opd.planning import teacher_placement
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, decide, make_plan
-from video_opd.planning.setup import Setup, Work, video_tokens
+from video_opd.planning.setup import Setup, Work, shares_base, video_tokens
 from video_opd.types import Sample
 
 GB = 1e9
@@ -171,3 +173,33 @@ def test_time_is_operations_over_the_rate() -> None:
     assert alone.step_s == pytest.approx(8 * fast.step_s)
     assert alone.candidate_s == fast.candidate_s is not None
     assert fast.scoring_s == pytest.approx(fast.candidate_s * 313)  # of 2,500 rows, on eight
+
+
+def test_a_quantised_teacher_is_planned_whole_because_it_is_held_whole() -> None:
+    free, tight = paper(teacher={"placement": "auto"}), 60 * GIB
+    assert teacher_placement(free, PAIR, 8, tight)[0] == "sharded"
+    quantised = free.changed(**{"teacher.quantization": "int8"})
+    assert teacher_placement(quantised, PAIR, 8, tight)[0] == "whole"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, True),
+        ({"model.sharding": "fsdp2"}, False),
+        ({"teacher.placement": "cpu"}, False),
+        ({"teacher.dtype": "float32"}, False),
+        ({"teacher.quantization": "int8"}, False),
+    ],
+)
+def test_an_adapter_shares_the_base_in_the_plan_where_it_does_in_training(
+    changes: dict[str, Any], shared: bool, tmp_path: Path
+) -> None:
+    config = {"base_model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    recipe = paper(
+        lora={"parts": ["vision", "merger", "language"]},
+        model={"freeze": ["lm_head"], "sharding": None},
+        teacher={"path": str(tmp_path)},
+    )
+    assert shares_base(recipe.changed(**changes)) is shared
