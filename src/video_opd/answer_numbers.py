@@ -62,13 +62,14 @@ _GLUED_AFTER = re.compile(
 )
 _WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
 # Digits without a space between them are two numbers if one of these stands there. If not, they are parts of
-# one notation: "1_000", "10^2", "1·5", "12..17", and "1" and "2" around an invisible character.
-_APART = r"\s\-‐‑‒–—―−﹣－~～〜≈,，、;；。!！?？=|<>→⇒()\[\]{}（）【】《》〈〉「」『』〔〕\"“”„«»#%"
-_JOINT = rf"(?:_|[^\w{_APART}])"
-_JOINED_BEFORE = re.compile(rf"\d{_JOINT}+\Z")
-_JOINED_AFTER = re.compile(rf"{_JOINT}{{1,9}}\d")
-# A point before digits may be a full stop ("waited.5") or a decimal point ("at.5"); three are an ellipsis.
-_POINT_BEFORE = re.compile(r"(?<!\.)\.{1,2}\Z")
+# one notation: "1_000", "10^2", "1·5", and "1" and "2" around an invisible character. Points in a row
+# are an ellipsis.
+_APART = r"\s\-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒()\[\]{}（）【】《》〈〉「」『』〔〕\"“”„«»#%"
+_JOINT = rf"(?!\.\.)(?:_|[^\w{_APART}])"
+_JOINED_BEFORE = re.compile(rf"\d(?:{_JOINT})+\Z")
+_JOINED_AFTER = re.compile(rf"(?:{_JOINT}){{1,9}}\d")
+# A point before digits may be a full stop ("waited.5") or a decimal point ("at.5").
+_POINT_BEFORE = re.compile(r"(?<!\.)\.\Z")
 _BEFORE_LEADING_POINT = re.compile(r"(?:\A|[\s(\[{<=:,;\-‐‑‒–—―−﹣－~～〜≈])[\"'“‘*_`$]*\Z")
 _THOUSANDS_GAP = (" ", "\u00a0", "\u2009", "\u202f")  # "1 000"
 _MINUTES_BEFORE = re.compile(r"[0-9]['’′]\Z")  # 1'05"
