@@ -26,9 +26,10 @@ from video_opd.cli import main
 from video_opd.config import Recipe, recipe_from_dict
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
+from video_opd.models.checkpoint_files import is_adapter_folder
 from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import DTYPES, load_model
-from video_opd.models.lora import has_adapters, is_adapter, trained_in_full
+from video_opd.models.lora import has_adapters, trained_in_full
 from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference
@@ -93,7 +94,7 @@ class Build:
         self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path
     ) -> Components:
         student = self.base()
-        if Path(weights).is_dir() and not is_adapter(weights):
+        if Path(weights).is_dir() and not is_adapter_folder(weights):
             finished = Path(weights) == folder.model
             student, _ = load_model(
                 weights, dtype=recipe.run.save_dtype if finished else recipe.model.weights

@@ -12,6 +12,7 @@ from video_opd.curriculum.lazy_scores import score_for_topk
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.errors import UserError
 from video_opd.locks import locked_file
+from video_opd.models.checkpoint_files import base_of
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import (
     InferenceConfig,
@@ -24,7 +25,6 @@ from video_opd.models.inference import (
     with_video_form,
 )
 from video_opd.models.loading import (
-    base_of,
     check_teacher,
     load_processor,
     load_teacher,

@@ -16,6 +16,8 @@ from video_opd.errors import UserError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_TEXT_BYTES = 100 << 20  # of a file that is read whole; the largest tokenizers have 40 MiB
+# The weights of parts that are trained in full beside an adapter: peft's format has no place for them.
+FULL_WEIGHTS = "trained_in_full.safetensors"
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 # Suffixes with which quantised copies are published: Qwen3-VL-8B-Instruct-FP8, …-bnb-4bit, …-AWQ-4bit.
 _QUANTISED_ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit", "-AWQ-4bit", "-AWQ-8bit", "-AWQ", "-GPTQ", "-FP8")
@@ -72,10 +74,20 @@ def adapter_base(path: str | Path) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def base_of(path: str | Path) -> str | Path:
+    """The model that tokens, config and sizes of ``path`` are of: an adapter's base, or ``path`` itself."""
+    return (adapter_base(path) or path) if is_adapter_folder(path) else path
+
+
+def has_full_weights(folder: str | Path) -> bool:
+    """Whether an adapter folder also holds weights that were trained in full."""
+    return (Path(folder) / FULL_WEIGHTS).exists()
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The files of a model's weights; those of an adapter, and of what was trained beside it, are none."""
     found = sorted({*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")})
-    return [file for file in found if not file.name.startswith(("adapter_model", "trained_in_full"))]
+    return [file for file in found if not file.name.startswith(("adapter_model", FULL_WEIGHTS))]
 
 
 def is_hub_name(path: str) -> bool:

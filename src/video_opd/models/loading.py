@@ -123,11 +123,6 @@ def load_teacher(
     return model.to(target).eval(), processor
 
 
-def base_of(path: str | Path) -> str | Path:
-    """The model folder that tokens and config of a teacher are in: an adapter's base, or ``path`` itself."""
-    return (adapter_base(path) or path) if is_adapter_folder(path) else path
-
-
 def check_teacher(path: str | Path, quantization: Quantization | None, device: str | torch.device) -> None:
     """Finds, before minutes are spent on loading a student, what :func:`load_teacher` would refuse later.
 

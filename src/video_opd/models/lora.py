@@ -21,13 +21,12 @@ from torch import nn
 
 from video_opd.config import LoraConfig
 from video_opd.errors import UserError
+from video_opd.models.checkpoint_files import FULL_WEIGHTS, has_full_weights
 from video_opd.models.parts import part_modules, state_of
 from video_opd.seeds import derive_seed
 
 NAME = "default"  # peft keeps adapters by name: this is the one that is trained
 WEIGHTS = "adapter_model.safetensors"  # peft's own file name
-# The weights of parts that are trained in full beside the adapters: peft's format has no place for them.
-FULL_WEIGHTS = "trained_in_full.safetensors"
 # Keys of peft's config that say where an adapter comes from, and change nothing.
 _DESCRIPTIVE = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
 _PREFIX = "base_model.model."  # every key in peft's file begins with this
@@ -68,11 +67,6 @@ def add_adapters(model: nn.Module, settings: LoraConfig, seed: int, base: str | 
 
 def has_adapters(model: nn.Module) -> bool:
     return any(True for _ in adapted_layers(model))
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether :func:`save_adapter` (or peft) wrote this folder."""
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -211,11 +205,6 @@ def add_frozen_adapter(model: nn.Module, folder: str | Path, adapter: str) -> No
     for parameter in model.parameters():  # peft froze what is trained, and made the new one trainable
         parameter.requires_grad_(id(parameter) in trained)
     del inner.peft_config[adapter]  # what is saved is the adapter that is trained
-
-
-def has_full_weights(folder: str | Path) -> bool:
-    """Whether an adapter folder also holds weights that were trained in full."""
-    return (Path(folder) / FULL_WEIGHTS).exists()
 
 
 def _read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -39,7 +39,7 @@ class ShardedTeacher(LocalTeacher):
     of the weights and one or two whole layers. Embeddings that ``lm_head`` does not share are gathered in the
     same way. The other weights (``lm_head``, norms, mergers) are whole during a call.
 
-    To gather is a thing that all processes do at the same time. So they all call :meth:`logprobs` or
+    All processes gather a layer at the same time. So they all call :meth:`logprobs` or
     :meth:`attend` equally often, and each call begins by agreeing on the number of passes: prompts on one
     video need one more than others, and responses of a single token one fewer. A process makes up for passes
     that it does not need by passes over a single token. ``device`` is the one that the model runs on;

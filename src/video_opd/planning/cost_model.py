@@ -21,7 +21,7 @@ class Costs:
     """The work of a model for each token: the weights that it meets, and the attention scores."""
 
     weights: int  # weights of the decoder layers
-    last: int  # those of them in the product that ends a layer
+    last: int  # the share of ``weights`` in the last matrix product of each layer
     scores: int  # decoder layers × heads × head size; 4 operations on each for a pair of query and key
     vision_weights: float  # of the vision tower, that a patch meets; mergers in proportion
     vision_scores: int

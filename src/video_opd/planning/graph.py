@@ -13,7 +13,7 @@ from video_opd.planning.sizes import TextSizes, VisionSizes
 # float32: everything in float32. autocast: float32 weights under autocast, so norms and the residual stream
 # are float32. bfloat16: the weights, too, are bfloat16.
 Mode = Literal["float32", "autocast", "bfloat16"]
-# How a part takes part in the backward: its weights are trained, adapters on it are, or gradients only pass
+# What the backward does in a part: its weights are trained, adapters on it are, or gradients only pass
 # through it to a part before it. None: no gradient reaches it.
 Role = Literal["full", "adapters", "passed"]
 
@@ -31,8 +31,9 @@ def layer_bytes(text: TextSizes, mode: Mode, role: Role, *, experts: bool = Fals
     """What autograd keeps of a token in one decoder layer: of the norms and the residual stream (D), of the
     queries (A) and keys and values (C), and of the feed-forward layer (F).
 
-    In bfloat16 a trained linear layer keeps its input once, an adapted one a cast of its own; under autocast
-    every linear layer keeps a cast. A norm keeps its input in float32.
+    In bfloat16 trained linear layers that read the same input keep it once, and an adapted one keeps a
+    float32 copy for its adapter; under autocast every linear layer keeps a cast of its input. A norm keeps
+    its input in float32.
     """
     D, F, A, C = text.hidden, text.feed_forward, text.queries, text.keys
     of_d, of_a, of_c, of_f = {

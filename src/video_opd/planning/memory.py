@@ -41,8 +41,8 @@ PARTS: Mapping[str, str] = {
 LM_HEAD_ROWS = 16384  # of a 16-bit lm_head are converted to float32 at once
 CACHE_ROOM = 64  # tokens by which a cache grows
 SCALED_TOGETHER = 256  # moments in 8 bits that share a float32 scale
-SLICE = 1 << 24  # numbers that such an optimiser updates at once
-SLICE_WORK = 50  # bytes that each of them takes meanwhile
+SLICE = 1 << 24  # weights that our optimiser, for weights and moments in fewer bits, updates at once
+SLICE_WORK = 50  # temporary bytes for each of these weights
 GIB = 2**30
 CUDA_RUNTIME = GIB  # context, cuBLAS and cuDNN workspaces
 CUDA_EXCHANGE = GIB  # NCCL's buffers and channels
@@ -50,7 +50,7 @@ CUDA_EXCHANGE = GIB  # NCCL's buffers and channels
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of each part in each phase; ``cuda`` adds what a GPU's libraries take."""
+    """Bytes of each part in each phase."""
 
     phases: Mapping[str, Mapping[str, int]]
 
@@ -78,7 +78,8 @@ def memory_of(
     recompute: bool,
     cuda: bool = True,
 ) -> Memory:
-    """The memory of a step from the second on: moments exist from the end of the first."""
+    """The memory of a step from the second on: moments exist from the end of the first. ``cuda`` adds what a
+    GPU's libraries take."""
     estimate = _Estimate(student, teachers, setup, work, recompute, cuda)
     phases = {
         "prefill": estimate.prefill(),
@@ -147,8 +148,7 @@ class _Estimate:
     # -------------------------------------------------------------------------------------- held all the time
 
     def held(self) -> Counter[str]:
-        """What is there in every phase; the weights that are gathered are another matter
-        (:meth:`weights`)."""
+        """What is there in every phase, but the student's weights: :meth:`weights` counts them."""
         setup, shards = self.setup, self.setup.processes if self.setup.sharded else 1
         parts = Counter[str]()
         if setup.sharded or setup.offload:
@@ -171,8 +171,9 @@ class _Estimate:
         return self.setup.offload and self.cuda
 
     def _masters(self) -> int:
-        """What the optimiser updates, where that is not what the student computes with. Masters on the CPU
-        leave the shards of a model in shards behind, in the type of the computation."""
+        """What the optimiser updates, where that is not what the student computes with. If the masters are
+        on the CPU, the device still holds this process's shard of a sharded model, in the computation's
+        type."""
         setup = self.setup
         if not setup.offload:
             return self._as_loaded() // setup.processes
@@ -350,46 +351,64 @@ class _Estimate:
         return parts
 
     def sampling(self) -> Counter[str]:
-        """Sampling copies the prompt's keys and values once, with room for responses."""
+        """Sampling copies the prompt's keys and values once, with room for responses. What is sampled before
+        the update has no graph."""
+        prompts = self.work.sampled_ahead or self.work.micro_batch
+        rows = prompts * self.work.rollouts
+        share = prompts / self.work.micro_batch  # of what a micro-batch reads
+        a_token = self.text.layers * graph.cache_bytes(self.text, self.mode)
         parts = self.running()
         if self.setup.prefix:
+            parts["caches"] += round(self.P * share + rows * CACHE_ROOM) * a_token
+        if self.setup.prefix and self.work.sampled_ahead is None:
             parts["vision"] += self.vision_graph()
             parts["decoder"] += self.decoder_graph()
             parts["caches"] += self.own_cache()
-            room = self.work.micro_batch * self.work.rollouts * CACHE_ROOM
-            parts["caches"] += (self.P + room) * self.text.layers * graph.cache_bytes(self.text, self.mode)
         else:
-            parts["vision"] += self.patches * graph.block_work_bytes(self.vision, self.setup.number)
-            parts["decoder"] += self.P * graph.layer_work_bytes(self.text, self.setup.number)
-        rows = self.work.micro_batch * self.work.rollouts
+            parts["caches"] += round(self.prompt_cache() * share)
+            seen = self.patches * graph.block_work_bytes(self.vision, self.setup.number)
+            read = self.P * graph.layer_work_bytes(self.text, self.setup.number)
+            parts["vision"] += round(share * seen)
+            parts["decoder"] += round(share * read)
         sixteen_bit = self.setup.mode("lm_head") == "bfloat16"
         parts["responses"] += 4 * 4 * self.text.vocabulary * rows
         parts["responses"] += 4 * LM_HEAD_ROWS * self.text.hidden if sixteen_bit else 0
         return parts
 
     def teacher_turn(self) -> Counter[str]:
-        """The teacher, or where there is none the reference, scores the responses."""
+        """Teacher and reference score the responses; if these were sampled before the update, the student has
+        no graph yet."""
         parts = self.running()
-        if self.setup.prefix:
+        if self.setup.prefix and self.work.sampled_ahead is None:
             parts["vision"] += self.vision_graph()
             parts["decoder"] += self.decoder_graph()
             parts["caches"] += self.own_cache()
         setup = self.setup
-        part, number, bits = "teacher", setup.teacher_number, setup.teacher_quantization
-        models = self.teachers
-        if not setup.has_teacher:
-            part, number, bits, models = "reference", setup.number, None, (self.student,)
-        parts["teacher_work"] += max(self._teacher_work(sizes, number) for sizes in models)
-        if setup.teacher_is_adapter or (part == "reference" and self._only_adapters):
-            return parts
-        largest = max(models, key=lambda sizes: sizes.weights)
-        if setup.teacher_placement == "cpu":
-            parts[part] += held_bytes(largest, number, bits)
-        if setup.teacher_placement == "sharded":
-            embedding = 0 if largest.tied else largest.embedding  # is gathered by itself
-            unit = max(largest.largest_unit, embedding)
-            parts["gathered"] += number * (largest.rest - embedding + 2 * unit)
+        if setup.has_teacher:
+            number = setup.teacher_number
+            largest = max(self.teachers, key=lambda sizes: sizes.weights)
+            parts["teacher_work"] = max(self._teacher_work(sizes, number) for sizes in self.teachers)
+            if not setup.teacher_is_adapter:
+                self._take_turn(parts, "teacher", largest, number, setup.teacher_quantization)
+        if setup.reference:
+            number = setup.number
+            parts["teacher_work"] = max(parts["teacher_work"], self._teacher_work(self.student, number))
+            if not self._only_adapters:
+                self._take_turn(parts, "reference", self.student, number, None)
         return parts
+
+    def _take_turn(
+        self, parts: Counter[str], part: str, sizes: ModelSizes, number: int, quantization: str | None
+    ) -> None:
+        """Adds what a frozen model takes only while it scores. Models that come from the CPU are all there
+        together; layers are gathered for one model at a time."""
+        if self.setup.teacher_placement == "cpu":
+            parts[part] += held_bytes(sizes, number, quantization)
+        if self.setup.teacher_placement == "sharded":
+            embedding = 0 if sizes.tied else sizes.embedding  # is gathered by itself
+            unit = max(sizes.largest_unit, embedding)
+            gathered = number * (sizes.rest - embedding + 2 * unit)
+            parts["gathered"] = max(parts["gathered"], gathered)
 
     def _teacher_work(self, sizes: ModelSizes, number: int) -> int:
         """A forward without a graph: the vision tower, then the decoder with its keys and values."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from video_opd.config import Recipe
 from video_opd.errors import need
+from video_opd.models.checkpoint_files import base_of
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
-from video_opd.planning.setup import Place, Setup, Work, base_of, is_adapter
+from video_opd.planning.setup import Place, Setup, Work
 from video_opd.planning.sizes import ModelSizes, read_sizes
 from video_opd.planning.times import Times, times_of
 from video_opd.types import Sample
@@ -33,7 +34,7 @@ class RecipeSizes:
         """``read`` gives the sizes of a model by its path. Raises :class:`UserError` for a model whose sizes
         nobody knows. A teacher that is an adapter has the sizes of its base."""
         student = read(recipe.model.path)
-        bases = [base_of(path) if is_adapter(path) else path for path in recipe.teacher.paths]
+        bases = [str(base_of(path)) for path in recipe.teacher.paths]
         teachers = [student if base == recipe.model.path else read(base) for base in bases]
         return cls(student=student, teachers=tuple(teachers))
 
@@ -151,8 +152,8 @@ def decide(
     """(``setup`` with nothing left open, its memory, why): the first choice that fits, in the order of what
     they cost.
 
-    The teacher is whole, otherwise in shards, otherwise on the CPU outside its turn; the student keeps its
-    activations, otherwise computes them again. Where nothing fits, the choice that needs least is taken.
+    The teacher is tried whole, then in shards, then on the CPU outside its turn, and each of them first with
+    activations kept, then with recomputed ones. Where nothing fits, the choice that needs least is taken.
     """
     places = _places(setup, cuda)
     again = [False, True] if setup.recompute is None and setup.prefix else [bool(setup.recompute)]

@@ -1,19 +1,20 @@
 """What a plan reads from a recipe: how the models are held and computed, and how much goes through them.
 
-This is the one place that knows the names of a recipe's keys.
+Memory and times are computed from these two records. Beside this module, only
+:mod:`~video_opd.planning.suggest` names keys of a recipe.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from video_opd.config import WITH_TEACHER, GRPORecipe, Recipe, VideoOPDRecipe
+from video_opd.config import WITH_TEACHER, GRPORecipe, OPFKDRecipe, OPRKDRecipe, Recipe, VideoOPDRecipe
 from video_opd.errors import need
+from video_opd.models.checkpoint_files import base_of, has_full_weights, is_adapter_folder
 from video_opd.planning.graph import Mode, Role
 from video_opd.types import Sample
 
@@ -34,7 +35,7 @@ class Setup:
     sharded: bool  # the student's masters and moments, over the processes
     reduce: str  # step: gradients are reduced once a step; micro_batch: after each backward
     offload: bool  # the masters and the optimiser's state are on the CPU
-    recompute: bool | None  # None: where the rest does not fit
+    recompute: bool | None  # None: activations are recomputed only if they do not fit
     prefix: bool  # the prefix engine
     frozen: frozenset[str]  # parts
     adapted: frozenset[str]  # parts
@@ -78,10 +79,8 @@ class Setup:
             teacher_placement=placement,
             teacher_quantization=teacher.quantization,
             teacher_is_adapter=has_teacher and shares_base(recipe),
-            reference=isinstance(recipe, GRPORecipe) and recipe.loss.kl_beta > 0,
-            distributions=recipe.measures_analytic_kl
-            or recipe.method == "op-fkd"
-            or (isinstance(recipe, VideoOPDRecipe) and recipe.loss.estimator != "sampled"),
+            reference=asks_reference(recipe),
+            distributions=recipe.measures_analytic_kl or needs_distributions(recipe),
         )
 
     @property
@@ -129,7 +128,9 @@ class Work:
     rollouts: int
     micro_batch: int  # prompts
     teacher_micro_batch: int
-    sampling_micro_batch: int | None
+    sampled_ahead: (
+        int | None
+    )  # prompts that are sampled together before the update; None: by the update itself
     prompts_a_step: int  # of a process
     steps: int  # optimiser steps of a run
     updates_a_batch: int
@@ -147,6 +148,7 @@ class Work:
         a_process = math.ceil(min(optim.batch_size, max(1, rows)) / processes)
         micro = min(optim.micro_batch_size, a_process)
         tokens, pairs = video_tokens(recipe, samples or ())
+        ahead = recipe.sampling_micro_batch_size
         return cls(
             prompt_tokens=tokens + pairs * STAMP_TOKENS + TEXT_TOKENS,
             video_tokens=tokens,
@@ -155,7 +157,7 @@ class Work:
             rollouts=recipe.rollouts,
             micro_batch=micro,
             teacher_micro_batch=min(micro, recipe.teacher.micro_batch_size or micro),
-            sampling_micro_batch=recipe.sampling_micro_batch_size,
+            sampled_ahead=ahead and min(ahead, a_process),
             prompts_a_step=a_process,
             steps=optim.max_steps or steps,
             updates_a_batch=optim.updates_per_batch,
@@ -168,6 +170,20 @@ class Work:
     def micro_batches(self) -> int:
         """Micro-batches of a process in a step."""
         return math.ceil(self.prompts_a_step / self.micro_batch)
+
+
+def asks_reference(recipe: Recipe) -> bool:
+    """Whether the method asks the initial student: for GRPO's penalty, or for scaled rewards."""
+    if isinstance(recipe, GRPORecipe):
+        return recipe.loss.kl_beta > 0
+    return isinstance(recipe, (VideoOPDRecipe, OPRKDRecipe)) and recipe.teacher.reward_scale != 1
+
+
+def needs_distributions(recipe: Recipe) -> bool:
+    """Whether the method computes with whole distributions at response tokens."""
+    if isinstance(recipe, VideoOPDRecipe):
+        return recipe.loss.estimator != "sampled" or recipe.loss.baseline == "kl"
+    return isinstance(recipe, OPFKDRecipe)
 
 
 def video_tokens(recipe: Recipe, samples: Sequence[Sample]) -> tuple[int, int]:
@@ -183,28 +199,14 @@ def video_tokens(recipe: Recipe, samples: Sequence[Sample]) -> tuple[int, int]:
     return min(pairs * video.max_frame_tokens, most), min(pairs, most)
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter without the model that it is for."""
-    folder = Path(path)
-    return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
-
-
-def base_of(path: str | Path) -> str:
-    """The model that an adapter is for; "" if it does not say."""
-    try:
-        config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
-
-
 def shares_base(recipe: Recipe) -> bool:
     """Whether the teacher is an adapter on the student's own base, which is then in memory once: the student
     trains adapters only, and both hold the base alike."""
-    path, base = recipe.teacher.path, base_of(recipe.teacher.path)
+    path, base = recipe.teacher.path, str(base_of(recipe.teacher.path))
     trained = {"vision", "merger", "language", "lm_head"} - set(recipe.model.freeze)
     return (
-        is_adapter(path)
+        is_adapter_folder(path)
+        and not has_full_weights(path)
         and recipe.model.sharding is None
         and recipe.teacher.placement in ("auto", "whole")
         and trained <= set(recipe.lora.parts)

@@ -126,7 +126,7 @@ class TextSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSizes:
-    """The vision tower with its mergers, one of which is the last layer and ``levels`` are DeepStack's."""
+    """The vision tower and its mergers: one ends the tower, and ``levels`` more belong to DeepStack."""
 
     hidden: int
     feed_forward: int

@@ -18,8 +18,8 @@ from video_opd.types import Sample
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """Settings that save memory. ``price`` says how much they change a run, ``costs`` in what way: first what
-    leaves the result alone, then what rounds, then what trains less. A recipe refuses them beside changes of
-    the keys in ``excludes``, and with several processes if they need one."""
+    leaves the result alone, then what rounds, then what trains less. They cannot be combined with
+    changes of the keys in ``excludes``, and some need several processes, or exactly one."""
 
     settings: Mapping[str, Any]
     price: int
@@ -106,8 +106,8 @@ MOST_TRIED = 3000  # sets of changes
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """Changes that make a recipe fit, and the plan with them; ``fits`` is False for the least that is
-    possible."""
+    """Changes that make a recipe fit, and the plan with them. If ``plan.fits`` is False, no set of changes
+    suffices, and this one comes nearest."""
 
     changes: Sequence[Change]
     plan: Plan

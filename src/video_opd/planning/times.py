@@ -61,6 +61,8 @@ def times_of(
     asked = step.operations(costs, largest if setup.has_teacher else None)
     seconds = TFLOP * rate_tflops / work.prompts_a_step
     stages = {stage: count / seconds for stage, count in asked.items()}
+    if work.sampled_ahead is not None:
+        stages["update"] += stages["prefill"]  # the update cannot go on from a prefill without a graph
     fresh = sum(stages.values())
     again = stages["prefill"] + stages["update"] + stages["backward"]
     step_s = (fresh + (work.updates_a_batch - 1) * again) / work.updates_a_batch

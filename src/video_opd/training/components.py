@@ -16,7 +16,7 @@ from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError, need
-from video_opd.models.checkpoint_files import adapter_base, is_adapter_folder
+from video_opd.models.checkpoint_files import adapter_base, has_full_weights, is_adapter_folder
 from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
 from video_opd.models.loading import (
@@ -31,8 +31,6 @@ from video_opd.models.lora import (
     add_adapters,
     add_frozen_adapter,
     has_adapters,
-    has_full_weights,
-    is_adapter,
     load_adapter,
     trained_in_full,
 )
@@ -229,7 +227,7 @@ def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path, device: t
     Weights that are not trained are then held in ``model.dtype``: they need not represent small updates. With
     ``lora.base_quantization``, their linear layers are quantised, one at a time on ``device``.
     """
-    if is_adapter(weights):
+    if is_adapter_folder(weights):
         load_adapter(model, weights)
     else:
         add_adapters(model, recipe.lora, recipe.run.seed, recipe.model.path)

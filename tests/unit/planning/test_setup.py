@@ -1,0 +1,88 @@
+"""What a plan reads from a recipe is what training does with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plan_cases import PAIR, paper
+
+from video_opd.algorithms.registry import make_method
+from video_opd.models.checkpoint_files import FULL_WEIGHTS
+from video_opd.planning.memory import Memory, memory_of
+from video_opd.planning.setup import Setup, Work, shares_base
+
+ALONE = {"run": {"analytic_kl": False}}  # the metrics, too, need whole distributions
+
+
+@pytest.mark.parametrize(
+    ("method", "sections"),
+    [
+        ("video-opd", {}),
+        ("video-opd", {"teacher": {"reward_scale": 1.5}}),
+        ("video-opd", {"loss": {"baseline": "kl"}}),
+        ("video-opd", {"loss": {"estimator": "full"}}),
+        ("video-opd", {"loss": {"estimator": "topk"}}),
+        ("grpo", {}),
+        ("grpo", {"loss": {"kl_beta": 0.1}}),
+        ("op-rkd", {}),
+        ("op-rkd", {"teacher": {"reward_scale": 2.0}}),
+        ("op-fkd", {}),
+        ("sft", {}),
+    ],
+)
+def test_the_models_and_distributions_are_those_that_the_method_asks_for(
+    method: str, sections: dict[str, Any]
+) -> None:
+    if method in ("grpo", "sft"):
+        sections = {**sections, "teacher": {"path": ""}}
+    recipe = paper(method, **ALONE, **sections)
+    needs = make_method(recipe, SimpleNamespace(eos_token_id=0)).needs
+    setup = Setup.of(recipe, 8)
+    assert (setup.has_teacher, setup.reference) == (needs.teacher, needs.reference)
+    assert setup.distributions == needs.distributions
+
+
+def memory(sections: dict[str, Any], **settings: Any) -> Memory:
+    recipe = paper(**sections)
+    setup = replace(Setup.of(recipe), teacher_placement="whole", **settings)
+    return memory_of(PAIR.student, PAIR.teachers, setup, Work.of(recipe, None), recompute=True)
+
+
+def test_sampling_ahead_is_planned_with_its_own_number_of_prompts_and_without_a_graph() -> None:
+    def sampling(size: int | None) -> dict[str, int]:
+        return dict(memory({"sampling": {"micro_batch_size": size}}).phases["sampling"])
+
+    with_update, one, four = sampling(None), sampling(1), sampling(4)
+    assert one["decoder"] < with_update["decoder"] and one["vision"] < with_update["vision"]
+    for part in ("decoder", "vision", "caches"):
+        assert four[part] == pytest.approx(4 * one[part], rel=1e-3)
+    assert one["caches"] == with_update["caches"]  # the prompt's keys and values, and sampling's copy of them
+
+
+def test_a_teacher_and_a_reference_that_visit_the_device_are_there_together() -> None:
+    sections: dict[str, Any] = {"teacher": {"reward_scale": 1.5}, "sampling": {"micro_batch_size": 1}}
+    whole = memory(sections).phases["teacher"]
+    visiting = replace(Setup.of(paper(**sections)), teacher_placement="cpu")
+    work = Work.of(paper(**sections), None)
+    phases = memory_of(PAIR.student, PAIR.teachers, visiting, work, recompute=True).phases
+    for part in ("teacher", "reference"):
+        assert phases["teacher"][part] == whole[part] > 0
+        assert part not in phases["optimiser"]
+
+
+def test_an_adapter_with_weights_that_were_trained_in_full_has_a_base_of_its_own(tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    recipe = paper(
+        lora={"parts": ["vision", "merger", "language"]},
+        model={"freeze": ["lm_head"], "sharding": None},
+        teacher={"path": str(tmp_path)},
+    )
+    assert shares_base(recipe)
+    (tmp_path / FULL_WEIGHTS).touch()
+    assert not shares_base(recipe)
