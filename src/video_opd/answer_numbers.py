@@ -127,7 +127,7 @@ def with_plain_digits(text: str) -> str:
 
 
 def find_numbers(text: str) -> list[Number]:
-    """Every number of the text, in order. Those that cannot be times count: they keep others apart."""
+    """Every number of the text, in order. Those that cannot be times are there, too: they separate others."""
     found = list(_numbers(text))
     return [
         replace(number, value_s=None)
@@ -218,8 +218,8 @@ def _value_s(text: str) -> tuple[float | None, bool]:
 def _is_glued(before: str, number: str, *, has_unit: bool) -> bool:
     """Whether the number after ``before`` belongs to a word or a notation, or is a rank.
 
-    It is not in "12to17", nor in "_12_"; after a full stop only a point or a colon of its own tells:
-    "waited.12.54".
+    It does not in "12to17", nor in "_12_". After a full stop, a number stands alone only if it has a point or
+    a colon: "waited.12.54".
     """
     if word := _WORD_BEFORE.search(before):
         if _ENDS_IN_CJK.search(word[1]) and not word[2]:

@@ -47,8 +47,8 @@ from video_opd.progress import log
 
 HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either
 TO_THE_END = 0  # as a length: every byte that a file can have
-BESIDES = ("", ".meta.json", ".window")  # the endings of what is written with an output, under its lock
-# A process that has just taken a lock has yet to write its name. A refused process looks again so often.
+BESIDES = ("", ".meta.json", ".window")  # suffixes of the files that share an output's lock
+# A process that has just taken a lock has yet to write its name; one that is refused tries again this often.
 LOOKS, LOOK_EVERY_S = 100, 0.02
 
 

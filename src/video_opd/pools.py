@@ -39,7 +39,8 @@ def worker_pool(workers: int | None = None, start_method: str = "spawn") -> Iter
 
 
 class _Pool(ProcessPoolExecutor):
-    """``submit`` starts workers. They inherit a blocked SIGINT until they ignore it themselves."""
+    """``submit`` starts workers. A worker begins with SIGINT blocked, so that Ctrl-C cannot
+    reach it before it ignores the signal itself."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -68,7 +68,7 @@ class Sealer:
         self._digest, self._size = hashlib.sha256(), 0
 
     def seal(self) -> Seal:
-        """The seal of the whole file, which is on the disk then. A file that is missing is empty.
+        """Writes the file through to the disk and returns the seal of all of it. A missing file is empty.
 
         Raises :class:`video_opd.errors.UserError` if it cannot be read.
         """

@@ -57,7 +57,8 @@ class Trajectories:
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """The credit that trajectories are given. It is constant during an update; None: the method has no such.
+    """The credit that trajectories are given. It is constant during an update. A field is None if
+    the method does not use it.
 
     ``advantage_BT`` [B, T] multiplies the probability ratio of each token in the loss. ``token_reward_BT``
     [B, T] is a teacher's r_t. ``reward_B`` [B] is the reward of each whole response.

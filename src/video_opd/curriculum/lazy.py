@@ -122,9 +122,9 @@ class LazyTopK:
     def next_rows(self, at_least: int, video_of: Mapping[str, str]) -> list[str]:
         """The rows that the teacher answers next, in ascending order of best keys. None is left: it may stop.
 
-        The first of them are open rows that have to be answered, as many as were answered so far, but
-        ``at_least`` so many open rows. The others are open rows on the same videos which are expected to be
-        needed later: a video is then prefilled once. The result depends on the answers alone.
+        First come open rows that certainly need an answer, at most as many as have been answered so far; at
+        least ``at_least`` open rows are taken. Then come open rows on the same videos that are expected to be
+        needed later, so that a video is prefilled once. The result depends on the answers alone.
         """
         open_rows = self.open_rows()
         size = max(at_least, min(self.certain(open_rows), len(self.answers)))

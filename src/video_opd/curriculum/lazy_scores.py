@@ -5,8 +5,8 @@
     both → OUT
 
 ``OUT`` is a scores file as ``video-opd score`` writes it. A row that the teacher was not asked about has none
-of the teacher's keys, and ``for_topk`` says which selection it does not matter to. Both passes continue after
-a kill.
+of the teacher's keys, and ``for_topk`` names the selection that it cannot enter. The scoring of student and
+teacher continues after a kill.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from video_opd.models.interfaces import Policy
 
 FOR_TOPK = "for_topk"
-STAGES = 32  # a stage has at least a 32nd of k rows, so that few stages are short
+STAGES = 32  # a stage has at least k / 32 rows, so that there are few stages
 
 Rows = dict[str, dict[str, Any]]
 

@@ -145,10 +145,8 @@ def _places(task: Task, doc: Mapping[str, Any], base: Path) -> Iterator[Path]:
             ).suffix:  # published as a folder of frames; somebody may have made a video
                 yield from (root / folder / f"{doc['video']}{suffix}" for suffix in VIDEO_SUFFIXES)
         return
-    name, folder = (
-        (doc["video_id"], "videos") if task.benchmark == "tempcompass" else (doc["videoID"], "data")
-    )
-    yield from (base / folder / f"{name}{suffix}" for suffix in VIDEO_SUFFIXES)
+    key, folder = {"tempcompass": ("video_id", "videos"), "videomme": ("videoID", "data")}[task.benchmark]
+    yield from (base / folder / f"{doc[key]}{suffix}" for suffix in VIDEO_SUFFIXES)
 
 
 @lru_cache(maxsize=1)

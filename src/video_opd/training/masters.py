@@ -40,7 +40,8 @@ class Masters:
 
     @torch.no_grad()
     def add_gradient(self, name: str, grad: torch.Tensor) -> None:
-        """Adds what was found on the device: of a model in shards, a mean over processes in shards."""
+        """Adds a gradient from the device. For a sharded model it is this process's shard of the mean over
+        processes."""
         master, mine = self.weights[name], _local(grad).to("cpu", torch.float32)
         if master.grad is None:
             master.grad = mine.clone() if mine is grad else mine
@@ -61,7 +62,7 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copies the masters to the device; a model in shards must be in shards."""
+        """Copies the masters to the device; a sharded model must be resharded first."""
         for name, weight in self._on_device.items():
             _local(weight).copy_(self.weights[name])
 

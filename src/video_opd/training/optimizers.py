@@ -21,8 +21,8 @@ from video_opd.seeds import derive_seed
 
 BLOCK = 256  # numbers that share a scale
 SMALLEST = 4096  # a tensor with fewer numbers keeps float32 moments, as in bitsandbytes and torchao
-SLICE = 1 << 24  # numbers that are updated at once: temporaries take some fifty bytes for each
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # by torch's names: whether they have a sign
+SLICE = 1 << 24  # weights that are updated at once: temporaries take some fifty bytes for each
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # torch's name of each moment: whether it can be negative
 
 
 def make_optimizer(
@@ -50,9 +50,9 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     It runs ``torchao.optim.adam.single_param_adam``, which ``torchao.optim.AdamW8bit`` compiles: here it runs
     as it is, slice by slice of each tensor, so that no compiler is needed and its float32 temporaries stay
-    small. Two things differ from ``AdamW8bit``. What is not in 8 bits is float32, not the weight's bfloat16,
-    in which a second moment stops growing. And moments are plain tensors in ``state`` (codes and scales), so
-    they are saved and loaded like any others.
+    small. Two things differ from ``AdamW8bit``. Moments that are not in 8 bits are float32: in the weight's
+    bfloat16 a second moment would stop growing. And moments are plain tensors in ``state`` (codes and
+    scales), so they are saved and loaded like any others.
 
     The draws of stochastic rounding are a function of (seed, number of the weight, its step), so a resume
     makes the same ones. bfloat16 weights accumulate their gradients in float32.

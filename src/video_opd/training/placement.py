@@ -15,7 +15,7 @@ from video_opd.planning.setup import Place
 
 
 def placement_asked(recipe: Recipe) -> Place:
-    """``teacher.placement`` where there is no plan that could decide ``auto``."""
+    """The place that the recipe asks for. Without a plan, ``auto`` means whole."""
     asked = recipe.teacher.placement
     return "whole" if asked == "auto" else asked
 

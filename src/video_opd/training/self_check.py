@@ -28,9 +28,9 @@ def check_first_prompts(
 ) -> dict[str, float]:
     """Samples responses to each of the first prompts and scores them again, in three ways.
 
-    The self-distillation gate scores them by the student's own engine: a student that is its own teacher must
-    get |r_t| ≈ 0 for every token. Parity scores the first of each by the plain engine, in one ordinary
-    forward of prompt and response. The third way is the forward of the first update: with gradients, through
+    Self-distillation scores them by the student's own engine: a student that is its own teacher must get
+    |r_t| ≈ 0 for every token. Parity scores the first of each by the plain engine, in one ordinary forward
+    of prompt and response. The third way is the forward of the first update: with gradients, through
     the wrapper, recomputed if that is on, and padded with the other rows of a micro-batch. It costs at most
     that one forward, and draws no random number.
 
