@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import video_opd
-from video_opd.config import Recipe, dump_recipe
+from video_opd.config import Recipe
 from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.rows import METRICS
 from video_opd.models.checkpoint_files import is_hub_name
@@ -141,7 +141,7 @@ def _name(run: Path) -> str:
 
 def _public(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a tree, without folders of this machine; files are named without where they lie."""
-    tree: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
+    tree = recipe.to_dict()
     for section, key in LOCAL:
         tree.get(section, {}).pop(key, None)
     return _named(tree)
