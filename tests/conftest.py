@@ -1,5 +1,6 @@
 """Tests share their machine with whatever else runs on it: one thread each, and no verdict by the clock."""
 
+import gc
 import os
 import sys
 
@@ -13,6 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Overruled by --hypothesis-profile.
 settings.register_profile("video-opd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("video-opd")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection looks at it again, and none copies it in a fork."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:

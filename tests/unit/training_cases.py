@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import itertools
 import json
 import math
@@ -40,6 +42,14 @@ from video_opd.training.placement import place
 from video_opd.training.run_folder import RunFolder
 from video_opd.types import EncodedPrompt, Sample
 
+# Modules that are imported late, by functions that only several processes call.
+ONLY_IN_SEVERAL = (
+    "accelerate",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
+)
 # These keys differ between two runs that are otherwise the same.
 UNREPEATABLE = ("time/",)
 
@@ -195,8 +205,30 @@ def assert_equal_to_rounding(a: Path, b: Path) -> None:
 
 
 def worker(rank: int, world: int, port: int, recipe: Recipe, build: Build) -> None:
-    _be_one_of(rank, world, port)
-    train(recipe, build)
+    _train_each(rank, world, port, [recipe], build)
+
+
+def _train_each(rank: int, world: int, port: int, recipes: Sequence[Recipe], build: Build) -> None:
+    for recipe in recipes:
+        _be_one_of(rank, world, port)
+        train(recipe, build)
+
+
+def train_on_two(build: Build, *recipes: Recipe) -> None:
+    """Trains by one recipe after the other in two connected forks, which end without an error."""
+    import_once()
+    port, context = free_port(), multiprocessing.get_context("fork")
+    forks = [context.Process(target=_train_each, args=(rank, 2, port, recipes, build)) for rank in range(2)]
+    for process in forks:
+        process.start()
+    assert finish(forks) == [0, 0]
+
+
+@lru_cache(maxsize=1)
+def import_once() -> None:
+    """Imports what each of several forks would import otherwise."""
+    for name in ONLY_IN_SEVERAL:
+        importlib.import_module(name)
 
 
 def _be_one_of(rank: int, world: int, port: int) -> None:
@@ -229,6 +261,52 @@ def said_by_two(words: Sequence[str], folder: Path) -> tuple[list[int | None], l
     codes = finish(forks)
     said = [(folder / f"stderr-{rank}").read_text(encoding="utf-8").splitlines() for rank in range(2)]
     return codes, [line for lines in said for line in lines]
+
+
+def launched(count: int, work: Callable[[], object], out: Path) -> None:
+    """``work`` in ``count`` workers of torchrun's own agent, in the environment that it gives them.
+
+    The agent and its workers are forks of this process: none of them imports torch again. ``out`` gets what
+    they write to stdout. An error of one of them fails the test.
+    """
+    import_once()
+    process = multiprocessing.get_context("fork").Process(target=_launch, args=(count, work, out))
+    process.start()
+    assert finish([process]) == [0]
+
+
+def _launch(count: int, work: Callable[[], object], out: Path) -> None:
+    from accelerate.state import AcceleratorState
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE")]:
+        del os.environ[name]
+    with out.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    # As ``torchrun --standalone`` has it, but for the way in which the workers are started.
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+
+    def worker() -> None:
+        # The end of the agent's store waits for its thread, which a fork does not have: no collection may
+        # find it there.
+        gc.freeze()
+        gc.enable()
+        work()
+
+    gc.disable()
+    elastic_launch(config, worker)()
 
 
 def start(*arguments: Any) -> Any:

@@ -21,12 +21,12 @@ from training_cases import (
     Watched,
     assert_equal_to_rounding,
     assert_same_run,
-    finish,
     free_port,
     kill_later,
     make_recipe,
     rows_of,
     start,
+    train_on_two,
     weights_of,
 )
 
@@ -528,9 +528,7 @@ def test_a_run_against_the_reference_is_that_against_a_copy(tmp_path: Path) -> N
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Between two steps of DDP, adapters are switched off for the reference."""
     train(grpo_recipe(tmp_path / "one"), Build())
-    port = free_port()
-    processes = [start(rank, 2, port, grpo_recipe(tmp_path / "two"), Build()) for rank in range(2)]
-    assert finish(processes) == [0, 0]
+    train_on_two(Build(), grpo_recipe(tmp_path / "two"))
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
 
 

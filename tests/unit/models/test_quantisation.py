@@ -12,7 +12,7 @@ import torch
 from model_cases import mixed_prompts, mixture, model, processor
 from torch import nn
 from torchao_cases import torchao  # noqa: F401
-from training_cases import Build, assert_equal_to_rounding, finish, free_port, make_recipe, start, weights_of
+from training_cases import Build, assert_equal_to_rounding, make_recipe, train_on_two, weights_of
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
@@ -229,9 +229,7 @@ def test_a_run_on_a_quantised_base_ends_on_the_whole_base(base: Path, tmp_path: 
     plain = train(adapted_recipe(tmp_path / "plain", base, False), Build())
     assert any(not torch.equal(saved[name], value) for name, value in weights_of(plain.path).items())
 
-    port = free_port()
-    recipe = adapted_recipe(tmp_path / "two", base, True)
-    assert finish([start(rank, 2, port, recipe, Build()) for rank in range(2)]) == [0, 0]
+    train_on_two(Build(), adapted_recipe(tmp_path / "two", base, True))
     assert_equal_to_rounding(one.path, tmp_path / "two")
 
 

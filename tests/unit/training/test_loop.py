@@ -24,7 +24,6 @@ from training_cases import (
     Watched,
     assert_equal_to_rounding,
     assert_same_run,
-    finish,
     free_port,
     kill_later,
     make_recipe,
@@ -32,6 +31,7 @@ from training_cases import (
     said_by_two,
     sample,
     start,
+    train_on_two,
 )
 
 from video_opd.config import OptimConfig, dump_recipe
@@ -174,11 +174,9 @@ def test_two_processes_equal_one(tmp_path: Path, recompute: bool):
     """Seven rows in batches of four: of the last batch, one process gets two rows and the other gets one."""
     sections: dict[str, Any] = {"optim": {"epochs": 1, "micro_batch_size": 1}}
     alone = run(tmp_path / "one", Build(rows=7, broken=("s3",)), **sections)
-    port = free_port()
     sections["model"] = {"gradient_checkpointing": recompute}
     recipe = make_recipe(tmp_path / "two", **sections)
-    processes = [start(rank, 2, port, recipe, Build(rows=7, broken=("s3",))) for rank in range(2)]
-    assert finish(processes) == [0, 0]
+    train_on_two(Build(rows=7, broken=("s3",)), recipe)
     assert_equal_to_rounding(alone.path, tmp_path / "two")
 
 

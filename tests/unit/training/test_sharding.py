@@ -6,10 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pytest
 import torch
 from model_cases import mixture, model
 from safetensors.torch import load_file
-from training_cases import Build, assert_equal_to_rounding, finish, free_port, make_recipe, rows_of, start
+from training_cases import Build, assert_equal_to_rounding, launched, make_recipe, rows_of, train_on_two
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
@@ -137,13 +134,6 @@ def build_of(name: str, engine: str = "prefix") -> Recording:
     return Recording(rows=12, engine=engine, student=student, broken=BROKEN.get(name, ()))
 
 
-def train_on_two(recipe: Recipe, build: Build) -> Path:
-    port = free_port()
-    processes = [start(rank, 2, port, recipe, build) for rank in range(2)]
-    assert finish(processes) == [0, 0]
-    return Path(recipe.run.dir)
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: Path):
     plain = recipe_of(name, tmp_path / "plain", sharded=False, engine="plain")
@@ -151,9 +141,10 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: P
     rows = rows_of(one / "metrics.jsonl")
     assert [row["update/grad_norm"] > 0 for row in rows] == [True] * 4
     expected = torch.load(one / "gradients.pt")
-    for sharded in (False, True):
-        recipe = recipe_of(name, tmp_path / f"sharded {sharded}", sharded=sharded)
-        two = train_on_two(recipe, build_of(name))
+    folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
+    recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
+    train_on_two(build_of(name), *recipes)
+    for two in folders:
         assert_equal_to_rounding(one, two)
         got = torch.load(two / "gradients.pt")
         assert got.keys() == expected.keys()
@@ -165,14 +156,15 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: P
 def test_a_run_is_continued_on_another_number_of_processes(name: str, tmp_path: Path):
     build = Build(rows=12)
     one = train(recipe_of(name, tmp_path / "one", sharded=False, save_every=2), build).path
-    two = train_on_two(recipe_of(name, tmp_path / "two", sharded=True, save_every=2), build)
+    two = tmp_path / "two"
+    train_on_two(build, recipe_of(name, two, sharded=True, save_every=2))
     for source, path in ((one, tmp_path / "two-continue"), (two, tmp_path / "one-continues")):
         shutil.copytree(source, path)
         (path / "done.json").unlink()
         shutil.rmtree(path / "model")
         shutil.rmtree(path / "checkpoints" / "step-4")
-    continued = train_on_two(recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2), build)
-    assert_equal_to_rounding(one, continued)
+    train_on_two(build, recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2))
+    assert_equal_to_rounding(one, tmp_path / "two-continue")
     train(recipe_of(name, tmp_path / "one-continues", sharded=False, save_every=2), build)
     assert_equal_to_rounding(one, tmp_path / "one-continues")
 
@@ -184,9 +176,10 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_shards_are_float32_where_the_computation_is_not(name: str, tmp_path: Path):
     found = []
-    for sharded in (False, True):
-        recipe = recipe_of(name, tmp_path / f"sharded {sharded}", sharded=sharded)
-        run = train_on_two(recipe, Recording(rows=12))
+    folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
+    recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
+    train_on_two(Recording(rows=12), *recipes)
+    for run, recipe in zip(folders, recipes, strict=True):
         gradients = torch.load(run / "gradients.pt")
         assert {grad.dtype for grad in gradients.values()} == {torch.float32}
         part = "adapter" if recipe.lora.parts else "model"
@@ -250,25 +243,8 @@ def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
 
 def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
     """This holds without an accelerator, too, where Accelerate would start several runs in one folder."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path[:0] = {[str(Path(__file__).parents[i]) for i in (0, 1)]!r}\n"
-        "from pathlib import Path\n"
-        "from test_sharding import Recording, recipe_of\n"
-        "from video_opd.training.loop import train\n"
-        "train(recipe_of('sft', Path(sys.argv[1]), sharded=True), Recording(rows=12))\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "two")],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
+    recipe = recipe_of("sft", tmp_path / "two", sharded=True)
+    launched(2, lambda: train(recipe, Recording(rows=12)), tmp_path / "stdout")
     facts = json.loads((tmp_path / "two" / "environment.json").read_text())
     assert facts["processes"] == 2
     one = train(recipe_of("sft", tmp_path / "one", sharded=False), Recording(rows=12)).path
