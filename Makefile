@@ -16,6 +16,8 @@ PYTEST_ARGS ?=
 
 # Threads that spin while they wait slow each other tenfold when several processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Container images often set it. Every process would then compile torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install bench demo test test-long fuzz test-bench lint types schema clean
 .DELETE_ON_ERROR:
