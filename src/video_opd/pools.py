@@ -6,6 +6,7 @@ when the block around the pool raises. Ctrl-C, which a terminal sends to all of 
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -36,6 +37,20 @@ def worker_pool(workers: int | None = None, start_method: str = "spawn") -> Iter
         pool.shutdown(cancel_futures=True)
         parents_end.close()
         lifeline.close()
+
+
+@contextmanager
+def worker_map(workers: int | None, chunksize: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """The ``map`` of a pool, for the block; for one worker Python's own, in this process.
+
+    Another process would take a second to start and do the same work. ``chunksize`` is the number of tasks
+    that a worker takes at a time.
+    """
+    if workers == 1:
+        yield map
+    else:
+        with worker_pool(workers) as pool:
+            yield functools.partial(pool.map, chunksize=chunksize)
 
 
 class _Pool(ProcessPoolExecutor):

@@ -12,12 +12,12 @@ import pytest
 from places import SRC
 from process_cases import descendants, is_alive, needs_proc, wait_until
 
-from video_opd.pools import worker_pool
+from video_opd.pools import worker_map, worker_pool
 
 # Two workers write their ids, and then work for ever.
 FOREVER = """
 import os, signal, sys, time
-from video_opd.pools import worker_pool
+from video_opd.pools import worker_map, worker_pool
 
 # A shell starts what runs in its background with Ctrl-C ignored, and these tests may be such.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -82,6 +82,18 @@ def test_ctrl_c_ends_all_of_them_in_the_middle_of_their_tasks(
 def test_a_pool_gives_results_in_order() -> None:
     with worker_pool(2) as pool:
         assert list(pool.map(str, range(5))) == list("01234")
+
+
+def _with_pid(number: int) -> tuple[int, int]:
+    return number, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_worker_is_this_process(workers: int) -> None:
+    with worker_map(workers, chunksize=2) as map_tasks:
+        found = list(map_tasks(_with_pid, range(3)))
+    assert [number for number, _ in found] == [0, 1, 2]
+    assert ({pid for _, pid in found} == {os.getpid()}) == (workers == 1)
 
 
 def _blocked() -> bool:

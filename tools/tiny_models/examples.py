@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from video_opd.pools import worker_pool
+from video_opd.pools import worker_map
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES, noun, phrase, variants
 from video_opd.world.render import Renderer
 from video_opd.world.scene import GRID_S, Scene, Spell, compose, style_name
@@ -101,7 +102,6 @@ def model_size_px(scene: Scene) -> tuple[int, int]:
 def render_example(split: str, seed: int, index: int) -> Example:
     from torchvision.transforms.v2 import functional as tv
 
-    torch.set_num_threads(1)
     scene = compose(split, seed, index)
     renderer = Renderer(scene)
     times = sampled_times(scene)
@@ -114,12 +114,23 @@ def render_example(split: str, seed: int, index: int) -> Example:
 
 
 def _render(args: tuple[str, int, int]) -> Example:
+    if multiprocessing.parent_process() is not None:  # several workers share the cores
+        torch.set_num_threads(1)
     return render_example(*args)
 
 
-def render_pool(split: str, seed: int, indices: Sequence[int], workers: int | None = None) -> list[Example]:
-    with worker_pool(workers) as pool:
-        return list(pool.map(_render, [(split, seed, i) for i in indices], chunksize=16))
+def render_sets(sets: Mapping[str, tuple[int, int]], workers: int | None = None) -> dict[str, list[Example]]:
+    """Renders videos of several splits: ``sets[split]`` is the seed, and the number of videos.
+
+    ``workers`` is the number of processes (None: one for each core; one renders in this process). One pool
+    renders all sets, because a worker imports torch, which takes longer than a few videos.
+    """
+    tasks = [(split, seed, i) for split, (seed, count) in sets.items() for i in range(count)]
+    made: dict[str, list[Example]] = {split: [] for split in sets}
+    with worker_map(workers, chunksize=16) as map_tasks:
+        for (split, *_), example in zip(tasks, map_tasks(_render, tasks), strict=True):
+            made[split].append(example)
+    return made
 
 
 def patches(frames: np.ndarray) -> torch.Tensor:

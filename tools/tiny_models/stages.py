@@ -23,7 +23,7 @@ from tiny_models.examples import (
     augment,
     batches,
     label_cells,
-    render_pool,
+    render_sets,
     window,
 )
 from tiny_models.export import export
@@ -47,6 +47,7 @@ MADE = "made.json"  # the file of a model folder with the recipe that made it, a
 LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
 VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
 TRAIN_SEED, CHECK_SEED = 1000, 7
+CHECK_SPLITS = ("short", "long", "subtle")
 
 
 class Stage(Settings):
@@ -156,12 +157,11 @@ class Trainer:
         self.module = Pretrainer(build_model(recipe.size, recipe.seed))
         out.mkdir(parents=True, exist_ok=True)
         log(f"rendering {recipe.videos} videos")
-        pool = render_pool("train", TRAIN_SEED, range(recipe.videos), workers)
-        self.pool = [example for example in pool if example.scene.questions]
-        self.checks = {
-            split: render_pool(split, CHECK_SEED, range(recipe.check_videos), workers)
-            for split in ("short", "long", "subtle")
-        }
+        check = (CHECK_SEED, recipe.check_videos)
+        self.checks = render_sets(
+            {"train": (TRAIN_SEED, recipe.videos), **dict.fromkeys(CHECK_SPLITS, check)}, workers
+        )
+        self.pool = [example for example in self.checks.pop("train") if example.scene.questions]
 
     def run(self) -> None:
         for index, stage in enumerate(self.recipe.stages):

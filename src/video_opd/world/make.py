@@ -16,7 +16,7 @@ from video_opd.errors import UserError
 from video_opd.files import discard_unfinished, replacing_file
 from video_opd.jsonl import write_jsonl
 from video_opd.locks import locked_folder
-from video_opd.pools import worker_pool
+from video_opd.pools import worker_map
 from video_opd.world import DEFAULT_VIDEOS
 from video_opd.world.scene import STYLES, Scene, compose, scene_rng
 
@@ -100,7 +100,7 @@ def make_world(
         out: the folder, in which ``<split>.jsonl`` and ``videos/*.mp4`` are written.
         videos: the number of videos of each split; ``DEFAULT_VIDEOS`` if None.
         seed: of the whole world; another seed gives other videos, in the test splits, too.
-        workers: the number of rendering processes; the number of cores if None.
+        workers: the number of rendering processes; the number of cores if None. One renders in this process.
         track: shows progress by wrapping the iteration: ``track(iterable, description, total)``.
 
     Returns:
@@ -123,8 +123,8 @@ def make_world(
             discard_unfinished(out / "videos")
             for split in wanted:
                 discard_unfinished(out, f"{split}.jsonl")
-            with worker_pool(workers) as pool:
-                results: Iterable = pool.map(_make_one, tasks, chunksize=4)
+            with worker_map(workers, chunksize=4) as map_tasks:
+                results: Iterable = map_tasks(_make_one, tasks)
                 if track is not None:
                     results = track(results, f"render {len(tasks)} videos", len(tasks))
                 for (split, *_), found in zip(tasks, results, strict=True):

@@ -118,7 +118,7 @@ def test_stages_of_two_sizes_train_save_and_continue(tmp_path, monkeypatch):
     recipe, out = read_pretraining(path), tmp_path / "out"
     monkeypatch.setattr(stages, "make_test_sets", lambda _: {})
     monkeypatch.setattr(Trainer, "check", lambda self, name: {})
-    trainer = Trainer(recipe, out, 1)
+    trainer = Trainer(recipe, out, workers=2)  # rendered by a pool
     trainer.run()
 
     def layers(name: str) -> int:
