@@ -6,6 +6,7 @@ comes from data (queries, responses, paths) is escaped by the template engine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -166,8 +167,12 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
+@functools.cache
 def environment() -> Environment:
-    """Returns the template engine: it escapes everything from data, and a missing value is an error."""
+    """Returns the template engine, which compiles each template once.
+
+    It escapes everything from data, and a missing value is an error.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     engine = Environment(

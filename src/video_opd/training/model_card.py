@@ -7,6 +7,7 @@ records, so each is shown as the text that it is, whatever Markdown, HTML or YAM
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
@@ -25,6 +26,8 @@ from video_opd.terminal import visible
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from video_opd.training.run_folder import RunFolder
 
 OURS = "this model"
@@ -48,20 +51,25 @@ LOCAL = (
 )
 
 
-def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> str:
-    """The text of the card, with the metrics of whatever ``eval/*.json`` of the run holds.
-
-    ``samples`` are the rows that the run trained on.
-    """
+@functools.cache
+def _environment() -> Environment:
+    """The template engine, which compiles the template once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("video_opd.training"),
         undefined=StrictUndefined,
         autoescape=False,  # the card is Markdown, and finalize escapes for that
         finalize=lambda value: value if isinstance(value, _AsItIs) else as_markdown(str(value)),
         keep_trailing_newline=True,
     )
+
+
+def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> str:
+    """The text of the card, with the metrics of whatever ``eval/*.json`` of the run holds.
+
+    ``samples`` are the rows that the run trained on.
+    """
     sources = Counter(sample.source or Path(recipe.data.train).stem for sample in samples)
     evaluations = _evaluations(recipe, folder)
     name = _name(folder.path)
@@ -73,7 +81,8 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
     notes = [line for each in protocols for line in (protocol_line(each), *deviation_lines(each))]
     shown_recipe = _as_yaml(_public(recipe))
     longest = max(map(len, re.findall("`+", shown_recipe)), default=0)
-    return environment.get_template("model_card.md.j2").render(
+    template = _environment().get_template("model_card.md.j2")
+    return template.render(
         name=name,
         name_in_code=_AsItIs(visible(json.dumps(name, ensure_ascii=False))),
         title=title,
