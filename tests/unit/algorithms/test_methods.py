@@ -8,6 +8,7 @@ under test.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -133,9 +134,10 @@ def student_before(row: Row, rollout: Rollout) -> list[float]:
 
 
 def with_baseline(row: Row, rollout: Rollout, number: int) -> list[float]:
-    p, q = (frozen(net, row.prompt, rollout.token_ids) for net in (STUDENT, TEACHER))
+    p, q = (frozen(net, row.prompt, rollout.token_ids).tolist() for net in (STUDENT, TEACHER))
     expected = [
-        float(sum(p[t, v].exp() * (q[t, v] - p[t, v]) for v in range(len(ALLOWED)))) for t in range(len(p))
+        sum(math.exp(p_tv) * (q_tv - p_tv) for p_tv, q_tv in zip(p_t, q_t, strict=True))
+        for p_t, q_t in zip(p, q, strict=True)
     ]
     return [r - b for r, b in zip(r_t(row, rollout), expected, strict=True)]
 
@@ -151,7 +153,8 @@ def kl_sum(net: Any, groups: Sequence[Sequence[Rollout]], term: Callable[..., to
 
 
 def topk_term(p: torch.Tensor, q: torch.Tensor, k: int = 7) -> torch.Tensor:
-    chosen = sorted(range(len(p)), key=lambda v: -float(p[v].detach()))[:k]
+    values = p.tolist()
+    chosen = sorted(range(len(p)), key=lambda v: -values[v])[:k]
     rest = [v for v in range(len(p)) if v not in chosen]
     kept = sum((p[v].exp() * (p[v] - q[v]) for v in chosen), torch.zeros((), dtype=torch.float64))
     tail_p, tail_q = p[rest].exp().sum(), q[rest].exp().sum()
@@ -363,8 +366,37 @@ def test_the_moved_student_leaves_the_clip():
 
 def flat_gradient(net: Any, loss: torch.Tensor) -> torch.Tensor:
     net.zero_grad()
-    loss.backward()
+    loss.backward(retain_graph=True)
     return torch.cat([x.grad.flatten() for x in net.parameters() if x.grad is not None])
+
+
+BATCHES, ROLLOUTS = 48, 64
+
+
+@functools.cache
+def gradients_at_the_same_states() -> dict[str, torch.Tensor]:
+    """[BATCHES, weights], float64: the analytic gradients, and the sampled ones by their baseline."""
+    net, row = wide(0, 4.0).float(), ROWS[0]
+    policy, teacher = HFPolicy(net, processor()), HFPolicy(copy.deepcopy(TEACHER).float(), processor())
+    many = {"rollouts": ROLLOUTS}
+    recipes = {
+        "analytic": recipe_of("video-opd", loss={"estimator": "full"}),
+        "none": recipe_of("video-opd", sampling=many, loss={"baseline": "none"}),
+        "kl": recipe_of("video-opd", sampling=many, loss={"baseline": "kl"}),
+    }
+    methods = {name: make_method(recipe, processor().tokenizer) for name, recipe in recipes.items()}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in methods}
+    for b in range(BATCHES):
+        seeds = [range(1000 * b, 1000 * b + ROLLOUTS)]
+        groups = methods["none"].trajectories(policy, [row.prompt], [row.sample], seeds)
+        responses = [[rollout.token_ids for rollout in groups[0]]]
+        student = policy.logprobs([row.prompt], responses, grad=True, full=True)
+        scored_by_teacher = teacher.logprobs([row.prompt], responses, full=True)
+        batch = make_trajectories([row], groups, student, scored_by_teacher)
+        for name, method in methods.items():
+            loss = method.loss(student, batch, method.signal(batch), float(ROLLOUTS))
+            found[name].append(flat_gradient(net, loss))
+    return {name: torch.stack(gradients).double() for name, gradients in found.items()}
 
 
 @pytest.mark.parametrize("baseline", ["none", "kl"])
@@ -372,38 +404,16 @@ def test_the_sampled_gradient_is_on_average_the_analytic_one(baseline: str):
     """Over 48 batches of 64 rollouts, the sampled gradient (eq 6) minus the gradient of the KL at the same
     visited states is noise around 0: its mean along the analytic gradient and along random directions lies
     within its standard error. With a wrong sign, a wrong scale or a shifted token it would not."""
-    rollouts, batches = 64, 48
-    net, row = wide(0, 4.0).float(), ROWS[0]
-    policy, teacher = HFPolicy(net, processor()), HFPolicy(TEACHER.float(), processor())
-    sampled = make_method(
-        recipe_of("video-opd", sampling={"rollouts": rollouts}, loss={"baseline": baseline}),
-        processor().tokenizer,
-    )
-    analytic = make_method(recipe_of("video-opd", loss={"estimator": "full"}), processor().tokenizer)
-    pairs = []
-    for b in range(batches):
-        groups = sampled.trajectories(
-            policy, [row.prompt], [row.sample], [range(1000 * b, 1000 * b + rollouts)]
-        )
-        responses = [[rollout.token_ids for rollout in groups[0]]]
-        student = policy.logprobs([row.prompt], responses, grad=True, full=True)
-        scored_by_teacher = teacher.logprobs([row.prompt], responses, full=True)
-        batch = make_trajectories([row], groups, student, scored_by_teacher)
-        losses = [m.loss(student, batch, m.signal(batch), float(rollouts)) for m in (sampled, analytic)]
-        net.zero_grad()
-        losses[0].backward(retain_graph=True)
-        first = torch.cat([x.grad.flatten() for x in net.parameters() if x.grad is not None])
-        pairs.append((first, flat_gradient(net, losses[1])))
-    ours, theirs = (torch.stack(side).double() for side in zip(*pairs, strict=True))
+    ours, theirs = (gradients_at_the_same_states()[name] for name in (baseline, "analytic"))
     direction = theirs.mean(0) / theirs.mean(0).norm()
     along, size = (ours - theirs) @ direction, float((theirs @ direction).mean())
-    error = float(along.std() / math.sqrt(batches))
+    error = float(along.std() / math.sqrt(BATCHES))
     assert abs(float(along.mean())) < 3.5 * error
     assert error < 0.1 * size  # precise enough to tell a gradient from none, or from a larger one
     g = torch.Generator().manual_seed(0)
     others = torch.randn(ours.shape[1], 40, generator=g, dtype=torch.float64)
     off = (ours - theirs) @ others
-    z = off.mean(0) / (off.std(0) / math.sqrt(batches))
+    z = off.mean(0) / (off.std(0) / math.sqrt(BATCHES))
     assert float((z**2).mean()) < 2.2  # 40 directions: 1 ± 0.22
 
 

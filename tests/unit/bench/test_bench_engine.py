@@ -82,8 +82,8 @@ def test_a_bench_compares_equal_work() -> None:
         model(1, sharpness=8),
         lengths=[60],
         rollouts=(2, 3),
-        repeats=2,
-        tokens=4,
+        repeats=1,
+        tokens=3,
     )
     assert [r["job"] for r in records] == [
         "video-opd", "grpo, 2 rollouts", "grpo, 3 rollouts", "score, 8 answers", "5 queries on a video",
@@ -128,7 +128,11 @@ def test_other_results_are_an_error() -> None:
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "engine.json"
+    for seed, name in enumerate(("model", "teacher")):  # smaller than the shipped ones
+        model(seed, sharpness=8).save_pretrained(tmp_path / name)
+        processor().save_pretrained(tmp_path / name)
     words = ["--lengths", "60", "--repeats", "1", "--rollouts", "2", "--max-new-tokens", "2", "--no-memory"]
+    words += ["--model", str(tmp_path / "model"), "--teacher", str(tmp_path / "teacher")]
     assert main(["bench", "engine", *words, "--device", "cpu", "--json", str(out)]) == 0
     record = json.loads(out.read_text())
     printed = capsys.readouterr().out

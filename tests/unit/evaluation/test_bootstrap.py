@@ -79,7 +79,7 @@ def test_equal_seeds_draw_equal_videos_whatever_the_values() -> None:
     assert not np.allclose(draws_of_means(a, groups, seed=5), draws_of_means(a, groups, seed=6))
 
 
-VIDEOS, CALLS, COLUMNS = 150, 40, 50
+VIDEOS, CALLS, COLUMNS = 150, 10, 200
 SIMULATIONS = CALLS * COLUMNS
 # Three standard errors of a binomial share of 95%: 1.5 points.
 TOLERANCE = 3 * math.sqrt(0.95 * 0.05 / SIMULATIONS)
@@ -102,8 +102,12 @@ def simulated(rng: np.random.Generator) -> tuple[list[int], dict[str, tuple[np.n
     }
 
 
+GRID = np.linspace(-8, 8, 4001)
+NORMAL_CDF = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in GRID])
+
+
 def _uniform(normal: np.ndarray) -> np.ndarray:
-    return np.vectorize(lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))))(normal)
+    return np.interp(normal, GRID, NORMAL_CDF)  # off by less than 1e-6
 
 
 def coverage(over_videos: bool, calls: int = CALLS) -> dict[str, float]:
@@ -127,7 +131,7 @@ def test_intervals_cover_the_truth_at_the_nominal_rate() -> None:
 def test_intervals_over_rows_would_not_cover_it() -> None:
     """Intervals over rows are too narrow, because the rows of a video are not independent. (A difference of
     two models suffers less: the error that they share cancels out.)"""
-    shares = coverage(over_videos=False, calls=8)
+    shares = coverage(over_videos=False, calls=2)
     assert all(shares[name] < 0.90 for name in ("mIoU", "R@0.5", "R@0.7"))
 
 
