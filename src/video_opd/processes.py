@@ -59,7 +59,7 @@ class Processes:
         if self.count > 1:
             from torch import distributed
 
-            _collective(distributed.barrier)
+            collective(distributed.barrier)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank. Raises :class:`UserError` as :meth:`wait` does."""
@@ -68,7 +68,7 @@ class Processes:
         from torch import distributed
 
         values: list[Any] = [None] * self.count
-        _collective(lambda: distributed.all_gather_object(values, value))
+        collective(lambda: distributed.all_gather_object(values, value))
         return values
 
     def on_first(self, work: Callable[[], T]) -> T:
@@ -90,7 +90,7 @@ class Processes:
             except Exception as caught:
                 error = caught
                 outcome[1] = str(caught), isinstance(caught, UserError)
-        _collective(lambda: distributed.broadcast_object_list(outcome))
+        collective(lambda: distributed.broadcast_object_list(outcome))
         if error is not None:
             raise error
         if outcome[1] is not None:
@@ -100,7 +100,8 @@ class Processes:
         return result
 
 
-def _collective(call: Callable[[], object]) -> None:
+def collective(call: Callable[[], object]) -> None:
+    """Calls what all processes call together. Raises :class:`UserError` if one of them has stopped."""
     try:
         call()
     except RuntimeError as error:

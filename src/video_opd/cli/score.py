@@ -21,7 +21,10 @@ HELP = "TVDF scores: how well teacher and student answer each row; repeated, it 
 EXAMPLE = (
     "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl"
 )
-SETTINGS = (*MODEL_SETTINGS, "teacher.dtype", "teacher.quantization", "teacher.other_template")
+SETTINGS = (
+    *MODEL_SETTINGS,
+    *("teacher.dtype", "teacher.quantization", "teacher.placement", "teacher.other_template"),
+)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------ teacher
 
 
+def check_placement(placement: Placement, quantization: Quantization | None) -> None:
+    """Raises :class:`UserError` for a quantised teacher that is not whole."""
+    need(
+        quantization is None or placement in ("auto", "whole"),
+        f"placement {placement} with teacher.quantization {quantization}: quantised weights "
+        "are neither sharded nor moved; leave out one of them",
+    )
+
+
 class TeacherConfig(Settings):
     """A frozen teacher. The paper's is Qwen3-VL-32B after GRPO (sec. 4.1), public since June 2026 as
     ``williamljz/Video-opd-teacher-Qwen3-VL-32B-GRPO``.
@@ -53,11 +62,7 @@ class TeacherConfig(Settings):
 
     @model_validator(mode="after")
     def _check_placement(self) -> Self:
-        need(
-            self.quantization is None or self.placement in ("auto", "whole"),
-            f"placement {self.placement} with teacher.quantization {self.quantization}: quantised weights "
-            "are neither sharded nor moved; leave out one of them",
-        )
+        check_placement(self.placement, self.quantization)
         return self
 
     @property

@@ -29,6 +29,7 @@ from video_opd.curriculum.scores import (
     known_teacher_scores,
     score,
     scores_of,
+    with_teacher,
 )
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import BLOCK_BATCHES, Item, MakeLoader
@@ -223,7 +224,12 @@ def _ask(
             note = f"{known:,} of {len(pool):,} rows answered, {closed:,} cannot matter any more"
             mine.clear()
             share = output.share([samples[row] for row in stage])
-            append_blocks(output, share, make_loader, batch_size, rows_of, partial(bar.advance, note=note))
+            answer = partial(append_blocks, output, share, make_loader, batch_size, rows_of)
+            with_teacher(
+                teacher,
+                partial(answer, partial(bar.advance, note=note)),
+                asked=any(row not in found for row in stage),
+            )
             for answers in processes.gather(dict(mine)):
                 found |= answers
             for row in stage:  # a row whose video failed has no answer

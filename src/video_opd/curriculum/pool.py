@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from video_opd.config import Recipe
 from video_opd.curriculum.lazy_scores import score_for_topk
@@ -31,6 +33,7 @@ from video_opd.models.loading import (
     read_model_configs,
     release_memory,
 )
+from video_opd.models.placed_teachers import ShardedPolicy
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vocabulary import Vocabulary
@@ -39,6 +42,8 @@ from video_opd.types import ForTopK, Sample
 if TYPE_CHECKING:
     from video_opd.models.interfaces import Policy
     from video_opd.processes import Processes
+
+T = TypeVar("T")
 
 
 def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, TeacherInferenceConfig | None]:
@@ -70,9 +75,16 @@ def score_pool(
 
     With ``for_topk`` it scores them as :func:`~video_opd.curriculum.lazy_scores.score_for_topk` does: the
     student is loaded, answers and is freed before the teacher is loaded. With ``teacher_from`` the teacher is
-    loaded only when a row needs it. ``cache_dir`` keeps decoded clips. Raises :class:`UserError` for models
-    that do not share their tokens, and as ``score`` does.
+    loaded only when a row needs it. A ``sharded`` teacher is divided over ``processes``. ``cache_dir`` keeps
+    decoded clips. Raises :class:`UserError` for models that do not share their tokens, for a teacher in
+    shards with a single process, and as ``score`` does.
     """
+    alone = processes is None or processes.count == 1
+    if teacher is not None and teacher.sharded and alone:
+        raise UserError(
+            "teacher.placement is sharded, and there is one process to hold the shards: start several with "
+            "torchrun, or set it to whole"
+        )
     inputs = load_model_inputs(student, cache_dir)
     form = read_model_configs(student.model.path), inputs.encoder.processor
     if teacher is not None:  # before minutes are spent on the student
@@ -101,9 +113,7 @@ def score_pool(
     def load_student() -> Policy:
         return load_inference_model(student, device, cache_dir).policy
 
-    later = (
-        None if teacher is None else LazyPolicy(lambda: _load_teacher(teacher, Vocabulary.of(*form), device))
-    )
+    later = None if teacher is None else _lazy_teacher(teacher, Vocabulary.of(*form), device)
     with locked_file(out, processes):  # before the models are loaded
         if for_topk is not None:
             if later is None:
@@ -118,14 +128,21 @@ def score_pool(
         return score(policy, later, samples, inputs.prompts, out, **shared)
 
 
-def _load_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None) -> Policy:
+def _lazy_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None) -> LazyPolicy:
     """``vocabulary`` is the student's."""
-    settings = teacher.model
-    loaded = load_teacher(
-        settings.path, settings.dtype, chosen_device(device), settings.attn, teacher.quantization
-    )
-    log_other_video_form(teacher.prompt.video_form, settings.path)
-    return HFPolicy(*loaded, settings.engine, vocabulary=vocabulary)
+    settings, chosen = teacher.model, chosen_device(device)
+
+    def loaded(first_device: str) -> tuple[Any, Any]:
+        log_other_video_form(teacher.prompt.video_form, settings.path)
+        return load_teacher(settings.path, settings.dtype, first_device, settings.attn, teacher.quantization)
+
+    if teacher.sharded:
+        return LazyShardedPolicy(
+            lambda: ShardedPolicy(
+                *loaded("cpu"), settings.engine, device=torch.device(chosen), vocabulary=vocabulary
+            )
+        )
+    return LazyPolicy(lambda: HFPolicy(*loaded(chosen), settings.engine, vocabulary=vocabulary))
 
 
 @contextmanager
@@ -163,3 +180,12 @@ class LazyPolicy:
 
     def logprobs(self, *arguments: Any, **settings: Any) -> Any:
         return self.load().logprobs(*arguments, **settings)
+
+
+class LazyShardedPolicy(LazyPolicy):
+    """A :class:`~video_opd.models.interfaces.CollectivePolicy`, which all processes load together."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        policy = self.load()
+        assert isinstance(policy, ShardedPolicy)
+        return policy.together(work)

@@ -9,7 +9,7 @@ another threshold, ranking or parser needs no model. Rows are appended as soon a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum
 from pathlib import Path
@@ -106,7 +106,8 @@ def score(
     ``provenance`` has the fingerprints of ``"student"`` and ``"teacher"``, the precision of each
     (``"student_dtype"``), and ``"input"``: prompt and video budget. ``teacher_from`` are earlier scores
     files. The teacher's scores of their rows are reused if the same teacher made them from the same input and
-    settings. ``repeatable``: a killed output ends with the same bytes as another
+    settings. A teacher that processes hold together answers if any row needs it; all of them then call this
+    together. ``repeatable``: a killed output ends with the same bytes as another
     (:class:`~video_opd.evaluation.output.Output`). Several ``processes`` divide the videos among themselves.
     Raises :class:`UserError` where another teacher made the rows of ``teacher_from``, and where something
     else made the rows of ``out``, and where another command is writing ``out``.
@@ -128,7 +129,11 @@ def score(
             return _score_batch(student, teacher, batch, settings, reused)
 
         title = "scoring" if teacher is not None else "student answering"
-        append_batches(output, wanted, make_loader, batch_size, rows_of, title)
+        with_teacher(
+            teacher,
+            lambda: append_batches(output, wanted, make_loader, batch_size, rows_of, title),
+            asked=any(settings.reverse_kl or sample.id not in reused for sample in todo),
+        )
         output.finish(samples)
     scored = [sample for sample in todo if sample.id in output.ids]
     return ScoreResult(
@@ -138,6 +143,17 @@ def score(
         unannotated=len(samples) - len(wanted),
         reused=sum(sample.id in reused for sample in scored),
     )
+
+
+def with_teacher(teacher: Policy | None, work: Callable[[], None], *, asked: bool) -> None:
+    """Does ``work``, in which this process asks the teacher if it has rows. ``asked`` says whether any
+    process may ask it, and is the same in all of them."""
+    from video_opd.models.interfaces import CollectivePolicy
+
+    if asked and isinstance(teacher, CollectivePolicy):
+        teacher.together(work)
+    else:
+        work()
 
 
 def full_provenance(provenance: Mapping[str, Any], settings: ScoreSettings) -> dict[str, Any]:

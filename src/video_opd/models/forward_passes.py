@@ -115,16 +115,6 @@ class ForwardPasses:
             use_cache=True,
         ).last_hidden_state
 
-    def needed(self, prompts: Sequence[EncodedPrompt], longest_response: int) -> int:
-        """The number of runs through all decoder layers that :meth:`prefix_of` and :meth:`on_prefix` make."""
-        trunks = find_trunks(prompts, self.model.config.video_token_id)
-        return (1 if trunks is None else 2) + (longest_response > 1)
-
-    def over_one_token(self) -> None:
-        """Runs a single token through all decoder layers, and no video; nobody needs the result."""
-        token_11 = torch.full((1, 1), self.pad_id, device=self.device)
-        self.model.model(input_ids=token_11, position_ids=token_11.new_zeros(3, 1, 1), use_cache=False)
-
     def response_mask(self, prefix: Prefix, width: int, first: int, steps: int) -> torch.Tensor:
         """The attention mask for ``steps`` tokens, from number ``first`` on, of ``width`` responses."""
         mask_B1QK = response_attention_mask(prefix.attention_mask_BP, width, first, steps)

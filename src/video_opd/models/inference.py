@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from pydantic import model_validator
+
 from video_opd.config import (
     Dtype,
     ModelConfig,
@@ -26,6 +28,8 @@ from video_opd.config import (
     VideoForm,
     read_settings,
 )
+from video_opd.config.method_sections import check_placement
+from video_opd.config.sections import Placement
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
 from video_opd.jsonl import no_key_twice
@@ -33,6 +37,8 @@ from video_opd.models.checkpoint_files import adapter_base, find_file, is_adapte
 from video_opd.progress import log
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.policy import HFPolicy
     from video_opd.types import EncodedPrompt, Sample
@@ -54,6 +60,7 @@ class TeacherInferenceConfig(InferenceConfig):
 
     other_template: bool = False  # whether its chat template may write other prompts
     quantization: Quantization | None = None  # the type of its linear layers' weights; None: model.dtype
+    sharded: bool = False  # over the processes
 
 
 class InputProtocol(Protocol):
@@ -121,6 +128,12 @@ class _TeacherModel(Settings):
     dtype: Dtype | None = None  # None: the student's dtype
     other_template: bool = False
     quantization: Quantization | None = None
+    placement: Placement = "auto"
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        check_placement(self.placement, self.quantization)
+        return self
 
 
 class _PairConfig(InferenceConfig):
@@ -133,7 +146,7 @@ def read_inference_pair(
     """The settings of a student and, if one is named, of a teacher that is given the same inputs.
 
     ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default,
-    ``--teacher.quantization`` and ``--teacher.other_template``.
+    ``--teacher.quantization``, ``--teacher.placement`` and ``--teacher.other_template``.
     """
     pair = _read(_PairConfig, student, overrides, None, device)
     own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
@@ -154,12 +167,18 @@ class TeacherSettings(Protocol):
     @property
     def quantization(self) -> Quantization | None: ...
 
+    @property
+    def placement(self) -> Placement: ...
+
 
 def teacher_config(student: InferenceConfig, path: str, teacher: TeacherSettings) -> TeacherInferenceConfig:
     """The settings of the teacher ``path`` that is given what ``student`` is given."""
     shown = student.changed(**{"model.path": path, "model.dtype": teacher.dtype or student.model.dtype})
     return TeacherInferenceConfig(
-        **dict(shown), other_template=teacher.other_template, quantization=teacher.quantization
+        **dict(shown),
+        other_template=teacher.other_template,
+        quantization=teacher.quantization,
+        sharded=teacher.placement == "sharded",
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
+
+T = TypeVar("T")
 
 Responses = Sequence[Sequence[Sequence[int]]]
 """For each prompt its responses, for each response its token ids. Results are flattened prompt-major:
@@ -70,6 +72,18 @@ class ChunkedPolicy(Policy, Protocol):
 
     def prefill_chunks(self, prompts: Sequence[EncodedPrompt], size: int) -> Iterator[Any]:
         """Yields the prefix of ``size`` prompts at a time. A video that prompts share is prefilled once."""
+        ...
+
+
+@runtime_checkable
+class CollectivePolicy(Policy, Protocol):
+    """A policy that processes hold together: its other methods are called inside of :meth:`together` only."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, in which a process uses the policy as often as it likes, or not at all.
+
+        All processes call it together, and it returns when the work of all has ended.
+        """
         ...
 
 

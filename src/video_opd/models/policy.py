@@ -193,12 +193,6 @@ class HFPolicy:
             full_BTV=None if full_NV is None else _scatter(full_NV, mask_BR),
         )
 
-    def passes_needed(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> int:
-        """The number of runs through all decoder layers that :meth:`logprobs` makes without gradients."""
-        if self.engine == "plain":
-            return 1
-        return self.passes.needed(prompts, max(len(tokens) for group in responses for tokens in group))
-
     def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> Decoder:
         if self.engine == "plain":
             return PlainDecoder(self.passes, _prompts_of(prompts), n)

@@ -179,31 +179,6 @@ def repeated_pixels(batch: PromptBatch) -> tuple[torch.Tensor | None, torch.Tens
     return torch.cat([per_video[i] for i in order]), grid
 
 
-def shortest_prompt(model: Qwen3VLForConditionalGeneration) -> EncodedPrompt:
-    """A prompt of one black frame pair and a token before and after it, as small as the model takes.
-
-    It stands in where a process has to run the model and has no row left.
-    """
-    config = model.config
-    vision, side = config.vision_config, config.vision_config.spatial_merge_size
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    start, video, end = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
-    return EncodedPrompt(
-        sample_id="stand-in",
-        input_ids=torch.tensor([[start, video, end]]),
-        tensors={
-            "pixel_values_videos": torch.zeros(side**2, pixels),
-            "video_grid_thw": torch.tensor([[1, side, side]]),
-            "mm_token_type_ids": torch.tensor([[0, 2, 0]]),
-        },
-        text="",
-        pair_times_s=(0.0,),
-        video_tokens=1,
-        clip_digest="stand-in",
-        duration_s=0.0,
-    )
-
-
 def pad_responses(
     responses: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

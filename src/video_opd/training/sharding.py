@@ -25,9 +25,9 @@ from torch import nn
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
+from video_opd.models.collective_passes import units_of
 from video_opd.models.modes import call_through
 from video_opd.models.parts import state_of
-from video_opd.models.placed_teachers import units_of
 from video_opd.training.masters import Masters
 from video_opd.training.optimizers import LowPrecisionAdamW
 

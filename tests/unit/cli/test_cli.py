@@ -524,12 +524,18 @@ def test_the_teacher_of_score_has_a_type_of_its_own(tmp_path, asked_of, capsys) 
     assert teacher.quantization is None
     assert main([*words, "--teacher", "t", "--teacher.quantization", "int8"]) == 0
     assert asked_of.pop()[1].quantization == "int8"
+    assert main([*words, "--teacher", "t", "--teacher.placement", "sharded"]) == 0
+    assert asked_of.pop()[1].sharded
     assert main([*words, "--teacher", "t", "--model.dtype", "bfloat16"]) == 0
     assert {config.model.dtype for config in asked_of.pop()} == {"bfloat16"}
     for more, said in (
         (["--teacher.dtype", "bfloat16"], "--teacher M"),
         (["--teacher", "t", "--teacher.dtype", "float16"], "teacher.dtype is 'float16'"),
         (["--teacher", "t", "--teacher.dtyp", "float32"], "did you mean teacher.dtype"),
+        (
+            ["--teacher", "t", "--teacher.quantization", "int8", "--teacher.placement", "sharded"],
+            "quantised weights are neither sharded nor moved",
+        ),
         (["--teacher.path", "t"], "--teacher M"),
     ):
         capsys.readouterr()

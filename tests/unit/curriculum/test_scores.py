@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,21 @@ import pytest
 import torch
 from answer_cases import FakeLoader, FakePolicy, make_samples
 from model_cases import mixed_prompts, model, processor
+from training_cases import in_processes
 
 from video_opd.config import SelectionConfig
+from video_opd.curriculum.lazy_scores import score_for_topk
+from video_opd.curriculum.pool import LazyShardedPolicy
 from video_opd.curriculum.samplers import select
 from video_opd.curriculum.score_files import read_scores
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.errors import UserError
+from video_opd.models.placed_teachers import ShardedPolicy
 from video_opd.models.policy import HFPolicy
+from video_opd.processes import Processes
 from video_opd.seeds import derive_seed
 from video_opd.temporal import iou, parse_answer
+from video_opd.types import ForTopK
 
 PROVENANCE = {"student": "s", "teacher": "t", "input": {"fps": 2.0}}
 
@@ -218,6 +225,61 @@ def test_real_models_see_each_video_once_a_batch(tmp_path: Path) -> None:
         ours, theirs = (p.logprobs([prompt], [[r.token_ids for r in group]]).logprobs_BT for p in fresh)
         for j, gaps in enumerate(row["reverse_kl_tokens"]):
             torch.testing.assert_close(torch.tensor(gaps), (ours - theirs)[j, : len(gaps)], atol=1e-4, rtol=0)
+
+
+def test_a_teacher_in_shards_of_two_processes_scores_as_a_whole_one(tmp_path: Path) -> None:
+    """One process has the rows of a video that is asked twice, the other those of one; then all, and lazily.
+    The last start has nothing left to ask, and loads no teacher."""
+    prompts = mixed_prompts()
+    places = [Path("b.mp4"), Path("a.mp4"), Path("a.mp4")]
+    samples = [
+        replace(sample, id=prompt.sample_id, video=place)
+        for sample, prompt, place in zip(make_samples(3), prompts, places, strict=True)
+    ]
+    prompt_of = {prompt.sample_id: prompt for prompt in prompts}
+    loaded: list[int] = []
+
+    def load() -> ShardedPolicy:
+        loaded.append(1)
+        return ShardedPolicy(model(1), processor(), device=torch.device("cpu"))
+
+    def scored(folder: Path, processes: Processes | None, teacher: Any) -> list[Any]:
+        shared: dict[str, Any] = {"provenance": PROVENANCE, "processes": processes, "batch_size": 2}
+
+        def loader(todo: Any) -> Any:
+            return [(sample, prompt_of[sample.id]) for sample in todo]
+
+        settings = ScoreSettings(k=2, student_k=1, max_new_tokens=6, temperature=0.8)
+        for name in ("full", "full"):
+            with_kl = replace(settings, reverse_kl=True)
+            out = folder / name
+            score(
+                HFPolicy(model(0), processor()), teacher(), samples, loader, out, settings=with_kl, **shared
+            )
+        for _ in range(2):
+            blocks = nullcontext(HFPolicy(model(0), processor())), nullcontext(teacher())
+            topk = ForTopK(k=2, min_teacher_iou=0.0)
+            out = folder / "lazy"
+            score_for_topk(*blocks, samples, loader, out, for_topk=topk, settings=settings, **shared)
+        return [rows_of(folder / name) for name in ("full", "lazy")]
+
+    def work(processes: Processes) -> Any:
+        return scored(tmp_path / "two", processes, lambda: LazyShardedPolicy(load)), len(loaded)
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    whole = scored(tmp_path / "one", None, lambda: HFPolicy(model(1), processor()))
+    for (full, lazy), times in in_processes(2, work, tmp_path):
+        assert times == 2 and lazy == whole[1]
+        for identity, row in whole[0].items():
+            assert full[identity].keys() == row.keys()
+            for key in row:
+                mine, theirs = full[identity][key], row[key]
+                if key.startswith("reverse_kl"):
+                    mine, theirs = torch.tensor(mine), torch.tensor(theirs)
+                    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+                else:
+                    assert mine == theirs, key
 
 
 def test_greedy_needs_one_answer(tmp_path: Path) -> None:

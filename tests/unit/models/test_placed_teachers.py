@@ -13,10 +13,9 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from training_cases import finish, fork, free_port
 
-from video_opd.models.interfaces import CollectiveTeacher, VisitingTeacher
-from video_opd.models.placed_teachers import OffloadedTeacher, ShardedTeacher
+from video_opd.models.interfaces import CollectivePolicy, CollectiveTeacher, VisitingTeacher
+from video_opd.models.placed_teachers import OffloadedTeacher, ShardedPolicy, ShardedTeacher
 from video_opd.models.policy import HFPolicy
-from video_opd.models.prompt_batch import shortest_prompt
 from video_opd.models.teachers import LocalTeacher, RoutedTeacher
 from video_opd.types import EncodedPrompt
 
@@ -53,22 +52,6 @@ def calls() -> list[Call]:
     ]
 
 
-@pytest.mark.parametrize("engine", ["prefix", "plain"])
-def test_the_passes_of_a_call_are_known_before_it(engine: Any) -> None:
-    scorer = policy(0, engine)
-    made = []
-    scorer.model.model.language_model.layers[0].register_forward_hook(lambda *_: made.append(1))
-    stand_in = [shortest_prompt(scorer.model)]
-    more: list[Call] = [(stand_in, [[(9,)]]), (stand_in, [[(9, 10)]])]
-    for prompts, responses in [*calls(), *more]:
-        if prompts:
-            scorer.logprobs(prompts, responses)
-            assert len(made) == scorer.passes_needed(prompts, responses)
-            made.clear()
-    scorer.passes.over_one_token()
-    assert len(made) == 1
-
-
 def test_processes_with_different_calls_hold_half_of_a_teacher_each() -> None:
     def work(rank: int) -> None:
         for engine in ("prefix", "plain"):
@@ -92,6 +75,38 @@ def test_processes_with_different_calls_hold_half_of_a_teacher_each() -> None:
                 assert torch.equal(got.mask_BT, expected.mask_BT)
                 layer = sharded.policy.model.model.language_model.layers[0].mlp.up_proj.weight
                 assert isinstance(layer, DTensor)  # freed again
+
+    on_two(work)
+
+
+def written(policy: HFPolicy, prompts: Sequence[EncodedPrompt], most: int, *, first: bool) -> list[Any]:
+    """Responses, sampled from a prefix or from the prompts, and their log-probs at another temperature."""
+    given: Any = policy.prefill(prompts) if first else prompts
+    seeds = [[3 * i, 3 * i + 1] for i in range(len(prompts))]
+    groups = policy.sample(given, n=2, max_new_tokens=most, seeds=seeds)
+    responses = [[rollout.token_ids for rollout in group] for group in groups]
+    return [groups, policy.logprobs(given, responses, temperature=0.7).logprobs_BT.tolist()]
+
+
+@pytest.mark.parametrize("engine", ["prefix", "plain"])
+def test_processes_write_what_they_like_with_a_policy_in_shards(engine: Any) -> None:
+    """One writes longer and oftener than the other, which has no prompts at all the second time."""
+
+    def work(rank: int) -> None:
+        whole = policy(engine=engine)
+        shards = ShardedPolicy(model(1, sharpness=8.0), processor(), engine, device=CPU)
+        assert isinstance(shards, CollectivePolicy) and not isinstance(whole, CollectivePolicy)
+        alone, one, other = mixed_prompts()
+        for jobs in ([[([alone, one, other], 3)], [([alone], 5), ([one, other], 2)]], [[([one], 4)], []]):
+            mine = jobs[rank]
+            expected = [written(whole, *job, first=first) for first in (True, False) for job in mine]
+            got = shards.together(
+                lambda: [written(shards, *job, first=first) for first in (True, False) for job in mine]  # noqa: B023
+            )
+            assert got == expected
+        assert all(isinstance(weight, DTensor) for weight in shards.model.parameters())  # freed again
+        with pytest.raises(AssertionError, match="inside of together"):
+            shards.prefill([alone])
 
     on_two(work)
 
