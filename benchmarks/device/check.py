@@ -45,9 +45,10 @@ def script(name: str, limit_s: float) -> Section:
 MACHINE = script("machine", 60)
 SECTIONS = (
     script("parity", 75),
-    script("real_shape", 170),
-    script("where_time_goes", 60),
-    script("decoding", 40),
+    script("real_shape", 130),
+    script("memory", 70),
+    script("where_time_goes", 45),
+    script("decoding", 25),
     script("demo", 120),  # or what the others leave of the whole
 )
 

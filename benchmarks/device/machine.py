@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 
-from section import Report, run
+from section import Report, add_torchao, run
 
 PACKAGES = (
     *("torch", "torchvision", "transformers", "accelerate", "peft", "tokenizers", "numpy", "av", "pydantic"),
@@ -17,6 +17,7 @@ OPTIONAL = ("flash_attn", "torchao")
 
 
 def describe(report: Report, tiny: bool) -> None:
+    add_torchao()
     for name in (*PACKAGES, *OPTIONAL):
         try:
             module = importlib.import_module(name)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fetches the wheels that the machine with the card lacks into .wheels/, for Python 3.12 on x86-64 Linux, in the
-# versions that requirements/base.txt pins. Other packages can be named as arguments, with a version if base.txt
-# has none: bash benchmarks/device/prepare.sh torchao==0.14.1
+# Packs what the machine with the card lacks into .wheels/packages.tar.xz, for Python 3.12 on x86-64 Linux, in the
+# versions that requirements/base.txt and requirements/torchao.txt pin. Other packages can be named as arguments, with
+# a version: bash benchmarks/device/prepare.sh torchcodec==0.16.0
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -11,17 +11,23 @@ for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014; do
     TARGET+=(--platform "${tag}_x86_64")
 done
 
-mkdir -p .wheels
-rm -f .wheels/*.whl
-pinned=$(mktemp)
-trap 'rm -f "$pinned"' EXIT
-"$PYTHON" benchmarks/device/pins.py "${PACKAGES[@]}" >"$pinned"
-"$PYTHON" -m pip download --quiet --require-hashes "${TARGET[@]}" --dest .wheels -r "$pinned"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/packed"
+"$PYTHON" benchmarks/device/pins.py "${PACKAGES[@]}" >"$work/pinned"
+install() { "$PYTHON" -m pip install --quiet --no-compile "${TARGET[@]}" --target "$work/packed/$1" "${@:2}"; }
+install site --require-hashes -r "$work/pinned"
+# Beside the others: transformers would import it in every process, which takes seconds.
+install torchao --require-hashes -r requirements/torchao.txt
 if [ $# -gt 0 ]; then
-    "$PYTHON" -m pip download --quiet "${TARGET[@]}" --dest .wheels "$@"
+    install site "$@"
 fi
-du -h .wheels/*.whl
+du -sh "$work"/packed/*/*/ | sort -h | tail -8
+rm -rf .wheels
+mkdir .wheels
+# Smaller than the wheels, and unpacked without pip.
+tar -C "$work/packed" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . | xz -T0 -6 >.wheels/packages.tar.xz
 files=$(git ls-files -z --cached --others --exclude-standard | xargs -0 du -cb 2>/dev/null | awk '$2 == "total" {sum += $1} END {print sum}')
-wheels=$(du -cb .wheels/*.whl | tail -1 | cut -f1)
-awk -v w="$wheels" -v f="$files" 'BEGIN {
-    printf "wheels %.1f MiB + working tree %.1f MiB = %.1f MiB\n", w / 2^20, f / 2^20, (w + f) / 2^20 }'
+packed=$(du -b .wheels/packages.tar.xz | cut -f1)
+awk -v w="$packed" -v f="$files" 'BEGIN {
+    printf "packages %.1f MiB + working tree %.1f MiB = %.1f MiB\n", w / 2^20, f / 2^20, (w + f) / 2^20 }'

@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from paper_size import costs_of, make, matrix_rate
+from exact_plan import exact_plan, lengths_of
+from paper_size import config_of, costs_of, make, matrix_rate
 from section import Report, run
 from stages import StageWatch, watched
 
 from video_opd.bench.timing import settle
-from video_opd.bench.work import Engine, Steps, prompts_of
+from video_opd.bench.work import Engine, Steps, prompts_of, step_recipe
 from video_opd.config import LoraConfig, ModelConfig
 from video_opd.models.lora import add_adapters
 from video_opd.models.parts import cast_weights
-from video_opd.planning import graph
 from video_opd.planning.cost_model import Costs, StepWork, Trained
+from video_opd.planning.plan import RecipeSizes
 from video_opd.planning.sizes import sizes_of
 from video_opd.training.components import freeze
 from video_opd.training.step import StepResult
@@ -34,6 +35,7 @@ from video_opd.world.tiny import build_processor
 
 GIB = 2**30
 DTYPE = "bfloat16"
+HELD = ("weights", "masters", "moments", "teacher", "reference", "runtime")  # parts of a plan
 STAGES = ("prefill", "sample", "teacher", "update", "backward", "optimiser")
 
 
@@ -216,7 +218,7 @@ class Bench:
             if stage in seconds
         }
         peaks = {stage: peak - before for stage, peak in watch.peaks.items()}
-        estimate = self.estimated_bytes(way, way.prompts * prompt.length)
+        planned = self.planned_bytes(way)
         whole = sum(operations.values()) / total_s / self.rate
         figure = f"{total_s:.2f} s, {whole:.0%} of the matrix rate: " + ", ".join(
             f"{stage} {seconds[stage]:.2f}" + (f" ({share[stage]:.0%})" if share.get(stage) else "")
@@ -225,7 +227,7 @@ class Bench:
         )
         if peaks:
             figure += f"; {max(peaks.values()) / GIB:.1f} GiB above what is held"
-            figure += f" (estimate {estimate / GIB:.1f})" if way.engine == "prefix" else ""
+            figure += f" (plan {planned / GIB:.1f})"
         self.report.add(
             str(way),
             figure,
@@ -242,20 +244,29 @@ class Bench:
             share_of_matrix_rate_whole=whole,
             held_bytes=before,
             peak_bytes=peaks,
-            estimated_bytes=estimate,
+            planned_bytes=planned,
         )
         self.report.note(summary=f"{len(self.report.record['rows']) - 1} ways; the last: {figure}")
 
-    def estimated_bytes(self, way: Way, tokens: int) -> int:
-        """The memory of the graph by :mod:`video_opd.planning.graph`, and of the gradients with autocast's
-        copies. For the prefix engine."""
-        text = sizes_of(self.student.config.to_dict(), "student").text
-        mode: graph.Mode = "bfloat16" if way.trained == "adapters" else "autocast"
-        kept = graph.graph_bytes(text, tokens, mode, way.trained)
-        if way.recompute:
-            inputs = graph.input_bytes(text, mode) + 2 * graph.cache_bytes(text, mode)
-            kept = tokens * text.layers * inputs + kept // text.layers
-        return kept + 6 * self.trained_weights
+    def planned_bytes(self, way: Way) -> int:
+        """What a step takes by its plan, above what is held between steps."""
+        recipe = step_recipe(
+            way.method, way.engine, way.rollouts, dtype=DTYPE, prompts=way.prompts, tokens=self.plan.response
+        )
+        teacher = {"teacher.dtype": DTYPE} if way.method == "video-opd" else {}
+        held: dict[str, Any] = {"model.freeze": ["vision", "merger", "lm_head"]}
+        if way.trained == "adapters":
+            rank = self.plan.rank
+            held |= {"lora.parts": ["language"], "lora.rank": rank, "lora.alpha": 2 * rank}
+        recipe = recipe.changed(**teacher, **held, **{"model.gradient_checkpointing": way.recompute})
+        layers = self.plan.layers if way.trained == "full" else None
+        sizes = sizes_of(config_of(self.plan.size, layers).to_dict(), self.plan.size)
+        teachers = (sizes,) if way.method == "video-opd" else ()
+        together = ("prompts_a_step", "micro_batch", "teacher_micro_batch")
+        work = {**lengths_of(self.prompts_of(way)), **dict.fromkeys(together, way.prompts)}
+        work["rollouts"] = way.rollouts
+        memory = exact_plan(recipe, RecipeSizes(student=sizes, teachers=teachers), work)
+        return memory.peak - sum(memory.parts.get(part, 0) for part in HELD)
 
 
 def measure(report: Report, tiny: bool) -> None:

@@ -4,11 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
-export PYTHONPATH="$site:$PWD/src"
-if compgen -G ".wheels/*.whl" >/dev/null; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$site" .wheels/*.whl || echo "the wheels cannot be installed: going on with what is there"
+carried=$(mktemp -d)
+trap 'rm -rf "$carried"' EXIT
+if [ -f .wheels/packages.tar.xz ]; then
+    "$PYTHON" -m tarfile -e .wheels/packages.tar.xz "$carried" ||
+        echo "the packages cannot be unpacked: going on with what is there"
 fi
+export PYTHONPATH="$carried/site:$PWD/src" TORCHAO="$carried/torchao"
 "$PYTHON" benchmarks/device/check.py --out "${OUT:-benchmarks/results/device}" "$@"

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ class Report:
         unfinished = self.file.with_suffix(".part")
         unfinished.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
         os.replace(unfinished, self.file)
+
+
+def add_torchao() -> None:
+    """Makes the torchao that was carried importable from now on: transformers must have been imported without
+    it, because it would import it in every process, which takes seconds."""
+    place = os.environ.get("TORCHAO", "")
+    if os.path.isdir(place):
+        sys.path.append(place)
 
 
 def run(section: Callable[[Report, bool], None], description: str | None) -> int:

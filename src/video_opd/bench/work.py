@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -136,7 +136,8 @@ class Steps:
     """Optimiser steps of one method by one engine.
 
     The learning rate is 0, so that every step does the same work. ``cached`` lets the plain engine sample
-    with a key/value cache.
+    with a key/value cache. ``changes`` are other settings of :func:`step_recipe`, which ``model`` and
+    ``teacher`` already follow.
     """
 
     def __init__(
@@ -153,8 +154,10 @@ class Steps:
         tokens: int = 16,
         recompute: bool = False,
         cached: bool = False,
+        changes: Mapping[str, Any] | None = None,
     ) -> None:
         recipe = step_recipe(method, engine, rollouts, dtype=dtype, prompts=len(prompts), tokens=tokens)
+        recipe = recipe.changed(**(changes or {}))
         compute_dtype = None if dtype == "float32" else getattr(torch, dtype)
         if recompute:  # transformers changes the layers that it checkpoints, so the model is copied
             model = checkpointed(model, engine)
@@ -164,7 +167,8 @@ class Steps:
         else:
             again = recompute and engine == "prefix"
             policy = HFPolicy(model, processor, engine, compute_dtype=compute_dtype, recompute=again)
-        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], recipe.optim)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(trained, recipe.optim, recipe.model.weights)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         made: Method
