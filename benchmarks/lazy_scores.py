@@ -7,7 +7,7 @@ K rows needs, for several K, each of which extends the file of the one before. A
 then all rows have their scores, and each selection from fewer answers must be the one from all of them. With
 ``--rounds``, ``video-opd rounds`` makes three rounds, whose selections must be those from the teacher's
 answers to the whole pool beside the answers of the round's student. Every command is killed on the way
-(SIGKILL) and repeated.
+(SIGKILL) and repeated. The script itself may be stopped and repeated, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ ROUNDS = 3
 def main() -> None:
     arguments = parse()
     out = Path(arguments.out)
-    data = make_world(out / "world", videos={"train": arguments.videos}, seed=SEED, workers=1)["train"]
+    data = out / "world" / "train.jsonl"  # written when all videos are there
+    if not data.exists():
+        make_world(out / "world", videos={"train": arguments.videos}, seed=SEED, workers=1)
     samples = read_samples(data)
     sizes = [round(share * len(samples)) for share in SHARES]
     files = [out / f"scores-{k}.jsonl" for k in (*sizes, len(samples))]

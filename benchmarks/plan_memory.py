@@ -1,44 +1,47 @@
 """What a process holds in a step, and what ``video-opd plan`` says: a model of 110 million random weights.
 
-python benchmarks/plan_memory.py --out runs/plan-memory
+    python benchmarks/plan_memory.py --out runs/plan-memory
 
 Each configuration makes two steps by the training loop's own code, in processes of its own: one on short
 prompts, from which on moments exist, and one on prompts of 1,000 tokens, which is measured. Two figures are
 taken:
 
+- ``resident``: the largest resident set less that after the imports, before a model is loaded. Allocations of
+  64 KiB or more are given back to the system at once (``MALLOC_MMAP_THRESHOLD_``), so the allocator keeps
+  nothing; temporaries inside an operation, Python's own objects and the C++ parts of libraries are in it.
 - ``tensors``: the storage of all tensors that are alive at once, at most. Every operation is seen by a
-dispatch mode; a storage counts from the operation that makes it, or first reads it, until it is freed. -
-``rss``: the largest resident set less that after the imports. Allocations of 64 KiB or more are given back to
-the system at once (``MALLOC_MMAP_THRESHOLD_``), so the allocator keeps nothing; temporaries inside an
-operation, Python's own objects and the C++ parts of libraries are in it.
+  dispatch mode; a storage counts from the operation that makes it, or first reads it, until it is freed.
 
-The plan is compared with the first. With several processes, the one that holds most counts.
+Each of them has to be within 10% of the plan. With several processes, the one that holds most counts. A
+configuration that was measured is not measured again in the same folder (``--again``), so a script that was
+stopped goes on; the plan is always made anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write_result
+from common import machine, parser, write_result
+from exact_plan import exact_plan, lengths_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from video_opd.bench.work import prompts_of
 from video_opd.config import METHODS, Recipe, recipe_from_dict
 from video_opd.config.messages import leaves
-from video_opd.planning.plan import RecipeSizes, decide
-from video_opd.planning.setup import Setup, Work
+from video_opd.planning.plan import RecipeSizes
+from video_opd.training.stopwatch import Stopwatch
 from video_opd.types import Sample
 
 TEXT = {
@@ -114,24 +117,34 @@ def main() -> None:
         if missing or (arguments.only and number not in arguments.only):
             print(f"{number} {name}: left out {missing}", flush=True)
             continue
-        records.append({"number": number, "configuration": name, **measure(out, number, processes)})
+        measured = measure(out, number, processes, again=arguments.again)
+        recipe = recipe_of(out, number, processes)
+        records.append({"number": number, "configuration": name, **measured, **planned(recipe, measured)})
         print(row_of(records[-1]), flush=True)
     print("\n".join([*HEADER, *map(row_of, records)]))
-    write_result(arguments.result, {"records": records})
+    write_result(arguments.result, {"machine": machine(), "records": records})
+    off = [record["configuration"] for record in records if not within(record)]
+    assert not off, f"more than {TOLERANCE:.0%} off: {off}"
 
 
 HEADER = [
-    "| configuration | plan | tensors | plan / tensors | rss | fullest in the plan |",
-    "|---|---|---|---|---|---|",
+    "| configuration | planned | resident | ratio | tensors | ratio | fullest in the plan |",
+    "|---|---|---|---|---|---|---|",
 ]
+TOLERANCE = 0.1
 
 
 def row_of(record: Mapping[str, Any]) -> str:
-    plan, tensors, rss = (record[key] for key in ("plan_bytes", "tensor_bytes", "rss_bytes"))
-    return (
-        f"| {record['configuration']} | {plan / 2**20:,.0f} MiB | {tensors / 2**20:,.0f} MiB "
-        f"| {plan / tensors:.3f} | {rss / 2**20:,.0f} MiB | {record['phase']} |"
-    )
+    plan = record["plan_bytes"]
+    measured = (record[key] for key in ("resident_bytes", "tensor_bytes"))
+    cells = [f"{found / 2**20:,.0f} MiB | {found / plan:.3f}" for found in measured]
+    name, phase = record["configuration"], record["phase"]
+    return f"| {name} | {plan / 2**20:,.0f} MiB | {' | '.join(cells)} | {phase} |"
+
+
+def within(record: Mapping[str, Any]) -> bool:
+    measured = (record[key] / record["plan_bytes"] for key in ("resident_bytes", "tensor_bytes"))
+    return all(abs(ratio - 1) <= TOLERANCE for ratio in measured)
 
 
 def parse() -> argparse.Namespace:
@@ -139,6 +152,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--out", required=True, help="a folder for the models and the measurements")
     made.add_argument("--result", default="plan-memory", help="name under benchmarks/results/")
     made.add_argument("--only", type=int, nargs="*", help="numbers of the configurations; default: all")
+    made.add_argument("--again", action="store_true", help="measure again what was measured in --out")
     made.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return made.parse_args()
 
@@ -171,10 +185,16 @@ def make_models(out: Path) -> None:
 # ---------------------------------------------------------------------------------------------- a measurement
 
 
-def measure(out: Path, number: int, processes: int) -> dict[str, Any]:
-    """Runs the processes of a configuration; what they measured, at most."""
-    for old in out.glob(f"measured-{number}-*.json"):
-        old.unlink()
+def measure(out: Path, number: int, processes: int, *, again: bool) -> dict[str, Any]:
+    """What the processes of a configuration measured, at most; they are run if there is nothing yet."""
+    files = [out / f"measured-{number}-{rank}.json" for rank in range(processes)]
+    if again or not all(file.exists() for file in files):
+        run_processes(out, number, processes)
+    found = [json.loads(file.read_text()) for file in files]
+    return max(found, key=lambda each: each["tensor_bytes"])
+
+
+def run_processes(out: Path, number: int, processes: int) -> None:
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -188,9 +208,6 @@ def measure(out: Path, number: int, processes: int) -> dict[str, Any]:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launch, __file__, "--out", str(out), "--worker", str(number)]
     subprocess.run(command, check=True, env=environment)
-    found = [json.loads(file.read_text()) for file in sorted(out.glob(f"measured-{number}-*.json"))]
-    assert len(found) == processes
-    return max(found, key=lambda each: each["tensor_bytes"])
 
 
 def recipe_of(out: Path, number: int, processes: int) -> Recipe:
@@ -215,7 +232,6 @@ def work(arguments: argparse.Namespace) -> None:
     from video_opd.training.loop import make_accelerator
     from video_opd.training.run_folder import RunFolder
     from video_opd.training.step import Stepper, StepSettings
-    from video_opd.training.stopwatch import Stopwatch
     from video_opd.world.tiny import build_processor
 
     out, number = Path(arguments.out), arguments.worker
@@ -240,37 +256,35 @@ def work(arguments: argparse.Namespace) -> None:
     with tracker:
         components = build_components(recipe, accelerator, RunFolder(recipe.run.dir), recipe.model.path)
         settings = StepSettings.of(recipe, components.method.needs)
-        stepper = Stepper(settings, accelerator, components, Stopwatch())
+        stages = StagePeaks(tracker)
+        stepper = Stepper(settings, accelerator, components, stages)
         mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
         for step, prompts in enumerate((short, long)):
             tracker.start_again()
+            stages.peaks.clear()
             forget_peak()
             rows = [Row(position=i, sample=samples[i], prompt=prompts[i]) for i in mine]
             stepper.update(step, stepper.prepare(step, len(samples), rows))
     measured = {
         "processes": processes,
-        "prompt_tokens": long[0].length,
-        "tensor_bytes": tracker.peak,
+        **lengths_of(long),
+        "prompts_a_step": len(long) // processes,
+        "tensor_bytes": max(tracker.peak, *stages.peaks.values()),
+        "stage_bytes": stages.peaks,
+        "after_imports_bytes": after_imports,
+        "resident_bytes": resident_bytes("VmHWM") - after_imports,
         "largest": tracker.at_peak,
-        "rss_bytes": resident_bytes("VmHWM") - after_imports,
-        **planned(recipe, processes, long),
     }
     (out / f"measured-{number}-{accelerator.process_index}.json").write_text(json.dumps(measured))
     accelerator.wait_for_everyone()
 
 
-def planned(recipe: Recipe, processes: int, prompts: Any) -> dict[str, Any]:
-    """The plan for prompts of exactly these lengths: its bounds are not what is measured."""
-    prompt = prompts[0]
-    work = dataclasses.replace(
-        Work.of(recipe, (), processes),
-        prompt_tokens=prompt.length,
-        video_tokens=prompt.video_tokens,
-        frame_pairs=len(prompt.pair_times_s),
-        prompts_a_step=len(prompts) // processes,
-    )
-    setup = Setup.of(recipe, processes)
-    _, memory, _ = decide(setup, work, RecipeSizes.of(recipe), None, cuda=False)
+def planned(recipe: Recipe, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan for prompts of exactly the measured lengths: its bounds are not what is measured."""
+    known = ("prompt_tokens", "video_tokens", "frame_pairs", "prompts_a_step")
+    work = {key: measured[key] for key in known}
+    processes = measured["processes"]
+    memory = exact_plan(recipe, RecipeSizes.of(recipe), work, processes=processes, cuda=False)
     phases = {phase: sum(parts.values()) for phase, parts in memory.phases.items()}
     return {
         "plan_bytes": memory.peak,
@@ -290,6 +304,34 @@ def resident_bytes(key: str) -> int:
 def forget_peak() -> None:
     """Sets ``VmHWM`` back to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+class StagePeaks(Stopwatch):
+    """The largest sum of live tensors in each stage of a step, and ``outside`` of all of them.
+
+    A stage within another one counts for itself alone.
+    """
+
+    def __init__(self, tracker: LiveTensors) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.peaks: dict[str, int] = {}
+        self._open = ["outside"]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._border()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._border()
+            self._open.pop()
+
+    def _border(self) -> None:
+        name = self._open[-1]
+        self.peaks[name] = max(self.peaks.get(name, 0), self.tracker.peak)
+        self.tracker.start_again()
 
 
 class LiveTensors(TorchDispatchMode):

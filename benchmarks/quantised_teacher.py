@@ -5,26 +5,34 @@
 The shipped tiny base answers generated rows, one sampled response each, and the shipped tiny teacher scores
 every token: in float32 and bfloat16, in int8 and float8, and once more with ``lm_head`` rounded, too. Each is
 compared with the teacher in float32. The last column is what the student learns from, r_t of eq 5.
+
+With ``--demo int8``, ``video-opd demo``'s run (seed 0) is also made twice: with the teacher in float32 and in
+int8, which then scores the pool and teaches. Repeated, the script goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import BASE, TEACHER, machine, make_pools, parser, write_result
+from common import BASE, SPLITS, TEACHER, machine, make_pools, parser, write_result
+from common import scores as of_record
+from common import table as scores_table
 
 from video_opd.data.annotations import read_samples
+from video_opd.jsonl import read_jsonl
 from video_opd.models.inference import load_inference_model, read_inference_config
 from video_opd.models.loading import load_teacher
 from video_opd.models.policy import HFPolicy
 from video_opd.models.quantisation import QuantisedLinear
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
-from video_opd.world.demo import shipped
+from video_opd.world.demo import run_demo, shipped
 
 POOL_SEED = 1400
 WAYS: tuple[tuple[str, str | None, bool], ...] = (
@@ -96,7 +104,40 @@ def main() -> None:
             }
         )
     print(table(record))
+    if arguments.demo:
+        record["demo"] = {
+            quantization or "float32": demo(Path(arguments.out), quantization)
+            for quantization in (None, *arguments.demo)
+        }
+        print(demo_table(record["demo"]))
     write_result("quantised_teacher", record)
+
+
+def demo(out: Path, quantization: str | None) -> dict[str, Any]:
+    """The student's, the teacher's and the base's figures on the test sets, and what was learnt from."""
+    folder = out / f"demo-{quantization or 'float32'}"
+    run_demo(folder, changes={"teacher.quantization": quantization})
+    selected = [row["id"] for _, row in read_jsonl(folder / "selected.jsonl")]
+    return {
+        "selected": selected,
+        "scores": {
+            role: {
+                split: of_record(json.loads((folder / "eval" / f"{role}-{split}.json").read_text()))
+                for split in SPLITS
+            }
+            for role in ("base", "student", "teacher")
+        },
+    }
+
+
+def demo_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = {f"student, teacher in {name}": [run["scores"]["student"]] for name, run in found.items()}
+    (first, one), *others = found.items()
+    lines = [scores_table(rows)]
+    for name, other in others:
+        shared = len(set(one["selected"]) & set(other["selected"]))
+        lines.append(f"{shared} of {len(one['selected'])} rows that {first} selects are selected with {name}")
+    return "\n".join(lines)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -109,6 +150,13 @@ def parse() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--out", default="runs/quantised-teacher", help="for the generated videos")
     options.add_argument("--videos", type=int, default=48)
+    options.add_argument(
+        "--demo",
+        nargs="*",
+        choices=("int8", "float8"),
+        default=[],
+        help="runs of the demo with such teachers",
+    )
     return options.parse_args()
 
 

@@ -36,15 +36,17 @@ def shipped(name: str) -> Path:
     return Path(str(resources.files("video_opd.world") / "checkpoints" / name))
 
 
-def run_demo(out: str | Path, *, seed: int = 0, steps: int | None = None) -> Path:
+def run_demo(
+    out: str | Path, *, seed: int = 0, steps: int | None = None, changes: Mapping[str, Any] | None = None
+) -> Path:
     """Runs the demo in the folder ``out``, which becomes a run folder, and returns ``out``.
 
-    ``steps`` is the number of optimiser steps, the recipe's if None. Raises
-    :class:`~video_opd.errors.UserError` if ``out`` cannot be written, and if it holds another demo or run,
-    or one that is going on.
+    ``steps`` is the number of optimiser steps, the recipe's if None. ``changes`` are other settings of the
+    recipe, by their keys. Raises :class:`~video_opd.errors.UserError` if ``out`` cannot be written, and if it
+    holds another demo or run, or one that is going on.
     """
     out = Path(out)
-    recipe = demo_recipe(out, seed, steps)
+    recipe = demo_recipe(out, seed, steps).changed(**(changes or {}))
     with locked_folder(out):
         _claim(out, recipe)
         _run(out, recipe)
