@@ -235,7 +235,8 @@ class Bench:
         optimizer: Any = steps.stepper.components.optimizer
         for group in optimizer.param_groups:
             group["lr"] = LR
-        layer = steps.stepper.components.model.model.language_model.layers[0].mlp.down_proj.weight
+        model: Any = steps.stepper.components.model
+        layer = model.model.language_model.layers[0].mlp.down_proj.weight
         before = layer.detach().clone()
         steps()
         large = before.abs() > ABOVE

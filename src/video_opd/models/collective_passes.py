@@ -136,7 +136,9 @@ def _mesh_of(device: torch.device) -> DeviceMesh:
 
 @functools.cache
 def _nccl_group() -> distributed.ProcessGroup:
-    return distributed.new_group(backend="nccl")
+    group = distributed.new_group(backend="nccl")
+    assert isinstance(group, distributed.ProcessGroup), "every process is in it"
+    return group
 
 
 def _divide(modules: list[nn.Module], mesh: DeviceMesh) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from video_opd.models.interfaces import Responses
 from video_opd.models.policy import HFPolicy
 from video_opd.models.prefix import Prefix
 from video_opd.models.teachers import LocalTeacher, Nonfinite
+from video_opd.models.vocabulary import Vocabulary
 from video_opd.types import EncodedPrompt, TokenLogprobs
 
 T = TypeVar("T")
@@ -29,9 +30,15 @@ class ShardedPolicy(HFPolicy):
     """
 
     def __init__(
-        self, model: Any, processor: Any, *arguments: Any, device: torch.device, **more: Any
+        self,
+        model: Any,
+        processor: Any,
+        engine: Literal["prefix", "plain"] = "prefix",
+        *,
+        device: torch.device,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        super().__init__(model, processor, *arguments, **more)
+        super().__init__(model, processor, engine, vocabulary=vocabulary)
         self._collective = CollectivePasses(model, device)
 
     def together(self, work: Callable[[], T]) -> T:
