@@ -25,6 +25,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # bindings complain about what is never freed
+
+
 def pytest_runtest_setup() -> None:
     if torch := sys.modules.get("torch"):  # where a test needs it, it is imported by now
         torch.set_num_threads(1)

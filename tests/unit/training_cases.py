@@ -263,19 +263,19 @@ def said_by_two(words: Sequence[str], folder: Path) -> tuple[list[int | None], l
     return codes, [line for lines in said for line in lines]
 
 
-def launched(count: int, work: Callable[[], object], out: Path) -> None:
+def launched(count: int, work: Callable[[], object]) -> None:
     """``work`` in ``count`` workers of torchrun's own agent, in the environment that it gives them.
 
-    The agent and its workers are forks of this process: none of them imports torch again. ``out`` gets what
-    they write to stdout. An error of one of them fails the test.
+    The agent and its workers are forks of this process: none of them imports torch again. An error of one of
+    them fails the test. ``work`` must not decode: that hangs in a fork of a process that has decoded.
     """
     import_once()
-    process = multiprocessing.get_context("fork").Process(target=_launch, args=(count, work, out))
+    process = multiprocessing.get_context("fork").Process(target=_launch, args=(count, work))
     process.start()
     assert finish([process]) == [0]
 
 
-def _launch(count: int, work: Callable[[], object], out: Path) -> None:
+def _launch(count: int, work: Callable[[], object]) -> None:
     from accelerate.state import AcceleratorState
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -283,9 +283,6 @@ def _launch(count: int, work: Callable[[], object], out: Path) -> None:
     AcceleratorState._reset_state(True)
     for name in [name for name in os.environ if name.startswith("ACCELERATE")]:
         del os.environ[name]
-    with out.open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     # As ``torchrun --standalone`` has it, but for the way in which the workers are started.
     config = LaunchConfig(
         min_nodes=1,

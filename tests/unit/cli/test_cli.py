@@ -543,42 +543,25 @@ def test_the_teacher_of_score_has_a_type_of_its_own(tmp_path, asked_of, capsys) 
         assert said in capsys.readouterr().err
 
 
-def launched_by_torchrun(words: list[str], out: Path) -> None:
-    """As users start it, in processes of their own; ``out`` gets stdout."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with out.open("w") as file:
-        subprocess.run([*command, "-m", "video_opd", *words], stdout=file, stderr=subprocess.PIPE, check=True)
-
-
-def launched_in_forks(words: list[str], out: Path) -> None:
-    """As torchrun starts it, but in forks, which import nothing again."""
-    from training_cases import launched
-
-    def command() -> None:
-        assert main(words) == 0
-
-    launched(2, command, out)
-
-
 @pytest.mark.parametrize("command", ["predict", "score"])
-def test_two_processes_make_the_rows_of_one(command, model_and_data, tmp_path, capfd) -> None:
-    """The second one is silent."""
+def test_two_processes_make_the_rows_of_one(command, model_and_data, tmp_path, capsys) -> None:
+    """Two started as users do; the second one is silent."""
     model, data = model_and_data
     words = [command, str(model), str(data)]
     if command == "score":
         words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data), "--k", "2"]
     words += ["--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu", "--json", "--out"]
-    folder, stdout = tmp_path / "out", tmp_path / "stdout"
-    folder.mkdir()
-    assert main([*words, str(folder / "one")]) == 0
-    launch = launched_by_torchrun if command == "predict" else launched_in_forks
-    launch([*words, str(folder / "two")], stdout)
-    told = {"one": json.loads(capfd.readouterr().out), "two": json.loads(stdout.read_text())}
-    assert all(told[name].pop("out") == str(folder / name) for name in told)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "video_opd"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, *words, str(tmp_path / "two")], capture_output=True, text=True, check=True
+    )
+    assert main([*words, str(tmp_path / "one")]) == 0
+    told = {"one": json.loads(capsys.readouterr().out), "two": json.loads(ended.stdout)}
+    assert all(told[name].pop("out") == str(tmp_path / name) for name in told)
     assert told["one"] == told["two"]
-    one, two = ({line for line in (folder / name).read_text().splitlines()} for name in told)
-    assert one == two and len(two) == len((folder / "two").read_text().splitlines()) == 3
-    assert {path.name for path in folder.iterdir()} == {f"{n}{e}" for n in told for e in ("", ".meta.json")}
+    one, two = ({line for line in (tmp_path / name).read_text().splitlines()} for name in told)
+    assert one == two and len(two) == len((tmp_path / "two").read_text().splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {f"{n}{e}" for n in told for e in ("", ".meta.json")}
 
 
 def test_evaluate_a_model_is_no_work_for_several(model_and_data, tmp_path, capsys, monkeypatch) -> None:

@@ -244,7 +244,7 @@ def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
 def test_torchrun_makes_one_run_of_several_processes(tmp_path: Path):
     """This holds without an accelerator, too, where Accelerate would start several runs in one folder."""
     recipe = recipe_of("sft", tmp_path / "two", sharded=True)
-    launched(2, lambda: train(recipe, Recording(rows=12)), tmp_path / "stdout")
+    launched(2, lambda: train(recipe, Recording(rows=12)))
     facts = json.loads((tmp_path / "two" / "environment.json").read_text())
     assert facts["processes"] == 2
     one = train(recipe_of("sft", tmp_path / "one", sharded=False), Recording(rows=12)).path
