@@ -37,18 +37,29 @@ _UNIT = re.compile(
     r"|(?:\s*(?:seconds?|secs?|s)|-(?:seconds?|secs?))(?![^\W_])(?:\.(?=\s+(?:to|and|[-–—])))?",
     re.I,
 )
-_FRACTION_AFTER = re.compile(  # "12½", "12 1/2", "12 and a half"
-    r"\s?[\u00bc-\u00be\u2150-\u215e]|\s[1-9]/[2-9](?!\w)|\s+and\s+(?:a|one)[\s-]+(?:half|third|quarter)\b",
+_FRACTION_AFTER = re.compile(  # "12½", "12 .5", "12 1/2", "12 and a half"
+    r"\s?[\u00bc-\u00be\u2150-\u215e]|\s\.[0-9]|\s[1-9]/[2-9](?!\w)|\s+and\s+(?:a|one)[\s-]+(?:half|third|quarter)\b",
     re.I,
 )
-_OTHER = (
-    r"(?:[%％‰°]|(?:percent(?:age)?|per\s?cent|hours?|hrs?|h|minutes?|mins?|m|ms|msecs?|milliseconds?|frames?|fps"
-    r"|[ap]m)(?![^\W_])|[ap]\.m\.|毫秒|ミリ秒|밀리초|分|분|小[时時]|[时時]|시간|帧|幀|フレーム|コマ|프레임|パーセント|퍼센트)"
+# Words of units that are not seconds. Those of time: hours, minutes, and parts of a second.
+_TIME_UNITS = (
+    r"hours?|hrs?|h|minutes?|mins?|m|ms|msecs?|(?:milli|centi|deci|micro|nano)seconds?|[µμun]s|days?|weeks?|years?"
+    r"|minuten|minut[oi]s?|stunden?|uhr|heures?|horas?|минут\w*|мин|час(?:а|ов)?|phút|menit|dakika|นาที|मिनट|دقيقة"
 )
+_FRAMES = r"(?:key)?frames?|frms?|bild(?:er)?|fotogram[am]\w*|cuadros?|quadros?|кадр\w*"
+_PERCENT = r"percent(?:age)?|per\s?cent|pct|prozent|pour\s?cent|por\s?c(?:ien|en)to|per\s?cento|процент\w*"
+_OTHER = (
+    rf"(?:[%％‰°]|(?:{_PERCENT}|{_TIME_UNITS}|{_FRAMES}|fps|images?|[ap]m)(?![^\W_])|[ap]\.m\."
+    r"|毫秒|ミリ秒|밀리초|分|분|小[时時]|[时時]|시간|帧|幀|フレーム|コマ|프레임|パーセント|퍼센트)"
+)
+_WHOLE = "video|clip|duration|length|total|movie|film|footage|recording"
+_NUMBERS_OF = r"(?:numbers?|nos?\.?|index(?:es)?|indices|ids?|units?)"
 _OTHER_UNIT = re.compile(
     rf"(?:\s*|-){_OTHER}"  # "2 minutes", "2-minute"
-    rf"|\s*[(\[]\s*(?:in\s+)?{_OTHER}(?:\(?s\)?)?\s*[)\]]"  # "2 (minutes)"
-    r"|\s*,?\s*in\s+(?:frames|minutes|mins|hours|ms|milliseconds|percent)(?![^\W_])",
+    # "2 (minutes)", "2 (frame numbers)", "2 (% of the video)"
+    rf"|\s*[(\[]\s*(?:in\s+)?{_OTHER}(?:\(?s\)?)?(?:\s+{_NUMBERS_OF}|\s+of\s+(?:the\s+)?(?:{_WHOLE}))?\s*[)\]]"
+    rf"|\s*(?:,\s*)?(?:(?:in|as)\s+)?frame\s+{_NUMBERS_OF}(?![^\W_])"
+    r"|\s*(?:,\s*)?(?:in|as)\s+(?:frames|minutes|mins|hours|ms|milliseconds|percent|minuten|prozent)(?![^\W_])",
     re.I,
 )
 
@@ -70,36 +81,44 @@ _JOINED_BEFORE = re.compile(rf"\d(?:{_JOINT})+\Z")
 _JOINED_AFTER = re.compile(rf"(?:{_JOINT}){{1,9}}\d")
 # A point before digits may be a full stop ("waited.5") or a decimal point ("at.5").
 _POINT_BEFORE = re.compile(r"(?<!\.)\.\Z")
-_BEFORE_LEADING_POINT = re.compile(r"(?:\A|[\s(\[{<=:,;\-‐‑‒–—―−﹣－~～〜≈])[\"'“‘*_`$]*\Z")
+_BEFORE_LEADING_POINT = re.compile(r"(?:\A|(?<![0-9])\s|[(\[{<=:,;\-‐‑‒–—―−﹣－~～〜≈])[\"'“‘*_`$]*\Z")
 _THOUSANDS_GAP = (" ", "\u00a0", "\u2009", "\u202f")  # "1 000"
+_TOLERANCE_BEFORE = ("±", "∓", "+/-", "+-", "+/−")  # "12.5 ± 0.5"
 _MINUTES_BEFORE = re.compile(r"[0-9]['’′]\Z")  # 1'05"
 _ENDS_IN_CJK = re.compile(rf"[{_CJK}]\Z")
 
 # A unit before its numbers: "Frames 120 to", "start frame: 120", "frame numbers from 120", "time (ms) = 120".
 _BEFORE_REACH = 60  # characters
-_TOKEN = re.compile(r"[a-z]+|%|[^\sa-z]|\n")
+_TOKEN = re.compile(r"[a-zà-öø-ÿа-яё]+|%|[^\sa-z]|\n")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _COLON_LINE = re.compile(r":\s*\n")
+_AFTER_HEADING = re.compile(r"\A.*[:：\n]", re.S)
 _NUMBER_SIGN = re.compile(r"\bnos?\.", re.I)
-_SHARE_WORD = re.compile(r"%|percent(?:ages?)?|pct|fractions?|proportion|ratio")
+_SHARE_WORD = re.compile(rf"%|percentages?|{_PERCENT}|frac(?:tions?)?|proportions?|ratios?")
 _UNIT_WORD = re.compile(
-    rf"{_SHARE_WORD.pattern}|frames?|frameno|minutes?|mins?|hours?|hrs?|milliseconds?|msecs?|ms|normali[sz]ed"
+    rf"{_SHARE_WORD.pattern}|{_FRAMES}|frameno|nframes|minutes?|mins?|hours?|hrs?|milliseconds?|msecs?|ms"
+    r"|norm(?:ali[sz]ed)?|minuten|minut[oi]s?|stunden|heures?|horas?|минут\w*|час(?:а|ов)?"
 )
 # The words that may stand between such a unit and its number: "frame numbers from 120", "start_frame: 120".
 _LINK = re.compile(
     r"[:：=#()~≈]|numbers?|num|nos?|index|indices|idx|ids?|range|interval|window|span|from|between|start(?:s|ing)?"
     r"|begin(?:s|ning)?|end(?:s|ing)?|stops?|times?|timestamps?|is|are|to|and|about|around|approximately|approx"
-    r"|roughly|nearly"
+    r"|roughly|nearly|numbered|ranging|running"
 )
-_WHOLE = "video|clip|duration|length|total|movie|film|footage|recording"
 _CJK_UNIT_BEFORE = re.compile(
-    r"(?:帧|幀|フレーム|프레임|毫秒|ミリ秒|밀리초|分[钟鐘間]|小[时時]|百分比|パーセント|퍼센트)"
+    r"(?:帧|幀|フレーム|프레임|毫秒|ミリ秒|밀리초|分[钟鐘間]|小[时時]|百分比|百分之|パーセント|퍼센트)"
     r"(?:[号號数數番是为為はの:：=\s第]|번호|范围|範圍|从|從|在){0,6}\Z"
 )
 # "0.2-0.8 of the video": numbers up to 1 are a share of it.
 _SHARE_AFTER = re.compile(
     r"\s*\(?\s*(?:of\s+(?:the\s+|its\s+)?(?:whole\s+|entire\s+|full\s+|total\s+)?"
-    rf"(?:{_WHOLE})|(?:in\s+)?(?:normali[sz]ed|relative)(?![^\W_]))",
+    rf"(?:{_WHOLE})|(?:in\s+)?(?:normali[sz]ed|relative)(?![^\W_])"
+    r"|(?:as\s+)?(?:an?\s+)?(?:fractions?|ratios?|proportions?)(?![^\W_])|[（]?\s*(?:比例|割合|비율))",
+    re.I,
+)
+_SHARE_BEFORE = re.compile(
+    r"(?:\brelative(?:\s+(?:times?|timestamps?|positions?))?\s*[:=]|(?:视频|視頻|影片|全长|全長|動画|영상)[的の의])"
+    r"[\s\"'*`\[({]*\Z",
     re.I,
 )
 # A field or a note that names the unit of both numbers: '{"start": 120, "end": 180, "unit": "frames"}'.
@@ -164,14 +183,23 @@ def _is_thousand(text: str, a: Number, b: Number) -> bool:
 
 def are_seconds(text: str, a: Number, b: Number) -> bool:
     """Whether two numbers that are tied together are seconds: they say so, or nothing says otherwise."""
-    if a.clock or a.unit or b.unit:
+    if a.clock:
         return True
-    if any(_follows_other_unit(text[max(n.start - _BEFORE_REACH, 0) : n.start]) for n in (a, b)):
+    if any(_follows_other_unit(_before(text, n, heading=not b.unit)) for n in (a, b) if not n.unit):
         return False
+    if a.unit or b.unit:
+        return True
     if _UNIT_NAMED.search(text, max(a.start - _NAMED_REACH, 0), b.end + _NAMED_REACH):
         return False
     is_share = a.value_s is not None and b.value_s is not None and max(a.value_s, b.value_s) <= 1
-    return not (is_share and _SHARE_AFTER.match(text, b.end))
+    before = text[max(a.start - _BEFORE_REACH, 0) : a.start]
+    return not (is_share and (_SHARE_AFTER.match(text, b.end) or _SHARE_BEFORE.search(before)))
+
+
+def _before(text: str, number: Number, *, heading: bool) -> str:
+    """The text before a number, without a ``heading`` ("Frame by frame:") if that says nothing of it."""
+    before = text[max(number.start - _BEFORE_REACH, 0) : number.start]
+    return before if heading else _AFTER_HEADING.sub("", before)
 
 
 def _follows_other_unit(before: str) -> bool:
@@ -181,7 +209,8 @@ def _follows_other_unit(before: str) -> bool:
     plain = _CAMEL.sub(" ", _NUMBER_SIGN.sub(" no ", _COLON_LINE.sub(":", before)))
     tokens = _TOKEN.findall(plain.translate(_MARKUP).lower())
     while tokens and _LINK.fullmatch(tokens[-1]):
-        tokens.pop()
+        if tokens.pop() in ("index", "indices", "idx"):
+            return True  # of a frame, or of anything else
     if re.fullmatch(rf".*(?:{_SHARE_WORD.pattern}|frames) of the (?:{_WHOLE})", " ".join(tokens[-4:])):
         return True  # "percentage of the video: 20 to 80"
     if not tokens or not _UNIT_WORD.fullmatch(tokens.pop()):
@@ -229,6 +258,8 @@ def _is_glued(before: str, number: str, *, has_unit: bool) -> bool:
         return not _BEFORE_LEADING_POINT.search(before) or bool(_JOINED_BEFORE.search(before))
     if _POINT_BEFORE.search(before) and not {".", ":"} & {*number}:
         return True
-    return before.endswith(("/", "#", "%")) or bool(
-        _MINUTES_BEFORE.search(before) or _JOINED_BEFORE.search(before)
+    return (
+        before.rstrip().endswith(_TOLERANCE_BEFORE)
+        or before.endswith(("/", "#", "%"))
+        or bool(_MINUTES_BEFORE.search(before) or _JOINED_BEFORE.search(before))
     )

@@ -131,6 +131,11 @@ _DASH = re.compile(rf"[{_DASHES}]{{1,3}}{_HEDGE}", re.I)
 _TIGHT_DASH = re.compile(r"[-‐‑‒–—−]")  # 2026-11-22 is a date
 _FROM = re.compile(r"\bfrom\b[^.!?\n]{0,80}$", re.I)
 _UP_TO = re.compile(r"\bto\b", re.I)
+# A number in brackets behind another one is an aside.
+_ASIDE_OPENS = re.compile(r"\s*[(\[（【][^()\[\]（）【】]*")
+_ASIDE_CLOSES = re.compile(r"[^()\[\]（）【】]*[)\]）】]")
+_OPENS = re.compile(r"[(\[（【]\s*\Z")
+_OF = re.compile(r"\s*(?:out\s+)?of\s*(?:the\s*)?", re.I)
 _SENTENCE_END = re.compile(r"[.!?\n]")
 _BOUND = re.compile(
     r"(?<![a-z])(?:(start|begin)|(end|finish|stop))|(开始|開始|起始|시작)|(结束|結束|終了|종료)", re.I
@@ -176,6 +181,10 @@ def _shape(text: str, numbers: list[Number], i: int) -> str | None:
     after_b = text[b.end : numbers[i + 2].start] if i + 2 < len(numbers) else ""
     if _SIGN.search(before_a[-4:]) or any(_TIGHT_DASH.fullmatch(gap) for gap in (before_a, after_b)):
         return None  # a negative number; a third number hangs on by a dash: a date
+    if i and _OF.fullmatch(before_a):
+        return None  # "12.5 s of 60 s to 17.8 s of 60 s"
+    if i and _ASIDE_OPENS.fullmatch(before_a) and _ASIDE_CLOSES.match(between) and not _OPENS.search(between):
+        return None  # "12.5 s (frame 30) to 17.8 s"
     if _DASH.fullmatch(words):
         return "dash"
     if _SIGN.search(between[-4:]):

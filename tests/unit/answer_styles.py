@@ -163,6 +163,75 @@ OTHER_UNITS: list[Row] = [
     ("t_ms=12540 to t_ms=17830", "none", None),
     ("Start [ms] = 12540, End [ms] = 17830", "none", None),
     ("Frames (start to end): 120 to 180", "none", None),
+    # the same in other languages, and smaller and larger units of time
+    ("12 - 17 Minuten", "none", None),
+    ("12 - 17 minutos", "none", None),
+    ("12 - 17 минут", "none", None),
+    ("12 - 17 phút", "none", None),
+    ("12 - 17 heures", "none", None),
+    ("12 - 17 Stunden", "none", None),
+    ("12 - 17 Prozent", "none", None),
+    ("12 - 17 pour cent", "none", None),
+    ("12 - 17 por ciento", "none", None),
+    ("12 - 17 процентов", "none", None),
+    ("12 - 17 Bilder", "none", None),
+    ("12 to 17 fotogramas", "none", None),
+    ("12 - 17 кадров", "none", None),
+    ("Minuten 12 - 17", "none", None),
+    ("кадры 12 - 17", "none", None),
+    ("Bilder: 12 - 17", "none", None),
+    ("百分之12到17", "none", None),
+    ("12 to 17 microseconds", "none", None),
+    ("12 to 17 ns", "none", None),
+    ("12 to 17 centiseconds", "none", None),
+    ("12 to 17 days", "none", None),
+    ("keyframes 12 to 17", "none", None),
+    ("The frames numbered 12 to 17", "none", None),
+    ("12 to 17 images", "none", None),
+    ("12 to 17 pct", "none", None),
+    # the unit in a note behind the numbers
+    ("12 to 17 (frame index)", "none", None),
+    ("12 to 17 (in frame numbers)", "none", None),
+    ("12 to 17, frame numbers", "none", None),
+    ("12 to 17 as frame indices", "none", None),
+    ("10–30 (% of the video)", "none", None),
+    ("0.1 to 0.3 (ratio)", "none", None),
+    ("0.1-0.3 as a fraction of the video", "none", None),
+    ("0.12到0.17（比例）", "none", None),
+    ("视频的0.2到0.8", "none", None),
+    ("relative: 0.1 to 0.3", "none", None),
+    ('{"start_frac": 0.1, "end_frac": 0.2}', "none", None),
+    ('{"start_norm": 0.1, "end_norm": 0.2}', "none", None),
+    ('{"start_idx": 1, "end_idx": 2}', "none", None),
+    # seconds behind the second number say nothing of a first one that has its own unit
+    ("starts at frame 30 and ends at 40 s", "none", None),
+    ("from minute 1 to 12 s", "none", None),
+    ("12.54 s to frame 17", "none", None),
+    ("start=frame 12, end=17 s", "none", None),
+    ("frames 120 to 180 seconds", "none", None),
+]
+
+# An aside between the two times holds neither of them.
+ASIDES: list[Row] = [
+    ("12.5s (frame 30) to 47.8s (frame 60)", "none", None),
+    ("12.5 s [1] to 17.8 s [2]", "none", None),
+    ("12.5 s (5) - 17.8 s", "none", None),
+    ("12.5 s (of 20) to 47.8 s", "none", None),
+    ("12.5 s of 20 s to 47.8 s of 60 s", "none", None),
+    ("12.5 s out of 20 to 47.8", "none", None),
+    ("12.5 ± 0.5 to 17.8 ± 0.5", "none", None),
+    ("12.5 +/- 0.5 to 17.8", "none", None),
+    ("12 .5 to 17 .8", "none", None),
+    ("5 s to 17 .8 s", "none", None),
+    ("from 12.54 s (he enters) to 17.83 s (he leaves)", "from_and", A),
+    ("(12.54) to (17.83)", "to", A),
+    ("Event 1 (12.54) to (17.83)", "to", A),
+    ("1. [12.54] to [17.83]", "to", A),
+    ("[1] 12.54 to 17.83 [2]", "to", A),
+    ("12.54 to 17.83 s (of 60 s)", "to", A),
+    ("2 of 3: 12.54 to 17.83", "to", A),
+    ("relative: 12.54 to 17.83", "to", A),
+    ("Frames:\n12.54 to 17.83 seconds", "to", A),
 ]
 
 # Such words that say nothing about the numbers.
@@ -565,7 +634,18 @@ NOTATIONS: list[Row] = [
 ]
 
 STYLES = [
-    *(EXACT + UNITS + OTHER_UNITS + SECONDS_ALL_THE_SAME + CJK + WRAPPED + PREFIXED + ECHOED + SEVERAL),
+    *(
+        EXACT
+        + UNITS
+        + OTHER_UNITS
+        + ASIDES
+        + SECONDS_ALL_THE_SAME
+        + CJK
+        + WRAPPED
+        + PREFIXED
+        + ECHOED
+        + SEVERAL
+    ),
     *(DASHES + CLOCKS + FROM_AND + NOTHING + NOTATIONS),
 ]
 
