@@ -67,6 +67,30 @@ def test_a_worker_that_cannot_ask_for_its_launchers_store_goes_on(tmp_path: Path
 
 
 @needs_proc
+def test_a_worker_ends_before_its_launcher_when_it_is_done() -> None:
+    """Its watch over the launcher does not keep it."""
+    code = "from video_opd.processes import follow_launcher; follow_launcher()"
+    environment = os.environ | {"PYTHONPATH": str(SRC), "TORCHELASTIC_RUN_ID": "none"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=300).returncode == 0
+
+
+@needs_proc
+def test_a_worker_whose_launchers_store_answers_goes_on(tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", **address}
+        launcher, worker = launched(tmp_path / "pid", **environment)
+        connection, _ = server.accept()
+        assert connection.recv(1) == b""  # it asked, and has hung up
+        assert is_alive(worker)
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not is_alive(worker))
+
+
+@needs_proc
 def test_another_parent_may_leave_before_its_child(tmp_path: Path) -> None:
     """Two workers, one of a launcher: when that one has ended, the other had the time to end, too."""
     plain, stays = launched(tmp_path / "stays")

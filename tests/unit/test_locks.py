@@ -310,6 +310,27 @@ def test_where_nothing_can_be_written_nothing_is_locked(tmp_path: Path) -> None:
         assert not (tmp_path / "p.lock").exists()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_there_and_cannot_be_locked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: bool
+) -> None:
+    """Its folder is read-only, and the file is not. For a new one the command itself says what is wrong."""
+    real, out = os.open, tmp_path / "p"
+    if there:
+        out.write_text("")
+
+    def read_only(path: Any, *options: Any, **settings: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *options, **settings)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with locked_file(out):
+        pass
+    told = capsys.readouterr().err
+    assert ("p.lock: cannot be locked (Permission denied)" in " ".join(told.split())) == there
+
+
 def test_a_path_through_a_file_is_left_to_the_command(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with locked_file(tmp_path / "file" / "p"):

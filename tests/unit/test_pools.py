@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,65 @@ def test_ctrl_c_while_a_worker_starts_is_blocked_there(method: str) -> None:
         assert pool.submit(_blocked).result() and not _blocked()
 
 
-def test_an_error_in_the_block_ends_the_workers_and_is_raised(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), worker_pool(1) as pool:
+# A server that another part of a program has started before, with a SIGINT that is not blocked.
+SERVED = """
+import os, signal
+from multiprocessing import forkserver
+from video_opd.pools import worker_pool
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if __name__ == "__main__":
+    forkserver.ensure_running()
+    with worker_pool(1, "forkserver") as pool:
         worker = pool.submit(os.getpid).result()
-        assert is_alive(worker)
+        os.kill(worker, signal.SIGINT)
+        assert pool.submit(os.getpid).result() == worker
+"""
+
+
+def test_a_worker_ignores_ctrl_c_whoever_started_it(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SERVED)
+    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_block_has_not_waited_for_is_lost() -> None:
+    with worker_pool(1) as pool:
+        first, *others = [pool.submit(_work_for_a_while) for _ in range(200)]
+        first.result()
+    assert any(future.cancelled() for future in others)
+
+
+def _work_for_a_while() -> None:
+    time.sleep(0.005)
+
+
+@needs_proc
+def test_a_pool_leaves_no_file_open() -> None:
+    with worker_pool(1) as pool:  # multiprocessing keeps a helper of its own
+        pool.submit(_blocked).result()
+    before = os.listdir("/proc/self/fd")
+    with worker_pool(1) as pool:
+        pool.submit(_blocked).result()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@needs_proc
+def test_an_error_in_the_block_ends_the_workers_and_is_raised(tmp_path: Path) -> None:
+    """In the middle of a task without end."""
+    note = tmp_path / "pid"
+    with pytest.raises(ZeroDivisionError), worker_pool(1) as pool:
+        pool.submit(_never_end, note)
+        wait_until(lambda: note.exists() and note.read_text() != "")
         1 / 0  # noqa: B018
-    wait_until(lambda: not is_alive(worker))
+    assert not is_alive(int(note.read_text()))
+
+
+def _never_end(note: Path) -> None:
+    note.write_text(str(os.getpid()))
+    while True:
+        time.sleep(60)
