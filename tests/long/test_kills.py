@@ -1,10 +1,12 @@
 """Kills of launchers, workers, pools and single commands: nobody stays alive, and the files end as without.
 
 Each kind of kill is tried ``VIDEO_OPD_TIMES`` times, and its longest time until nobody was alive is printed.
+Launchers are torchrun's own. Single commands that need torch are forks of a process that has imported it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import ROOT, SRC
@@ -47,16 +50,72 @@ def table() -> Iterator[None]:
         print(f"{kind}: {len(times_s)} kills, nobody was alive after {max(times_s):.1f} s at the latest")
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
+class Forked:
+    """A command that :class:`Commands` has started; of ``subprocess.Popen`` it has what is used here."""
+
+    def __init__(self, commands: Commands, pid: int) -> None:
+        self.commands, self.pid, self.returncode = commands, pid, 0
+
+    def poll(self) -> int | None:
+        return None if is_alive(self.pid) else self.wait()
+
+    def wait(self) -> int:
+        if self.pid in self.commands.running:
+            self.commands.running.remove(self.pid)
+            self.returncode = self.commands.ask({"wait": self.pid})
+        return self.returncode
+
+
+class Commands:
+    """The process that forks them (start_commands.py). Without ``pause`` they wait nowhere."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "start_commands.py"],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.running: set[int] = set()
+        self.pause: tuple[str, str, int] = ("nowhere", "", 0)
+
+    def ask(self, request: dict[str, Any]) -> int:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def start(self, words: list[str], folder: Path) -> Forked:
+        pid = self.ask({"words": words, "folder": str(folder), "pause": self.pause})
+        self.running.add(pid)
+        return Forked(self, pid)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    commands = Commands()
+    yield commands
+    assert commands.process.stdin is not None
+    commands.process.stdin.close()
+    commands.process.wait()
+
+
+Running = subprocess.Popen[bytes] | Forked
+
+
+def start(words: list[str], folder: Path, commands: Commands | None = None) -> Running:
+    """``words`` begin with a program or, for ``commands``, with a command of ours."""
     folder.mkdir(exist_ok=True)
+    if commands is not None:
+        return commands.start(words, folder)
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             words, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
         )
 
 
-def finish(words: list[str], folder: Path) -> None:
-    assert start(words, folder).wait() == 0, (folder / "log").read_text()
+def finish(words: list[str], folder: Path, commands: Commands | None = None) -> None:
+    assert start(words, folder, commands).wait() == 0, (folder / "log").read_text()
 
 
 def launcher(pid: int) -> int:
@@ -81,6 +140,7 @@ def kill_often(
     number: signal.Signals = signal.SIGKILL,
     twice: bool = False,
     wait_s: float = 0.3,
+    commands: Commands | None = None,
 ) -> None:
     """Starts the command and kills it after it has made progress, TIMES times; then lets it end.
 
@@ -89,7 +149,7 @@ def kill_often(
     draws, kills = random.Random(kind), 0
     while kills < TIMES:
         before = progress()
-        process = start(words, folder)
+        process = start(words, folder, commands)
         wait_until(lambda p=process, n=before: p.poll() is not None or progress() > n, every_s=0.002)  # type: ignore[misc]
         time.sleep(draws.uniform(0.0, wait_s))
         family = descendants(process.pid) | {process.pid}
@@ -110,7 +170,7 @@ def kill_often(
         ended_s.setdefault(kind, []).append(time.monotonic() - began_s)
         print(f"{kind}: nobody was alive {ended_s[kind][-1]:.1f} s later", flush=True)
         kills += 1
-    finish(words, folder)
+    finish(words, folder, commands)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -190,12 +250,12 @@ STAGES = ("scoring", "before selection", "after selection", "training")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_rounds(rows: Path, tmp_path: Path, stage: str) -> None:
+def test_rounds(rows: Path, tmp_path: Path, stage: str, commands: Commands) -> None:
     """The selection takes no time, so it waits until it is killed."""
     short = ["--data.limit", "12", "--tvdf.k", "4", "--tvdf.batch_size", "1", "--rounds.count", "1"]
     short += ["--tvdf.teacher_k", "1", "--tvdf.student_k", "1", "--tvdf.min_teacher_iou", "0"]
     words = ["rounds", *recipe("rounds", rows), "--optim.batch_size", "2", *short, "--evaluate.data", "[]"]
-    finish([*OURS, *words], tmp_path / "whole")
+    finish(words, tmp_path / "whole", commands)
     killed = tmp_path / "killed"
     run, paused = killed / "run", killed / "paused"
     progress: dict[str, Callable[[], int]] = {
@@ -204,10 +264,10 @@ def test_rounds(rows: Path, tmp_path: Path, stage: str) -> None:
         "after selection": lambda: bytes_of(paused),
         "training": lambda: steps_of(run / "round-1"),
     }
-    pause = stage if "selection" in stage else "nowhere"
-    script = [sys.executable, str(HERE / "pause_in_selection.py"), pause, "paused", str(TIMES)]
-    kill_often(f"rounds, {stage}", [*script, *words], killed, progress[stage])
-    finish([*OURS, *words], killed)
+    commands.pause = (stage, "paused", TIMES)
+    kill_often(f"rounds, {stage}", words, killed, progress[stage], commands=commands)
+    commands.pause = ("nowhere", "", 0)
+    finish(words, killed, commands)
     # The files of the clip cache hold the time, too.
     timed = ("metrics.jsonl", "environment.json", "report.html", "README.md")
 
@@ -259,16 +319,16 @@ def test_a_check(rows: Path, tmp_path: Path) -> None:
         assert sorted(found[name].split(b"\n")) == sorted(whole[name].split(b"\n")), name
 
 
-def test_a_clip(rows: Path, tmp_path: Path) -> None:
+def test_a_clip(rows: Path, tmp_path: Path, commands: Commands) -> None:
     """Killed while it writes the clip, which is at its end."""
     video = str(rows.parent / "videos" / "long-0-00000.mp4")
-    words = [*OURS, "ground", BASE, video, "something", "--max-new-tokens", "16", "--cut", "v.mp4"]
+    words = ["ground", BASE, video, "something", "--max-new-tokens", "16", "--cut", "v.mp4"]
     words += ["--view", "v.html", "--video.min_frame_tokens", "4", "--video.max_frame_tokens", "8"]
-    finish(words, tmp_path / "whole")
+    finish(words, tmp_path / "whole", commands)
     killed = tmp_path / "killed"
 
     def progress() -> int:
         return len([path for path in killed.glob("*v.mp4*") if path.suffix != ".lock"])
 
-    kill_often("ground --cut", words, killed, progress, wait_s=0.0)
+    kill_often("ground --cut", words, killed, progress, wait_s=0.0, commands=commands)
     assert files_of(killed) == files_of(tmp_path / "whole")
