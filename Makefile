@@ -3,7 +3,7 @@
 # make test        install with the tools, then run the tests
 # make bench       install with lmms-eval, for "video-opd suite"
 # make test-bench  run the tests that need lmms-eval
-# make fuzz        read 2,800 broken files of every kind (make test reads some of them)
+# make fuzz        read 9,600 broken files of every kind (make test reads some of them)
 # make lint, make types
 # make schema    recipes/schema.json, which completes recipes in an editor
 

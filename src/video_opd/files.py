@@ -25,6 +25,7 @@ from pathlib import Path
 
 from video_opd.errors import UserError
 
+MOST_TEXT_BYTES = 1 << 24  # of a file that holds one record: settings, a summary, a list of files
 UNFINISHED = ".part-"  # the names of unfinished files and folders begin with it
 REPLACED = ".old-"  # the same for a folder that is about to be removed
 _RANDOM_BYTES = 4  # at the end of the name of an unfinished file, in hexadecimal digits
@@ -121,6 +122,24 @@ def discard_unfinished_file(path: str | Path, besides: Sequence[str] = ("",)) ->
         pattern = f"{UNFINISHED}{glob.escape(target.name + ending)}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}"
         for left in target.parent.glob(pattern):
             _remove_if_abandoned(left)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file that holds one record, in UTF-8.
+
+    Raises OSError as ``open`` does, and ValueError for bytes that are no UTF-8. Raises :class:`UserError` for
+    a pipe or a device, which would wait or never end, and for a file of more than ``MOST_TEXT_BYTES``.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: not a plain file; put the file there that belongs there")
+    with open(path, "rb") as file:
+        content = file.read(MOST_TEXT_BYTES + 1)
+    if len(content) > MOST_TEXT_BYTES:
+        raise UserError(
+            f"{path}: larger than {MOST_TEXT_BYTES >> 20} MiB, which no such file is; put the file there "
+            "that belongs there"
+        )
+    return content.decode("utf-8")
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -6,6 +6,7 @@ the next append removes it. Numbers that are not finite are written as ``null``,
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,13 +18,14 @@ from video_opd.errors import UserError
 from video_opd.files import disk_errors, replacing_file
 
 _TAIL_BLOCK_BYTES = 1 << 16
+MOST_LINE_BYTES = 1 << 26  # of a line; the longest that this project writes have some 16 MB
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields ``(line number, row)``. Line numbers begin with 1; blank lines are skipped.
 
     Raises UserError that names ``path:line`` for a missing file, a line that is not UTF-8 or not JSON, a row
-    that is not an object, and an object with a repeated key.
+    that is not an object, an object with a repeated key, and a line of more than ``MOST_LINE_BYTES``.
     """
     for number, row in read_lines(path):
         if isinstance(row, UserError):
@@ -34,7 +36,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
     """Yields the same as :func:`read_jsonl`, but a wrong line is yielded as its error, and reading goes on.
 
-    Raises UserError for a file that cannot be opened.
+    Raises UserError for a file that cannot be opened, and for a line of more than ``MOST_LINE_BYTES``.
     """
     path = Path(path)
     try:
@@ -42,7 +44,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | UserErr
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     with file:
-        for number, raw in enumerate(file, start=1):
+        for number in itertools.count(1):
+            raw = file.readline(MOST_LINE_BYTES + 1)
+            if not raw:
+                return
+            if len(raw) > MOST_LINE_BYTES:
+                most = MOST_LINE_BYTES >> 20
+                raise UserError(f"{path}:{number}: a line of more than {most} MiB; mend or delete it")
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")  # editors on Windows write a byte-order mark
             if not raw.strip():
@@ -112,9 +120,9 @@ def repair_jsonl(path: str | Path) -> bool:
         if start is None:
             return False
         file.seek(start)
-        tail = file.read()
+        tail = file.read(MOST_LINE_BYTES + 1)
         try:
-            whole = isinstance(json.loads(tail), dict)
+            whole = len(tail) <= MOST_LINE_BYTES and isinstance(json.loads(tail), dict)
         except (ValueError, RecursionError):  # brackets in their thousands are no row either
             whole = False
         if whole:

@@ -46,6 +46,8 @@ class Seal:
 
     def holds(self, path: str | Path) -> bool:
         """Whether the file begins with what was sealed. A file that is missing holds nothing."""
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            return False
         digest, left = hashlib.sha256(), self.size
         try:
             with open(path, "rb", buffering=0) as file:

@@ -1,23 +1,29 @@
-"""Broken files of four kinds, each a function of (kind, number), and what the project makes of them.
+"""Broken files, each a function of (kind, number), and what the project makes of them.
 
     python tests/unit/fuzz_cases.py KIND FIRST LAST FOLDER
 
 runs the cases ``FIRST`` to ``LAST - 1``. For each it prints ``begin N`` and, when it is done, ``end N WHAT``,
 so that who reads it knows which case a crash or a hang belongs to. WHAT is ``read`` (the file was good
 enough), ``refused`` (one line of UserError), or ``wrong: …``.
+
+Data files, predictions, recipes and videos are here. ``fuzz_tables.py`` has annotations of other formats,
+``fuzz_models.py`` the files of model folders, and ``fuzz_runs.py`` those of runs and their outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import random
+import re
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from places import ROOT
 
@@ -129,7 +135,93 @@ def odd_rows(rng: random.Random, rows: list[dict[str, Any]]) -> str:
     return rng.choice(("\n", "\n", "\n\n", "")).join(lines) + rng.choice(("\n", ""))
 
 
-# --- the four kinds ----------------------------------------------------------------------------------
+def odd_tree(rng: random.Random, tree: Any, wrong: Callable[[random.Random], Any] | None = None) -> Any:
+    """The tree with one to three of its values removed, renamed, or replaced by another or by its neighbour.
+
+    ``wrong`` gives the values that replace others; without it, they are odd numbers and odd values.
+    """
+    tree = copy.deepcopy(tree)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = list(_places(tree))
+        if not places:
+            return (wrong or odd_value)(rng)
+        holder, key = rng.choice(places)
+        blow = rng.randrange(8)
+        if blow == 0:
+            del holder[key]
+        elif blow == 1 and isinstance(holder, dict):
+            holder[rng.choice((f"{key}_", str(key).upper(), "", "\x00", "../x"))] = holder.pop(key)
+        elif blow == 2:
+            other, name = rng.choice(places)
+            with contextlib.suppress(LookupError):  # it was removed before
+                holder[key] = copy.deepcopy(other[name])
+        elif blow == 3 and isinstance(holder[key], list):
+            holder[key] *= rng.choice((0, 2, 50))
+        elif wrong is not None:
+            holder[key] = wrong(rng)
+        else:
+            holder[key] = odd_number(rng) if blow < 6 else odd_value(rng)
+    return tree
+
+
+def odd_number(rng: random.Random) -> Any:
+    """What no setting is, or almost none."""
+    return rng.choice(ODD_NUMBERS)
+
+
+ODD_NUMBERS = (
+    0, 0, 1, -1, -16, 3, 10**9, 10**18, 2**63, 10**400, 0.5, -0.5, 1e-320, 1e300, float("inf"), float("-inf"),
+    float("nan"), float("nan"), "16", "1e300", True, False, None, [16], {"a": 16},
+)  # fmt: skip
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """(the list or the mapping, the index or the key) of every value in the tree."""
+    if not isinstance(tree, dict | list):
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield tree, key
+        yield from _places(value)
+
+
+def broken_json(rng: random.Random, text: str) -> bytes:
+    """The text of a JSON value with its bytes or its values broken."""
+    if rng.random() < 0.25:
+        return odd_bytes(rng, text)
+    tree = odd_tree(rng, json.loads(text))
+    return json.dumps(tree, indent=rng.choice((None, 1))).encode("utf-8", errors="surrogatepass")
+
+
+# --- what becomes of them ----------------------------------------------------------------------------
+
+MOST_LETTERS = 20_000
+MOST_MEMORY = 2 << 30  # bytes that a case may add to its process
+
+
+def outcome(work: Callable[[], object]) -> str:
+    """``read``, ``refused``, or ``wrong`` for a refusal that is not one line, or one for want of memory."""
+    try:
+        work()
+    except UserError as error:
+        text = str(error).strip()
+        if not text or "\n" in text:
+            return f"wrong: not one line: {text[:300]!r}"
+        if len(text) > MOST_LETTERS:
+            return f"wrong: a line of {len(text)} letters: {text[:300]!r}"
+        if re.search(r"[Aa]llocat|out of memory|MemoryError", text):
+            return f"wrong: it asked for too much memory: {text[:300]!r}"
+        return "refused"
+    return "read"
+
+
+def limit_memory() -> None:
+    """A case that asks for more ends in an error, and the machine goes on."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+# --- data files, predictions, recipes, videos --------------------------------------------------------
 
 
 def annotation_rows() -> list[dict[str, Any]]:
@@ -222,27 +314,29 @@ YAML_LINES = (
 )  # fmt: skip
 
 
-def recipe_case(rng: random.Random, folder: Path) -> str:
-    from video_opd.config import dump_recipe, load_recipe
-
-    names = sorted(RECIPES.rglob("*.yaml"))
-    text = rng.choice(names).read_text(encoding="utf-8")
+def broken_recipe(rng: random.Random, text: str) -> bytes:
+    """The text of a recipe with its bytes, a line or a value broken, or another text."""
     lines = text.splitlines()
     blow = rng.randrange(4)
     if blow == 0:
-        blob = odd_bytes(rng, text)
-    elif blow == 1:
+        return odd_bytes(rng, text)
+    if blow == 1:
         lines.insert(rng.randrange(len(lines) + 1), rng.choice(YAML_LINES))
-        blob = "\n".join(lines).encode()
     elif blow == 2:
-        blob = rng.choice(YAML_LINES).encode()
+        return rng.choice(YAML_LINES).encode()
     else:
         number = rng.randrange(len(lines))
         key, _, _ = lines[number].partition(":")
         lines[number] = f"{key}: {json.dumps(odd_value(rng))}"
-        blob = "\n".join(lines).encode("utf-8", errors="surrogatepass")
+    return "\n".join(lines).encode("utf-8", errors="surrogatepass")
+
+
+def recipe_case(rng: random.Random, folder: Path) -> str:
+    from video_opd.config import dump_recipe, load_recipe
+
+    text = rng.choice(sorted(RECIPES.rglob("*.yaml"))).read_text(encoding="utf-8")
     path = folder / "r.yaml"
-    path.write_bytes(blob)
+    path.write_bytes(broken_recipe(rng, text))
     overrides = [
         f"--{rng.choice(('optim.lr', 'x', 'run', 'video.fps.a'))}",
         rng.choice(("1", "{", "a: &a [*a]")),
@@ -329,16 +423,38 @@ CASES: dict[str, Callable[[random.Random, Path], str]] = {
     "recipe": recipe_case,
     "video": video_case,
 }
+MODULES = {
+    **dict.fromkeys(("table", "queries", "durations"), "fuzz_tables"),
+    **dict.fromkeys(("model", "processor", "tokenizer", "settings", "adapter"), "fuzz_models"),
+    **dict.fromkeys(("output", "scores", "rounds", "report", "checkpoint", "resume"), "fuzz_runs"),
+}
 
 
-def run_cases(kind: str, first: int, last: int, folder: Path) -> None:
+def case_of(kind: str) -> Callable[[random.Random, Path], str]:
+    module = MODULES.get(kind)
+    return CASES[kind] if module is None else importlib.import_module(module).CASES[kind]
+
+
+def prepare(kind: str, folder: Path) -> None:
+    """Makes what all cases of several kinds need, in a process that is forked for each kind."""
+    if MODULES[kind] == "fuzz_models" and kind != "settings":
+        from fuzz_models import good_adapter, good_folder
+
+        good_folder(folder, True)
+        good_adapter(folder)
+
+
+def run_cases(kind: str, first: int, last: int, folder: Path, report: TextIO | None = None) -> None:
+    """Tells ``report`` (stdout) of each case."""
+    report = report or sys.stdout
+    case = case_of(kind)
     for number in range(first, last):
-        print(f"begin {number}", flush=True)
+        print(f"begin {number}", file=report, flush=True)
         try:
-            what = CASES[kind](random.Random(f"{kind}:{number}"), folder)
+            what = case(random.Random(f"{kind}:{number}"), folder)
         except BaseException as error:
             what = f"wrong: {type(error).__name__}: {str(error)[:300]!r}"
-        print(f"end {number} {what}", flush=True)
+        print(f"end {number} {what}", file=report, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,17 @@ def test_a_repeated_key_is_named_at_every_level(tmp_path: Path, text: str, where
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=rf"recipe\.yaml {where}"):
         load_recipe(path)
+
+
+def test_a_recipe_of_200_mb_is_refused_before_it_is_read(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("# a comment\n" * 10)
+    with path.open("r+b") as file:
+        file.truncate(200 << 20)
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"r\.yaml: more than 1,048,576 letters"):
+        load_recipe(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 50_000
 
 
 def test_a_key_beside_a_merge_overrides_it(tmp_path: Path):

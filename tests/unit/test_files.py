@@ -13,7 +13,7 @@ import pytest
 
 from video_opd import files
 from video_opd.errors import UserError
-from video_opd.files import discard_unfinished, replacing_file, replacing_folder, write_text
+from video_opd.files import discard_unfinished, read_text, replacing_file, replacing_folder, write_text
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -161,6 +161,20 @@ def test_devices_and_the_wrong_kind_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match=r"file/a\.txt: cannot be written"):
         write_text(tmp_path / "file" / "a.txt", "x")
+
+
+def test_a_record_that_is_too_large_or_never_ends_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_text("{}")
+    assert read_text(path) == "{}"
+    with path.open("r+b") as file:
+        file.truncate(200 << 20)
+    with pytest.raises(UserError, match=r"state\.json: larger than 16 MiB"):
+        read_text(path)
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="not a plain file"):
+            read_text(odd)
 
 
 def test_a_folder_that_a_kill_left_aside_is_brought_back(tmp_path: Path) -> None:

@@ -95,6 +95,17 @@ def test_a_long_half_line_is_repaired(tmp_path):
     assert not repair_jsonl(tmp_path / "none.jsonl")
 
 
+def test_a_line_without_end_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1}\n')
+    with path.open("r+b") as file:
+        file.truncate(100 << 20)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: a line of more than 64 MiB"):
+        list(read_jsonl(path))
+    assert repair_jsonl(path)
+    assert [row for _, row in read_jsonl(path)] == [{"id": 1}]
+
+
 def test_not_finite_numbers_become_null_and_scalars_numbers(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [

@@ -50,6 +50,11 @@ def test_what_was_sealed_holds_while_nothing_of_it_changes(tmp_path: Path) -> No
     assert not seal.holds(path) and NOTHING.holds(path)
 
 
+def test_a_pipe_is_not_what_was_sealed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    assert not Seal(size=3, sha256="x").holds(tmp_path / "a") and not NOTHING.holds(tmp_path / "a")
+
+
 @pytest.mark.parametrize("value", [None, [], [1], ["1", "a"], [True, "a"], [1, 2], {"size": 1}, "ab"])
 def test_anything_else_is_no_seal(value: object) -> None:
     assert Seal.read(value) is None

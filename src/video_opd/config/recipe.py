@@ -42,7 +42,7 @@ from video_opd.config.sections import (
     VideoConfig,
 )
 from video_opd.config.settings import Settings
-from video_opd.config.tree import apply_overrides, parse_yaml
+from video_opd.config.tree import MAX_LETTERS, apply_overrides, parse_yaml
 from video_opd.errors import UserError, need
 
 if TYPE_CHECKING:
@@ -436,7 +436,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     cannot work together.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:  # a pipe will do
+            text = file.read(MAX_LETTERS + 1)
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}; name a YAML file") from error
     except UnicodeDecodeError as error:

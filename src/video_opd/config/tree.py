@@ -13,6 +13,7 @@ import yaml
 from video_opd.errors import UserError, need
 
 MAX_NODES, MAX_DEPTH = 10_000, 50  # limits on a YAML tree
+MAX_LETTERS = 1 << 20  # of a YAML text
 MAX_BITS = 4096  # bits of an integer; Python does not print much longer ones
 
 
@@ -21,8 +22,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
     A key that is written twice in one mapping is an error, because YAML would drop its first value. So is a
     tree of more than MAX_NODES values, aliases counted as often as they are used, or of more than MAX_DEPTH
-    levels.
+    levels, and so is a text of more than MAX_LETTERS.
     """
+    need(
+        len(text) <= MAX_LETTERS,
+        f"{where}: more than {MAX_LETTERS:,} letters, which no recipe has: name a recipe",
+    )
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

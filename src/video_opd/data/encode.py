@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -37,7 +38,8 @@ class PromptEncoder:
     the whole video. Without ``prompt`` it is ``release``.
 
     Raises UserError for a processor whose video tokens are not Qwen3-VL's, 32×32 px of a pair of frames, and
-    for a chat template that opens ``<think>`` if ``prompt.thinking`` is not set.
+    for a chat template that opens ``<think>`` if ``prompt.thinking`` is not set, and for settings of the
+    processor with which no video can be encoded.
     """
 
     def __init__(self, processor: Qwen3VLProcessor, prompt: PromptConfig | None = None) -> None:
@@ -45,10 +47,13 @@ class PromptEncoder:
         self.prompt = prompt if prompt is not None else PromptConfig(video_form="release")
         assert self.prompt.video_form is not None, "choose_video_form says which"
         vision = processor.video_processor
-        if vision.patch_size * vision.merge_size != CELL_PX or vision.temporal_patch_size != PAIR:
+        patch_px, merge, frames = vision.patch_size, vision.merge_size, vision.temporal_patch_size
+        whole = all(type(size) is int and 1 <= size <= CELL_PX for size in (patch_px, merge, frames))
+        side = patch_px * merge if whole else f"{patch_px!r:.40} × {merge!r:.40}"
+        if side != CELL_PX or frames != PAIR:
             raise UserError(
-                f"the processor's video tokens are {vision.patch_size * vision.merge_size} px of "
-                f"{vision.temporal_patch_size} frames, not {CELL_PX} px of {PAIR}; take a Qwen3-VL model"
+                f"the processor's video tokens are {side} px of {frames!r:.40} frames, not {CELL_PX} px of "
+                f"{PAIR}; take a Qwen3-VL model"
             )
         self.opens_thinking = opens_thinking(self._render(""))
         if self.opens_thinking and not self.prompt.thinking:
@@ -62,6 +67,7 @@ class PromptEncoder:
         self._vision_end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
         # A fast tokenizer raises if one thread uses it while another changes one of its settings.
         self._lock = threading.Lock()
+        self._try()
 
     def encode(self, clip: Clip, query: str, sample_id: str) -> EncodedPrompt:
         """Encodes one question. Raises UserError if the query holds one of the model's control tokens."""
@@ -99,6 +105,35 @@ class PromptEncoder:
             )
             for sample_id, row, text in zip(sample_ids, rows, texts, strict=True)
         ]
+
+    def _try(self) -> None:
+        """Encodes two small frames: settings with which no video can be encoded are found at once, and not
+        when videos have been decoded. Raises UserError."""
+        clip = Clip(
+            path=Path("two frames"),
+            frames=np.zeros((PAIR, CELL_PX, CELL_PX, 3), dtype=np.uint8),
+            times_s=np.array([0.0, 0.5]),
+            frame_indices=np.arange(PAIR),
+            source_fps=2.0,
+            duration_s=1.0,
+            source_size_px=(CELL_PX, CELL_PX),
+            digest="",
+        )
+        try:
+            with np.errstate(all="ignore"):
+                (prompt,) = self.encode_many(clip, ["?"], ["?"])
+            reason = (
+                "" if bool(prompt.tensors["pixel_values_videos"].isfinite().all()) else "black is not finite"
+            )
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library raises for a setting that makes no sense
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if reason:
+            raise UserError(
+                f"the processor cannot encode a video ({reason}); copy the preprocessor and tokenizer files "
+                "from the checkpoint that this one was made from"
+            )
 
     def refusal(self, query: str) -> str | None:
         """The reason why this query cannot be encoded, or None. A query may not hold a control token."""

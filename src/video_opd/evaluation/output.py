@@ -10,6 +10,7 @@ from typing import Any
 
 from video_opd.evaluation.batching import Batch, MakeLoader, blocks_of_batches
 from video_opd.evaluation.resume import (
+    block_size,
     merge_process_files,
     open_output,
     process_file_path,
@@ -151,7 +152,8 @@ def _window_path(out: Path, rank: int) -> Path:
 def _settle_process_files(out: Path) -> None:
     """Cuts the process files of ``out`` to the ends of their blocks, where these are known."""
     for window in out.parent.glob(f"{glob.escape(out.name)}.window-*"):
-        file = process_file_path(out, int(window.name.rpartition("-")[2]))
-        if file.exists():
-            os.truncate(file, min(int(window.read_text(encoding="utf-8")), file.stat().st_size))
+        rank, size = window.name.rpartition("-")[2], block_size(window)
+        file = process_file_path(out, int(rank)) if rank.isdecimal() else None
+        if file is not None and size is not None and file.is_file():
+            os.truncate(file, min(size, file.stat().st_size))
         window.unlink()

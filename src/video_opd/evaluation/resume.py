@@ -17,6 +17,7 @@ from typing import Any
 
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
+from video_opd.files import read_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.progress import log
 from video_opd.seals import Seal, Sealer
@@ -51,6 +52,9 @@ def open_output(
     Raises :class:`UserError` if something else made the rows that are there, if their provenance is not
     known, or if they have changed since they were written. The files are as they were then.
     """
+    for path in (Path(out), provenance_path(out), *process_file_paths(out)):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a plain file; remove it, or choose another --out")
     if overwrite:
         remove_output(out)
     rows = known_rows(out, provenance, repeatable=repeatable)
@@ -182,16 +186,18 @@ def _check_seal(out: Path, repeatable: bool) -> None:
         log(f"{out}: rows were changed or lost since they were written; they are made again")
         out.unlink()
     elif repeatable and out.exists():
-        size = seal.size if seal is not None else _block_size(block)
+        size = seal.size if seal is not None else block_size(block)
         if size is not None and size < out.stat().st_size:
             os.truncate(out, size)
     block.unlink(missing_ok=True)
 
 
-def _block_size(block: Path) -> int | None:
+def block_size(window: Path) -> int | None:
+    """The size that a file had at the end of a block, which the file ``window`` holds; None if it cannot be
+    read: what stands after the block stays then."""
     try:
-        return max(0, int(block.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # damaged: what stands after the block stays
+        return max(0, int(read_text(window)))
+    except (OSError, ValueError):
         return None
 
 

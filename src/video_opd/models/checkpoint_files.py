@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.files import read_text
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_TEXT_BYTES = 100 << 20  # of a file that is read whole; the largest tokenizers have 40 MiB
@@ -46,7 +47,7 @@ def check_model_files(path: str | Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{path}: no config.json in it; give a folder that save_pretrained wrote")
-    _check_text_sizes(folder)
+    check_files_of(folder)
     for file in [*sorted(folder.glob("*.json")), *weights]:
         with file.open("rb") as handle:
             if handle.read(len(_POINTER)) == _POINTER:
@@ -57,7 +58,10 @@ def check_model_files(path: str | Path) -> None:
         if file.suffix == ".safetensors":
             _check_length(path, file)
     index = folder / "model.safetensors.index.json"
-    for name in sorted(set(_object(index).get("weight_map", {}).values())):
+    places = _object(index).get("weight_map", {})
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{path}: {index.name} does not say which file each weight is in; download it again")
+    for name in sorted(set(places.values())):
         if not (folder / name).is_file():
             raise UserError(f"{path}: {name} is missing, which {index.name} names; download it again")
 
@@ -141,7 +145,7 @@ def check_processor_files(path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    _check_text_sizes(folder)
+    check_files_of(folder)
     advice = "copy it from the checkpoint that this one was made from"
     tokenizers = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})
     there = {file.name for file in folder.iterdir()}
@@ -154,9 +158,12 @@ def check_processor_files(path: str | Path) -> None:
         raise UserError(f"{path}: no processor in it ({' or '.join(_PROCESSOR)}); {advice}")
 
 
-def _check_text_sizes(folder: Path) -> None:
-    """Raises :class:`UserError` for a settings or tokenizer file that would take minutes and gigabytes."""
+def check_files_of(folder: Path) -> None:
+    """Raises :class:`UserError` for a pipe or a device, at which a reader would wait, and for a settings or
+    tokenizer file that would take minutes and gigabytes."""
     for file in sorted(folder.iterdir()):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{folder}: {file.name} is not a plain file; copy the folder again without it")
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.is_file():
             size = file.stat().st_size
             if size > _MOST_TEXT_BYTES:
@@ -190,10 +197,10 @@ def _check_length(path: str | Path, file: Path) -> None:
         length = int.from_bytes(handle.read(8), "little")
         try:
             header = json.loads(handle.read(length)) if 8 + length <= size else {}
-        except ValueError:
+            ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return  # no safetensors file; the library says so
-    ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise UserError(
             f"{path}: {file.name} is cut off ({size:,} bytes, and its header needs {expected:,} or more); "
@@ -204,7 +211,7 @@ def _check_length(path: str | Path, file: Path) -> None:
 def _object(file: Path) -> dict[str, Any]:
     """A JSON object, or nothing if it cannot be read: the library that needs it says why."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -32,6 +32,7 @@ from video_opd.config.method_sections import check_placement
 from video_opd.config.sections import Placement
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
+from video_opd.files import read_text
 from video_opd.jsonl import no_key_twice
 from video_opd.models.checkpoint_files import adapter_base, find_file, is_adapter_folder
 from video_opd.progress import log
@@ -191,7 +192,7 @@ def read_saved_settings(path: str | Path) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
+        settings = json.loads(read_text(file), object_pairs_hook=no_key_twice)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); delete it to use the defaults") from error
     if not isinstance(settings, dict):
@@ -227,7 +228,7 @@ def trained_video_form(path: str | Path) -> VideoForm:
     """
     saved = read_saved_settings(path)
     if saved is None and is_adapter_folder(path) and (base := adapter_base(path)):
-        return trained_video_form(base)
+        saved = read_saved_settings(base)
     if saved is None:
         return "release"
     prompt = saved.get("prompt")

@@ -68,6 +68,7 @@ def load_model(
     config = read_config(path)
     quantised = _check_quantisation(path, config, trained)
     processor = load_processor(path)
+    _check_patches(path, config, processor)
     with no_library_bars(), no_library_warnings():  # a table of all names; see _check_names
         model, report = _read(
             path,
@@ -256,6 +257,18 @@ def _check_sizes(path: str | Path, config: Any) -> None:
         raise UserError(
             f"{path}: config.json has {heads} attention heads, which {shared} key heads cannot share"
         )
+
+
+def _check_patches(path: str | Path, config: Any, processor: Any) -> None:
+    """Raises :class:`UserError` if the processor cuts videos otherwise than the vision tower reads them."""
+    names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+    for name, of_model in (names | {"merge_size": "spatial_merge_size"}).items():
+        mine, theirs = getattr(processor.video_processor, name, None), getattr(config.vision_config, of_model)
+        if mine != theirs:
+            raise UserError(
+                f"{path}: its processor has {name} {mine!r:.40}, and config.json has {of_model} {theirs}; "
+                "copy the preprocessor files from the checkpoint that it was made from"
+            )
 
 
 def load_processor(path: str | Path) -> Qwen3VLProcessor:

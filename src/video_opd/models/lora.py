@@ -21,7 +21,8 @@ from torch import nn
 
 from video_opd.config import LoraConfig
 from video_opd.errors import UserError
-from video_opd.models.checkpoint_files import FULL_WEIGHTS, has_full_weights
+from video_opd.files import read_text
+from video_opd.models.checkpoint_files import FULL_WEIGHTS, check_files_of, has_full_weights
 from video_opd.models.parts import part_modules, state_of
 from video_opd.seeds import derive_seed
 
@@ -29,6 +30,7 @@ NAME = "default"  # peft keeps adapters by name: this is the one that is trained
 WEIGHTS = "adapter_model.safetensors"  # peft's own file name
 # Keys of peft's config that say where an adapter comes from, and change nothing.
 _DESCRIPTIVE = ("auto_mapping", "inference_mode", "peft_version", "revision", "task_type")
+_MOST_ALPHA = 1e6
 _PREFIX = "base_model.model."  # every key in peft's file begins with this
 
 
@@ -212,11 +214,12 @@ def _read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor], dict[str,
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_files_of(folder)
     try:
         config = _read_config(folder / "adapter_config.json")
         weights = load_file(folder / WEIGHTS)
         full = load_file(folder / FULL_WEIGHTS) if has_full_weights(folder) else {}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read ({error})") from error
     return config, weights, full
 
@@ -245,13 +248,15 @@ def _read_config(file: Path) -> Any:
     """
     import peft
 
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = json.loads(read_text(file))
     if not isinstance(stored, dict):
         raise ValueError(f"{file.name} is no object")
     rank, layers, alpha = stored.get("r"), stored.get("target_modules"), stored.get("lora_alpha")
     listed = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not layers:
         raise ValueError(f"{file.name} lacks r, lora_alpha or target_modules")
+    if isinstance(alpha, bool) or not 0 < alpha <= _MOST_ALPHA:  # NaN is not, either
+        raise ValueError(f"{file.name}: lora_alpha is {alpha!r:.40}, and no adapter is scaled so")
     if not listed and not isinstance(layers, str):
         raise ValueError(f"{file.name}: target_modules is neither a pattern nor a list of names")
     config = peft.LoraConfig(
@@ -274,6 +279,10 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], fold
             raise UserError(
                 f"{folder}: {name} is not the same layer there as in the model; use the model and the lora "
                 "settings that the adapter was trained with"
+            )
+        if not source[name].is_floating_point():
+            raise UserError(
+                f"{folder}: {name} holds {source[name].dtype}; save the adapter in floating point"
             )
         target[name].copy_(source[name])
 

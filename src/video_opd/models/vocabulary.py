@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from video_opd.errors import UserError
+from video_opd.errors import UserError, need
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Added to the logit of a token that cannot be written: its probability is then exactly 0 in float32. The
 # value is finite so that 0 * (log p - log q) in a divergence over the vocabulary is 0 instead of NaN.
 FORBIDDEN_LOGIT = -1e30
+_MOST_TOKENS = 1 << 31
 
 
 class Configured(Protocol):
@@ -65,7 +66,12 @@ class Vocabulary:
                 "set eos_token_id in generation_config.json"
             )
         forbidden_ids = frozenset((set(range(size)) - token_ids) | set(vision_token_ids(model).values()))
-        assert not eos_ids & forbidden_ids, "a response must be able to end"
+        need(
+            not eos_ids & forbidden_ids,
+            f"{model.config.name_or_path or 'the model'}: a token that stands for pixels, or none, is to end "
+            "a response; copy config.json and generation_config.json from the checkpoint that it was made "
+            "from",
+        )
         pad_id = processor.tokenizer.pad_token_id
         return cls(
             size=size,
@@ -87,13 +93,16 @@ class Vocabulary:
 
 
 def vision_token_ids(model: Configured) -> dict[str, int]:
-    """The ids of vision placeholders by their names in the model's config."""
+    """The ids of vision placeholders by their names in the model's config. UserError for what is no id."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return {name: getattr(model.config, name) for name in names}
+    return {name: _id(model, name, getattr(model.config, name)) for name in names}
 
 
 def eos_token_ids(model: Configured, processor: Qwen3VLProcessor) -> frozenset[int]:
-    """Every id that ends a response, from generation config, model config and tokenizer together."""
+    """Every id that ends a response, from generation config, model config and tokenizer together.
+
+    Raises :class:`UserError` for what is no id.
+    """
     found: list[Any] = [
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config, "eos_token_id", None),
@@ -102,5 +111,15 @@ def eos_token_ids(model: Configured, processor: Qwen3VLProcessor) -> frozenset[i
     ]
     ids: set[int] = set()
     for entry in found:
-        ids.update(entry if isinstance(entry, (list, tuple)) else () if entry is None else (entry,))
+        several = entry if isinstance(entry, (list, tuple)) else () if entry is None else (entry,)
+        ids.update(_id(model, "eos_token_id", value) for value in several)
     return frozenset(ids)
+
+
+def _id(model: Configured, name: str, value: Any) -> int:
+    need(
+        type(value) is int and 0 <= value < _MOST_TOKENS,
+        f"{model.config.name_or_path or 'the model'}: {name} is {value!r:.40}, and no token has such an id; "
+        "copy config.json and generation_config.json from the checkpoint that it was made from",
+    )
+    return int(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError, need
+from video_opd.files import read_text
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
 KNOWN = Path(__file__).parent / "known_models.yaml"
@@ -215,12 +216,12 @@ def read_sizes(path: str | Path) -> ModelSizes:
     if folder.is_dir():
         file = folder / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = json.loads(read_text(file))
         except OSError as error:
             raise UserError(
                 f"{path}: no config.json in it ({error.strerror}); give a folder that save_pretrained wrote"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON ({error}); copy it from the checkpoint again") from error
         return sizes_of(config, str(path))
     if found := _SIZE_IN_NAME.search(folder.name):

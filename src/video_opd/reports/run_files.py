@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from video_opd.config.tree import parse_yaml
 from video_opd.errors import UserError
+from video_opd.files import MOST_TEXT_BYTES
 from video_opd.jsonl import no_key_twice
 from video_opd.terminal import visible
 
@@ -24,7 +25,6 @@ Note = Callable[[str], None]  # takes a reason, "duration is 0"
 
 MOST_BYTES = 1 << 28  # bytes of a file of rows
 MOST_LINE_BYTES = 1 << 24
-MOST_RECORD_BYTES = 1 << 24  # bytes of a file that holds one record
 MOST_FILES = 1000  # files of eval/, and rounds
 MOST_REASONS = 20  # reasons shown of a folder, each with its count
 MOST_REASON_LETTERS = 200
@@ -125,12 +125,12 @@ class RunFiles:
             return None
         with raw:
             try:
-                content = raw.read(MOST_RECORD_BYTES + 1)
+                content = raw.read(MOST_TEXT_BYTES + 1)
             except OSError as error:
                 self.note(file, f"cannot be read ({error.strerror})")
                 return None
-        if len(content) > MOST_RECORD_BYTES:
-            self.note(file, f"larger than {MOST_RECORD_BYTES >> 20} MiB")
+        if len(content) > MOST_TEXT_BYTES:
+            self.note(file, f"larger than {MOST_TEXT_BYTES >> 20} MiB")
             return None
         if not content.strip(b"\0 \t\r\n"):
             self.note(file, "empty" if not content else f"{len(content)} bytes, and nothing in them")

@@ -103,7 +103,7 @@ def _local_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); it must be a JSON list of rows") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: it must be a JSON list of rows")

@@ -25,7 +25,7 @@ import torch
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
-from video_opd.files import replacing_folder
+from video_opd.files import read_text, replacing_folder
 from video_opd.models.inference import SETTINGS_FILE, with_video_form
 from video_opd.models.loading import no_library_bars
 from video_opd.models.lora import has_adapters, save_adapter
@@ -334,7 +334,7 @@ def _folders(root: Path) -> list[Path]:
 def _read_state(path: Path) -> Checkpoint:
     """The checkpoint at ``path``; its other files are not read. Raises :class:`Damage`."""
     try:
-        written = json.loads((path / STATE).read_text(encoding="utf-8"))
+        written = json.loads(read_text(path / STATE))
         sizes = written["files"]
         old = bool(sizes) and all(type(size) is int for size in sizes.values()) and "digest" not in written
         state = written if old else read_list(path, STATE)
@@ -343,6 +343,8 @@ def _read_state(path: Path) -> Checkpoint:
         rows = {name: Seal.read(seal) for name, seal in state.get("rows", {}).items()}
         if not all(len(file) == 2 for file in files.values()) or not files:
             raise Damage(f"{STATE} holds no list of files")
+        if recipe is not None and not isinstance(recipe, dict):
+            raise Damage(f"{STATE} holds no recipe")
     except OSError as error:
         raise Damage(f"{STATE} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.files import read_text
 
 _BLOCK_BYTES = 1 << 20
+_DIGEST = "digest"  # the key of a record's own digest
 _THREADS = 4  # hashing releases the interpreter's lock
 
 
@@ -47,21 +49,20 @@ def write_list(folder: Path, name: str, facts: Mapping[str, Any], without: Colle
             for each, digest in zip(names, digests, strict=True)
         }
     content = {**facts, "files": files}
-    text = json.dumps({**content, "digest": _seal(content)}, indent=1)
-    (folder / name).write_text(text + "\n", encoding="utf-8")
+    (folder / name).write_text(sealed(content, indent=1), encoding="utf-8")
 
 
 def read_list(folder: Path, name: str) -> dict[str, Any]:
     """The content of a list; it is whole, but the files are not read. Raises :class:`Damage`."""
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / name))
     except OSError as error:
         raise Damage(f"{name} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise Damage(f"{name} is not JSON") from None
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise Damage(f"{name} holds no list of files")
-    if content.pop("digest", None) != _seal(content):
+    if not is_intact(content) or content.pop(_DIGEST, None) is None:
         raise Damage(f"{name} does not match its own digest")
     return content
 
@@ -100,6 +101,17 @@ def _names(folder: Path) -> set[str]:
     return found
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
+def sealed(record: Mapping[str, Any], indent: int = 2) -> str:
+    """The record as JSON text, with a key more: the digest of the others."""
+    return json.dumps({**record, _DIGEST: _digest_of(record)}, indent=indent) + "\n"
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a record is as :func:`sealed` wrote it. One without a digest is of an earlier version."""
+    others = {key: value for key, value in record.items() if key != _DIGEST}
+    return record.get(_DIGEST, digest := _digest_of(others)) == digest
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    plain = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()

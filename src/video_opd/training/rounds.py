@@ -26,18 +26,17 @@ from video_opd.curriculum.score_files import read_scores
 from video_opd.curriculum.scores import ScoreSettings
 from video_opd.curriculum.terminal import summary_lines
 from video_opd.curriculum.tvdf import select_file
-from video_opd.data.annotations import read_samples
+from video_opd.data.annotations import read_annotations, read_samples
 from video_opd.errors import UserError
 from video_opd.evaluation.rows import METRICS
 from video_opd.files import write_text
-from video_opd.jsonl import read_jsonl
 from video_opd.locks import locked_folder
 from video_opd.models.inference import with_video_form
 from video_opd.models.loading import release_memory
 from video_opd.processes import Processes
 from video_opd.progress import log
 from video_opd.training.components import build_components
-from video_opd.training.digests import file_digest
+from video_opd.training.digests import file_digest, sealed
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
     evaluate_base,
@@ -108,7 +107,12 @@ class Rounds:
     @property
     def finished(self) -> bool:
         record = read_record(self.summary)
-        return record is not None and record.get("finished") is True and bool(record.get("rounds"))
+        if record is None or record.get("finished") is not True:
+            return False
+        rounds = record.get("rounds")
+        if not isinstance(rounds, list) or not rounds or not all(map(_names_model, rounds)):
+            return False
+        return not RunFolder(self.folder.round(len(rounds))).damaged_folders()  # its model is the result
 
     def run(self, after_round: Callable[[Path], object]) -> None:
         count, on_first = self.recipe.rounds.count, self.processes.on_first
@@ -240,12 +244,12 @@ class Rounds:
         for line in summary_lines(summary):
             log(line)
         record = {**summary.to_json(), "sha256": file_digest(folder / "selected.jsonl")}
-        write_text(folder / "select.json", json.dumps(record, indent=2) + "\n")
+        write_text(folder / "select.json", sealed(record))
 
     def _used(self, number: int) -> set[str]:
         """The ids that earlier rounds trained on."""
         files = [self.folder.round(n) / "selected.jsonl" for n in range(1, number)]
-        return {row["id"] for file in files for _, row in read_jsonl(file)}
+        return {sample.id for file in files for sample in read_annotations(file).samples}
 
     def _write_summary(self, done: int, ended: str | None, *, finished: bool) -> None:
         """Writes ``rounds.json``, which is a function of the other files."""
@@ -257,14 +261,16 @@ class Rounds:
             "ended": ended,
             "finished": finished,
         }
-        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_text(self.summary, sealed(summary))
 
     def _record(self, number: int) -> dict[str, Any]:
         folder = RunFolder(self.folder.round(number))
         chosen = {"not_asked": 0, **(_selection(folder) or {})}  # 0: from before there were lazy scores
         counts = ("rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate")
         scores = read_scores(folder.path / "scores.jsonl").values()
-        rows = [row for _, row in read_jsonl(folder.path / "selected.jsonl")]
+        rows = read_annotations(folder.path / "selected.jsonl").samples
+        blocks = [sample.row.get("tvdf") for sample in rows]
+        deltas = [block.get("delta") for block in blocks if isinstance(block, dict)]
         return {
             "round": number,
             "model": folder.model.relative_to(self.folder.path).as_posix(),
@@ -272,7 +278,7 @@ class Rounds:
             "used": len(self._used(number + 1)),
             "delta": {
                 "scored": _statistics(score.delta for score in scores),
-                "selected": _statistics(row["tvdf"]["delta"] for row in rows),
+                "selected": _statistics(deltas),
             },
             "steps": folder.last_metrics().get("step", 0),
             "evaluation": self._figures("student", folder.evaluations),
@@ -289,13 +295,17 @@ class Rounds:
         return figures
 
 
+def _names_model(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("model"), str)
+
+
 def _selection(folder: RunFolder) -> dict[str, Any] | None:
     """The content of a round's ``select.json``; None if it or ``selected.jsonl`` is missing or damaged.
 
     Those of earlier versions have no digest of ``selected.jsonl``.
     """
     record, rows = read_record(folder.path / "select.json"), folder.path / "selected.jsonl"
-    if record is None or not record.keys() >= _COUNTS or not rows.exists():
+    if record is None or not rows.exists() or not all(type(record.get(key)) is int for key in _COUNTS):
         return None
     if record.get("sha256", digest := file_digest(rows)) != digest:
         log(f"{rows} is damaged: it is made again")
@@ -323,7 +333,7 @@ def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:
 
 
 def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]:
-    known = [value for value in values if value is not None and math.isfinite(value)]
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     if not known:
         return {"n": 0, "mean": None, "min": None, "max": None}
     return {"n": len(known), "mean": fmean(known), "min": min(known), "max": max(known)}

@@ -19,12 +19,12 @@ import video_opd
 from video_opd.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
-from video_opd.files import discard_unfinished, disk_errors, write_text
+from video_opd.files import discard_unfinished, disk_errors, read_text, write_text
 from video_opd.jsonl import read_jsonl, repair_jsonl, write_jsonl
 from video_opd.progress import log
 from video_opd.seals import Seal
 from video_opd.training.checkpoint import check_model_folder, stated_recipes
-from video_opd.training.digests import Damage
+from video_opd.training.digests import Damage, is_intact
 
 ROUNDS_ONLY = ("tvdf.", "rounds.")  # sections of a recipe that train ignores
 # Keys that say where weights are held and when they are exchanged, which changes no result.
@@ -76,6 +76,7 @@ class RunFolder:
         names the first key that differs), and :class:`UserError` if it cannot be written. A start that failed
         before its first step leaves the folder free.
         """
+        self._refuse_pipes()
         if self.round(1).exists():
             raise FolderInUse(self.path, "the rounds of video-opd rounds")
         # Checkpoints state their recipe: recipe.yaml and the metrics may have been lost.
@@ -92,6 +93,7 @@ class RunFolder:
 
     def claim_for_rounds(self, recipe: Recipe) -> None:
         """The same for several rounds; a start that failed before its first score leaves the folder free."""
+        self._refuse_pipes()
         if self.metrics.exists() or self.model.exists():
             raise FolderInUse(self.path, "a run of video-opd train")
         if self.round(1).exists():
@@ -100,6 +102,13 @@ class RunFolder:
             self._check_same(recipe, self._parsed(partial(load_recipe, self.recipe)))
             return
         write_text(self.recipe, dump_recipe(recipe))
+
+    def _refuse_pipes(self) -> None:
+        """Raises :class:`UserError` for a pipe or a device: who reads it would wait, or never end."""
+        for place in (self.path, self.checkpoints, self.evaluations, *self.path.glob("round-*")):
+            for file in place.iterdir() if place.is_dir() else ():
+                if file.exists() and not (file.is_file() or file.is_dir()):
+                    raise UserError(f"{file}: not a plain file; remove it")
 
     def round(self, number: int) -> Path:
         """The folder of round ``number`` (from 1), which is a run folder itself."""
@@ -172,7 +181,7 @@ class RunFolder:
         if not self.metrics.exists():
             return 0
         repair_jsonl(self.metrics)
-        steps = {row.get("step") for _, row in read_jsonl(self.metrics)}
+        steps = {row["step"] for _, row in read_jsonl(self.metrics) if _is_step(row)}
         return next(step for step in itertools.count() if step + 1 not in steps)
 
     @property
@@ -226,14 +235,19 @@ class RunFolder:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file that this program can write again; None if it is missing or damaged."""
+    """The JSON object in a file that this program can write again; None if it is missing or damaged.
+
+    A record that :func:`~video_opd.training.digests.sealed` wrote is read only if it is as it was written.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) and path.exists():
+    if isinstance(record, dict) and is_intact(record):
+        return record
+    if path.exists():
         log(f"{path} is damaged: it is made again")
-    return record if isinstance(record, dict) else None
+    return None
 
 
 def _moved_along(old: Any, stored: Recipe, new: Any, recipe: Recipe) -> bool:
@@ -249,7 +263,7 @@ def _moved_along(old: Any, stored: Recipe, new: Any, recipe: Recipe) -> bool:
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("step"), int)
+    return type(row.get("step")) is int
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -281,7 +281,8 @@ def load_optimizer_state(
     """Gives the optimiser what :func:`optimizer_state` returned, in whatever shards the weights are now.
 
     Every process has read the file. A sharded model must be in shards. Earlier versions numbered the weights
-    in the order of the optimiser; such a state is read, too.
+    in the order of the optimiser; such a state is read, too. Raises ``ValueError`` or ``KeyError`` for one
+    of other weights.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -298,6 +299,7 @@ def load_optimizer_state(
     if isinstance(plain, LowPrecisionAdamW):
         plain.load_named_state(names, saved)
         return
+    _check_shapes(names, saved)
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_optimizer_state_dict(model, plain, saved, options=options)
     for parameter in list(optimizer.state):
@@ -308,18 +310,33 @@ def load_optimizer_state(
 def _by_name(
     names: Mapping[torch.Tensor, str], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """An optimiser's state with weights' names in place of their numbers, if it has numbers."""
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    """An optimiser's state with weights' names in place of their numbers, if it has numbers. The settings are
+    the optimiser's own, which the recipe decides. Raises ``ValueError`` for what is no moment."""
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    ordered = [name for group in groups for name in group["params"]]
 
     def name(key: int | str) -> str:
         return ordered[key] if isinstance(key, int) else key
 
-    return {
-        "state": {name(key): moments for key, moments in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [name(key) for key in group["params"]]} for group in state["param_groups"]
-        ],
-    }
+    found = {name(key): moments for key, moments in state["state"].items()}
+    for each, moments in found.items():
+        for key, value in moments.items():
+            if not isinstance(value, torch.Tensor) or not (
+                value.is_floating_point() or value.dtype == torch.uint8
+            ):
+                raise ValueError(f"{key} of {each} is no moment")
+    return {"state": found, "param_groups": groups}
+
+
+def _check_shapes(names: Mapping[torch.Tensor, str], saved: Mapping[str, Any]) -> None:
+    shapes = {name: weight.shape for weight, name in names.items()}
+    for name, moments in saved["state"].items():
+        for key, value in moments.items():
+            if value.shape != (torch.Size(()) if key == "step" else shapes[name]):
+                raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}")
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

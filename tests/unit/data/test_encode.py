@@ -1,5 +1,6 @@
 """The model's input: the processor's own tensors, with our frames and our times."""
 
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -143,8 +144,8 @@ def test_a_processor_that_nests_otherwise_is_found_out():
         markers = f"<|vision_start|>{real.video_token}<|vision_end|>"
         return real(**{**kwargs, "text": [kwargs["text"][0].replace(real.video_token, markers)]})
 
-    with pytest.raises(AssertionError):
-        PromptEncoder(Spoilt(nested_again)).encode(make_clip([0.0, 0.5]), QUERY, "a")
+    with pytest.raises(UserError, match="around the video"):
+        PromptEncoder(Spoilt(nested_again))
 
 
 def thinking_processor() -> Any:
@@ -288,8 +289,27 @@ def no_types(real, kwargs):
     ("spoil", "word"), [(one_pad_less, "tokens"), (nominal_times, "times"), (no_types, "video")]
 )
 def test_a_processor_that_disagrees_is_found_out(spoil, word):
-    with pytest.raises(AssertionError, match=word):
-        PromptEncoder(Spoilt(spoil)).encode(make_clip([0.0, 0.5, 1.0, 1.5]), QUERY, "a")
+    with pytest.raises(UserError, match=f"cannot encode a video .*{word}"):
+        PromptEncoder(Spoilt(spoil))
+
+
+ABSURD: list[tuple[str, Any]] = [
+    *(("patch_size", value) for value in (0, -16, 10**9, "16", None, 16.0, math.nan, 1e300)),
+    *(("merge_size", value) for value in (0, -2, "2", None)),
+    *(("temporal_patch_size", value) for value in (0, 1, "2", None, 1e300)),
+    *(("image_mean", value) for value in ([math.nan] * 3, [1e300] * 3, ["x"] * 3, [0.5] * 2, None, "0.5")),
+    *(("image_std", value) for value in ([0.0] * 3, [math.nan] * 3, [1e-320] * 3, [None] * 3, [])),
+    *(("rescale_factor", value) for value in (math.nan, math.inf, 1e300, "x")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ABSURD)
+def test_a_processor_that_can_encode_no_video_is_refused(name: str, value: Any) -> None:
+    absurd = build_processor()
+    setattr(absurd.video_processor, name, value)
+    with pytest.raises(UserError, match=r"processor's video tokens|cannot encode a video") as refused:
+        PromptEncoder(absurd)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
 
 
 def test_another_family_of_processors_is_refused():

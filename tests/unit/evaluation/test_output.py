@@ -153,6 +153,20 @@ def test_an_output_that_an_earlier_version_began_is_continued(tmp_path: Path, si
     assert (len(kept) == 7) == (expected == length) and not block.exists()
 
 
+@pytest.mark.parametrize("size", ["", "nonsense", "-5", "9" * 5000, "1e3", "60"])
+@pytest.mark.parametrize("name", ["0", "x", "", "9"])
+def test_a_damaged_end_of_a_block_keeps_the_rows_of_a_process(tmp_path: Path, name: str, size: str) -> None:
+    """Its rows are whole lines either way; a size that is none, and that of no process, cuts nothing."""
+    out, part = tmp_path / "p.jsonl", process_file_path(tmp_path / "p.jsonl", 0)
+    provenance_path(out).write_text(json.dumps(MADE))
+    part.write_text("".join(json.dumps(row(number)) + "\n" for number in range(3)))
+    (tmp_path / f"p.jsonl.window-{name}").write_text(size)
+    length = len(json.dumps(row(0))) + 1
+    kept = {"-5": 0, "60": 60 // length}.get(size, 3) if name == "0" else 3
+    assert Output(out, MADE, repeatable=True).ids == {f"s{number}" for number in range(kept)}
+    assert not list(tmp_path.glob("*.window*")) and not part.exists()
+
+
 def test_a_kill_during_a_merge_leaves_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "p.jsonl"
     written(out)

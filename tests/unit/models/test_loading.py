@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from video_opd.errors import UserError
 from video_opd.models import checkpoint_files
 from video_opd.models.checkpoint_files import check_model_files
 from video_opd.models.inference import read_inference_config, read_saved_settings, trained_video_form
-from video_opd.models.loading import load_model, read_config
+from video_opd.models.loading import load_model, load_teacher, read_config
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vision_attention import NAME
@@ -132,6 +133,25 @@ def quantise(folder: Path, method: str) -> None:
     edit_config(folder, quantization_config={"quant_method": method, "weight_block_size": [16, 16]})
 
 
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "model.safetensors"
+    blob = file.read_bytes()
+    size = int.from_bytes(blob[:8], "little")
+    text = json.dumps(change(json.loads(blob[8 : 8 + size]))).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + blob[8 + size :])
+
+
+def index_of(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def other_patches(folder: Path) -> None:
+    """32 px a token, as the encoder needs, and not as the vision tower reads them."""
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["video_processor"] |= {"patch_size": 32, "merge_size": 1}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+
+
 def drop_processor(folder: Path) -> None:
     for pattern in ("*processor*", "token*", "chat_template*", "special*"):
         for file in folder.glob(pattern):
@@ -159,6 +179,19 @@ def drop_processor(folder: Path) -> None:
         (lambda f: quantise(f, "bitsandbytes"), r"quantised \(bitsandbytes\)"),
         (drop_weight, "1 weights are missing, first 'lm_head.weight'"),
         (drop_processor, "processor"),
+        (lambda f: edit_header(f, lambda header: []), "the weights cannot be loaded"),
+        (
+            lambda f: edit_header(f, lambda header: {**header, "lm_head.weight": 3}),
+            "weights cannot be loaded",
+        ),
+        (
+            lambda f: edit_header(f, lambda header: {**header, "lm_head.weight": {"data_offsets": ["a"]}}),
+            "the weights cannot be loaded",
+        ),
+        (lambda f: index_of(f, ["a"]), "does not say which file each weight is in"),
+        (lambda f: index_of(f, {"a": [1]}), "does not say which file each weight is in"),
+        (other_patches, "its processor has patch_size 32, and config.json has patch_size 16"),
+        (lambda f: os.mkfifo(f / "notes"), "notes is not a plain file"),
     ],
 )
 def test_a_damaged_folder_is_named(folder: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -215,6 +248,14 @@ def test_a_weight_without_a_place_is_said(folder: Path, capsys: pytest.CaptureFi
     save_file(weights | {"extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
     load_model(folder)
     assert "1 weights have no place in the model, first 'extra.weight'" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
+    content = {"base_model_name_or_path": str(tmp_path)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    assert trained_video_form(tmp_path) == "release"
+    with pytest.raises(UserError, match="an adapter, and its base cannot be read"):
+        load_teacher(tmp_path, "float32", "cpu")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c", "missing"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import math
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -264,6 +265,11 @@ def adapter(folder: Path, **settings: Any) -> Path:
         {"target_modules": "("},
         {"target_modules": None},
         {"lora_alpha": None},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": math.inf},
+        {"lora_alpha": -4},
+        {"lora_alpha": True},
+        {"lora_alpha": 10**400},
     ],
 )
 def test_an_adapter_of_more_than_rank_alpha_and_layers_is_refused(

@@ -213,6 +213,17 @@ def test_a_run_whose_recipe_nobody_states_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path).claim(make_recipe(tmp_path))
 
 
+@pytest.mark.parametrize("place", ["metrics.jsonl", "recipe.yaml", "eval/x", "checkpoints/x", "round-1/x"])
+def test_a_pipe_in_a_run_folder_is_refused_before_it_is_waited_for(tmp_path: Path, place: str) -> None:
+    pipe = tmp_path / place
+    pipe.parent.mkdir(exist_ok=True)
+    os.mkfifo(pipe)
+    folder = RunFolder(tmp_path)
+    for claim in (folder.claim, folder.claim_for_rounds):
+        with pytest.raises(UserError, match=f"{pipe.name}: not a plain file; remove it"):
+            claim(make_recipe(tmp_path))
+
+
 def test_rounds_that_moved_with_their_folder_go_on(tmp_path: Path) -> None:
     def recipe(place: Path) -> Any:
         own = place / "round-2"

@@ -156,6 +156,7 @@ def test_a_selection_is_that_of_the_command(
         out.unlink()
         record = read(path / "select.json")
         # A later start knows by it whether the selection is still the one that was made.
+        assert len(record.pop("digest")) == 64
         assert record.pop("sha256") == hashlib.sha256((path / "selected.jsonl").read_bytes()).hexdigest()
         assert record == json.loads(json.dumps(summary.to_json()))
         used += ids(path / "selected.jsonl")
