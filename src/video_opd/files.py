@@ -17,18 +17,40 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import glob
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from video_opd.errors import UserError
 
 MOST_TEXT_BYTES = 1 << 24  # of a file that holds one record: settings, a summary, a list of files
+_LINK_MEMORY = 4096  # folders; videos of a data file share few
 UNFINISHED = ".part-"  # the names of unfinished files and folders begin with it
 REPLACED = ".old-"  # the same for a folder that is about to be removed
 _RANDOM_BYTES = 4  # at the end of the name of an unfinished file, in hexadecimal digits
+
+
+def relative_path(path: str | Path, folder: str | Path) -> str:
+    """``path`` as it is written into a file that lies in ``folder``: relative to that, with slashes.
+
+    Where ``folder`` lies behind a symbolic link, ``..`` leaves the folder that the link points to. The
+    result then goes by the real folders; everywhere else it is that of ``os.path.relpath``.
+    """
+    path, here = Path(path), os.getcwd()
+    parent = _relative_folder(os.path.join(here, path.parent), os.path.join(here, folder))
+    return PurePosixPath(Path(parent).as_posix(), path.name).as_posix()
+
+
+@functools.lru_cache(_LINK_MEMORY)
+def _relative_folder(path: str, folder: str) -> str:
+    relative = os.path.relpath(path, folder)
+    real, real_folder = os.path.realpath(path), os.path.realpath(folder)
+    if os.path.realpath(os.path.join(real_folder, relative)) == real:
+        return relative
+    return os.path.relpath(real, real_folder)
 
 
 @contextlib.contextmanager

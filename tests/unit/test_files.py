@@ -13,7 +13,14 @@ import pytest
 
 from video_opd import files
 from video_opd.errors import UserError
-from video_opd.files import discard_unfinished, read_text, replacing_file, replacing_folder, write_text
+from video_opd.files import (
+    discard_unfinished,
+    read_text,
+    relative_path,
+    replacing_file,
+    replacing_folder,
+    write_text,
+)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -270,3 +277,25 @@ def test_without_locks_nothing_that_may_be_written_is_removed(
         temporary.write_text("whole")
         discard_unfinished(tmp_path)
     assert content(tmp_path) == {"a.txt": "whole"}
+
+
+def test_a_relative_path_holds_behind_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``..`` behind a link leaves the folder that it points to. Without links nothing changes."""
+    for folder in ("videos/more", "runs/a", "disk/far/away"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/linked").symlink_to(tmp_path / "disk/far/away")
+    (tmp_path / "seen").symlink_to(tmp_path / "videos")
+    monkeypatch.chdir(tmp_path / "runs")
+    video = tmp_path / "videos/more/v.mp4"
+    video.write_bytes(b"v")
+    assert relative_path(video, tmp_path / "runs/a") == "../../videos/more/v.mp4"
+    assert relative_path("../seen/more/v.mp4", "a") == "../../seen/more/v.mp4"
+    assert relative_path(video, tmp_path / "videos/more") == "v.mp4"
+    for folder in ("linked", "a"):
+        for path in (
+            video,
+            tmp_path / "seen/more/v.mp4",
+            Path("../seen/more/v.mp4"),
+            Path("linked/../../../seen/more/v.mp4"),
+        ):
+            assert (Path(folder) / relative_path(path, folder)).samefile(video)

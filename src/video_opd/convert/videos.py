@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from video_opd.convert.formats.video_names import ending_of, stem_of
 from video_opd.errors import UserError
+from video_opd.files import relative_path
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
@@ -68,7 +69,7 @@ class Videos:
         assert self.root is not None
         if self.root.is_absolute():
             return (self.root / path).as_posix()
-        return Path(os.path.relpath(self.root / path, self.folder)).as_posix()
+        return relative_path(self.root / path, self.folder)
 
 
 def _spellings(name: str) -> list[str]:

@@ -20,6 +20,7 @@ from video_opd.curriculum.lazy import LazyTopK
 from video_opd.curriculum.samplers import Selection, rank_value, select
 from video_opd.curriculum.score_files import read_scores
 from video_opd.errors import UserError
+from video_opd.files import relative_path
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.types import Score, Strategy
 
@@ -222,7 +223,7 @@ class _Mover:
         # A file that is not there was meant for a --video-root, so its path stays.
         if self.moves and not video.is_absolute() and os.path.exists(self.base / video):
             assert self.target is not None
-            row["video"] = Path(os.path.relpath(self.base / video, self.target)).as_posix()
+            row["video"] = relative_path(self.base / video, self.target)
         return row
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.files import relative_path
 from video_opd.jsonl import read_lines, write_jsonl
 from video_opd.types import Sample
 
@@ -138,7 +138,7 @@ def write_rows(path: str | Path, rows: Iterable[Sample | Mapping[str, Any]]) -> 
 def _row(sample: Sample, folder: Path) -> dict[str, Any]:
     row = dict(sample.row) | {
         "id": sample.id,
-        "video": Path(os.path.relpath(sample.video, folder)).as_posix(),
+        "video": relative_path(sample.video, folder),
         "query": sample.query,
         "duration": sample.duration_s,
         "spans": [list(span) for span in sample.spans],

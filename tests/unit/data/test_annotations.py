@@ -35,6 +35,16 @@ def test_videos_are_relative_to_the_root_or_absolute(tmp_path):
     assert a.video == Path("/videos/v/a.mp4") and b.video == Path("/data/b.mp4")
 
 
+def test_rows_that_are_written_behind_a_link_keep_their_videos(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/a.mp4").write_bytes(b"v")
+    (tmp_path / "disk/far/away").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk/far/away")
+    write_rows(tmp_path / "run/out.jsonl", read_samples(data_file(tmp_path, ROW)))
+    (sample,) = read_samples(tmp_path / "run/out.jsonl")
+    assert sample.video.samefile(tmp_path / "v/a.mp4")
+
+
 def test_rows_without_spans_or_duration_are_questions(tmp_path):
     bare = {"id": "a", "video": "a.mp4", "query": "q"}
     annotations = read_annotations(
