@@ -68,6 +68,7 @@ def write_video(
     matrix: tuple[int, int, int, int] | None = None,
     streams: int = 1,
     default: int | None = None,
+    pixel_aspect: Fraction | None = None,
     change: Callable[[int, av.Packet], av.Packet | None] | None = None,
 ) -> Path:
     """Writes ``count`` numbered frames at a constant rate, at ``times_s``, or at ``ticks`` of 1 / ``fps``.
@@ -84,6 +85,8 @@ def write_video(
             assert isinstance(stream, av.VideoStream)
             stream.height, stream.width = size
             stream.pix_fmt = pixel_format(codec)
+            if pixel_aspect is not None:
+                stream.codec_context.sample_aspect_ratio = pixel_aspect
             if times_s is not None:
                 stream.time_base = stream.codec_context.time_base = Fraction(1, CLOCK)
             if rotation:
@@ -140,6 +143,25 @@ def check_frames(
         clip = load_clip(path, native_budget(max_frames))
         assert [read_number(frame) for frame in clip.frames] == [numbers[k] for k in clip.frame_indices]
         assert clip.times_s == pytest.approx(times_s[clip.frame_indices], abs=tolerance_s)
+
+
+def write_with_picture(path: Path, count: int, *, place: int, fps: int = 25) -> Path:
+    """A video of ``count`` frames, and a larger stream of one picture at this place. Both are default."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for number in range(2):
+            stream = container.add_stream("libx264", rate=fps)
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width = (128, 384) if number == place else (64, 192)
+            stream.pix_fmt, stream.disposition = "yuv420p", av.stream.Disposition.default
+            streams.append(stream)
+        for number in range(count):
+            for stream in streams[:: 1 if place else -1][: 2 if number == 0 else 1]:
+                picture = numbered_frame(number, stream.height, stream.width)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    return path
 
 
 def write_sizes(path: Path, count: int, heights: Sequence[int], fps: int = 25) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,9 +157,19 @@ def _begins_alone(frame: av.VideoFrame) -> bool:
     return bool(frame.key_frame) or frame.pict_type == av.video.frame.PictureType.I
 
 
-def as_shown(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [H, W, 3], RGB, turned and mirrored as the file says."""
-    return orientation_of(frame).apply(frame.to_ndarray(format="rgb24"))
+def as_shown(frame: av.VideoFrame, path: Path) -> np.ndarray:
+    """uint8 [H, W, 3], RGB, turned and mirrored as the file says. Raises VideoError for unknown colours."""
+    with refusing_colours(path):
+        return orientation_of(frame).apply(frame.to_ndarray(format="rgb24"))
+
+
+@contextlib.contextmanager
+def refusing_colours(path: Path) -> Iterator[None]:
+    """Inside, a conversion of colours that FFmpeg cannot compute raises VideoError."""
+    try:
+        yield
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(path, f"its colours cannot be converted ({describe(error)})") from None
 
 
 def _stretches(index: PacketIndex, wanted: np.ndarray, lead: int) -> tuple[np.ndarray, np.ndarray]:

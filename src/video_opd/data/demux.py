@@ -20,6 +20,7 @@ from typing import Any
 import av
 
 from video_opd.data.containers import MAX_FRAME_PX, WatchedFile, open_options
+from video_opd.data.edit_lists import edit_list_fault, top_boxes
 from video_opd.errors import UserError
 
 MAX_PACKETS = 5_000_000  # eleven hours at 120 fps: a file with more is broken, or not a video
@@ -70,6 +71,7 @@ class PacketTable:
     continues: bool  # the demuxer reads on where another file was joined to the first
     packed: bool = False  # DivX's two pictures in a packet: the decoder keeps the second when it is flushed
     time_base: Fraction
+    pixel_aspect: Fraction | None  # width ÷ height of a stored pixel, as players show it; None: not said
     rate: Fraction | None  # the container's or the codec's claim, never a demuxer's default
     promised_s: float | None  # the duration that the header states
     promise_from_zero: bool = False  # whether it counts from 0 and not from the first frame
@@ -141,7 +143,7 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.Video
     """Returns the stream that players show: the default one, else the largest, else the first.
 
     It decodes with one thread, because videos are decoded in parallel, not their frames. Cover pictures and
-    thumbnails do not count as video.
+    thumbnails do not count as video; a stream of a single picture counts only if there is no other.
     """
     streams = [s for s in container.streams.video if not any(s.disposition & flag for flag in _NOT_FILM)]
     if not streams:
@@ -160,10 +162,11 @@ def video_stream(container: av.container.InputContainer, path: Path) -> av.Video
     return stream
 
 
-def _preference(stream: av.VideoStream) -> tuple[bool, int]:
+def _preference(stream: av.VideoStream) -> tuple[bool, bool, int]:
     context: av.VideoCodecContext | None = stream.codec_context
     size_px = 0 if context is None else context.width * context.height
-    return bool(stream.disposition & av.stream.Disposition.default), size_px
+    is_default = bool(stream.disposition & av.stream.Disposition.default)
+    return stream.frames != 1, is_default, size_px  # 0 frames: nobody says how many
 
 
 def read_packets(path: Path) -> PacketTable:
@@ -171,6 +174,8 @@ def read_packets(path: Path) -> PacketTable:
     with _open_watched(path) as (container, file):
         stream = video_stream(container, path)
         table = _describe_stream(container, stream)
+        if container.format.name.startswith("mov") and (fault := edit_list_fault(path, stream.id)):
+            raise VideoError(path, f"{fault}; export it anew with the program that made it")
         sure = table.raw or not table.reorders or container.format.name.startswith(_TIMED_FORMATS)
         if sure:
             _fill(table, _packets(container, file, path), container.format.name, stream, path)
@@ -224,6 +229,7 @@ def _describe_stream(container: av.container.InputContainer, stream: av.VideoStr
         discontinuous=bool(container.format.flags & DISCONTINUOUS),
         continues=container.format.name == "flv" or container.format.name not in _SIGNATURE_BYTES,
         time_base=stream.time_base,
+        pixel_aspect=stream.sample_aspect_ratio or None,
         rate=rate,
         promised_s=None,
     )
@@ -327,7 +333,7 @@ def _check_tail(path: Path, format_name: str, last: int) -> None:
     """
     with path.open("rb") as file:
         if format_name.startswith("mov"):
-            joined = _count_movies(file, path.stat().st_size) > 1
+            joined = top_boxes(path).count(b"moov") > 1
         elif format_name in _SIGNATURE_BYTES:
             signature = file.read(_SIGNATURE_BYTES[format_name])
             # NUT's demuxer takes the second file for packets of the first.
@@ -341,19 +347,3 @@ def _check_tail(path: Path, format_name: str, last: int) -> None:
         raise VideoError(
             path, "several files joined byte by byte, of which only the first can be read: join them anew"
         )
-
-
-def _count_movies(file: Any, size: int) -> int:
-    """How many ``moov`` boxes an MP4 file has at its top level."""
-    at = count = 0
-    while at + 8 <= size:
-        file.seek(at)
-        header = file.read(16)
-        length = int.from_bytes(header[:4], "big")
-        if length == 1:
-            length = int.from_bytes(header[8:16], "big")
-        count += header[4:8] == b"moov"
-        if length < 8:
-            break  # 0: the box goes on to the end of the file
-        at += length
-    return count

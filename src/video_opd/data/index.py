@@ -62,6 +62,7 @@ class PacketIndex:
     nominal_fps: Fraction | None  # the rate that container or codec claim
     size_px: tuple[int, int]  # (height, width) as shown
     orientation: Orientation  # orientation of the first frame
+    pixel_aspect: Fraction | None  # width ÷ height of a stored pixel, as players show it; None: not said
     stream_index: int
     codec: str
 
@@ -127,6 +128,7 @@ def _index(
         nominal_fps=table.rate,
         size_px=orientation.size_px(table.first.height, table.first.width),
         orientation=orientation,
+        pixel_aspect=table.pixel_aspect,
         stream_index=table.stream_index,
         codec=table.codec,
     )

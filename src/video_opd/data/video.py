@@ -265,7 +265,7 @@ def _choose(info: VideoInfo, times_s: np.ndarray, n_frames: int) -> np.ndarray:
 
 def _pyav_frames(path: Path, index: PacketIndex, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     for number, frame in decode_frames(path, index, wanted):
-        yield number, as_shown(frame)
+        yield number, as_shown(frame, path)
 
 
 def _resize(rgb: np.ndarray, height_px: int, width_px: int) -> np.ndarray:

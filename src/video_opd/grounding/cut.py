@@ -16,8 +16,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import Colorspace
 
-from video_opd.data.decode import IndexMismatch, decode_frames
+from video_opd.data.decode import IndexMismatch, decode_frames, refusing_colours
 from video_opd.data.demux import VideoError, describe, open_container
 from video_opd.data.index import PacketIndex, read_index
 from video_opd.data.orientation import Orientation, orientation_of
@@ -30,6 +31,7 @@ CRF = "18"  # x264's quality setting; the clip hardly differs visibly from its s
 CLOCK_HZ = 90_000  # time base of the clip, fine enough for any frame rate
 # Sample rates that are kept. Sound with another rate is resampled to the first of these.
 AAC_HZ = (48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000)
+RGB_MATRIX = 0  # matrix_coefficients of ITU-T H.273 that says: no matrix, the planes are G, B and R
 PREROLL_S = 1.0  # a sound decoder needs the packets shortly before the first wanted sample, too
 JITTER_S = (
     0.005  # a smaller gap between sound frames is rounding: a container's clock is coarser than a sample
@@ -96,12 +98,14 @@ def _write(video: Path, index: PacketIndex, first: int, stop: int, out: Path) ->
     if frame is None:
         raise VideoError(video, "corrupt: none of the frames of the clip can be decoded")
     with av.open(str(out), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        picture = _picture_stream(container, frame)
+        with refusing_colours(video):
+            picture = _picture_stream(container, frame, index.pixel_aspect)
         sound = _Sound(container, video, origin_s=index.origin_s, span=(start_s, end_s))
         # A frame that cannot be decoded is left out, and the frame before it is shown for longer.
         number = first
         for following, after in itertools.chain(decoded, [(stop, None)]):
-            shown = frame.reformat(picture.width, picture.height, "yuv420p")
+            with refusing_colours(video):
+                shown = frame.reformat(picture.width, picture.height, "yuv420p")
             shown.pts, shown.time_base = int(ticks[number - first]), Fraction(1, CLOCK_HZ)
             shown.pict_type = av.video.frame.PictureType.NONE  # x264 chooses the keyframes
             container.mux(_lasting(picture.encode(shown), int(ticks[-1])))
@@ -120,8 +124,10 @@ def _lasting(packets: list[av.Packet], end: int) -> list[av.Packet]:
     return packets
 
 
-def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame) -> av.VideoStream:
-    """Adds a stream with the rotation, colours and size of ``like``.
+def _picture_stream(
+    container: av.container.OutputContainer, like: av.VideoFrame, pixel_aspect: Fraction | None
+) -> av.VideoStream:
+    """Adds a stream with the rotation, colours and size of ``like``, and pixels of the given shape.
 
     An odd height or width loses one row or column, because 4:2:0 subsampling needs even sides.
     """
@@ -133,7 +139,11 @@ def _picture_stream(container: av.container.OutputContainer, like: av.VideoFrame
     context = stream.codec_context
     stream.time_base = context.time_base = Fraction(1, CLOCK_HZ)
     shown = like.reformat(format="yuv420p")
-    context.color_range, context.colorspace = shown.color_range, shown.colorspace
+    # Pictures in RGB become YUV by FFmpeg's usual matrix; a player would take a stream marked as RGB for RGB.
+    matrix = Colorspace.ITU601 if shown.colorspace == RGB_MATRIX else shown.colorspace
+    context.color_range, context.colorspace = shown.color_range, int(matrix)
+    if pixel_aspect is not None:
+        context.sample_aspect_ratio = pixel_aspect
     context.color_primaries, context.color_trc = shown.color_primaries, shown.color_trc
     if (orientation := orientation_of(like)) != Orientation():
         stream.set_display_matrix(orientation.matrix(stream.height, stream.width))

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 from video_cases import check_frames as check
-from video_cases import decode_all, read_number, write_sizes, write_video
+from video_cases import decode_all, read_number, write_sizes, write_video, write_with_picture
 from video_cases import native_budget as native
 
 from video_opd.data import decode
@@ -435,6 +435,17 @@ def test_without_a_default_the_largest_stream_is_shown(tmp_path: Path, suffix: s
     path = write_sizes(tmp_path / f"v{suffix}", 20, (32, 96, 64))
     assert probe(path).size_px == (96, 288)
     check(path, range(96, 116))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_single_picture_beside_a_video_is_not_shown(tmp_path: Path, place: int) -> None:
+    check(write_with_picture(tmp_path / "v.mp4", 20, place=place), range(20))
+
+
+def test_colours_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.mp4", X264, {"x264-params": "colormatrix=YCgCo"})
+    with pytest.raises(VideoError, match="its colours cannot be converted"):
+        load_clip(path, native())
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def table(
         raw=False,
         discontinuous=mpeg,
         continues=True,
+        pixel_aspect=None,
         time_base=Fraction(1, 25),
         rate=Fraction(25),
         promised_s=None,

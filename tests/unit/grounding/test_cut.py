@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
 from places import REAL
 from video_cases import numbered_frame, numbers_and_times, write_sound, write_video
 
@@ -230,6 +231,22 @@ def test_a_turned_video_stays_turned(tmp_path: Path) -> None:
     assert probe(tmp_path / "clip.mp4").size_px == probe(video).size_px == (192, 64)
     with av.open(str(video)) as a, av.open(str(tmp_path / "clip.mp4")) as b:
         assert next(a.decode(video=0)).rotation == next(b.decode(video=0)).rotation != 0
+
+
+def test_pixels_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", 20, pixel_aspect=Fraction(16, 11))
+    cut_clip(video, (0.5, 1.5), tmp_path / "clip.mp4")
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mov"])
+def test_a_clip_of_a_video_in_rgb_is_not_marked_as_rgb(tmp_path: Path, suffix: str) -> None:
+    """Its pictures are YUV, and a player would show these as RGB: green and violet."""
+    video = write_video(tmp_path / f"v{suffix}", 20, codec="libx264rgb")
+    cut_clip(video, (0.5, 1.5), tmp_path / "clip.mp4")
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert next(container.decode(video=0)).colorspace == Colorspace.ITU601
 
 
 def test_what_cannot_be_cut(film: Path, tmp_path: Path) -> None:
