@@ -75,7 +75,10 @@ _WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
 # Digits without a space between them are two numbers if one of these stands there. If not, they are parts of
 # one notation: "1_000", "10^2", "1·5", and "1" and "2" around an invisible character. Points in a row
 # are an ellipsis.
-_APART = r"\s\-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒()\[\]{}（）【】《》〈〉「」『』〔〕\"“”„«»#%"
+_APART = (
+    r"\s\x00-\x1f\x7f\-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒"
+    r"()\[\]{}（）【】《》〈〉「」『』〔〕\"“”„«»#%"
+)
 _JOINT = rf"(?!\.\.)(?:_|[^\w{_APART}])"
 _JOINED_BEFORE = re.compile(rf"\d(?:{_JOINT})+\Z")
 _JOINED_AFTER = re.compile(rf"(?:{_JOINT}){{1,9}}\d")

@@ -622,6 +622,7 @@ NOTATIONS: list[Row] = [
     ("from 12 and a half to 15", "none", None),
     ("12 to 15 seconds and a half", "none", None),
     ("1\u200b2 to 13", "none", None),
+    ("15.\x180 to 17.00", "to", (0.0, 17.0)),  # a control character is a blank
     ("12:30.5 to 12:40.5", "clock", (750.5, 760.5)),
     # what keeps two numbers apart without a space
     ("1;12-17", "dash", WHOLE),
