@@ -35,8 +35,6 @@ def worker_pool(workers: int | None = None, start_method: str = "spawn") -> Iter
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        parents_end.close()
-        lifeline.close()
 
 
 @contextmanager

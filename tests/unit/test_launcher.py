@@ -13,11 +13,13 @@ import pytest
 from places import SRC
 from process_cases import is_alive, needs_proc, wait_until
 
+from video_opd.processes import _launcher_was_gone
+
 WORKER = """
 import pathlib, sys, threading, time
-from video_opd.processes import follow_launcher
-follow_launcher()
-follow_launcher()
+from video_opd.processes import Processes, follow_launcher as follow
+{follow}
+{follow}
 assert threading.active_count() <= 2  # it follows once
 pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
 while True:
@@ -26,10 +28,10 @@ while True:
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
 
-def launch(note: Path, **environment: str) -> subprocess.Popen[bytes]:
+def launch(note: Path, follow: str = "follow()", **environment: str) -> subprocess.Popen[bytes]:
     """A launcher, whose worker writes its process id into ``note`` if it goes on."""
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, WORKER, str(note)],
+        [sys.executable, "-c", LAUNCHER, WORKER.format(follow=follow), str(note)],
         env=os.environ | {"PYTHONPATH": str(SRC)} | environment,
     )
 
@@ -45,8 +47,9 @@ def launched(note: Path, **environment: str) -> tuple[subprocess.Popen[bytes], i
 
 
 @needs_proc
-def test_a_worker_ends_with_its_launcher(tmp_path: Path) -> None:
-    launcher, worker = launched(tmp_path / "pid", TORCHELASTIC_RUN_ID="none")
+@pytest.mark.parametrize("follow", ["follow()", "Processes.of_environment()"])
+def test_a_worker_ends_with_its_launcher(tmp_path: Path, follow: str) -> None:
+    launcher, worker = launched(tmp_path / "pid", follow=follow, TORCHELASTIC_RUN_ID="none")
     assert is_alive(worker)
     launcher.kill()
     launcher.wait()
@@ -90,6 +93,21 @@ def test_a_worker_whose_launchers_store_answers_goes_on(tmp_path: Path) -> None:
         wait_until(lambda: not is_alive(worker))
 
 
+def test_a_store_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile nobody watches the launcher."""
+
+    def silent(address: tuple[str, int], timeout: float | None = None) -> None:
+        assert timeout is not None and timeout <= 60, "it would wait for minutes"
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", silent)
+    for name, value in (("USE_AGENT_STORE", "True"), ("RUN_ID", "none")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "10.255.255.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert not _launcher_was_gone()
+
+
 @needs_proc
 def test_another_parent_may_leave_before_its_child(tmp_path: Path) -> None:
     """Two workers, one of a launcher: when that one has ended, the other had the time to end, too."""
@@ -106,15 +124,28 @@ def test_another_parent_may_leave_before_its_child(tmp_path: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize("agents", ["True", "False"])
-def test_a_worker_whose_launcher_was_gone_before_it_looked_ends(tmp_path: Path, agents: str) -> None:
+def test_a_worker_whose_launcher_was_gone_before_it_looked_ends(tmp_path: Path) -> None:
     """It never saw the launcher alive; but nobody listens where the launcher's store was."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused, and nobody takes it
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-        environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": agents, **address}
-        launcher = launch(tmp_path / "pid", **environment)
-        if agents == "False":  # the store is the first worker's own, which may not be there yet
-            assert is_alive(worker_of(tmp_path / "pid"))
-            launcher.kill()
-        launcher.wait(timeout=300)  # it waits for its worker
+        environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", **address}
+        launch(tmp_path / "pid", **environment).wait(timeout=300)  # it waits for its worker
+
+
+@pytest.mark.parametrize("agents", ["True", "False", None])
+def test_a_store_that_is_the_first_workers_own_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, agents: str | None
+) -> None:
+    """It may not be there yet."""
+
+    def refuse(*_: object, **settings: object) -> None:
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    if agents is not None:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agents)
+    assert _launcher_was_gone() == (agents == "True")

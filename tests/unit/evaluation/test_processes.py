@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,26 @@ def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes.of_environment()
     processes.wait()
     assert processes == Processes(rank=0, count=1) and processes.first
+    assert processes.gather("mine") == ["mine"] and processes.on_first(lambda: 3) == 3
+
+
+def test_they_wait_for_each_other(tmp_path: Path) -> None:
+    def work(processes: Processes) -> Any:
+        if not processes.first:
+            time.sleep(0.5)
+            (tmp_path / "there").touch()
+        processes.wait()
+        return (tmp_path / "there").exists()
+
+    assert in_processes(2, work, tmp_path) == [True, True]
+
+
+def test_several_are_connected_once_and_wait_for_as_long_as_a_stage_takes(tmp_path: Path) -> None:
+    def work(processes: Processes) -> Any:
+        from torch import device, distributed
+
+        assert Processes.of_environment() == processes  # a second command of this process
+        group = distributed.distributed_c10d._get_default_group()
+        return [group._get_backend(device("cpu")).options._timeout.days, processes.gather(processes.rank)]
+
+    assert in_processes(2, work, tmp_path) == [[30, [0, 1]]] * 2
