@@ -6,9 +6,12 @@ Each configuration makes two steps by the training loop's own code, in processes
 prompts, from which on moments exist, and one on prompts of 1,000 tokens, which is measured. Two figures are
 taken:
 
-- ``resident``: the largest resident set less that after the imports, before a model is loaded. Allocations of
-  64 KiB or more are given back to the system at once (``MALLOC_MMAP_THRESHOLD_``), so the allocator keeps
-  nothing; temporaries inside an operation, Python's own objects and the C++ parts of libraries are in it.
+- ``resident``: the largest resident set less that before the models are loaded. By then the process has made
+  the same steps with models of some hundred thousand weights, so libraries are loaded, and what they take is
+  the constant that a plan for a CPU leaves out (``runtime_bytes``). Allocations of 64 KiB or more are given
+  back to the system at once (``MALLOC_MMAP_THRESHOLD_``), so the allocator keeps nothing, and of the kernels
+  that oneDNN compiles for each shape, a megabyte each, four are kept (``ONEDNN_PRIMITIVE_CACHE_CAPACITY``).
+  Temporaries inside an operation are in it.
 - ``tensors``: the storage of all tensors that are alive at once, at most. Every operation is seen by a
   dispatch mode; a storage counts from the operation that makes it, or first reads it, until it is freed.
 
@@ -20,12 +23,14 @@ stopped goes on; the plan is always made anew.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,17 +43,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from video_opd.bench.work import prompts_of
-from video_opd.config import METHODS, Recipe, recipe_from_dict
-from video_opd.config.messages import leaves
+from video_opd.config import Recipe, recipe_from_dict
 from video_opd.planning.plan import RecipeSizes
 from video_opd.training.stopwatch import Stopwatch
-from video_opd.types import Sample
+from video_opd.types import EncodedPrompt, Sample
 
 TEXT = {
     "hidden_size": 768, "intermediate_size": 2304, "num_attention_heads": 6, "num_key_value_heads": 2,
     "head_dim": 128, "vocab_size": 24000,
 }  # fmt: skip
-LAYERS = {"student": 8, "teacher": 10}
+LAYERS = {"student": 8, "teacher": 10, "small": 0}  # 0: the test model as it is
 VISION = {
     "hidden_size": 320, "intermediate_size": 1280, "depth": 8, "num_heads": 5, "out_hidden_size": 768,
     "num_position_embeddings": 2304, "deepstack_visual_indexes": [1, 3],
@@ -56,6 +60,13 @@ VISION = {
 TOKENS, SIDE_PX, RESPONSE = 1000, 256, 12
 SHORT = 40  # tokens of the first step's prompts
 ADAPTERS = {"lora.parts": ["vision", "merger", "language"], "model.freeze": ["lm_head"]}
+AS_8X80GB = {
+    "model.dtype": "bfloat16",
+    "model.sharding": "fsdp2",
+    "model.reduce": "micro_batch",
+    "teacher.dtype": "bfloat16",
+    "teacher.placement": "sharded",
+}
 #: (what it is, processes, settings beside those of ``BASE``).
 CONFIGURATIONS: list[tuple[str, int, dict[str, Any]]] = [
     ("full, keep", 1, {"model.gradient_checkpointing": False}),
@@ -72,23 +83,13 @@ CONFIGURATIONS: list[tuple[str, int, dict[str, Any]]] = [
     ("full, two processes, FSDP2, bfloat16", 2, {"model.sharding": "fsdp2", "model.dtype": "bfloat16"}),
     ("full, four processes, FSDP2", 4, {"model.sharding": "fsdp2"}),
     ("teacher in shards of two processes", 2, {"teacher.placement": "sharded", "model.sharding": "fsdp2"}),
-    (
-        "gradients reduced after each micro-batch, two processes",
-        2,
-        {"model.sharding": "fsdp2", "model.reduce": "micro_batch", "optim.batch_size": 4},
-    ),
-    (
-        "layers gathered one at a time, teacher in shards, four processes",
-        4,
-        {
-            "model.sharding": "fsdp2", "model.gather": "layer", "model.reduce": "micro_batch",
-            "teacher.placement": "sharded",
-        },
-    ),
+    ("as 8x80gb.yaml, two processes", 2, {**AS_8X80GB, "optim.batch_size": 4}),
+    ("as 8x80gb.yaml, four processes", 4, AS_8X80GB),
     ("teacher in int8", 1, {"teacher.quantization": "int8"}),
     ("moments in int8", 1, {"optim.moments": "int8"}),
-    ("weights in bfloat16, moments in int8", 1,
-     {"model.weights": "bfloat16", "optim.moments": "int8", "model.dtype": "bfloat16"}),
+    ("as 1x141gb.yaml", 1,
+     {"model.weights": "bfloat16", "optim.moments": "int8", "model.dtype": "bfloat16", "optim.batch_size": 2,
+      "teacher.dtype": "bfloat16", "teacher.quantization": "int8"}),
     ("adapters on an int8 base, teacher in int8", 1,
      {**ADAPTERS, "lora.base_quantization": "int8", "teacher.quantization": "int8",
       "model.dtype": "bfloat16"}),
@@ -110,12 +111,9 @@ def main() -> None:
         return
     out = Path(arguments.out)
     make_models(out)
-    known = leaves(*METHODS.values())
     records = []
-    for number, (name, processes, settings) in enumerate(CONFIGURATIONS):
-        missing = [key for key in settings if key != "method" and key not in known]
-        if missing or (arguments.only and number not in arguments.only):
-            print(f"{number} {name}: left out {missing}", flush=True)
+    for number, (name, processes, _) in enumerate(CONFIGURATIONS):
+        if arguments.only and number not in arguments.only:
             continue
         measured = measure(out, number, processes, again=arguments.again)
         recipe = recipe_of(out, number, processes)
@@ -171,9 +169,10 @@ def make_models(out: Path) -> None:
             continue
         base = build_model("test")
         config = base.config.to_dict()
-        config["text_config"] |= {**TEXT, "num_hidden_layers": layers}
-        config["text_config"]["rope_parameters"] |= {"mrope_section": [24, 20, 20]}
-        config["vision_config"] |= VISION
+        if layers:
+            config["text_config"] |= {**TEXT, "num_hidden_layers": layers}
+            config["text_config"]["rope_parameters"] |= {"mrope_section": [24, 20, 20]}
+            config["vision_config"] |= VISION
         config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
         torch.manual_seed(number)
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(config))
@@ -199,6 +198,7 @@ def run_processes(out: Path, number: int, processes: int) -> None:
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
@@ -251,28 +251,38 @@ def work(arguments: argparse.Namespace) -> None:
         lines = [json.dumps({"id": sample.id, **row}) for sample in samples]
         (out / "rows.jsonl").write_text("\n".join(lines) + "\n")
     accelerator.wait_for_everyone()
-    after_imports = resident_bytes("VmRSS")
-    tracker = LiveTensors()
-    with tracker:
+    mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
+
+    def two_steps(recipe: Recipe, batches: Sequence[Sequence[EncodedPrompt]], tracker: LiveTensors) -> Any:
         components = build_components(recipe, accelerator, RunFolder(recipe.run.dir), recipe.model.path)
-        settings = StepSettings.of(recipe, components.method.needs)
-        stages = StagePeaks(tracker)
+        settings, stages = StepSettings.of(recipe, components.method.needs), StagePeaks(tracker)
         stepper = Stepper(settings, accelerator, components, stages)
-        mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
-        for step, prompts in enumerate((short, long)):
-            tracker.start_again()
-            stages.peaks.clear()
+        for step, prompts in enumerate(batches):
+            stages.start_again()
             forget_peak()
             rows = [Row(position=i, sample=samples[i], prompt=prompts[i]) for i in mine]
             stepper.update(step, stepper.prepare(step, len(samples), rows))
+        stages.end()
+        return stages.peaks
+
+    small = {"model.path": str(out / "small"), "run.dir": f"{recipe.run.dir}-small"}
+    if recipe.teacher.path:
+        small["teacher.path"] = str(out / "small")
+    with LiveTensors() as tracker:
+        two_steps(recipe.changed(**small), (short, short), tracker)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    runtime = resident_bytes("VmRSS")
+    with LiveTensors() as tracker:
+        peaks = two_steps(recipe, (short, long), tracker)
     measured = {
         "processes": processes,
         **lengths_of(long),
         "prompts_a_step": len(long) // processes,
-        "tensor_bytes": max(tracker.peak, *stages.peaks.values()),
-        "stage_bytes": stages.peaks,
-        "after_imports_bytes": after_imports,
-        "resident_bytes": resident_bytes("VmHWM") - after_imports,
+        "tensor_bytes": max(peaks.values()),
+        "stage_bytes": peaks,
+        "runtime_bytes": runtime,
+        "resident_bytes": resident_bytes("VmHWM") - runtime,
         "largest": tracker.at_peak,
     }
     (out / f"measured-{number}-{accelerator.process_index}.json").write_text(json.dumps(measured))
@@ -317,6 +327,13 @@ class StagePeaks(Stopwatch):
         self.tracker = tracker
         self.peaks: dict[str, int] = {}
         self._open = ["outside"]
+
+    def start_again(self) -> None:
+        self.peaks.clear()
+        self.tracker.start_again()
+
+    def end(self) -> None:
+        self._border()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -395,8 +412,11 @@ class LiveTensors(TorchDispatchMode):
             self.peak = self.now
             if self.now > 1.01 * getattr(self, "_described", 0):
                 self._described = self.now
-                largest = sorted(self._sizes.items(), key=lambda item: -item[1])[:12]
-                self.at_peak = [[self._shapes[key], size] for key, size in largest]
+                of_shape: dict[str, list[int]] = {}
+                for key, size in self._sizes.items():
+                    of_shape.setdefault(self._shapes[key], []).append(size)
+                largest = sorted(of_shape.items(), key=lambda item: -sum(item[1]))[:12]
+                self.at_peak = [[shape, len(sizes), sum(sizes)] for shape, sizes in largest]
 
 
 def storages(tree: Any) -> Iterator[torch.Tensor]:

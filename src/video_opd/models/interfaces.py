@@ -23,7 +23,8 @@ class Policy(Protocol):
         """Prefill the prompts once; :meth:`sample` and :meth:`logprobs` take the result in their place.
 
         The result can be used any number of times until the weights change. Its method ``select(rows)`` gives
-        the prefix of some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow.
+        the prefix of some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow, and the
+        result has a method ``cut()``, which divides its backward in two.
         """
         ...
 

@@ -6,9 +6,9 @@ Shapes: ``B`` prompts, ``P`` columns of the cache (prompt tokens and padding), `
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,6 +65,47 @@ class Prefix:
             last_hidden_BD=self.last_hidden_BD[index],
             grad=self.grad,
         )
+
+    def cut(self) -> tuple[Prefix, Callable[[], None]]:
+        """(the same prefix as leaves, what goes on with the backward).
+
+        A backward from responses ends at the leaves, and the second result, called once after it, carries it
+        on through the prompts. A weight then gives away its gradient of the responses before that of the
+        prompts is computed. In one backward autograd would hold the first until it can add the second: as
+        many numbers as there are weights, beside the gradients of earlier micro-batches.
+        """
+        ends: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def leaf(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            ends.append((tensor, tensor.detach().requires_grad_()))
+            return ends[-1][1]
+
+        cache = copy_cache(self.cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
+        same = replace(self, cache=cache, last_hidden_BD=leaf(self.last_hidden_BD))
+
+        def go_on() -> None:
+            found = [_Found.apply(tensor, [end.grad]) for tensor, end in ends if end.grad is not None]
+            ends.clear()  # the graph holds what it needs
+            torch.autograd.backward(found)
+
+        return same, go_on
+
+
+class _Found(torch.autograd.Function):
+    """A zero, whose backward gives a tensor the gradient that was found at its leaf, and lets go of it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, gradient: list[torch.Tensor]) -> torch.Tensor:
+        ctx.gradient = gradient
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.gradient.pop(), None
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:

@@ -85,7 +85,8 @@ def memory_of(
         "prefill": estimate.prefill(),
         "sampling": estimate.sampling() if work.sampled else Counter[str](),
         "teacher": estimate.teacher_turn() if setup.has_teacher or setup.reference else Counter[str](),
-        "backward, last layer": estimate.backward_starts(),
+        "backward, responses": estimate.backward_starts(),
+        "backward, last layer": estimate.backward_of_prompt() if setup.prefix else Counter[str](),
         "backward, first layer": estimate.backward_ends(),
         "reduction": estimate.reduction(),
         "optimiser": estimate.optimiser(),
@@ -430,18 +431,50 @@ class _Estimate:
         return max(seen, features + cache + layer)
 
     def backward_starts(self) -> Counter[str]:
-        """The responses' layers are done, and the gradients of all keys and values are there."""
+        """The loss is differentiated, and the responses' last layer. The plain engine's responses are behind
+        prompts of their own, so this is the last layer of all."""
         parts = self.running()
         parts["vision"] += self.vision_graph()
-        parts["decoder"] += self.decoder_graph() + self.one_layer()
-        cache = self.own_cache() + (self.prompt_cache() if self.roles["language"] else 0)
-        parts["caches"] += max(cache, self.own_cache() + self.response_graph())
+        parts["decoder"] += self.decoder_graph()
+        parts["caches"] += self.own_cache() + self.response_graph()
         parts["responses"] += self.head(backward=True)
+        if not self.setup.prefix:
+            parts["decoder"] += self.one_layer()
         if not self.accumulated():
-            parts["gradients"] += self.setup.number * self.trained["lm_head"]
+            parts["gradients"] += self._leaf_number * self.trained["lm_head"]
         if self.recompute:
             parts["casts"] = 0
         return parts
+
+    def backward_of_prompt(self) -> Counter[str]:
+        """The responses' layers are differentiated, and the prompts' last layer is next.
+
+        Weights have met both. Under DDP, which wants a single backward, autograd adds up the two gradients of
+        a weight before it gives them away: those of the responses wait for those of the prompts, beside what
+        earlier micro-batches have left.
+        """
+        setup = self.setup
+        parts = self.running()
+        parts["vision"] += self.vision_graph()
+        parts["decoder"] += self.decoder_graph() + self.one_layer()
+        parts["caches"] += self.prompt_cache() if self.roles["language"] else 0  # gradients
+        parts["caches"] += self.own_cache() if setup.ddp else 0
+        met = self.trained["language"] + self.trained["lm_head"]
+        if setup.sharded and setup.reduce == "micro_batch":
+            parts["gradients"] += setup.number * met
+        elif not self.accumulated():
+            parts["gradients"] += self._leaf_number * met
+        elif setup.ddp:
+            parts["gradients"] += self._leaf_number * self.trained["language"]
+        if self.recompute:
+            parts["casts"] = 0
+        return parts
+
+    @property
+    def _leaf_number(self) -> int:
+        """Bytes of a number of a gradient in the backward: FSDP's whole weights have the computation's type,
+        and bfloat16 weights ask for float32."""
+        return self.setup.number if self.setup.sharded else 4
 
     def backward_ends(self) -> Counter[str]:
         """The decoder's graph is freed, and its gradients are there; the vision tower's graph is left."""

@@ -15,7 +15,7 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, `
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +60,7 @@ class StepSettings:
     sampling_micro_batch_size: int | None  # prompts; None: each micro-batch is sampled by its first update
     teacher_micro_batch_size: int | None  # prompts; None: a micro-batch at a time
     reduces_each_micro_batch: bool  # whether sharded gradients are; otherwise once a step
+    prefix_engine: bool
     prefills: bool  # whether responses are sampled from a prefix, which the first update then continues
     distributions: bool  # whether student and teacher give distributions over the whole vocabulary
     reduction: Reduction
@@ -81,6 +82,7 @@ class StepSettings:
             sampling_micro_batch_size=recipe.sampling_micro_batch_size,
             teacher_micro_batch_size=recipe.teacher.micro_batch_size,
             reduces_each_micro_batch=recipe.model.reduce == "micro_batch",
+            prefix_engine=recipe.model.engine == "prefix",
             prefills=needs.sampling and recipe.model.engine == "prefix",
             distributions=needs.distributions or recipe.measures_analytic_kl,
             reduction=recipe.loss.reduction,
@@ -151,6 +153,8 @@ class Stepper:
         self.shards = Shards(
             components.model, components.masters, each_micro_batch=settings.reduces_each_micro_batch
         )
+        # Whether the backward is cut at the prefix: DDP exchanges the gradients of a single backward.
+        self._cuts = settings.prefix_engine and components.forward_module is components.model
         needs = self.method.needs
         asked = ((needs.teacher, components.teacher), (needs.reference, components.reference))
         self._visiting = [
@@ -260,7 +264,7 @@ class Stepper:
         responses = token_ids(groups)
         teacher, reference = self._score(micro, responses)
         with self.watch.stage("update"):
-            student = self._student_scores(prefix, responses)
+            student, go_on = self._student_forward(prefix, responses)
             del prefix  # the graph keeps the keys and values that it needs
             trajectories = without_nonfinite(
                 make_trajectories(
@@ -272,24 +276,30 @@ class Stepper:
             signal = self.method.signal(trajectories)
             check_ratio(trajectories, student, settings.ratio_tolerance)
             scored = ScoredBatch(rows=micro.rows, groups=groups, trajectories=trajectories, signal=signal)
-            return self._differentiate(scored, student, assumed, shown)
+            return self._differentiate(scored, student, go_on, assumed, shown)
 
     def _differentiate_again(
         self, scored: ScoredBatch, assumed: float, shown: frozenset[int]
     ) -> _Differentiated:
         """A later update's share: the student's forward and the backward."""
         with self.watch.stage("update"):
-            student = self._student_scores(scored.prompts, token_ids(scored.groups))
-            return self._differentiate(scored, student, assumed, shown)
+            student, go_on = self._student_forward(scored.prompts, token_ids(scored.groups))
+            return self._differentiate(scored, student, go_on, assumed, shown)
 
     def _differentiate(
-        self, scored: ScoredBatch, student: TokenLogprobs, assumed: float, shown: frozenset[int]
+        self,
+        scored: ScoredBatch,
+        student: TokenLogprobs,
+        go_on: Callable[[], None],
+        assumed: float,
+        shown: frozenset[int],
     ) -> _Differentiated:
         # An earlier update may have broken what was finite before it.
         trajectories = without_nonfinite(scored.trajectories, student, self.settings.nonfinite)
         loss = self.method.loss(student, trajectories, scored.signal, assumed)
         # Data-parallel wrappers average over processes; the count is already global, so this undoes it.
         self.accelerator.backward(loss * self.accelerator.num_processes)
+        go_on()
         values = token_values(trajectories, student, scored.signal)
         return _Differentiated(
             batch=scored,
@@ -323,6 +333,15 @@ class Stepper:
         for i in range(0, len(rows), size):
             _, groups = self._sample(step, rows[i : i + size], grad=False)
             yield from groups
+
+    def _student_forward(self, prefix: Any, responses: Responses) -> tuple[TokenLogprobs, Callable[[], None]]:
+        """(the student's scores, with their graph, what has to be called after their backward)."""
+        if not self._cuts:
+            return self._student_scores(prefix, responses), lambda: None
+        if isinstance(prefix, Sequence):
+            prefix = self.policy.prefill(prefix, grad=True)
+        ending, go_on = prefix.cut()
+        return self._student_scores(ending, responses), go_on
 
     def _student_scores(self, prefix: Any, responses: Responses) -> TokenLogprobs:
         return self.policy.logprobs(

@@ -308,6 +308,35 @@ def test_recomputed_gradients_are_the_same(frozen: tuple[str, ...]) -> None:
     assert "forward" not in student.model.model.language_model.layers[0].__dict__
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_cut_backward_gives_each_weight_its_gradients_one_after_the_other(recompute: bool) -> None:
+    """First that of the responses, before the prompts' backward begins, then those of queries and videos."""
+    student, plain = policy(recompute=recompute), policy("plain")
+    student.model.train()
+    weight = student.model.model.language_model.layers[1].mlp.up_proj.weight
+    given: list[torch.Tensor] = []
+    weight.register_post_accumulate_grad_hook(lambda w: given.append(w.grad.clone()))
+    prefix, go_on = student.prefill(mixed_prompts(), grad=True).cut()
+    responses = tokens_of(student.sample(prefix, n=3, max_new_tokens=5, seeds=SEEDS))
+    scores = student.logprobs(prefix, responses, grad=True)
+    weights = torch.linspace(-1, 1, scores.logprobs_BT.numel()).view_as(scores.logprobs_BT)
+    (scores.logprobs_BT * weights).sum().backward()
+    assert len(given) == 1 and student.model.model.visual.patch_embed.proj.weight.grad is None
+    go_on()
+    assert len(given) == 2 and not torch.allclose(given[0], given[1])
+    got = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(got, gradients(plain, responses))
+
+
+def test_a_prefix_of_frozen_layers_has_nothing_to_go_on_with() -> None:
+    student = policy()
+    student.model.model.requires_grad_(False)
+    prefix, go_on = student.prefill(mixed_prompts(), grad=True).cut()
+    student.logprobs(prefix, [[(9, 10)]] * 3, grad=True).logprobs_BT.sum().backward()
+    go_on()
+    assert student.model.lm_head.weight.grad.norm() > 0
+
+
 def count_layer_runs(layer: Any) -> list[int]:
     """A list that grows with every run of the layer's attention, with or without hooks."""
     runs: list[int] = []
