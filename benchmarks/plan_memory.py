@@ -112,9 +112,8 @@ def main() -> None:
     out = Path(arguments.out)
     make_models(out)
     records = []
-    for number, (name, processes, _) in enumerate(CONFIGURATIONS):
-        if arguments.only and number not in arguments.only:
-            continue
+    for number in arguments.only or range(len(CONFIGURATIONS)):
+        name, processes, _ = CONFIGURATIONS[number]
         measured = measure(out, number, processes, again=arguments.again)
         recipe = recipe_of(out, number, processes)
         records.append({"number": number, "configuration": name, **measured, **planned(recipe, measured)})

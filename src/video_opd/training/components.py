@@ -192,7 +192,8 @@ def prepare(
         masters.bind(model)
         trained = list(masters.weights.values())
     optimizer = make_optimizer(trained, recipe.optim, recipe.model.weights, recipe.run.seed)
-    if is_sharded(model):
+    if is_sharded(model) or accelerator.num_processes == 1:
+        # torchrun may start a single process, which DDP would only take memory from.
         return model, accelerator.prepare(optimizer), masters
     return *accelerator.prepare(model, optimizer), masters
 
