@@ -15,11 +15,11 @@ from video_opd.errors import UserError
 from video_opd.planning import teacher_placement
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, decide, make_plan
-from video_opd.planning.setup import Setup, Work, shares_base, video_tokens
+from video_opd.planning.setup import Place, Setup, Work, shares_base, video_tokens
 from video_opd.types import Sample
 
 GB = 1e9
-SPARE = 5 * GB
+SPARE = 4.5 * GB  # a card that is sold with 80 GB has 84.8
 
 
 def planned(recipe: Recipe, gpus: int, memory_gb: float, **settings: Any) -> Memory:
@@ -85,9 +85,16 @@ def test_auto_takes_the_first_placement_that_fits() -> None:
         assert found.teacher_placement == place
         assert any(f"teacher.placement is {place}" in reason for reason in reasons)
     alone = replace(Setup.of(paper(**ADAPTERS), 1), teacher_placement="auto")
-    found, memory, _ = decide(alone, Work.of(paper(**ADAPTERS), None, 1), PAIR, 80 * GIB)
-    assert found.teacher_placement in ("whole", "cpu")
-    assert found.teacher_placement == "cpu" or memory.peak <= FITS * 80 * GIB
+    work = Work.of(paper(**ADAPTERS), None, 1)
+    _, memory, _ = decide(alone, work, PAIR, 80 * GIB)
+    places: tuple[Place, ...] = ("whole", "cpu")
+    peaks = [
+        memory_of(
+            PAIR.student, PAIR.teachers, replace(alone, teacher_placement=place), work, recompute=True
+        ).peak
+        for place in places
+    ]
+    assert memory.peak == min(peaks) > FITS * 80 * GIB  # nothing fits
 
 
 def test_where_nothing_fits_the_least_is_taken_and_said() -> None:
