@@ -8,6 +8,7 @@ plan says it holds.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,13 +153,10 @@ class Bench:
         recipe = step_recipe(
             self._method(holding), "prefix", 1, dtype=DTYPE, prompts=1, tokens=self.shapes.response
         ).changed(**holding.changes, **{"model.gradient_checkpointing": holding.recompute})
-        teachers = (self._sizes("teacher", None),) if holding.teacher else ()
-        sizes = RecipeSizes(student=self._sizes("student", layers), teachers=teachers)
+        teachers = (shape(self.shapes.teacher, None),) if holding.teacher else ()
+        sizes = RecipeSizes(student=shape(self.shapes.student, layers), teachers=teachers)
         work = {**lengths_of(self.prompts), "prompts_a_step": 1, "rollouts": 1}
         return exact_plan(recipe, sizes, work), recipe
-
-    def _sizes(self, role: str, layers: int | None) -> ModelSizes:
-        return sizes_of(config_of(getattr(self.shapes, role), layers).to_dict(), role)
 
     @staticmethod
     def _method(holding: Holding) -> str:
@@ -251,6 +249,11 @@ class Bench:
             moved=moved,
             farthest=farthest,
         )
+
+
+@functools.cache
+def shape(size: str, layers: int | None) -> ModelSizes:
+    return sizes_of(config_of(size, layers).to_dict(), size)
 
 
 def measure(report: Report, tiny: bool) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,6 +196,29 @@ def test_a_group_of_one_can_be_measured_whatever_its_rounding() -> None:
     _script("real_shape").any_ratio(steps)
     assert steps.stepper.settings.ratio_tolerance > 1000
     assert len(steps().responses) == 1
+
+
+def test_a_student_has_as_many_layers_as_its_plan_says_the_card_holds() -> None:
+    """Beside a 32B teacher in int8, on a card of 80 GB: all 36 with adapters, some in full. On one of 141 GB
+    all in full."""
+    memory = _script("memory")
+    prompt = SimpleNamespace(length=8493, video_tokens=8192, pair_times_s=[0.0] * 32)
+    bench = object.__new__(memory.Bench)
+    bench.shapes, bench.prompts = memory.REAL, [prompt]
+    adapters, _, in_full, *_ = memory.HOLDINGS
+    found = {}
+    for limit in (79, 139):
+        bench.limit = limit * 2**30
+        for holding in (adapters, in_full):
+            layers, plan, recipe = bench.fitting(holding)
+            assert plan.peak <= memory.FITS * bench.limit and recipe.teacher.quantization == "int8"
+            found[limit, holding.name] = layers
+    assert found == {
+        (79, adapters.name): 36,
+        (79, in_full.name): 12,
+        (139, adapters.name): 36,
+        (139, in_full.name): 36,
+    }
 
 
 def test_a_checkpointed_copy_shares_the_weights_and_not_the_mode() -> None:
