@@ -25,7 +25,11 @@ from video_opd.models.folder_trial import try_prompt
 from video_opd.models.lora import load_adapter, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.patch_embedding import use_linear_patches
-from video_opd.models.quantisation import check_quantisation, quantise_frozen_layers
+from video_opd.models.quantisation import (
+    QuantisedLinear,
+    check_quantisation,
+    quantise_frozen_layers,
+)
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.progress import log
 
@@ -121,6 +125,10 @@ def load_teacher(
     if quantization is not None:
         count = quantise_frozen_layers(model, quantization, target)
         log(f"{path}: {count:,} of {model.num_parameters():,} weights are held in {quantization}")
+        for module in model.modules():  # tensors of a mapped file keep all of it in memory
+            if type(module) is not QuantisedLinear:
+                for weight in module.parameters(recurse=False):
+                    weight.data = weight.data.clone()
     return model.to(target).eval(), processor
 
 
