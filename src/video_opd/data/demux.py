@@ -32,6 +32,8 @@ DISCONTINUOUS = 0x0200  # the clock may jump: MPEG streams
 _TIMED_FORMATS = ("mov", "flv")
 _NOT_FILM = (av.stream.Disposition.attached_pic, av.stream.Disposition.timed_thumbnails)
 _ORDER_PACKETS = 24
+_CLOCK_CODECS = ("h261", "h263")  # their pictures are numbered by ticks of 30000/1001 Hz
+_MOST_RAW_FPS = 300  # of a raw stream: more is the clock of a variable rate, 600 to 90,000 Hz
 _PACKED = re.compile(rb"DivX\d+(?:Build|b)\d+p")
 # How a file of these formats begins: so many bytes that occur nowhere else in it.
 _SIGNATURE_BYTES = {"flv": 4, "asf": 16, "nut": 24, "mxf": 16, "wtv": 16, "apng": 8, "rm": 8, "swf": 8}
@@ -217,8 +219,7 @@ def describe(error: BaseException) -> str:
 def _describe_stream(container: av.container.InputContainer, stream: av.VideoStream) -> PacketTable:
     context = stream.codec_context
     raw = bool(container.format.flags & NO_TIMESTAMPS)
-    # The demuxer of a raw stream claims 25 fps. The codec's headers may know better, and nothing else does.
-    rate = (context.framerate if raw else stream.average_rate or stream.guessed_rate) or None
+    rate = _raw_rate(context) if raw else stream.average_rate or stream.guessed_rate or None
     assert stream.time_base is not None, "every stream of an open file has one"
     table = PacketTable(
         stream_index=stream.index,
@@ -242,6 +243,16 @@ def _describe_stream(container: av.container.InputContainer, stream: av.VideoStr
     elif container.duration:
         table.promised_s, table.promise_of_all = container.duration / av.time_base, True
     return table
+
+
+def _raw_rate(context: av.VideoCodecContext) -> Fraction | None:
+    """The rate in the headers of a raw stream. Its demuxer claims 25 fps, and nothing else knows better.
+
+    Headers may state a clock in its place: H.261 and H.263 always do, and H.264 of a variable rate does.
+    """
+    rate = context.framerate or None
+    is_clock = context.name in _CLOCK_CODECS or (rate is not None and rate > _MOST_RAW_FPS)
+    return None if is_clock else rate
 
 
 def _fill(

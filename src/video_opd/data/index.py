@@ -329,7 +329,8 @@ def _decoded_frames(table: PacketTable, segment_N: np.ndarray, path: Path) -> Fr
         clock[inside] = times
     interval_s = float(np.median(np.diff(clock))) if len(clock) > 1 else 0.0
     joined, _, origin_s = _join(table, packets, clock, segments)
-    return packets, joined, float(1 / table.rate) if table.rate else interval_s, origin_s
+    last_s = interval_s if interval_s > 0 or not table.rate else float(1 / table.rate)
+    return packets, joined, last_s, origin_s
 
 
 def _increases(values: np.ndarray, segments: np.ndarray) -> bool:

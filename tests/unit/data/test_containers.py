@@ -140,6 +140,24 @@ def test_a_raw_stream_without_a_rate_is_refused(tmp_path: Path) -> None:
         probe(write(tmp_path / "v.mjpeg", "mjpeg"))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "size"), [(".h264", X264, (64, 192)), (".h263", "h263", (96, 128))]
+)
+def test_the_clock_of_a_raw_stream_is_no_rate(
+    tmp_path: Path, suffix: str, codec: str, size: tuple[int, int]
+) -> None:
+    """An encoder of a variable rate writes its time base; H.263 numbers pictures by ticks of 29.97 Hz."""
+    times: dict[str, Any] = {} if codec == "h263" else {"times_s": np.arange(20) / FPS}
+    with pytest.raises(VideoError, match="does not state its frame rate"):
+        probe(write(tmp_path / f"v{suffix}", codec, count=20, size=size, **times))
+
+
+def test_the_last_frame_of_an_avi_lasts_as_long_as_the_others(tmp_path: Path) -> None:
+    """An AVI of 50 ticks a second whose frames come at every second tick."""
+    path = write(tmp_path / "v.avi", X264, B2, fps=50, ticks=range(0, 2 * COUNT, 2))
+    assert probe(path).duration_s == pytest.approx(COUNT / FPS, abs=1e-3)
+
+
 GAP = [*range(20), *range(45, 85)]  # a second is missing
 
 
