@@ -10,6 +10,7 @@ from typing import Any
 
 from video_opd.convert.formats import values
 from video_opd.convert.formats.format import Unusable
+from video_opd.data.annotations import MOST_SECONDS
 
 Clip = tuple[float, float | None]
 
@@ -19,7 +20,7 @@ _DIGITS = 6  # decimals of a time that was moved by a clip's start: the rest is 
 def read_duration(value: Any) -> float:
     """A duration. Raises Unusable for anything but a time above 0."""
     duration_s = values.seconds(value)
-    if duration_s is None or duration_s <= 0:
+    if duration_s is None or not 0 < duration_s <= MOST_SECONDS:
         raise Unusable("impossible duration", values.shown(value))
     return duration_s
 
@@ -54,7 +55,7 @@ def read_span(pair: Any, shift_s: float, duration_s: float | None) -> tuple[floa
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise Unusable("not a span", values.shown(pair))
     start_s, end_s = values.seconds(pair[0]), values.seconds(pair[1])
-    if start_s is None or end_s is None:
+    if start_s is None or end_s is None or max(abs(start_s), abs(end_s)) > MOST_SECONDS:
         raise Unusable("not numbers", values.shown(pair))
     stated = f"{start_s:g} to {end_s:g}"
     if end_s <= start_s:

@@ -88,6 +88,7 @@ def load_model(
     if quantised:
         cast_weights(model, DTYPES[dtype])  # what was quantised is bfloat16 until here
         log(f"{path}: its {quantised} weights are dequantised into {dtype}")
+    _note_unfollowed(path, model.generation_config)
     use_batched_frames(model)
     use_linear_patches(model)
     return model.to(target).eval(), processor
@@ -185,6 +186,30 @@ def _check_names(path: str | Path, lost: list[str], unknown: list[str]) -> None:
         raise UserError(f"{path}: {len(lost)} weights are missing, first {lost[0]!r}; save it again")
     if unknown:
         log(f"{path}: {len(unknown)} weights have no place in the model, first {unknown[0]!r}")
+
+
+# Settings of generation_config.json that change even greedy responses in transformers' own generate.
+_UNFOLLOWED = (
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
+    *(
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "sequence_bias",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+    ),
+    *("min_length", "min_new_tokens", "exponential_decay_length_penalty", "stop_strings", "guidance_scale"),
+    "num_beams",
+)
+_NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1, "num_beams": 1}
+
+
+def _note_unfollowed(path: str | Path, settings: Any) -> None:
+    """Logs what the checkpoint asks of generation and is not done here: scores and samples must agree."""
+    values = {name: getattr(settings, name, None) for name in _UNFOLLOWED}
+    asked = [name for name, value in values.items() if value and value != _NEUTRAL.get(name)]
+    if asked:
+        log(f"{path}: its generation_config.json sets {', '.join(asked)}; responses are written without")
 
 
 def read_config(path: str | Path) -> Any:

@@ -149,8 +149,18 @@ def test_each_kind_of_impossible_row_is_listed(tmp_path):
         "no name": {"vid": None},
     }
     more: dict[str, list[dict[str, Any]]] = {
-        "not numbers": [{"span": [1, float("nan")]}, {"span": [True, 2]}, {"span": [1, float("inf")]}],
-        "impossible duration": [{"duration": "ten"}, {"duration": -1}, {"duration": float("inf")}],
+        "not numbers": [
+            {"span": [1, float("nan")]},
+            {"span": [True, 2]},
+            {"span": [1, float("inf")]},
+            {"span": [1, 2e9]},
+        ],
+        "impossible duration": [
+            {"duration": "ten"},
+            {"duration": 2e9},
+            {"duration": -1},
+            {"duration": float("inf")},
+        ],
         "no query": [{"query": None}, {"query": ["a"]}],
     }
     changes = list(bad.items()) + [(reason, change) for reason, all in more.items() for change in all]

@@ -243,6 +243,23 @@ def test_a_quantised_student_is_refused_by_the_name_of_what_is_wanted(folder: Pa
         load_model(named, trained=True)
 
 
+def test_settings_of_generation_that_are_not_followed_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "min_new_tokens": 0, "top_p": 0.8, "top_k": 20}
+    file.write_text(json.dumps(settings | neutral))
+    load_model(folder, "float32")
+    assert "generation_config" not in capsys.readouterr().err
+    file.write_text(json.dumps(settings | {"repetition_penalty": 1.3, "suppress_tokens": [5]}))
+    load_model(folder, "float32")
+    said = (
+        "its generation_config.json sets repetition_penalty, suppress_tokens; responses are written without"
+    )
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_weight_without_a_place_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
