@@ -65,6 +65,11 @@ def parse_row(
             raise UserError(f'{where}: "responses" must be a list of strings ("response": a string)')
         if "spans" in row and protocol.parser == "paper":
             spans = _spans(row["spans"], where)
+            if responses and len(spans) != len(responses):
+                raise UserError(
+                    f"{where}: {len(spans)} spans for {len(responses)} responses: give a span or null for "
+                    'each response, or leave "spans" out'
+                )
             rules = _rules(row, spans, where)
         else:
             parsed = [protocol.parse(text, thinking=thinking) for text in responses]

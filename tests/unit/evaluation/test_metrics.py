@@ -291,6 +291,8 @@ def test_thinking_reads_behind_the_thought(tmp_path: Path) -> None:
         {"id": "b", "spans": {"start": 1}},
         {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2]], "rules": 5},
         {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2]], "rules": ["to", "to"]},
+        {"id": "b", "responses": ["1 to 2"], "spans": []},
+        {"id": "b", "responses": ["1 to 2"], "spans": [[1, 2], [1, 2]]},
         {"id": "a", "span": [1, 2]},
     ],
 )

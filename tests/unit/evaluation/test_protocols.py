@@ -154,6 +154,9 @@ A = (12.54, 17.83)
         ("12.54–17.83", "numbers", A),  # an en dash is no dash of its
         ("the 3 men, 12.54 and 17.83", "numbers", (3.0, 12.54)),
         ("at 00:12 only", "numbers", (0.0, 12.0)),
+        # digits of any script, and as many as a division gives
+        ("１２ to １７", "to", (12.0, 17.0)),
+        ("12.333333333333334 to 17.666666666666668", "to", (12.333333333333334, 17.666666666666668)),
         # nothing, or no span
         ("", "none", None),
         ("12.54", "none", None),
