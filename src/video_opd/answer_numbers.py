@@ -55,7 +55,7 @@ _OTHER = (
 _WHOLE = "video|clip|duration|length|total|movie|film|footage|recording"
 _NUMBERS_OF = r"(?:numbers?|nos?\.?|index(?:es)?|indices|ids?|units?)"
 _OTHER_UNIT = re.compile(
-    rf"(?:\s*|-){_OTHER}"  # "2 minutes", "2-minute"
+    rf"(?:[^\S\n]*|-){_OTHER}"  # "2 minutes", "2-minute"
     # "2 (minutes)", "2 (frame numbers)", "2 (% of the video)"
     rf"|\s*[(\[]\s*(?:in\s+)?{_OTHER}(?:\(?s\)?)?(?:\s+{_NUMBERS_OF}|\s+of\s+(?:the\s+)?(?:{_WHOLE}))?\s*[)\]]"
     rf"|\s*(?:,\s*)?(?:(?:in|as)\s+)?frame\s+{_NUMBERS_OF}(?![^\W_])"
@@ -210,20 +210,27 @@ def _follows_other_unit(before: str) -> bool:
     if _CJK_UNIT_BEFORE.search(before):
         return True
     plain = _CAMEL.sub(" ", _NUMBER_SIGN.sub(" no ", _COLON_LINE.sub(":", before)))
-    tokens = _TOKEN.findall(plain.translate(_MARKUP).lower())
+    plain = plain.translate(_MARKUP).lower()
+    places = list(_TOKEN.finditer(plain))
+    tokens = [place.group() for place in places]
+    closed = False
     while tokens and _LINK.fullmatch(tokens[-1]):
-        if tokens.pop() in ("index", "indices", "idx"):
+        link = tokens.pop()
+        closed |= link == ")"
+        if link in ("index", "indices", "idx"):
             return True  # of a frame, or of anything else
     if re.fullmatch(rf".*(?:{_SHARE_WORD.pattern}|frames) of the (?:{_WHOLE})", " ".join(tokens[-4:])):
         return True  # "percentage of the video: 20 to 80"
     if not tokens or not _UNIT_WORD.fullmatch(tokens.pop()):
         return False
-    while tokens and tokens[-1] in "-(":
-        tokens.pop()
-    return not (tokens and tokens[-1].isdigit())  # "90%: 12 to 17", "2 minutes (12 to 17)"
+    head = plain[: places[len(tokens)].start()]  # "90%: 12 to 17", "2 minutes (12 to 17)"
+    return not (_NUMBER_BEFORE.search(head) or (closed and _NUMBER_IN_FRONT.search(head)))
 
 
-_MARKUP = str.maketrans(dict.fromkeys("*_`\"'“”‘’[]{}<>$", " "))
+_MARKUP = str.maketrans({**dict.fromkeys("*_`\"'“”‘’{}<>$", " "), "[": "(", "]": ")"})
+# A unit behind these belongs to the number before it: "2 minutes", "2-minute"; "2 (minutes)" if it is closed.
+_NUMBER_BEFORE = re.compile(r"[0-9](?:[ \t]*|-)\Z")
+_NUMBER_IN_FRONT = re.compile(r"[0-9]\s*\(\s*\Z")
 
 
 def _values(text: str) -> list[tuple[str, float | None, bool]]:
