@@ -135,6 +135,7 @@ class Build:
             method=method,
             optimizer=optimizer,
             masters=masters,
+            recompute=recompute,
             processor=processor(),
             samples=usable_samples(recipe, method, [sample(i) for i in range(self.rows)]),
             loader=self.load,

@@ -185,6 +185,7 @@ class Steps:
             reference=None,
             method=made,
             optimizer=optimizer,
+            recompute=policy.recompute,
             processor=processor,
             samples=(),
             loader=lambda _: (),

@@ -449,22 +449,23 @@ class _Estimate:
     def backward_of_prompt(self) -> Counter[str]:
         """The responses' layers are differentiated, and the prompts' last layer is next.
 
-        Weights have met both. Under DDP, which wants a single backward, autograd adds up the two gradients of
-        a weight before it gives them away: those of the responses wait for those of the prompts, beside what
-        earlier micro-batches have left.
+        Weights have met both. In a single backward autograd adds up the two gradients of a weight before it
+        gives them away: those of the responses wait for those of the prompts, beside what earlier
+        micro-batches have left. DDP wants a single one, and where activations are kept it is not cut.
         """
         setup = self.setup
+        single = setup.ddp or not self.recompute
         parts = self.running()
         parts["vision"] += self.vision_graph()
         parts["decoder"] += self.decoder_graph() + self.one_layer()
         parts["caches"] += self.prompt_cache() if self.roles["language"] else 0  # gradients
-        parts["caches"] += self.own_cache() if setup.ddp else 0
+        parts["caches"] += self.own_cache() if single else 0
         met = self.trained["language"] + self.trained["lm_head"]
         if setup.sharded and setup.reduce == "micro_batch":
             parts["gradients"] += setup.number * met
         elif not self.accumulated():
             parts["gradients"] += self._leaf_number * met
-        elif setup.ddp:
+        elif single:
             parts["gradients"] += self._leaf_number * self.trained["language"]
         if self.recompute:
             parts["casts"] = 0

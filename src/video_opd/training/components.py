@@ -76,6 +76,7 @@ class Components:
     loader: Loader
     evaluation_loader: Loader
     masters: Masters | None = None  # the weights that the optimiser updates, if the model has others
+    recompute: bool = False  # whether the backward computes activations again
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -146,6 +147,7 @@ def build_components(
         method=method,
         optimizer=optimizer,
         masters=masters,
+        recompute=recompute,
         processor=processor,
         samples=samples,
         loader=prompt_loader(

@@ -153,8 +153,10 @@ class Stepper:
         self.shards = Shards(
             components.model, components.masters, each_micro_batch=settings.reduces_each_micro_batch
         )
-        # Whether the backward is cut at the prefix: DDP exchanges the gradients of a single backward.
-        self._cuts = settings.prefix_engine and components.forward_module is components.model
+        # Whether the backward is cut at the prefix, which saves memory: not where activations are kept, nor
+        # under DDP, which exchanges the gradients of a single backward.
+        alone = components.forward_module is components.model
+        self._cuts = settings.prefix_engine and components.recompute and alone
         needs = self.method.needs
         asked = ((needs.teacher, components.teacher), (needs.reference, components.reference))
         self._visiting = [
