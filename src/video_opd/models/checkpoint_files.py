@@ -107,7 +107,7 @@ def find_file(path: str | Path, name: str) -> Path | None:
     """
     if isinstance(path, Path) or os.path.isdir(path) or not is_hub_name(path):
         file = Path(path) / name
-        return file if file.exists() else None
+        return file if os.path.exists(file) else None  # False for a name that no file can have
     if os.path.isdir(Path(path).parent) and not _known_without_asking(path):
         return None
     found = _file_on_hub(path, name)

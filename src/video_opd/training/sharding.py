@@ -29,7 +29,7 @@ from video_opd.models.collective_passes import units_of
 from video_opd.models.modes import call_through
 from video_opd.models.parts import state_of
 from video_opd.training.masters import Masters
-from video_opd.training.optimizers import LowPrecisionAdamW
+from video_opd.training.optimizers import MOMENTS, LowPrecisionAdamW
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -334,6 +334,8 @@ def _by_name(
 def _check_shapes(names: Mapping[torch.Tensor, str], saved: Mapping[str, Any]) -> None:
     shapes = {name: weight.shape for weight, name in names.items()}
     for name, moments in saved["state"].items():
+        if moments.keys() != {"step", *MOMENTS}:  # what lacks would begin anew at 0
+            raise ValueError(f"{name} has {', '.join(sorted(moments)) or 'no moments'}")
         for key, value in moments.items():
             if value.shape != (torch.Size(()) if key == "step" else shapes[name]):
                 raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}")

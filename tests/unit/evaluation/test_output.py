@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,17 @@ def test_a_damaged_end_of_a_block_keeps_the_rows_of_a_process(tmp_path: Path, na
     kept = {"-5": 0, "60": 60 // length}.get(size, 3) if name == "0" else 3
     assert Output(out, MADE, repeatable=True).ids == {f"s{number}" for number in range(kept)}
     assert not list(tmp_path.glob("*.window*")) and not part.exists()
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.part-0", "p.jsonl.meta.json"])
+def test_a_pipe_or_a_folder_in_place_of_an_output_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "p.jsonl.window-0").write_text("3")
+    for make in (Path.mkdir, os.mkfifo):
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: not a plain file"):
+            Output(tmp_path / "p.jsonl", MADE)
+        if (tmp_path / name).is_dir():
+            (tmp_path / name).rmdir()
 
 
 def test_a_kill_during_a_merge_leaves_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

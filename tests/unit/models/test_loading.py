@@ -474,3 +474,34 @@ def test_a_name_that_no_hub_knows_might_have_been_a_folder(monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"models/studnt: there is no such folder, and as a name on a hub: "):
         load_model("models/studnt")
+
+
+@pytest.mark.parametrize("ids", [[[3]], 1.5, -1, True, "</s>", 10**400, [None], 1e300])
+def test_what_is_no_token_ends_no_response(ids: Any) -> None:
+    ended = model()
+    ended.generation_config.eos_token_id = ids
+    with pytest.raises(UserError, match=r"eos_token_id is .*, and no token has such an id"):
+        Vocabulary.of(ended, processor())
+
+
+@pytest.mark.parametrize("token", [-1, 2**40])
+def test_what_is_no_token_stands_for_no_pixels(token: int) -> None:
+    pictured = model()
+    pictured.config.video_token_id = token
+    with pytest.raises(UserError, match=r"video_token_id is .*, and no token has such an id"):
+        Vocabulary.of(pictured, processor())
+
+
+def test_a_token_that_stands_for_pixels_ends_no_response() -> None:
+    ended = model()
+    ended.generation_config.eos_token_id = ended.config.video_token_id
+    with pytest.raises(UserError, match="stands for pixels"):
+        Vocabulary.of(ended, processor())
+
+
+@pytest.mark.parametrize("base", ["x" * 5000, "\x00", "/"])
+def test_an_adapter_for_what_cannot_be_a_folder_is_refused(tmp_path: Path, base: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert trained_video_form(tmp_path) == "release"
+    with pytest.raises(UserError, match="an adapter, and its base cannot be read"):
+        load_teacher(tmp_path, "float32", "cpu")

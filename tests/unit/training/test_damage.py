@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_runs import adamw, good_checkpoints, net, resume_from
 from training_cases import Build, make_recipe, rows_of, weights_of
 
 from video_opd.errors import UserError
@@ -26,6 +27,7 @@ from video_opd.training.checkpoint import STATE, find_checkpoints, intact_checkp
 from video_opd.training.digests import read_list, write_list
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import load_optimizer_state
 
 ADAPTED: dict[str, Any] = {"parts": ["language"], "rank": 2}
 OTHER = {".json": b"[]", ".jsonl": b'"text"\n', ".yaml": b"- 1\n", ".pt": b"\x80\x04N."}
@@ -435,3 +437,54 @@ def test_a_training_state_of_somebody_else_runs_nothing(cut_off: tuple[Path, boo
     with pytest.raises(UserError, match=r"step-4.* delete .*step-4|step-4.*delete the folder"):
         train(settings(path, adapted), Build())
     assert not (path / "ran").exists()
+
+
+OTHER_MOMENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "shape": lambda moments: moments.update(exp_avg=torch.zeros(4, 4)),
+    "type": lambda moments: moments.update(exp_avg=torch.zeros(4, 3, dtype=torch.bool)),
+    "number": lambda moments: moments.update(exp_avg_sq=3.0),
+    "several steps": lambda moments: moments.update(step=torch.ones(3)),
+    "lost": lambda moments: moments.pop("exp_avg"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_MOMENTS)
+def test_a_training_state_of_other_weights_is_refused(tmp_path: Path, change: str) -> None:
+    path = good_checkpoints(tmp_path)
+    saved = path / "checkpoints" / "step-4"
+    state = torch.load(saved / "training.pt", weights_only=True)
+    OTHER_MOMENTS[change](state["optimizer"]["state"]["0.weight"])
+    facts = read_list(saved, STATE)
+    torch.save(state, saved / "training.pt")
+    write_list(saved, STATE, {key: facts[key] for key in ("step", "recipe", "rows")})
+    with pytest.raises(UserError, match=r"step-4: its training state does not fit the model"):
+        resume_from(path)
+
+
+def test_the_settings_of_an_optimiser_are_those_of_the_recipe(tmp_path: Path) -> None:
+    """Whatever a training state says."""
+    path = good_checkpoints(tmp_path)
+    state = torch.load(path / "checkpoints" / "step-4" / "training.pt", weights_only=True)["optimizer"]
+    trained = net()
+    optimizer = adamw(trained)
+
+    def settings() -> list[dict[str, Any]]:
+        return [
+            {key: list(value) if key == "betas" else value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+
+    own = settings()
+    for group in state["param_groups"]:
+        group |= {"betas": (0.1, 0.1), "weight_decay": 7.0, "lr": "x"}
+    load_optimizer_state(trained, optimizer, state)
+    assert settings() == own
+    moments = optimizer.state[trained[0].weight]
+    assert torch.equal(moments["exp_avg"], state["state"]["0.weight"]["exp_avg"]) and moments["step"] == 4
+
+
+@pytest.mark.parametrize("recipe", ["text", [1], 3])
+def test_a_state_whose_recipe_is_none_is_damage(tmp_path: Path, recipe: Any) -> None:
+    root = good_checkpoints(tmp_path) / "checkpoints"
+    write_list(root / "step-4", STATE, {"step": 4, "recipe": recipe, "rows": {}})
+    assert [found.step for found in intact_checkpoints(root)] == [2]

@@ -73,3 +73,10 @@ def test_selected_rows_without_a_digest_are_read_as_data(folder: Path, row: dict
     (folder / "rounds.json").unlink()
     with pytest.raises(UserError, match=r"selected\.jsonl:3"):
         run_rounds(rounds_recipe(folder))
+
+
+def test_a_damaged_result_of_finished_rounds_is_made_again(folder: Path) -> None:
+    weights = folder / "round-2" / "model" / "weights"
+    before = weights.read_text()
+    weights.write_text("others")
+    assert run_rounds(rounds_recipe(folder)).model == weights.parent and weights.read_text() == before
