@@ -126,8 +126,8 @@ def load_teacher(
     if quantization is not None:
         count = quantise_frozen_layers(model, quantization, target)
         log(f"{path}: {count:,} of {model.num_parameters():,} weights are held in {quantization}")
-        for module in model.modules():  # tensors of a mapped file keep all of it in memory
-            if type(module) is not QuantisedLinear:
+        for module in model.modules():  # a single view of a mapped file keeps all of it in memory
+            if type(module) is not QuantisedLinear:  # which has copies
                 for weight in module.parameters(recurse=False):
                     weight.data = weight.data.clone()
     return model.to(target).eval(), processor
