@@ -15,7 +15,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/packed"
 "$PYTHON" benchmarks/device/pins.py "${PACKAGES[@]}" >"$work/pinned"
-install() { "$PYTHON" -m pip install --quiet --no-compile "${TARGET[@]}" --target "$work/packed/$1" "${@:2}"; }
+# pip would compare what a package requires with its own Python.
+install() { "$PYTHON" -m pip install --quiet --no-compile --ignore-requires-python "${TARGET[@]}" --target "$work/packed/$1" "${@:2}"; }
 install site --require-hashes -r "$work/pinned"
 # Beside the others: transformers would import it in every process, which takes seconds.
 install torchao --require-hashes -r requirements/torchao.txt

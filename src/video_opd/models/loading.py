@@ -25,11 +25,7 @@ from video_opd.models.folder_trial import try_prompt
 from video_opd.models.lora import load_adapter, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.patch_embedding import use_linear_patches
-from video_opd.models.quantisation import (
-    QuantisedLinear,
-    check_quantisation,
-    quantise_frozen_layers,
-)
+from video_opd.models.quantisation import check_quantisation, quantise_frozen_layers
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.progress import log
 
@@ -126,10 +122,6 @@ def load_teacher(
     if quantization is not None:
         count = quantise_frozen_layers(model, quantization, target)
         log(f"{path}: {count:,} of {model.num_parameters():,} weights are held in {quantization}")
-        for module in model.modules():  # a single view of a mapped file keeps all of it in memory
-            if type(module) is not QuantisedLinear:  # which has copies
-                for weight in module.parameters(recurse=False):
-                    weight.data = weight.data.clone()
     return model.to(target).eval(), processor
 
 

@@ -35,7 +35,7 @@ class QuantisedLinear(nn.Linear):
         made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         made.weight = nn.Parameter(layer.weight.detach().to(device), requires_grad=False)
         if layer.bias is not None:
-            made.bias = nn.Parameter(layer.bias.detach().to(device, copy=True), requires_grad=False)
+            made.bias = nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
         quantize_(made, _config(kind))
         return made.train(layer.training)
 
