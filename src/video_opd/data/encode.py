@@ -154,7 +154,10 @@ class PromptEncoder:
         messages = build_messages(query, self.prompt.style, self.prompt.thinking)
         try:  # transformers renders templates in jinja's sandbox
             text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (
+            *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+            RecursionError,  # a macro that calls itself
+        ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"the chat template fails ({reason}); take Qwen3-VL's own") from error
         assert isinstance(text, str)

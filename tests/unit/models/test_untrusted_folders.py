@@ -224,6 +224,7 @@ TEMPLATES = (
     "{% include 'config.json' %}",
     "{% import 'os' as os %}",
     "{{ lipsum.__globals__['os'].popen('touch RAN') }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
 )
 
 
