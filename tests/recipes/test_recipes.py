@@ -101,12 +101,14 @@ OF_THE_PAPER = [path for path in RECIPES if path.parent.name != "tiny"]
 
 @pytest.mark.parametrize("path", OF_THE_PAPER, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_it_fits_the_machine_that_it_names(path: Path):
-    """By plan, and with 5 GB to spare."""
+    """By plan, which leaves a part of the card to the allocator, and with 5 GB to spare."""
     gpus, gigabytes = machine_of(path)
     recipe = load_recipe(path)
     if made := re.fullmatch(r"runs/qwen3-vl-(\d+)b-grpo/model", recipe.teacher.path):  # table 5
         recipe = recipe.changed(**{"teacher.path": f"Qwen/Qwen3-VL-{made[1]}B-Instruct"})
-    assert make_plan(recipe, gpus, GPU_GIB[gigabytes] * 2**30 - 5 * 10**9).fits
+    card = GPU_GIB[gigabytes] * 2**30
+    plan = make_plan(recipe, gpus, card)
+    assert plan.fits and plan.memory.peak + 5 * 10**9 <= card
 
 
 # A teacher in shards needs several processes; the steps are the same wherever it is held.
