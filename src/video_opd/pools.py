@@ -52,8 +52,8 @@ def worker_map(workers: int | None, chunksize: int) -> Iterator[Callable[..., It
 
 
 class _Pool(ProcessPoolExecutor):
-    """``submit`` starts workers. A worker begins with SIGINT blocked, so that Ctrl-C cannot
-    reach it before it ignores the signal itself."""
+    """``submit`` starts workers. A worker begins with SIGINT blocked, so that Ctrl-C cannot reach it before
+    it ignores the signal itself."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -9,10 +9,12 @@ was written below ``folder/out`` without a lock, whichever library wrote it. The
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,7 @@ def run(words: list[str], folder: Path, count: int) -> int:
     os.chdir(folder)
     os.environ["XDG_CACHE_HOME"] = str(folder / "out" / "cache")
     meeting = folder / "meeting"
-    for stream, path in ((0, os.devnull), (1, os.devnull), (2, str(meeting / f"said-{os.getpid()}"))):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-        os.dup2(descriptor, stream)
-        os.close(descriptor)
+    redirect(os.devnull, os.devnull, meeting / f"said-{os.getpid()}")
     watch_writing(folder / "out", meeting / "unlocked")
     try_locks_together(meeting, count)
     meet(meeting, "here", count)
@@ -125,12 +124,22 @@ def run(words: list[str], folder: Path, count: int) -> int:
     return main(words)
 
 
-def fork(words: list[str], folder: Path, count: int) -> int:
+def redirect(*paths: str | Path) -> None:
+    """Opens the files of stdin, stdout and stderr."""
+    for stream, path in enumerate(paths):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+
+
+def fork(command: Callable[[], int]) -> int:
+    """The id of a child that ends with the exit code of ``command``."""
     child = os.fork()
     if child == 0:
         code = 99
         try:
-            code = run(words, folder, count)
+            code = command()
+            sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(code)
@@ -141,8 +150,7 @@ if __name__ == "__main__":
     import_everything()
     for line in sys.stdin:
         request = json.loads(line)
-        children = [
-            fork(request["words"], Path(request["folder"]), request["count"]) for _ in range(request["count"])
-        ]
+        command = functools.partial(run, request["words"], Path(request["folder"]), request["count"])
+        children = [fork(command) for _ in range(request["count"])]
         codes = [[child, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])] for child in children]
         print(json.dumps(codes), flush=True)

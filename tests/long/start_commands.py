@@ -10,6 +10,7 @@ its end, the first ``times`` times, and the file ``mark`` gains a byte each time
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fork_commands import import_everything
+from fork_commands import fork, import_everything, redirect
 
 
 def pause_in_selection(stage: str, mark: str, times: int) -> None:
@@ -47,26 +48,10 @@ def run(words: list[str], folder: Path, pause: list[Any]) -> int:
 
     os.setsid()
     os.chdir(folder)
-    for stream, path in ((0, os.devnull), (1, "log"), (2, "log")):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, stream)
-        os.close(descriptor)
+    redirect(os.devnull, "log", "log")
     pause_in_selection(*pause)
     sys.argv = ["video-opd", *words]
     return main(words)
-
-
-def fork(words: list[str], folder: Path, pause: list[Any]) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = run(words, folder, pause)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    return child
 
 
 if __name__ == "__main__":
@@ -76,5 +61,6 @@ if __name__ == "__main__":
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         else:
-            answer = fork(request["words"], Path(request["folder"]), request["pause"])
+            command = functools.partial(run, request["words"], Path(request["folder"]), request["pause"])
+            answer = fork(command)
         print(answer, flush=True)

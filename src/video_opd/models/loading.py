@@ -183,15 +183,9 @@ def _check_names(path: str | Path, lost: list[str], unknown: list[str]) -> None:
 # Settings of generation_config.json that change even greedy responses in transformers' own generate.
 _UNFOLLOWED = (
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
-    *(
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "sequence_bias",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-    ),
-    *("min_length", "min_new_tokens", "exponential_decay_length_penalty", "stop_strings", "guidance_scale"),
-    "num_beams",
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("sequence_bias", "min_length", "min_new_tokens", "exponential_decay_length_penalty", "stop_strings"),
+    *("guidance_scale", "num_beams"),
 )
 _NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1, "num_beams": 1}
 

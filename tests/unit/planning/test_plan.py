@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from video_opd.errors import UserError
 from video_opd.planning import teacher_placement
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, decide, make_plan
-from video_opd.planning.setup import Place, Setup, Work, shares_base, video_tokens
+from video_opd.planning.setup import Place, Setup, Work, video_tokens
 from video_opd.types import Sample
 
 GB = 1e9
@@ -189,26 +187,3 @@ def test_a_quantised_teacher_is_planned_whole_because_it_is_held_whole() -> None
     assert teacher_placement(free, PAIR, 8, tight)[0] == "sharded"
     quantised = free.changed(**{"teacher.quantization": "int8"})
     assert teacher_placement(quantised, PAIR, 8, tight)[0] == "whole"
-
-
-@pytest.mark.parametrize(
-    ("changes", "shared"),
-    [
-        ({}, True),
-        ({"model.sharding": "fsdp2"}, False),
-        ({"teacher.placement": "cpu"}, False),
-        ({"teacher.dtype": "float32"}, False),
-        ({"teacher.quantization": "int8"}, False),
-    ],
-)
-def test_an_adapter_shares_the_base_in_the_plan_where_it_does_in_training(
-    changes: dict[str, Any], shared: bool, tmp_path: Path
-) -> None:
-    config = {"base_model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct", "peft_type": "LORA"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    recipe = paper(
-        lora={"parts": ["vision", "merger", "language"]},
-        model={"freeze": ["lm_head"], "sharding": None},
-        teacher={"path": str(tmp_path)},
-    )
-    assert shares_base(recipe.changed(**changes)) is shared

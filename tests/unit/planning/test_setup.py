@@ -75,14 +75,43 @@ def test_a_teacher_and_a_reference_that_visit_the_device_are_there_together() ->
         assert part not in phases["optimiser"]
 
 
-def test_an_adapter_with_weights_that_were_trained_in_full_has_a_base_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, True),
+        ({"model.sharding": "fsdp2"}, False),
+        ({"teacher.placement": "cpu"}, False),
+        ({"teacher.dtype": "float32"}, False),
+        ({"teacher.quantization": "int8"}, False),
+    ],
+)
+def test_an_adapter_shares_the_base_in_the_plan_where_it_does_in_training(
+    changes: dict[str, Any], shared: bool, tmp_path: Path
+) -> None:
     config = {"base_model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     recipe = paper(
         lora={"parts": ["vision", "merger", "language"]},
         model={"freeze": ["lm_head"], "sharding": None},
         teacher={"path": str(tmp_path)},
-    )
-    assert shares_base(recipe)
-    (tmp_path / FULL_WEIGHTS).touch()
+    ).changed(**changes)
+    assert shares_base(recipe) is shared
+    (tmp_path / FULL_WEIGHTS).touch()  # weights that were trained in full need a base of their own
     assert not shares_base(recipe)
+
+
+def test_gradients_of_the_responses_wait_where_the_backward_is_not_cut() -> None:
+    """Beside those of earlier micro-batches: as many numbers as the decoder has trained weights."""
+    recipe = paper(model={"sharding": None, "freeze": ["vision", "merger"]}, optim={"batch_size": 2})
+    setup = replace(Setup.of(recipe), teacher_placement="whole")
+    work = Work.of(recipe, None)
+    assert work.micro_batches == 2
+
+    def gradients(*, recompute: bool, processes: int = 1) -> int:
+        held = replace(setup, processes=processes)
+        found = memory_of(PAIR.student, PAIR.teachers, held, work, recompute=recompute)
+        return found.phases["backward, last layer"]["gradients"]
+
+    waiting = 4 * PAIR.student.parts["language"].count
+    assert gradients(recompute=False) == gradients(recompute=True) + waiting
+    assert gradients(recompute=True, processes=2) == gradients(recompute=True) + waiting  # DDP
