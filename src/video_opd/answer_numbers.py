@@ -74,9 +74,9 @@ _GLUED_AFTER = re.compile(
 _WORD_BEFORE = re.compile(rf"({_LETTER}+)(_*)\Z")
 # Digits without a space between them are two numbers if one of these stands there. If not, they are parts of
 # one notation: "1_000", "10^2", "1·5", and "1" and "2" around an invisible character. Points in a row
-# are an ellipsis.
+# are an ellipsis. U+FFFD stands for bytes that are no text, as little a sign as a control character.
 _APART = (
-    r"\s\x00-\x1f\x7f\-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒"
+    r"\s\x00-\x1f\x7f\ufffd\-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒"
     r"()\[\]{}（）【】《》〈〉「」『』〔〕\"“”„«»#%"
 )
 _JOINT = rf"(?!\.\.)(?:_|[^\w{_APART}])"

@@ -631,6 +631,7 @@ NOTATIONS: list[Row] = [
     ("12 to 15 seconds and a half", "none", None),
     ("1\u200b2 to 13", "none", None),
     ("15.\x180 to 17.00", "to", (0.0, 17.0)),  # a control character is a blank
+    ("8.00 to 9.\ufffd0", "to", (8.0, 9.0)),  # and so are bytes that are no text
     ("12:30.5 to 12:40.5", "clock", (750.5, 760.5)),
     # what keeps two numbers apart without a space
     ("1;12-17", "dash", WHOLE),

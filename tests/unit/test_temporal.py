@@ -176,14 +176,14 @@ def touches_a_digit(text: str) -> bool:
     return False
 
 
-APART = '-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒()[]{}（）【】《》〈〉「」『』〔〕"“”„«»#%'  # as in a list
+APART = '-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒()[]{}（）【】《》〈〉「」『』〔〕"“”„«»#%\ufffd'  # as in a list
 
 
 PIECES = (
     "from to and between start end begins ends about at the people - – ~ : , . s seconds % m ( ) </think> "
     "1 12.54 17.83 00:12 1:02:03 -5 1,2 .5 3-4 2026-11-22 00:12,00:17 12-second _5_ 秒 ~7 ** <b>"
 )
-NOTATIONS = "0159\x18..,:/-–…_'^·*+eEA²½٣１．：，\u200b\u00a0 \n秒第(\"#"
+NOTATIONS = "0159\x18\ufffd..,:/-–…_'^·*+eEA²½٣１．：，\u200b\u00a0 \n秒第(\"#"
 WORDS = st.sampled_from([*PIECES.split(), "\n"])
 JOINED = st.tuples(st.sampled_from(["", " "]), st.lists(WORDS, max_size=14)).map(lambda t: t[0].join(t[1]))
 

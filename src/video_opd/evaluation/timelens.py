@@ -12,8 +12,8 @@ import re
 from video_opd.temporal import NO_RULE, Interval, ParsedAnswer, after_thinking, is_proper
 
 _CLOCK = re.compile(r"\b(?:(\d{1,2}):(?=\d{2}:))?(\d{1,2}):(\d{2}(?:\.\d+)?)\b")
-# The bounds on lengths keep the search linear; no time has more digits.
-_TIME = r"(\d{1,20}\.?\d{0,30})"
+# As `\d+\.?\d*`. The bounds on lengths keep the search linear; no time has more digits.
+_TIME = r"(\d{1,20}\.\d{0,30}|\d{1,50})"
 _PAIRS = (
     ("dash", re.compile(rf"{_TIME}\s{{0,9}}-\s{{0,9}}{_TIME}")),
     ("to", re.compile(rf"{_TIME}\s{{1,9}}to\s{{1,9}}{_TIME}", re.I)),
