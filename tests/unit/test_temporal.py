@@ -176,7 +176,8 @@ def touches_a_digit(text: str) -> bool:
     return False
 
 
-APART = '-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒()[]{}（）【】《》〈〉「」『』〔〕"“”„«»#%\ufffd'  # as in a list
+# As in a list.
+APART = '-‐‑‒–—―−﹣－~～〜≈,，、;；。…!！?？=|<>→⇒()[]{}（）【】《》〈〉「」『』〔〕"“”„«»#%\ufffd'
 
 
 PIECES = (

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -217,12 +218,48 @@ def _train_each(rank: int, world: int, port: int, recipes: Sequence[Recipe], bui
 
 def train_on_two(build: Build, *recipes: Recipe) -> None:
     """Trains by one recipe after the other in two connected forks, which end without an error."""
-    import_once()
-    port, context = free_port(), multiprocessing.get_context("fork")
-    forks = [context.Process(target=_train_each, args=(rank, 2, port, recipes, build)) for rank in range(2)]
-    for process in forks:
-        process.start()
-    assert finish(forks) == [0, 0]
+    forks = TwoForks()
+    forks.train(build, *recipes)
+    forks.end()
+
+
+class TwoForks:
+    """Two connected forks that train for one test after another. What torch prepares for the operations on
+    shards, in each process anew, is prepared once."""
+
+    def __init__(self) -> None:
+        import_once()
+        port, context = free_port(), multiprocessing.get_context("fork")
+        pipes = [context.Pipe() for _ in range(2)]
+        self._ends = [end for end, _ in pipes]
+        self._forks = [
+            context.Process(target=self._work, args=(rank, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._forks:
+            process.start()
+
+    def train(self, build: Build, *recipes: Recipe) -> None:
+        """Trains by one recipe after the other; a fork that fails, or hangs, fails the test."""
+        for end in self._ends:
+            end.send((recipes, build))
+        for end, process in zip(self._ends, self._forks, strict=True):
+            ready = multiprocessing.connection.wait([end, process.sentinel], timeout=900)
+            assert ready == [end], f"one of two processes ended with {process.exitcode}, or hangs"
+            end.recv()
+
+    def end(self) -> None:
+        for process in self._forks:
+            process.kill()
+            process.join()
+
+    def _work(self, rank: int, port: int, pipe: Any) -> None:
+        for end in self._ends:
+            end.close()
+        while True:
+            recipes, build = pipe.recv()
+            _train_each(rank, 2, port, recipes, build)
+            pipe.send("done")
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from model_cases import mixture, model
 from safetensors.torch import load_file
-from training_cases import Build, assert_equal_to_rounding, launched, make_recipe, rows_of, train_on_two
+from training_cases import Build, TwoForks, assert_equal_to_rounding, launched, make_recipe, rows_of
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
@@ -93,6 +94,13 @@ def recipe_of(name: str, path: Path, *, sharded: bool, engine: str = "prefix", *
     return make_recipe(path, name.split()[0], **sections)
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[TwoForks]:
+    two = TwoForks()
+    yield two
+    two.end()
+
+
 class Recording(Build):
     """Keeps the gradients of the first optimiser step, whole, in ``gradients.pt`` beside the run."""
 
@@ -110,6 +118,7 @@ class Recording(Build):
         )
 
         def keep_and_step() -> None:
+            components.optimizer.step = step  # type: ignore[method-assign]
             masters = components.masters
             named = masters.weights.items() if masters else components.model.named_parameters()
             grads = {name: weight.grad for name, weight in named if weight.grad is not None}
@@ -117,7 +126,7 @@ class Recording(Build):
                 name: masters.whole(name, grad) if masters else whole(grad).clone()
                 for name, grad in grads.items()
             }
-            if accelerator.is_main_process and not kept.exists():
+            if accelerator.is_main_process:
                 torch.save(held, kept)
             step()
 
@@ -135,7 +144,7 @@ def build_of(name: str, engine: str = "prefix") -> Recording:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: Path):
+def test_two_processes_train_as_one_with_the_plain_engine(name: str, forks: TwoForks, tmp_path: Path):
     plain = recipe_of(name, tmp_path / "plain", sharded=False, engine="plain")
     one = train(plain, build_of(name, "plain")).path
     rows = rows_of(one / "metrics.jsonl")
@@ -143,7 +152,7 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: P
     expected = torch.load(one / "gradients.pt")
     folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
     recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
-    train_on_two(build_of(name), *recipes)
+    forks.train(build_of(name), *recipes)
     for two in folders:
         assert_equal_to_rounding(one, two)
         got = torch.load(two / "gradients.pt")
@@ -153,17 +162,17 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["video-opd", "video-opd adapters"])
-def test_a_run_is_continued_on_another_number_of_processes(name: str, tmp_path: Path):
+def test_a_run_is_continued_on_another_number_of_processes(name: str, forks: TwoForks, tmp_path: Path):
     build = Build(rows=12)
     one = train(recipe_of(name, tmp_path / "one", sharded=False, save_every=2), build).path
     two = tmp_path / "two"
-    train_on_two(build, recipe_of(name, two, sharded=True, save_every=2))
+    forks.train(build, recipe_of(name, two, sharded=True, save_every=2))
     for source, path in ((one, tmp_path / "two-continue"), (two, tmp_path / "one-continues")):
         shutil.copytree(source, path)
         (path / "done.json").unlink()
         shutil.rmtree(path / "model")
         shutil.rmtree(path / "checkpoints" / "step-4")
-    train_on_two(build, recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2))
+    forks.train(build, recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2))
     assert_equal_to_rounding(one, tmp_path / "two-continue")
     train(recipe_of(name, tmp_path / "one-continues", sharded=False, save_every=2), build)
     assert_equal_to_rounding(one, tmp_path / "one-continues")
@@ -174,11 +183,11 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", BFLOAT16)
-def test_shards_are_float32_where_the_computation_is_not(name: str, tmp_path: Path):
+def test_shards_are_float32_where_the_computation_is_not(name: str, forks: TwoForks, tmp_path: Path):
     found = []
     folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
     recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
-    train_on_two(Recording(rows=12), *recipes)
+    forks.train(Recording(rows=12), *recipes)
     for run, recipe in zip(folders, recipes, strict=True):
         gradients = torch.load(run / "gradients.pt")
         assert {grad.dtype for grad in gradients.values()} == {torch.float32}
