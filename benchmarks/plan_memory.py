@@ -94,6 +94,9 @@ CONFIGURATIONS: list[tuple[str, int, dict[str, Any]]] = [
     ("adapters on an int8 base, teacher in int8", 1,
      {**ADAPTERS, "lora.base_quantization": "int8", "teacher.quantization": "int8",
       "model.dtype": "bfloat16"}),
+    ("layers gathered one at a time, two processes", 2, {"model.sharding": "fsdp2", "model.gather": "layer"}),
+    ("layers gathered one at a time, four processes, bfloat16", 4,
+     {**AS_8X80GB, "model.gather": "layer", "optim.batch_size": 8}),
 ]  # fmt: skip
 BASE: dict[str, Any] = {
     "method": "video-opd",

@@ -162,6 +162,14 @@ def test_wrong_types_are_refused(tree: dict, expected: str):
         ("loss", {"max_importance_weight": 0.5}, "at least 1"),
         ("reward", {"function": "mine.py:reward"}, "means nothing to method video-opd"),
         ("lora", {"rank": 0}, "at least 1"),
+        ("model", {"reduce": "micro_batch"}, "needs model.sharding fsdp2"),
+        ("model", {"gather": "layer"}, "needs model.sharding fsdp2"),
+        ("model", {"gather": "layer", "sharding": "fsdp2", "engine": "plain"}, "needs model.engine prefix"),
+        (
+            "model",
+            {"gather": "layer", "sharding": "fsdp2", "gradient_checkpointing": False},
+            "gradient_checkpointing out, or set it to true",
+        ),
     ],
 )
 def test_impossible_settings_fail_at_once_with_the_remedy(section: str, keys: dict, expected: str):
@@ -380,8 +388,9 @@ def test_a_recipe_with_the_neutral_keys_of_other_methods_is_the_same_recipe(meth
     new = recipe_from_dict({"method": method, **SMALL, "optim": {"max_grad_norm": math.inf}})
     assert recipe_from_dict(old_recipe(method)) == new
     kept, before = dict(flatten(new.to_dict())), dict(flatten(old_recipe(method)))
-    later = ("teacher.other_template", "teacher.placement", "model.reduce", "optim.offload")
-    assert [kept.pop(key) for key in later] == [False, "auto", "step", False]
+    later = ("teacher.other_template", "teacher.placement", "model.reduce", "model.gather")
+    assert [kept.pop(key) for key in later] == [False, "auto", "step", "step"]
+    assert kept.pop("optim.offload") is False
     types = ("model.weights", "optim.moments", "teacher.quantization", "lora.base_quantization")
     assert [kept.pop(key) for key in types] == ["float32", "float32", None, None]
     assert kept.items() <= before.items()

@@ -41,6 +41,7 @@ from video_opd.training.components import Components, adapt, freeze, prepare, us
 from video_opd.training.loop import train
 from video_opd.training.placement import place
 from video_opd.training.run_folder import RunFolder
+from video_opd.training.sharding import gathers_by_layer
 from video_opd.types import EncodedPrompt, Sample
 
 # Modules that are imported late, by functions that only several processes call.
@@ -116,14 +117,15 @@ class Build:
         else:
             freeze(student, recipe.model)
         forward_module, optimizer, masters = prepare(recipe, accelerator, student)
-        recompute = bool(recipe.model.gradient_checkpointing)
+        by_layer = gathers_by_layer(recipe)
+        recompute = by_layer or bool(recipe.model.gradient_checkpointing)
         policy = HFPolicy(
             student,
             processor(),
             self.engine,
             compute_dtype=None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype],
             forward_module=forward_module,
-            recompute=recompute,
+            recompute=recompute and not by_layer,
         )
         teacher = HFPolicy(model(self.teacher_seed, sharpness=8.0), processor(), self.engine)
         return Components(

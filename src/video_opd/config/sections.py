@@ -67,6 +67,12 @@ class ModelConfig(Settings):
         "sends more and holds less; ours",
     )
 
+    gather: Literal["step", "layer"] = Field(
+        default="step",
+        description="when the weights of shards are gathered: all of them once a step, or layer by layer in "
+        "each pass, for a student whose whole weights do not fit; ours",
+    )
+
     @model_validator(mode="after")
     def _check_reduce(self) -> Self:
         need(
@@ -75,9 +81,21 @@ class ModelConfig(Settings):
         )
         return self
 
+    @model_validator(mode="after")
+    def _check_gather(self) -> Self:
+        if self.gather == "layer":
+            need(self.sharding is not None, "gather layer needs model.sharding fsdp2: it gathers from shards")
+            need(self.engine == "prefix", "gather layer needs model.engine prefix")
+            need(
+                self.gradient_checkpointing is not False,
+                "gather layer computes each layer's activations again where it is gathered for its backward: "
+                "leave model.gradient_checkpointing out, or set it to true",
+            )
+        return self
+
     def as_run(self) -> dict[str, Any]:
         """The settings without those that only training reads and that notes of earlier versions lack."""
-        return self.model_dump(exclude={"reduce", "weights"})
+        return self.model_dump(exclude={"reduce", "gather", "weights"})
 
 
 class LoraConfig(Settings):

@@ -29,12 +29,65 @@ UNITS = (
     *("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
     *("Qwen3VLMoeTextDecoderLayer", "Qwen3VLMoeVisionBlock"),
 )
-DONE = 0  # in the place of a part's number: this process has no further run
+DONE = 0  # in the place of a run's number: this process has no further run
+
+
+class Agreement:
+    """Lets processes make the same runs in the same order, though each knows only of its own.
+
+    A kind of run has a number, and a stand-in: what a process does that does not need this run. Of the runs
+    that processes have reached, the one with the largest number is next.
+    """
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+        self._group, self._device = mesh.get_group(), device
+        self._stand_ins: list[Callable[[], Any]] = []
+        self._standing_in = self._inside = False
+
+    def add(self, stand_in: Callable[[], Any]) -> int:
+        """The number of another kind of run."""
+        self._stand_ins.append(stand_in)
+        return len(self._stand_ins)
+
+    def reach(self, number: int) -> None:
+        """Comes before each run. It returns when this one is next."""
+        assert self._inside, "weights are gathered inside of together() only"
+        if not self._standing_in:
+            while (first := self._first_of_all(number)) != number:
+                self._stand_in(first)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, which makes as many runs as it likes.
+
+        All processes call it together. It returns when the work of all has ended. Raises :class:`UserError`
+        if one of them has stopped.
+        """
+        self._inside = True
+        try:
+            result = work()
+            while first := self._first_of_all(DONE):
+                self._stand_in(first)
+        finally:
+            self._inside = False
+        return result
+
+    def _first_of_all(self, number: int) -> int:
+        """The largest number with which a process came here."""
+        most = torch.tensor(number, device=self._device)
+        collective(lambda: distributed.all_reduce(most, distributed.ReduceOp.MAX, self._group))
+        return int(most)
+
+    def _stand_in(self, number: int) -> None:
+        self._standing_in = True
+        try:
+            self._stand_ins[number - 1]()
+        finally:
+            self._standing_in = False
 
 
 def units_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of the decoder and of the vision tower."""
-    return [module for module in model.modules() if type(module).__name__ in UNITS]
+    """The layers of the decoder and of the vision tower. FSDP gives modules classes of its own."""
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in UNITS]
 
 
 class CollectivePasses:
@@ -50,19 +103,16 @@ class CollectivePasses:
         inner: Any = model
         decoder, embedding = inner.model.language_model, inner.model.language_model.embed_tokens
         whole: list[nn.Module] = [] if embedding.weight is inner.lm_head.weight else [embedding]
-        self._mesh = _mesh_of(device)
-        _divide([*units_of(model), *whole, model], self._mesh)
-        self._inside = self._standing_in = False
-        #: The parts that agree, with a run of the smallest size; a part's number is its place from 1 on.
-        self._smallest: list[Callable[[], Any]] = []
+        mesh = mesh_of(device)
+        _divide([*units_of(model), *whole, model], mesh)
+        self._agreement = Agreement(mesh, device)
         for part, smallest in (
             *((embedding, self._one_token) for embedding in whole),
             (inner.model.visual, self._one_frame_pair),
             (decoder, self._one_state),
         ):
-            self._smallest.append(functools.partial(smallest, part))
-            # Prepended after FSDP's own hooks: it comes before them.
-            part.register_forward_pre_hook(functools.partial(self._agree, len(self._smallest)), prepend=True)
+            number = self._agreement.add(functools.partial(smallest, part))
+            before_each_run(part, functools.partial(self._agreement.reach, number))
 
     def together(self, work: Callable[[], T]) -> T:
         """The result of ``work``, in which this process runs the model as often as it likes.
@@ -73,38 +123,11 @@ class CollectivePasses:
         results: list[T] = []
 
         def run() -> None:
-            results.append(work())
-            while part := self._first_of_all(DONE):
-                self._stand_in(part)
+            results.append(self._agreement.together(work))
 
-        self._inside = True
-        try:
-            with torch.no_grad():
-                call_through(self._model, self._model, run)
-        finally:
-            self._inside = False
+        with torch.no_grad():
+            call_through(self._model, self._model, run)
         return results[0]
-
-    def _agree(self, part: int, *_: Any) -> None:
-        """Comes before each run of a part. The parts with larger numbers run first."""
-        assert self._inside, "weights are gathered inside of together() only"
-        if not self._standing_in:
-            while (first := self._first_of_all(part)) != part:
-                self._stand_in(first)
-
-    def _first_of_all(self, part: int) -> int:
-        """The largest number with which a process came here."""
-        most = torch.tensor(part, device=self._device)
-        group = self._mesh.get_group()
-        collective(lambda: distributed.all_reduce(most, distributed.ReduceOp.MAX, group))
-        return int(most)
-
-    def _stand_in(self, part: int) -> None:
-        self._standing_in = True
-        try:
-            self._smallest[part - 1]()
-        finally:
-            self._standing_in = False
 
     def _one_token(self, embedding: nn.Module) -> None:
         embedding(torch.zeros(1, 1, dtype=torch.long, device=self._device))
@@ -124,7 +147,16 @@ class CollectivePasses:
         decoder(inputs_embeds=state_11D, position_ids=positions, use_cache=False)
 
 
-def _mesh_of(device: torch.device) -> DeviceMesh:
+def before_each_run(part: nn.Module, do: Callable[[], None]) -> None:
+    """Calls ``do`` before each forward of ``part``, and before what FSDP does there."""
+
+    def hook(*_: Any) -> None:
+        do()
+
+    part.register_forward_pre_hook(hook, prepend=True)
+
+
+def mesh_of(device: torch.device) -> DeviceMesh:
     """All processes. Those that gloo connects exchange the weights of GPUs through NCCL."""
     from torch.distributed.device_mesh import init_device_mesh
 

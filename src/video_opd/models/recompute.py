@@ -45,7 +45,7 @@ def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
                 layer.forward = forward
 
 
-class _OneLayer:
+class OneLayer:
     """Replaces the cache in one forward of one layer, and records the keys and values that it is given."""
 
     def __init__(self, layer: DynamicLayer) -> None:
@@ -59,16 +59,21 @@ class _OneLayer:
         return self.layer.update(key_states, value_states)
 
 
+def cached_layer(cache: DynamicCache, layer: Any) -> DynamicLayer:
+    """The keys and values of a decoder layer in a cache."""
+    return cache.layers[layer.self_attn.layer_idx]
+
+
 def _checkpointed(
     forward: Any, hidden_states: torch.Tensor, *, past_key_values: DynamicCache | None = None, **inputs: Any
 ) -> torch.Tensor:
     if past_key_values is None or not torch.is_grad_enabled():
         return forward(hidden_states, past_key_values=past_key_values, **inputs)
-    cached = past_key_values.layers[forward.__self__.self_attn.layer_idx]
+    cached = cached_layer(past_key_values, forward.__self__)
     before = copy.copy(cached)  # ``cached`` itself may have grown when the backward comes
 
     def run(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        alone = _OneLayer(copy.copy(before))
+        alone = OneLayer(copy.copy(before))
         result = forward(hidden_states, past_key_values=alone, **inputs)
         return result, alone.keys, alone.values
 

@@ -143,6 +143,15 @@ class _Estimate:
         if student.tied and roles["language"] == "full" and roles["lm_head"] is None:
             self.trained["language"] -= student.embedding  # the shared tensor is frozen with lm_head
         self.all_trained = sum(self.trained.values())
+        layers = {
+            "language": student.text.all_layers.count,
+            "vision": student.vision.depth * student.vision.block.count,
+        }
+        #: Trained weights of layers whose gradients are reduced as soon as they are there, by part.
+        self.in_layers = {
+            part: min(count, layers.get(part, 0)) if setup.by_layer else 0
+            for part, count in self.trained.items()
+        }
         self.roles = roles
         self.mode = setup.mode("language")
 
@@ -224,11 +233,19 @@ class _Estimate:
         setup = self.setup
         if not setup.sharded:
             return Counter(weights=self._as_loaded())
+        if setup.by_layer:
+            # FSDP gathers a layer into one buffer, and copies its weights out of it.
+            layer = 2 * (self.student.largest_unit + self._adapters_of_a_layer)
+            return Counter(weights=setup.number * self.student.rest, gathered=setup.number * layer)
         return Counter(weights=setup.number * (self.student.weights + self._adapters))
 
     @property
     def _adapters(self) -> int:
         return sum(count for part, count in self.trained.items() if self.roles[part] == "adapters")
+
+    @property
+    def _adapters_of_a_layer(self) -> int:
+        return self._adapters // self.text.layers
 
     def casts(self) -> int:
         """Autocast's copies of the weights of linear layers in float32, as far as a gradient goes through
@@ -320,7 +337,7 @@ class _Estimate:
         if self.work.micro_batches == 1:
             return Counter()
         if self.setup.reduce == "micro_batch" and self.setup.sharded:
-            return Counter(gradients=self._gradient_shard())
+            return Counter(gradients=self._gradient_shard(self.all_trained))
         return self.gradients()
 
     def gradients(self) -> Counter[str]:
@@ -328,14 +345,28 @@ class _Estimate:
         setup = self.setup
         if not setup.sharded:
             return Counter(gradients=4 * self.all_trained, buckets=4 * self.all_trained * setup.ddp)
+        inside = sum(self.in_layers.values())
+        outside, reduced = self.all_trained - inside, self._gradient_shard(inside)
         if setup.reduce == "micro_batch":
-            return Counter(gradients=setup.number * self.all_trained + self._gradient_shard())
+            return Counter(gradients=reduced + setup.number * outside + self._gradient_shard(outside))
         several = self.work.micro_batches > 1
-        return Counter(gradients=(4 if several else setup.number) * self.all_trained)
+        return Counter(gradients=reduced + (4 if several else setup.number) * outside)
 
-    def _gradient_shard(self) -> int:
+    def _gradient_shard(self, weights: int) -> int:
         """The mean over processes, in float32; masters on the CPU have it there."""
-        return 0 if self.away else 4 * self.all_trained // self.setup.processes
+        return 0 if self.away else 4 * weights // self.setup.processes
+
+    def one_layers_gradients(self) -> Counter[str]:
+        """Where layers are gathered one at a time: the gradients of one on their way to shards, and the one
+        that is reduced, in float32."""
+        if not self.setup.by_layer:
+            return Counter()
+        text = self.text
+        trained = max(
+            self.in_layers["language"] // text.layers, self.in_layers["vision"] // self.vision.depth
+        )
+        largest = min(trained, max(text.largest_layer.largest, self.vision.block.largest))
+        return Counter(gradients=self.setup.number * trained, gathered=2 * 4 * largest)
 
     def running(self) -> Counter[str]:
         parts = self.held() + self.weights() + self.accumulated()
@@ -442,6 +473,7 @@ class _Estimate:
             parts["decoder"] += self.one_layer()
         if not self.accumulated():
             parts["gradients"] += self._leaf_number * self.trained["lm_head"]
+        parts += self.one_layers_gradients()
         if self.recompute:
             parts["casts"] = 0
         return parts
@@ -460,7 +492,10 @@ class _Estimate:
         parts["decoder"] += self.decoder_graph() + self.one_layer()
         parts["caches"] += self.prompt_cache() if self.roles["language"] else 0  # gradients
         parts["caches"] += self.own_cache() if single else 0
-        met = self.trained["language"] + self.trained["lm_head"]
+        met = self.trained["language"] + self.trained["lm_head"] - self.in_layers["language"]
+        parts += self.one_layers_gradients()
+        if setup.by_layer and not self.accumulated():
+            parts["gradients"] += self._gradient_shard(self.in_layers["language"])  # of the responses
         if setup.sharded and setup.reduce == "micro_batch":
             parts["gradients"] += setup.number * met
         elif not self.accumulated():
@@ -484,6 +519,7 @@ class _Estimate:
         vision = self.trained["vision"] + self.trained["merger"]
         share = 1 - vision / max(1, self.all_trained) if self.work.micro_batches == 1 else 1.0
         parts["gradients"] += round(gradients["gradients"] * share)
+        parts += self.one_layers_gradients()
         parts["buckets"] += gradients["buckets"]
         parts["vision"] += self.vision_graph()
         parts["decoder"] += self.one_layer()

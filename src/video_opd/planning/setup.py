@@ -34,6 +34,7 @@ class Setup:
     moments: str  # of the optimiser: float32 or int8
     sharded: bool  # the student's masters and moments, over the processes
     reduce: str  # step: gradients are reduced once a step; micro_batch: after each backward
+    by_layer: bool  # layers in shards are gathered, and their gradients reduced, one at a time
     offload: bool  # the masters and the optimiser's state are on the CPU
     recompute: bool | None  # None: activations are recomputed only if they do not fit
     prefix: bool  # the prefix engine
@@ -53,6 +54,7 @@ class Setup:
     def of(cls, recipe: Recipe, processes: int = 1) -> Setup:
         """Raises :class:`UserError` for a teacher in shards with a single process."""
         model, teacher = recipe.model, recipe.teacher
+        by_layer = model.gather == "layer" and processes > 1
         has_teacher = recipe.method in WITH_TEACHER
         placement = teacher.placement
         need(
@@ -67,8 +69,9 @@ class Setup:
             moments=recipe.optim.moments,
             sharded=model.sharding is not None and processes > 1,
             reduce=model.reduce,
+            by_layer=by_layer,
             offload=recipe.optim.offload,
-            recompute=model.gradient_checkpointing,
+            recompute=True if by_layer else model.gradient_checkpointing,
             prefix=model.engine == "prefix",
             frozen=frozenset(model.freeze),
             adapted=frozenset(recipe.lora.parts),

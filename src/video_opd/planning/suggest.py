@@ -30,7 +30,12 @@ class Change:
 
 
 #: Settings of an optimiser that is neither in shards nor on the CPU.
-IN_ONE_PLACE = {"model.sharding": None, "model.reduce": "step", "optim.offload": False}
+IN_ONE_PLACE = {
+    "model.sharding": None,
+    "model.reduce": "step",
+    "model.gather": "step",
+    "optim.offload": False,
+}
 
 
 #: In the order of their price. Keys that a recipe does not have are passed over.
@@ -75,6 +80,13 @@ CHANGES: Sequence[Change] = (
         excludes=["teacher.placement"],
     ),
     Change(
+        settings={"model.sharding": "fsdp2", "model.gather": "layer"},
+        price=18,
+        costs="the student's layers are exchanged in each of its passes",
+        needs_processes=True,
+        excludes=["model.sharding", "model.gradient_checkpointing"],
+    ),
+    Change(
         settings={"optim.moments": "int8", **IN_ONE_PLACE},
         price=20,
         costs="the optimiser's moments are rounded to 8 bits",
@@ -94,11 +106,16 @@ CHANGES: Sequence[Change] = (
         costs="adapters are trained in place of the weights",
     ),
     Change(
-        settings={"lora.base_quantization": "int8", "model.sharding": None, "model.reduce": "step"},
+        settings={
+            "lora.base_quantization": "int8",
+            "model.sharding": None,
+            "model.reduce": "step",
+            "model.gather": "step",
+        },
         price=20,
         costs="the frozen base is rounded to 8 bits",
         needs_one_process=True,
-        excludes=["model.sharding", "model.reduce"],
+        excludes=["model.sharding", "model.reduce", "model.gather"],
     ),
 )
 MOST_TRIED = 3000  # sets of changes

@@ -48,7 +48,7 @@ from video_opd.training.memory import plan_of_run
 from video_opd.training.optimizers import make_optimizer
 from video_opd.training.placement import loading_device, place, placement_asked
 from video_opd.training.run_folder import RunFolder
-from video_opd.training.sharding import is_sharded, shard, sharding_asked
+from video_opd.training.sharding import gathers_by_layer, is_sharded, shard, sharding_asked
 from video_opd.types import EncodedPrompt, Sample
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def build_components(
         assert isinstance(recipe, DistillationRecipe), "only these learn from a teacher"
         teacher = load_teachers(recipe, samples, (model, processor), device, placement)
     recompute = bool(recipe.model.gradient_checkpointing) if plan is None else plan.recompute
-    if recompute:
+    by_layer = gathers_by_layer(recipe)
+    if recompute and not by_layer:
         # The prefix engine needs the cache of its decoder layers, and checkpoints them itself.
         checkpointed = model.model.visual if recipe.model.engine == "prefix" else model
         old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
@@ -135,7 +136,7 @@ def build_components(
         recipe.model.engine,
         compute_dtype=compute_dtype,
         forward_module=forward_module,
-        recompute=recompute and recipe.model.engine == "prefix",
+        recompute=recompute and recipe.model.engine == "prefix" and not by_layer,
     )
     return Components(
         model=model,
@@ -147,7 +148,7 @@ def build_components(
         method=method,
         optimizer=optimizer,
         masters=masters,
-        recompute=recompute,
+        recompute=recompute or by_layer,
         processor=processor,
         samples=samples,
         loader=prompt_loader(
@@ -208,6 +209,8 @@ def load_student(
     With LoRA, ``weights`` is the base or a checkpoint's ``adapter/``. ``merged`` says that it is a finished
     model, which needs no adapters.
     """
+    if gathers_by_layer(recipe) and not merged:
+        device = CPU  # whole, it may have no room on the device; its shards are moved there
     if not recipe.lora.parts or merged:
         dtype = recipe.run.save_dtype if merged else recipe.model.weights  # what the run would hold
         model, processor = load_model(

@@ -38,7 +38,7 @@ from video_opd.progress import log, task
 from video_opd.seals import NOTHING, Sealer
 from video_opd.seeds import derive_seed
 from video_opd.training import checkpoint as checkpoints
-from video_opd.training.batches import BatchPlan, BatchStream
+from video_opd.training.batches import BatchPlan, BatchStream, Row
 from video_opd.training.components import Components, build_components, restore_base
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
 from video_opd.training.model_card import model_card
@@ -148,7 +148,7 @@ class Run:
                 with self.watch.stage("decode_wait"):
                     planned, rows = next(batches)
                 if first == 0 and self.recipe.run.check:
-                    check_first_prompts(self.recipe, self.components, self.stepper, planned, rows)
+                    self._check(planned, rows)
                 batch = self.stepper.prepare(first, planned, rows)
                 done = first + plan.updates_per_batch
                 for step in range(first, done):
@@ -157,6 +157,11 @@ class Run:
                     bar.advance(note=_progress(row))
                 if done // every > first // every:
                     self._save(done)
+
+    def _check(self, planned: int, rows: Sequence[Row]) -> None:
+        self.stepper.together(
+            lambda: check_first_prompts(self.recipe, self.components, self.stepper, planned, rows)
+        )
 
     def _step(self, step: int, batch: Batch, began_s: float) -> tuple[dict[str, Any], Batch]:
         """One optimiser step: (its row of metrics, the batch for the next update on it)."""
@@ -363,7 +368,7 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
 
 def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components: Components) -> RunResult:
     """Writes and evaluates the model; a LoRA run's adapters are merged into it."""
-    Shards(components.model, components.masters).dissolve()
+    Shards(components.model, components.masters, by_layer=recipe.model.gather == "layer").dissolve()
     processes.on_first(lambda: _write_adapters(folder, components))
     save_dtype = getattr(torch, recipe.run.save_dtype)
     if processes.first or not _only_first_is_whole(components):
@@ -398,7 +403,8 @@ def _trained_policy(
 ) -> Policy:
     """The trained student in this process."""
     policy = components.policy
-    if processes.first or not _only_first_is_whole(components):
+    on_device = processes.first and recipe.model.gather == "step"
+    if on_device or not _only_first_is_whole(components):
         return policy
     assert isinstance(policy, HFPolicy), "nothing else is sharded"
     model, processor = load_model(

@@ -8,6 +8,9 @@ a step or (``model.reduce: micro_batch``) after each backward:
 
     whole: sample, score, differentiate, differentiate, … → reduce, in shards: clip, step → whole
 
+With ``model.gather: layer`` that is said of embeddings, ``lm_head``, mergers and norms only. Layers are
+gathered one at a time (:mod:`video_opd.models.gathered_layers`), for a student that does not fit whole.
+
 With N weights and n processes, each process holds N numbers of the computation's type, N gradients until
 they are reduced, and N/n of the master weights and of Adam's two moments. DDP holds 4·N numbers of float32;
 this is less by nearly 2·N of them, and by another N if the computation is in bfloat16.
@@ -26,6 +29,7 @@ from torch import nn
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.collective_passes import units_of
+from video_opd.models.gathered_layers import GatheredLayers
 from video_opd.models.modes import call_through
 from video_opd.models.parts import state_of
 from video_opd.training.masters import Masters
@@ -80,6 +84,11 @@ def sharding_asked(recipe: Recipe) -> bool:
     return recipe.model.sharding == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def gathers_by_layer(recipe: Recipe) -> bool:
+    """Whether the layers of the student are gathered one at a time."""
+    return recipe.model.gather == "layer" and sharding_asked(recipe)
+
+
 def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
@@ -94,15 +103,25 @@ class Shards:
     With ``masters``, the optimiser works on these in place of the model's weights. ``each_micro_batch`` says
     that :meth:`reduce` follows each backward. A gradient is then held in the type of its weight, not in
     float32, because nothing is added to it.
+
+    With ``by_layer``, what is said here of whole weights holds for those outside of layers only. The layers
+    stay in shards; :meth:`gathered_layers` makes them whole one at a time.
     """
 
     def __init__(
-        self, model: nn.Module, masters: Masters | None = None, *, each_micro_batch: bool = False
+        self,
+        model: nn.Module,
+        masters: Masters | None = None,
+        *,
+        each_micro_batch: bool = False,
+        by_layer: bool = False,
     ) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         self.model, self.masters = model, masters
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        layers = set(units_of(model)) if by_layer else set()
+        self._layers = [unit for unit in self.units if unit in layers]
         self.each_micro_batch = each_micro_batch and (bool(self.units) or masters is not None)
         self.to_shards()
         self._held = _trained(model)
@@ -114,8 +133,12 @@ class Shards:
         if self.units:
             with torch.no_grad():  # FSDP initialises itself in the first forward of the whole model
                 call_through(model, model, lambda: torch.zeros(()))
+        self._in_layer: dict[nn.Module, dict[str, nn.Parameter]] = {
+            layer: self._trained_in(layer) for layer in self._layers
+        }
         self._unshard()
-        self._whole = _trained(model)
+        in_layers = {name for names in self._in_layer.values() for name in names}
+        self._whole = {name: weight for name, weight in _trained(model).items() if name not in in_layers}
         self._kept: dict[str, torch.Tensor] = {}
         if self.each_micro_batch or masters is not None:
             for name, weight in self._whole.items():
@@ -132,14 +155,29 @@ class Shards:
         for unit in self.units:
             unit.reshard()
 
+    def gathered_layers(self) -> GatheredLayers | None:
+        """What gathers the layers one at a time, from now on; None without ``by_layer``."""
+        if not self._layers:
+            return None
+        from torch.distributed.tensor import DTensor
+
+        shard = next(iter(self._held.values()))
+        assert isinstance(shard, DTensor)
+        return GatheredLayers(self.model, shard.device_mesh, shard.device, self._reduce_layer)
+
     def reduce(self) -> None:
         """Adds the gradients of the whole weights to those of :attr:`parameters`, and frees them.
 
         Of a model in shards it is the mean over processes, in float32.
         """
-        if not self.units and self.masters is None:
-            return
-        for name, weight in self._whole.items():
+        if self.units or self.masters is not None:
+            self._reduce(self._whole)
+
+    def _reduce_layer(self, layer: nn.Module) -> None:
+        self._reduce(self._in_layer[layer])
+
+    def _reduce(self, weights: Mapping[str, nn.Parameter]) -> None:
+        for name, weight in weights.items():
             grad = self._kept.pop(name, None)
             if grad is None:
                 grad, weight.grad = weight.grad, None
@@ -190,12 +228,23 @@ class Shards:
             held = module._parameters.get(own)
             if held is not None:  # FSDP still watches each forward, and finds its own copy gathered
                 if id(held) not in masters:
-                    masters[id(held)] = nn.Parameter(tensor.to(held.device), held.requires_grad)
+                    # What was gathered by layer has no room on the device.
+                    device = tensor.device if self._layers else held.device
+                    masters[id(held)] = nn.Parameter(tensor.to(device), held.requires_grad)
                 module._parameters[own] = masters[id(held)]
+
+    def _trained_in(self, layer: Any) -> dict[str, nn.Parameter]:
+        """The trained weights of a layer, as they are whenever it is whole."""
+        layer.unshard()
+        own = {id(weight) for weight in layer.parameters()}
+        found = {name: weight for name, weight in _trained(self.model).items() if id(weight) in own}
+        layer.reshard()
+        return found
 
     def _unshard(self) -> None:
         for unit in self.units:
-            unit.unshard()
+            if unit not in self._layers:
+                unit.unshard()
         # FSDP puts the same tensors back each time; the hooks are on them.
         whole = getattr(self, "_whole", {})
         assert all(self.model.get_parameter(name) is weight for name, weight in whole.items())

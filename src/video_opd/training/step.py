@@ -15,10 +15,10 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -48,6 +48,8 @@ from video_opd.types import Rollout, TokenLogprobs
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
@@ -60,6 +62,7 @@ class StepSettings:
     sampling_micro_batch_size: int | None  # prompts; None: each micro-batch is sampled by its first update
     teacher_micro_batch_size: int | None  # prompts; None: a micro-batch at a time
     reduces_each_micro_batch: bool  # whether sharded gradients are; otherwise once a step
+    gathers_by_layer: bool  # whether sharded layers are gathered one at a time
     prefix_engine: bool
     prefills: bool  # whether responses are sampled from a prefix, which the first update then continues
     distributions: bool  # whether student and teacher give distributions over the whole vocabulary
@@ -82,6 +85,7 @@ class StepSettings:
             sampling_micro_batch_size=recipe.sampling_micro_batch_size,
             teacher_micro_batch_size=recipe.teacher.micro_batch_size,
             reduces_each_micro_batch=recipe.model.reduce == "micro_batch",
+            gathers_by_layer=recipe.model.gather == "layer",
             prefix_engine=recipe.model.engine == "prefix",
             prefills=needs.sampling and recipe.model.engine == "prefix",
             distributions=needs.distributions or recipe.measures_analytic_kl,
@@ -151,8 +155,12 @@ class Stepper:
         self.watch = watch
         self.method, self.policy = components.method, components.policy
         self.shards = Shards(
-            components.model, components.masters, each_micro_batch=settings.reduces_each_micro_batch
+            components.model,
+            components.masters,
+            each_micro_batch=settings.reduces_each_micro_batch,
+            by_layer=settings.gathers_by_layer,
         )
+        self._layers = self.shards.gathered_layers()
         # Whether the backward is cut at the prefix, which saves memory: not where activations are kept, nor
         # under DDP, which exchanges the gradients of a single backward.
         alone = components.forward_module is components.model
@@ -181,7 +189,8 @@ class Stepper:
         if self._ahead is None:
             batches = [MicroBatch(rows=some) for some in cut]
         else:
-            groups = self._sampled_ahead(step, rows, self._ahead)
+            size = self._ahead
+            groups = iter(self.together(lambda: self._sampled_ahead(step, rows, size)))
             batches = [MicroBatch(rows=some, groups=[next(groups) for _ in some]) for some in cut]
             batches = self._scored_in_one_turn(batches)
         # The first rollouts of the global batch are among the first ones of each process.
@@ -202,9 +211,7 @@ class Stepper:
         for i, micro in enumerate(batch.micro_batches):
             with self._exchanging_gradients(last=i + 1 == len(batch.micro_batches)):
                 if not micro.rows:
-                    if not batch.scored:
-                        self._score(micro, ())
-                    self._backward_of_nothing()
+                    self._attend(micro, batch)
                     scored.append(micro)
                 else:
                     if isinstance(micro, ScoredBatch):
@@ -227,6 +234,11 @@ class Stepper:
             updated=updated,
             continued_prefill=not batch.scored and self._continues_prefill,
         )
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of ``work``, in which this process runs the student. Where its layers are gathered one
+        at a time, all processes call it together."""
+        return work() if self._layers is None else self._layers.together(work)
 
     def scores_before_update(
         self, planned: int, rows: Sequence[Row], responses: Mapping[str, Sequence[tuple[int, ...]]]
@@ -260,12 +272,14 @@ class Stepper:
         the signal, and the backward."""
         settings = self.settings
         if micro.groups is None:
-            prefix, groups = self._sample(step, micro.rows, grad=True)
+            prefix, groups = self.together(lambda: self._sample(step, micro.rows, grad=True))
         else:
             prefix, groups = micro.prompts, micro.groups
         responses = token_ids(groups)
         teacher, reference = self._score(micro, responses)
-        with self.watch.stage("update"):
+
+        def update() -> _Differentiated:
+            nonlocal prefix
             student, go_on = self._student_forward(prefix, responses)
             del prefix  # the graph keeps the keys and values that it needs
             trajectories = without_nonfinite(
@@ -280,13 +294,29 @@ class Stepper:
             scored = ScoredBatch(rows=micro.rows, groups=groups, trajectories=trajectories, signal=signal)
             return self._differentiate(scored, student, go_on, assumed, shown)
 
+        with self.watch.stage("update"):
+            return self.together(update)
+
     def _differentiate_again(
         self, scored: ScoredBatch, assumed: float, shown: frozenset[int]
     ) -> _Differentiated:
         """A later update's share: the student's forward and the backward."""
-        with self.watch.stage("update"):
+
+        def update() -> _Differentiated:
             student, go_on = self._student_forward(scored.prompts, token_ids(scored.groups))
             return self._differentiate(scored, student, go_on, assumed, shown)
+
+        with self.watch.stage("update"):
+            return self.together(update)
+
+    def _attend(self, micro: MicroBatch, batch: Batch) -> None:
+        """Takes part in what other processes do with their rows of a micro-batch of which this one has
+        none."""
+        if not batch.scored:
+            if self._ahead is None:
+                self.together(lambda: None)
+            self._score(micro, ())
+        self.together(self._backward_of_nothing)
 
     def _differentiate(
         self,
@@ -330,11 +360,12 @@ class Stepper:
             groups = self.method.trajectories(self.policy, prefix, [row.sample for row in rows], seeds)
         return prefix, groups
 
-    def _sampled_ahead(self, step: int, rows: Sequence[Row], size: int) -> Iterator[Sequence[Rollout]]:
+    def _sampled_ahead(self, step: int, rows: Sequence[Row], size: int) -> list[Sequence[Rollout]]:
         """The rollouts of each row, sampled ``size`` prompts at a time."""
+        found: list[Sequence[Rollout]] = []
         for i in range(0, len(rows), size):
-            _, groups = self._sample(step, rows[i : i + size], grad=False)
-            yield from groups
+            found += self._sample(step, rows[i : i + size], grad=False)[1]
+        return found
 
     def _student_forward(self, prefix: Any, responses: Responses) -> tuple[TokenLogprobs, Callable[[], None]]:
         """(the student's scores, with their graph, what has to be called after their backward)."""
@@ -371,12 +402,14 @@ class Stepper:
                 )
         if needs.reference and reference is None:
             with self.watch.stage("reference"):
-                reference = self._scores(
-                    self.components.reference,
-                    micro,
-                    responses,
-                    full=False,
-                    temperature=settings.temperature,
+                reference = self.together(  # it may be the student without its adapters
+                    lambda: self._scores(
+                        self.components.reference,
+                        micro,
+                        responses,
+                        full=False,
+                        temperature=settings.temperature,
+                    )
                 )
         return teacher, reference
 

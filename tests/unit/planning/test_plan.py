@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from places import ROOT
 from plan_cases import ADAPTERS, PAIR, paper
 
-from video_opd.config import Recipe
+from video_opd.config import Recipe, load_recipe
 from video_opd.errors import UserError
 from video_opd.planning import teacher_placement
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
@@ -137,6 +138,7 @@ def test_every_part_is_described_and_sums_to_the_peak() -> None:
     ("changes", "parts"),
     [
         ({"reduce": "micro_batch"}, {"gradients"}),
+        ({"by_layer": True, "recompute": True}, {"weights", "gradients"}),
         ({"teacher_placement": "sharded"}, {"teacher"}),
         ({"teacher_quantization": "int8"}, {"teacher"}),
         ({"moments": "int8"}, {"moments"}),
@@ -156,6 +158,15 @@ def test_a_setting_saves_what_it_is_for(changes: dict[str, Any], parts: set[str]
     assert {part for part in before if after[part] < before[part]} >= parts
     grown = {part for part in before if after[part] > before[part]}
     assert grown <= {"gathered"}, "something else takes more"
+
+
+def test_a_32b_student_in_full_holds_one_of_its_layers_at_a_time() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "qwen3-vl-32b" / "grpo-full.yaml")
+    found = make_plan(recipe, 8, 80 * GIB)
+    layer = 5120 * (64 + 2 * 8) * 128 + 64 * 128 * 5120 + 3 * 5120 * 25600 + 2 * 5120 + 2 * 128
+    gathered = found.memory.phases["prefill"]["gathered"]  # in bfloat16, once more as FSDP copies it
+    assert gathered == 2 * 2 * layer
+    assert found.memory.peak < 40 * GIB and found.recompute
 
 
 def test_more_processes_need_no_more_memory_each() -> None:

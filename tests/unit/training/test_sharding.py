@@ -44,6 +44,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "reward": {"function": "training_cases:a_reward"},
         "loss": {"kl_beta": 0.1},
     },
+    "grpo adapters": {
+        "sampling": {"rollouts": 2},
+        "reward": {"function": "training_cases:a_reward"},
+        "loss": {"kl_beta": 0.1},
+        "lora": {"parts": ["vision", "language"], "rank": 4},
+    },
     "grpo recompute": {
         "sampling": {"rollouts": 3},
         "reward": {"function": "training_cases:a_reward"},
@@ -74,6 +80,17 @@ MODES: dict[str, dict[str, Any]] = {
     "video-opd experts": {"teacher": {"placement": "sharded"}, "optim": {"offload": True}},
     "sft bfloat16 adapters": {"model": {"reduce": "micro_batch"}},
 }
+# What is tried once more, with layers that are gathered one at a time.
+BY_LAYER: dict[str, dict[str, Any]] = {
+    "video-opd": {"teacher": {"placement": "sharded"}},
+    "video-opd full": {"model": {"reduce": "micro_batch"}, "optim": {"offload": True}},
+    "video-opd frozen vision": {},
+    "video-opd adapters": {},
+    "grpo": {"teacher": {"placement": "sharded"}, "model": {"reduce": "micro_batch"}},
+    "grpo adapters": {},
+    "sft": {"optim": {"offload": True}},
+    "grpo experts recompute": {},
+}
 # bfloat16 rounds to 3 digits, and DDP's autocast keeps more in float32: alike, not equal.
 BFLOAT16: dict[str, dict[str, Any]] = {
     "sft bfloat16": {"model": {"dtype": "bfloat16"}},
@@ -81,13 +98,17 @@ BFLOAT16: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe_of(name: str, path: Path, *, sharded: bool, engine: str = "prefix", **run: Any) -> Recipe:
+def recipe_of(
+    name: str, path: Path, *, sharded: bool, engine: str = "prefix", by_layer: bool = False, **run: Any
+) -> Recipe:
     """Four optimiser steps of 6 prompts, two on each batch; two processes have 2 and 1 micro-batches."""
     sections = {key: dict(value) for key, value in (SETTINGS | BFLOAT16)[name].items()}
     optim = {"lr": 1e-3, "max_grad_norm": 1e9, "updates_per_batch": 2, "max_steps": 4}
     optim |= {"batch_size": 6, "micro_batch_size": 2}
     added: dict[str, dict[str, Any]] = {"model": {"engine": engine}, "optim": optim, "run": run}
     modes = [{"model": {"sharding": "fsdp2"}}, MODES.get(name, {})] if sharded else []
+    if by_layer:
+        modes = [{"model": {"sharding": "fsdp2", "gather": "layer"}}, BY_LAYER[name]]
     for more in (added, *modes):
         for key, value in more.items():
             sections[key] = {**sections.get(key, {}), **value}
@@ -152,6 +173,9 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, forks: TwoF
     expected = torch.load(one / "gradients.pt")
     folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
     recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
+    if name in BY_LAYER:
+        folders[tmp_path / "by layer"] = True
+        recipes.append(recipe_of(name, tmp_path / "by layer", sharded=True, by_layer=True))
     forks.train(build_of(name), *recipes)
     for two in folders:
         assert_equal_to_rounding(one, two)
@@ -165,14 +189,15 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, forks: TwoF
 def test_a_run_is_continued_on_another_number_of_processes(name: str, forks: TwoForks, tmp_path: Path):
     build = Build(rows=12)
     one = train(recipe_of(name, tmp_path / "one", sharded=False, save_every=2), build).path
-    two = tmp_path / "two"
-    forks.train(build, recipe_of(name, two, sharded=True, save_every=2))
+    two, by_layer = tmp_path / "two", name == "video-opd adapters"
+    forks.train(build, recipe_of(name, two, sharded=True, by_layer=by_layer, save_every=2))
     for source, path in ((one, tmp_path / "two-continue"), (two, tmp_path / "one-continues")):
         shutil.copytree(source, path)
         (path / "done.json").unlink()
         shutil.rmtree(path / "model")
         shutil.rmtree(path / "checkpoints" / "step-4")
-    forks.train(build, recipe_of(name, tmp_path / "two-continue", sharded=True, save_every=2))
+    continuing = recipe_of(name, tmp_path / "two-continue", sharded=True, by_layer=by_layer, save_every=2)
+    forks.train(build, continuing)
     assert_equal_to_rounding(one, tmp_path / "two-continue")
     train(recipe_of(name, tmp_path / "one-continues", sharded=False, save_every=2), build)
     assert_equal_to_rounding(one, tmp_path / "one-continues")
