@@ -47,7 +47,7 @@ class GatheredLayers:
                 self._agreement.reach, self._agreement.add(functools.partial(self._no_backward, layers))
             )
             for layer in layers:
-                _Layer(layer, begin if layer is layers[-1] else None, device, reduce)
+                _Layer(layer, begin if layer is layers[-1] else None, reduce)
         for part, layers in ((decoder, decoder.layers), (tower, tower.blocks)):
             number = self._agreement.add(functools.partial(self._no_forward, layers))
             before_each_run(part, functools.partial(self._agreement.reach, number))
@@ -72,11 +72,9 @@ class GatheredLayers:
 class _Layer:
     """One layer: whole in its forward and its backward. ``begin`` agrees on a backward, which begins here."""
 
-    def __init__(
-        self, layer: Any, begin: Callable[[], None] | None, device: torch.device, reduce: Reduce
-    ) -> None:
+    def __init__(self, layer: Any, begin: Callable[[], None] | None, reduce: Reduce) -> None:
         self.layer, self.reduce, self._begin, self._begun = layer, reduce, begin, False
-        self._device, self._forward = device, layer.forward
+        self._forward = layer.forward
         self._trained = any(weight.requires_grad for weight in layer.parameters())
         _prefetch_nothing(layer)
         layer.forward = self._checkpointed

@@ -84,6 +84,7 @@ MODES: dict[str, dict[str, Any]] = {
 BY_LAYER: dict[str, dict[str, Any]] = {
     "video-opd": {"teacher": {"placement": "sharded"}},
     "video-opd full": {"model": {"reduce": "micro_batch"}, "optim": {"offload": True}},
+    "video-opd top-k": {"sampling": {"micro_batch_size": 1}, "teacher": {"placement": "cpu"}},
     "video-opd frozen vision": {},
     "video-opd adapters": {},
     "grpo": {"teacher": {"placement": "sharded"}, "model": {"reduce": "micro_batch"}},
