@@ -66,7 +66,6 @@ class ModelConfig(Settings):
         description="when gradients are reduced to shards and freed: once, or after each micro-batch, which "
         "sends more and holds less; ours",
     )
-
     gather: Literal["step", "layer"] = Field(
         default="step",
         description="when the weights of shards are gathered: all of them once a step, or layer by layer in "

@@ -103,7 +103,7 @@ class CollectivePasses:
         inner: Any = model
         decoder, embedding = inner.model.language_model, inner.model.language_model.embed_tokens
         whole: list[nn.Module] = [] if embedding.weight is inner.lm_head.weight else [embedding]
-        mesh = mesh_of(device)
+        mesh = _mesh_of(device)
         _divide([*units_of(model), *whole, model], mesh)
         self._agreement = Agreement(mesh, device)
         for part, smallest in (
@@ -156,7 +156,7 @@ def before_each_run(part: nn.Module, do: Callable[[], None]) -> None:
     part.register_forward_pre_hook(hook, prepend=True)
 
 
-def mesh_of(device: torch.device) -> DeviceMesh:
+def _mesh_of(device: torch.device) -> DeviceMesh:
     """All processes. Those that gloo connects exchange the weights of GPUs through NCCL."""
     from torch.distributed.device_mesh import init_device_mesh
 
