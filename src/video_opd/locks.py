@@ -94,6 +94,26 @@ def locked_folder(folder: str | Path, processes: Processes | None = None) -> Ite
         yield
 
 
+def is_being_written(folder: str | Path) -> bool:
+    """Whether a living process says that it is writing in ``folder``. It takes no lock, and only reads.
+
+    A process of another host is believed to live. Raises nothing: without a lock file it is False.
+    """
+    path = os.path.realpath(os.path.join(folder, ".lock"))
+    with _guard:
+        if path in _locks:  # opening the file here, and closing it, would end this process's own lock
+            return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError):
+        return False
+    try:
+        owner = _owner(descriptor)
+    finally:
+        os.close(descriptor)
+    return owner is not None and owner.lives
+
+
 @contextmanager
 def _locked(
     path: Path, output: str | Path, processes: Processes, is_right: Callable[[str | Path], bool]

@@ -91,6 +91,7 @@ NO_TORCH = (
     "planning.terminal",
     "reports.dataset",
     "reports.html",
+    "reports.watch",
     "grounding.page",
     "grounding.consensus",
     "grounding.output_formats",

@@ -1,12 +1,15 @@
 """One self-contained HTML file about one or several runs: tables, curves, timelines, tokens.
 
-No script, no font and no picture is fetched: the file can be mailed, archived and opened offline. Text that
-comes from data (queries, responses, paths) is escaped by the template engine.
+No script, no font and no picture is fetched: the file can be mailed, archived and opened offline. A content
+security policy allows the page its own script and pictures, and nothing else. Text that comes from data
+(queries, responses, paths) is escaped by the template engine.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -137,33 +140,64 @@ class RolloutView:
     tokens: Sequence[TokenView]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reload:
+    """A page that is watched loads itself every ``every_s`` seconds.
+
+    It stops if it is loaded after ``until_s`` (seconds since 1970): nobody writes it any more then.
+    """
+
+    every_s: float
+    until_s: float
+
+
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Reads the run folders and writes one HTML file, whole or not at all.
 
     The page and stderr name what a run's files held and could not be used. Raises UserError for a folder
     that is not a run's, and when the file cannot be written.
     """
-    if not run_dirs:
-        raise UserError("a report needs at least one run folder")
-    runs = [read_run(folder) for folder in run_dirs]
-    for run in runs:
-        for line in run.left_out:
-            log(f"{run.folder}: left out: {line}")
-    written = write_text(out, render(runs))
+    written = write_text(out, render(read_runs(run_dirs)))
     log(f"wrote {written}")
     return written
 
 
-def render(runs: Sequence[Run]) -> str:
-    """Returns the page as text."""
+def read_runs(run_dirs: Sequence[str | Path], *, tell: bool = True) -> list[Run]:
+    """Reads the run folders; ``tell`` names on stderr what could not be used. Raises UserError without any."""
+    if not run_dirs:
+        raise UserError("a report needs at least one run folder")
+    runs = [read_run(folder) for folder in run_dirs]
+    for run in runs if tell else ():
+        for line in run.left_out:
+            log(f"{run.folder}: left out: {line}")
+    return runs
+
+
+def render(runs: Sequence[Run], *, reload: Reload | None = None) -> str:
+    """Returns the page as text; ``reload`` makes it load itself again and again."""
+    from markupsafe import Markup
+
     template = environment().get_template("report.html.j2")
+    script = environment().get_template("report.js").render()
     single = len(runs) == 1
     return template.render(
         title=runs[0].name if single else f"{len(runs)} runs",
+        policy=policy(script),
+        script=Markup(script),
+        reload=reload,
         comparison=None if single else tables.compare(runs),
         overlay=[] if single else curves(runs),
         sections=[_section(run, curves([run]) if single else []) for run in runs],
         legend=[(f"{r:+g}" if r else "0", _strength(r)) for r in (-2, -1, -0.5, 0, 0.5, 1, 2)],
+    )
+
+
+def policy(script: str) -> str:
+    """Returns the content security policy of a page with this script."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
 
 
