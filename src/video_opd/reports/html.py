@@ -163,7 +163,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def read_runs(run_dirs: Sequence[str | Path], *, tell: bool = True) -> list[Run]:
-    """Reads the run folders; ``tell`` names on stderr what could not be used. Raises UserError without any."""
+    """Reads the run folders; ``tell`` names on stderr what could not be used."""
     if not run_dirs:
         raise UserError("a report needs at least one run folder")
     runs = [read_run(folder) for folder in run_dirs]

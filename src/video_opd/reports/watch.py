@@ -1,6 +1,6 @@
 """Keeps a report up to date while its runs go on, and tells the page to load itself again.
 
-The run folders are only read: no lock of theirs is taken. Whether a file changed is seen by its time and size.
+The run folders are only read: no lock of theirs is taken. A change of a file is seen by its time and size.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def watch_report(
                 runs, seen, until_s = _read_again(run_dirs, runs), state, 0.0
             if ended:
                 break
-            # Also while nothing changes, so that the page sees that it is watched; and if the run itself wrote
-            # its report there.
+            # Also while nothing changes, so that the page sees that it is watched, and when the run itself
+            # wrote its report there.
             if until_s - now_s() < lasts_s / 2 or _file_state(out) != ours:
                 until_s = now_s() + lasts_s
                 write_text(out, render(runs, reload=Reload(every_s=every_s, until_s=until_s)))
