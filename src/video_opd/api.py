@@ -378,9 +378,9 @@ def write_page(
     Raises:
         UserError: if the video cannot be used, and if the page cannot be written.
     """
+    from video_opd.data.stills import stills
     from video_opd.data.video import probe
     from video_opd.grounding import page
-    from video_opd.grounding.stills import stills
 
     info = probe(video)
     shown = page.PageVideo(

@@ -68,6 +68,7 @@ NO_TORCH = (
     "config",
     "seeds",
     "algorithms.rewards",
+    "evaluation.failures",
     "evaluation.metrics",
     "evaluation.predictions",
     "evaluation.terminal",

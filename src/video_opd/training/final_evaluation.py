@@ -17,16 +17,20 @@ from video_opd.config import Quantization, Recipe
 from video_opd.data.annotations import read_samples
 from video_opd.errors import UserError
 from video_opd.evaluation.comparison import evaluate_file
+from video_opd.evaluation.failure_records import explainer, write_annotations, write_failures
 from video_opd.evaluation.predict import GenerationSettings, predict
+from video_opd.evaluation.predictions import read_predictions
 from video_opd.files import write_text
+from video_opd.models.alternatives import text_of_token
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import chosen_device, with_video_form
-from video_opd.models.interfaces import Policy
+from video_opd.models.interfaces import CollectiveTeacher, Policy
 from video_opd.models.loading import DTYPES, load_processor, load_teacher
 from video_opd.models.policy import HFPolicy
+from video_opd.models.teachers import AdaptersOffReference
 from video_opd.processes import Processes
 from video_opd.progress import log
-from video_opd.training.components import Loader, prompt_loader
+from video_opd.training.components import Components, Loader, prompt_loader
 from video_opd.training.run_folder import RunFolder, read_record
 from video_opd.types import Sample
 
@@ -58,6 +62,40 @@ def evaluate_model(
     ``policy`` is the trained student in this process.
     """
     _evaluate("student", recipe, policy, loader, folder.model, folder.evaluations, processes)
+
+
+def record_failures(recipe: Recipe, policy: Policy, components: Components, folder: RunFolder) -> None:
+    """Writes some of the rows that the trained student failed on, for reports: ``eval/failures-DATA.jsonl``.
+
+    ``policy`` is the trained student. A teacher that processes hold together is not asked here, because this
+    process works alone, nor one that is an adapter on the student's base, because the student's adapters are
+    merged into that.
+    """
+    teacher = components.teacher
+    if isinstance(teacher, CollectiveTeacher | AdaptersOffReference):
+        teacher = None
+    explain = explainer(
+        policy,
+        teacher,
+        text_of_token(components.processor),
+        _generation(recipe),
+        distributions=recipe.measures_analytic_kl,
+    )
+    for path in recipe.evaluate.data:
+        predictions = folder.evaluations / f"student-{Path(path).stem}.jsonl"
+        write_failures(
+            read_samples(path, recipe.evaluate.video_root)[: recipe.evaluate.limit],
+            read_predictions(predictions, thinking=recipe.prompt.thinking, protocol=recipe.prompt.style),
+            folder.evaluations / f"failures-{Path(path).stem}.jsonl",
+            components.evaluation_loader,
+            explain,
+        )
+
+
+def _generation(recipe: Recipe) -> GenerationSettings:
+    return GenerationSettings(
+        max_new_tokens=recipe.evaluate.max_new_tokens, thinking=recipe.prompt.thinking, seed=recipe.run.seed
+    )
 
 
 def evaluate_base(recipe: Recipe, out: Path, processes: Processes) -> None:
@@ -133,11 +171,7 @@ def _evaluate(
                     "prompt": with_video_form(recipe).prompt.model_dump(),
                 },
             },
-            settings=GenerationSettings(
-                max_new_tokens=settings.max_new_tokens,
-                thinking=recipe.prompt.thinking,
-                seed=recipe.run.seed,
-            ),
+            settings=_generation(recipe),
             batch_size=settings.batch_size,
             repeatable=True,
             processes=processes,
@@ -146,6 +180,7 @@ def _evaluate(
 
 
 def _write_figures(samples: Sequence[Sample], predictions: Path, protocol: str, data: str) -> None:
+    write_annotations(samples, predictions.with_name(f"annotations-{Path(data).stem}.jsonl"))
     record = evaluate_file(samples, predictions, protocol)
     written = predictions.with_suffix(".json")
     write_text(written, json.dumps({**record, "data": data}, indent=2) + "\n")

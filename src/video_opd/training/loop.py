@@ -28,6 +28,7 @@ from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.locks import locked_folder
+from video_opd.models.alternatives import text_of_token
 from video_opd.models.inference import with_video_form
 from video_opd.models.loading import load_model
 from video_opd.models.lora import has_adapters, merge_adapters
@@ -40,7 +41,7 @@ from video_opd.seeds import derive_seed
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream, Row
 from video_opd.training.components import Components, build_components, restore_base
-from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model
+from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model, record_failures
 from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
 from video_opd.training.run_folder import RunFolder
@@ -206,12 +207,8 @@ class Run:
         return row
 
     def _write_rows(self, row: Mapping[str, Any], shown: Sequence[RolloutRecord]) -> None:
-        tokenizer = self.components.processor.tokenizer
-        texts = [[tokenizer.decode([token]) for token in record.token_ids] for record in shown]
-        append_jsonl(
-            self.folder.rollouts,
-            [rollout_row(row["step"], record, text) for record, text in zip(shown, texts, strict=True)],
-        )
+        decode = text_of_token(self.components.processor)
+        append_jsonl(self.folder.rollouts, [rollout_row(row["step"], record, decode) for record in shown])
         append_jsonl(self.folder.metrics, [row])
 
     def _save(self, step: int) -> None:
@@ -378,6 +375,7 @@ def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components:
     processes.on_first(lambda: _write_model(recipe, folder, components))
     policy = _trained_policy(recipe, processes, folder, components)
     evaluate_model(recipe, policy, components.evaluation_loader, folder, processes)
+    processes.on_first(lambda: record_failures(recipe, policy, components, folder))
     processes.on_first(lambda: _write_results(recipe, folder, components))
     return _result(folder)
 

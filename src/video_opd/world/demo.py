@@ -20,7 +20,7 @@ from video_opd.files import write_text
 from video_opd.locks import locked_folder
 from video_opd.progress import log, track
 from video_opd.types import Sample
-from video_opd.world.measure import evaluate_model, make_test_sets
+from video_opd.world.measure import MAX_NEW_TOKENS, evaluate_model, make_test_sets
 
 POOL_VIDEOS = 160  # videos of the training split, with about 690 rows: the pool
 SELECTED = 448  # rows of the pool that are trained on at most, a few times each
@@ -96,6 +96,37 @@ def _run(out: Path, recipe: Recipe) -> None:
         for split, data in tests.items():
             evaluate_model(name, path, split, data, out / "eval")
     write_timelines(tests["short"], list(models), out / "eval")
+    _record_failures(models["student"], models["teacher"], tests, out)
+
+
+def _record_failures(student: Path, teacher: Path, tests: Mapping[str, Path], out: Path) -> None:
+    """Writes some of the student's failures on each test set, for the report."""
+    from video_opd.data.annotations import read_samples
+    from video_opd.evaluation.failure_records import explainer, write_failures
+    from video_opd.evaluation.predict import GenerationSettings
+    from video_opd.evaluation.predictions import read_predictions
+    from video_opd.models.alternatives import text_of_token
+    from video_opd.models.inference import load_inference_model, read_inference_config
+    from video_opd.models.teachers import LocalTeacher
+
+    asked, scoring = (
+        load_inference_model(read_inference_config(str(path), []), cache_dir=out / "clips")
+        for path in (student, teacher)
+    )
+    explain = explainer(
+        asked.policy,
+        LocalTeacher(scoring.policy),
+        text_of_token(asked.policy.processor),
+        GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
+    )
+    for split, data in tests.items():
+        write_failures(
+            read_samples(data),
+            read_predictions(out / "eval" / f"predictions-student-{split}.jsonl"),
+            out / "eval" / f"failures-{split}.jsonl",
+            asked.prompts,
+            explain,
+        )
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
@@ -146,8 +177,8 @@ def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:
 
 def _timeline(sample: Sample, predictions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     from video_opd.config import VideoConfig
+    from video_opd.data.stills import jpeg_uri
     from video_opd.data.video import load_clip
-    from video_opd.grounding.stills import jpeg_uri
 
     clip = load_clip(sample.video, VideoConfig(min_frame_tokens=9, max_frame_tokens=16))
     pictures, times = [], []

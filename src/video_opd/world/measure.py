@@ -28,6 +28,7 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
     """
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.comparison import evaluate_file
+    from video_opd.evaluation.failure_records import write_annotations
     from video_opd.evaluation.predict import GenerationSettings, predict
     from video_opd.models.inference import load_inference_model, read_inference_config
 
@@ -43,6 +44,7 @@ def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) ->
         settings=GenerationSettings(max_new_tokens=MAX_NEW_TOKENS),
         batch_size=32,
     )
+    write_annotations(samples, out / f"annotations-{split}.jsonl")
     record = {**evaluate_file(samples, predictions), "model": name, "testset": split}
     write_text(out / f"{name}-{split}.json", json.dumps(record) + "\n")
     return record

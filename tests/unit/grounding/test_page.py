@@ -15,10 +15,10 @@ import pytest
 from browser_cases import CHROMIUM, SHIFT, Page, browser_page
 from video_cases import write_video
 
+from video_opd.data.stills import stills
 from video_opd.data.video import probe
 from video_opd.errors import UserError
 from video_opd.grounding.page import PageVideo, check_page, write_page
-from video_opd.grounding.stills import stills
 
 EVIL = "<img src=x onerror=alert(1)> \"quoted\" & 'single' </script><script>alert(2)</script> {{ 7*7 }}"
 

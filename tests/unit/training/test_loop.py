@@ -86,6 +86,16 @@ def test_every_metric_is_defined_in_the_docs(undisturbed: RunResult):
 def test_the_metrics_say_what_the_rollouts_say(undisturbed: RunResult):
     """Row by row from the logged tokens (all four of a step are logged), not from the code's sums."""
     rollouts = rows_of(undisturbed.path / "rollouts.jsonl")
+    for rollout in rollouts:
+        for name in ("student", "teacher"):
+            written = zip(rollout["tokens"], rollout[f"{name}_logprobs"], rollout[f"{name}_top"], strict=True)
+            for token, own, top in written:
+                values = [value for _, value in top]
+                assert len(top) == 3 and values == sorted(values, reverse=True)
+                # Either the token is among them, with its own log-prob, or it is less likely than all. (Parts
+                # of characters have one text.)
+                found = [value for text, value in top if text == token]
+                assert own <= values[-1] or any(math.isclose(own, v, abs_tol=1e-5) for v in found)
     for row in rows_of(undisturbed.path / "metrics.jsonl"):
         mine = [rollout for rollout in rollouts if rollout["step"] == row["step"]]
         r = [
