@@ -40,13 +40,14 @@ def test_a_response_is_explained_token_by_token(student: HFPolicy) -> None:
     assert found["tokens"] == [decode(token) for token in rollout.token_ids]
     for name, policy in (("student", student), ("teacher", other)):
         scores = policy.logprobs([prompt], [[rollout.token_ids]], full=True)
-        full_TV = scores.full_BTV[0]
+        assert scores.full_BTV is not None
+        full_TV = scores.full_BTV[0].tolist()
         assert found[f"{name}_logprobs"] == pytest.approx(scores.logprobs_BT[0].tolist())
         for t in range(n):
-            order = sorted(range(full_TV.shape[1]), key=lambda v, t=t: -full_TV[t, v].item())[:3]
+            order = sorted(range(len(full_TV[t])), key=full_TV[t].__getitem__, reverse=True)[:3]
             assert [text for text, _ in found[f"{name}_top"][t]] == [decode(v) for v in order]
             values = [value for _, value in found[f"{name}_top"][t]]
-            assert values == pytest.approx([full_TV[t, v].item() for v in order])
+            assert values == pytest.approx([full_TV[t][v] for v in order])
     # Greedy: the likeliest token is the one that was written. eq 5: r = log π_tea − log π_old.
     assert [top[0][0] for top in found["student_top"]] == found["tokens"]
     both = zip(found["teacher_logprobs"], found["student_logprobs"], strict=True)
