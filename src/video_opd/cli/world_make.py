@@ -26,6 +26,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="SPLIT=N",
         help=f"the splits to make, and how many videos of each; default: {_DEFAULTS}",
     )
+    parser.add_argument(
+        "--annotation-noise",
+        type=float,
+        default=0.0,
+        metavar="LEVEL",
+        help="how wrong the annotations of the split train are: 0 exact (default), 1 as loose as the web's",
+    )
     add_shared(parser, "--seed")
     parser.add_argument(
         "--workers", type=positive, metavar="N", help="rendering processes; default: all cores"
@@ -40,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out,
         videos=None if arguments.videos is None else dict(arguments.videos),
         seed=arguments.seed,
+        annotation_noise=arguments.annotation_noise,
         workers=arguments.workers,
         track=track,
     )

@@ -14,7 +14,7 @@ import numpy as np
 from video_opd.config import Settings, VideoConfig, read_settings
 from video_opd.config.tree import apply_overrides
 from video_opd.convert.check import CheckedVideo
-from video_opd.data.annotations import Annotations
+from video_opd.data.annotations import Annotations, annotation_iou
 from video_opd.data.budget import plan
 from video_opd.types import Sample
 
@@ -92,6 +92,7 @@ def describe(
         "start_share": spread([start for start, _ in relative], top=1.0),
         "end_share": spread([end for _, end in relative], top=1.0),
         "spans_a_row": spread([len(sample.spans) for sample in samples if sample.spans], whole=True),
+        "annotation_iou": spread([x for sample in samples if (x := annotation_iou(sample.row)) is not None]),
         "queries_a_video": spread([len(rows) for rows in by_video.values()], whole=True),
         "words_a_query": spread([len(sample.query.split()) for sample in samples], whole=True),
         "tokens": _tokens(by_video, lengths, budget, size_px, checked),

@@ -31,6 +31,11 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"  {reason}"
     if summary.unknown_scores:
         yield f"  {summary.unknown_scores} scores belong to no row of the data"
+    if summary.annotation_iou is not None:
+        found = summary.annotation_iou
+        shown = ((found.rows, "rows"), (found.candidates, "candidates"), (found.selected, "selected"))
+        means = ", ".join(f"{value:.2f} {name}" for value, name in shown if value is not None)
+        yield f"mean IoU of the annotations with the true spans: {means}"
     yield f"strategy {summary.strategy}, ranked by {summary.rank_by}"
     if summary.filled:
         yield f"  {summary.filled} made up for buckets with too few members"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from video_opd.curriculum.gate import passes
 from video_opd.curriculum.lazy import LazyTopK
 from video_opd.curriculum.samplers import Selection, rank_value, select
 from video_opd.curriculum.score_files import read_scores
+from video_opd.data.annotations import annotation_iou
 from video_opd.errors import UserError
 from video_opd.files import relative_path
 from video_opd.jsonl import read_jsonl, write_jsonl
@@ -34,6 +36,16 @@ class SourceCount:
     rows: int
     candidates: int
     selected: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationIou:
+    """How right the annotations are: the mean IoU of annotated spans with the true ones, over the rows, the
+    candidates and the selected rows that have both."""
+
+    rows: float
+    candidates: float | None  # None where there are no such rows
+    selected: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +70,7 @@ class Summary:
     delta_before: tuple[int, ...]  # histogram of δ over all scored rows
     delta_after: tuple[int, ...]  # histogram of δ over the selected rows
     by_source: Mapping[str, SourceCount]
+    annotation_iou: AnnotationIou | None  # None if no row has true spans, which only generated data have
 
     @property
     def shortfall(self) -> int:
@@ -260,7 +273,24 @@ def _summarise(
             source: SourceCount(rows=rows[source], candidates=candidates[source], selected=selected[source])
             for source in sorted(rows)
         },
+        annotation_iou=_annotation_iou(data_rows, pool, selection),
     )
+
+
+def _annotation_iou(
+    data_rows: Mapping[str, Mapping[str, Any]], pool: _Pool, selection: Selection
+) -> AnnotationIou | None:
+    known = {id: value for id, row in data_rows.items() if (value := annotation_iou(row)) is not None}
+
+    def mean(ids: Iterable[str]) -> float | None:
+        values = [known[id] for id in ids if id in known]
+        return statistics.fmean(values) if values else None
+
+    rows = mean(known)
+    if rows is None:
+        return None
+    candidates = mean(score.id for score in pool.candidates)
+    return AnnotationIou(rows=rows, candidates=candidates, selected=mean(selection.ids))
 
 
 def histogram_edges() -> list[float]:

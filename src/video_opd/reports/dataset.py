@@ -37,6 +37,7 @@ _SPREADS = (
     ("start_share", "begin of a span, share"),
     ("end_share", "end of a span, share"),
     ("spans_a_row", "spans a row"),
+    ("annotation_iou", "IoU of a span with the true one"),
     ("queries_a_video", "queries a video"),
     ("words_a_query", "words a query"),
 )

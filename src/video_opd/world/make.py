@@ -1,7 +1,8 @@
 """Writes the splits of the world: H.264 files, and one JSONL file of rows for each split.
 
 A video depends on (split, seed, index) alone, so any range of a split can be made at any time: a larger
-number adds videos to those that exist, and a run that was killed continues where it stopped.
+number adds videos to those that exist, and a run that was killed continues where it stopped. Annotations are
+exact, or have the errors of :mod:`video_opd.world.annotation_noise`; the pictures are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from video_opd.jsonl import write_jsonl
 from video_opd.locks import locked_folder
 from video_opd.pools import worker_map
 from video_opd.world import DEFAULT_VIDEOS
+from video_opd.world.annotation_noise import annotate, check_level
 from video_opd.world.scene import STYLES, Scene, compose, scene_rng
 
 TEST_SPLITS = tuple(STYLES)
@@ -62,28 +64,35 @@ def write_video(scene: Scene, path: Path) -> None:
         container.mux(stream.encode())
 
 
-def rows(scene: Scene, folder: str = "videos") -> list[dict]:
-    """The data rows of a scene's queries. The ``source`` of a row is the family of its event."""
+def rows(scene: Scene, folder: str = "videos", *, annotation_noise: float = 0.0) -> list[dict]:
+    """The data rows of a scene's queries. The ``source`` of a row is the family of its event.
+
+    ``spans`` has the annotated span, ``annotation`` says which error it has, and ``true_spans`` has the span
+    of the event.
+    """
+    annotations = annotate(scene, annotation_noise)
     return [
         {
             "id": f"{scene.name}-q{k}",
             "video": f"{folder}/{scene.name}.mp4",
             "query": q.query,
             "duration": scene.duration_s,
-            "spans": [list(q.span)],
+            "spans": [list(annotation.span)],
+            "true_spans": [list(q.span)],
+            "annotation": annotation.kind,
             "source": q.family,
         }
-        for k, q in enumerate(scene.questions)
+        for k, (q, annotation) in enumerate(zip(scene.questions, annotations, strict=True))
     ]
 
 
-def _make_one(task: tuple[str, int, int, str]) -> list[dict]:
-    split, seed, index, videos = task
+def _make_one(task: tuple[str, int, int, str, float]) -> list[dict]:
+    split, seed, index, videos, annotation_noise = task
     scene = compose(split, seed, index)
     path = Path(videos) / f"{scene.name}.mp4"
     if not path.exists():
         write_video(scene, path)
-    return rows(scene)
+    return rows(scene, annotation_noise=annotation_noise)
 
 
 def make_world(
@@ -91,6 +100,7 @@ def make_world(
     *,
     videos: Mapping[str, int] | None = None,
     seed: int = 0,
+    annotation_noise: float = 0.0,
     workers: int | None = None,
     track: Callable[[Iterable, str, int], Iterable] | None = None,
 ) -> dict[str, Path]:
@@ -100,6 +110,8 @@ def make_world(
         out: the folder, in which ``<split>.jsonl`` and ``videos/*.mp4`` are written.
         videos: the number of videos of each split; ``DEFAULT_VIDEOS`` if None.
         seed: of the whole world; another seed gives other videos, in the test splits, too.
+        annotation_noise: from 0 (exact) to 1, how wrong the annotations of the split "train" are; those of
+            the test splits are exact.
         workers: the number of rendering processes; the number of cores if None. One renders in this process.
         track: shows progress by wrapping the iteration: ``track(iterable, description, total)``.
 
@@ -107,15 +119,19 @@ def make_world(
         The data file of each split.
 
     Raises:
-        UserError: for an unknown split, and if ``out`` cannot be written, the disk is full, or another
-            command is writing there.
+        UserError: for an unknown split or a noise outside 0 to 1, and if ``out`` cannot be written, the disk
+            is full, or another command is writing there.
     """
     out = Path(out)
     wanted = dict(DEFAULT_VIDEOS if videos is None else videos)
     unknown = sorted(set(wanted) - set(SPLITS))
     if unknown:
         raise UserError(f"world has no split {unknown[0]!r}; choose from {', '.join(SPLITS)}")
-    tasks = [(split, seed, i, str(out / "videos")) for split, n in wanted.items() for i in range(n)]
+    check_level(annotation_noise)
+    noise = {split: annotation_noise if split == "train" else 0.0 for split in wanted}
+    tasks = [
+        (split, seed, i, str(out / "videos"), noise[split]) for split, n in wanted.items() for i in range(n)
+    ]
     made: dict[str, list[dict]] = {split: [] for split in wanted}
     try:
         with locked_folder(out):

@@ -286,3 +286,25 @@ def calls_a_row(folder: Path, n: int) -> float:
 
 
 PYTHONPATH = {"PYTHONPATH": str(ROOT / "src")}
+
+
+def test_how_right_the_annotations_are_is_told_where_true_spans_are_known(tmp_path: Path) -> None:
+    rows = [
+        data_row("a", true_spans=[[1.0, 2.0]]),  # IoU 1
+        data_row("b", true_spans=[[1.0, 3.0]]),  # 1/2
+        data_row("c", true_spans=[[5.0, 6.0], [1.0, 5.0]]),  # 1/4, the better of two
+        data_row("d", true_spans=[[1.0, "x"]]),  # no pair of numbers
+        data_row("e"),
+    ]
+    scores = [
+        score_row(row["id"], tau, 0.1) for row, tau in zip(rows, (0.9, 0.8, 0.2, 1.0, 0.7), strict=True)
+    ]
+    files = write(tmp_path / "d.jsonl", rows), write(tmp_path / "s.jsonl", scores)
+    _, summary = select_file(*files, topk(2))
+    found = summary.to_json()["annotation_iou"]
+    assert found == {"rows": pytest.approx(7 / 12), "candidates": pytest.approx(3 / 4), "selected": 1.0}
+    text = io.StringIO()
+    print_summary(summary, Console(file=text, width=200))
+    assert "with the true spans: 0.58 rows, 0.75 candidates, 1.00 selected" in text.getvalue()
+    _, summary = select_file(write(tmp_path / "d.jsonl", rows[3:]), files[1], topk(2))
+    assert summary.annotation_iou is None
