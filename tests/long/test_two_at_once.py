@@ -105,6 +105,7 @@ class Commands:
 
     def __init__(self, world: Path) -> None:
         paths = [SRC] if importlib.util.find_spec("lmms_eval") else [SRC, write_stand_in(world / "stand-in")]
+        paths += map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))  # of a decoder
         self.process = subprocess.Popen(
             [sys.executable, HERE / "fork_commands.py"],
             env=os.environ
