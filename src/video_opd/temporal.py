@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from video_opd.answer_numbers import Number, are_seconds, find_numbers, with_plain_digits
 from video_opd.errors import UserError
 
+MOST_SECONDS = 1e9  # of a time: sums and counts of frames stay numbers
 Interval: TypeAlias = tuple[float, float]
 
 NO_RULE = "none"
@@ -58,6 +59,29 @@ def iou(a: Interval | None, b: Interval | None) -> float:
 def best_iou(span: Interval | None, spans: Iterable[Interval]) -> float:
     """The largest IoU of ``span`` with any of ``spans``; 0 if there are none."""
     return max((iou(span, other) for other in spans), default=0.0)
+
+
+def annotation_iou(row: Mapping[str, Any]) -> float | None:
+    """The IoU of a data row's first annotated span with ``true_spans``, the best of several.
+
+    Rows of the generated world have that key. The result is None if the row has not both, or if they hold
+    anything else than pairs of numbers.
+    """
+    annotated, true = row.get("spans"), row.get("true_spans")
+    if not (isinstance(annotated, list | tuple) and annotated and isinstance(true, list | tuple)):
+        return None
+    if not true or not all(_is_pair(span) for span in (annotated[0], *true)):
+        return None
+    return best_iou(tuple(annotated[0]), [tuple(span) for span in true])
+
+
+def _is_pair(span: Any) -> bool:
+    """Whether a JSON value is two numbers that floats can hold."""
+    return (
+        isinstance(span, list | tuple)
+        and len(span) == 2
+        and all(isinstance(t, int | float) and abs(t) <= MOST_SECONDS for t in span)
+    )
 
 
 def timestamp_aware_iou(pred: Interval | None, true: Interval, duration_s: float) -> float:

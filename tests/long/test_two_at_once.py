@@ -74,6 +74,10 @@ def cases(world: Path) -> dict[str, Words]:
         "ground": ["ground", BASE, video, "a move", "--view", "out/v.html", "--cut", "out/v.mp4", *SMALL],
         "ground, two queries": ["ground", BASE, video, "a", "b", "--cut", "out/v.mp4", *SMALL],
         "report": ["report", world / "run", "--out", "out/r.html"],
+        "reproduce": [
+            *("reproduce", "--no-runs", "--out", "out/runs", "--results", "out/results"),
+            *("--page", "out/page.md"),
+        ],
         "demo": ["demo", "--out", "out", "--steps", "1"],
         "suite": ["suite", BASE, *suite, *SMALL, "--out", "out/general", "--json", "out/copy.json"],
         "data check": ["data", "check", data, "--out", "out/c.jsonl", "--write-good", "out/good.jsonl"],

@@ -47,8 +47,10 @@ MAY_IMPORT = {
     "reports": set[str](),
     "world": {"data", "models", "evaluation"},
     "bench": {"data", "models", "algorithms", "training"},
+    "reproduce": {"data", "evaluation", "curriculum", "training", "world"},
     "api": {"data", "models", "evaluation", "training", "grounding", "reports"},
-    "cli": PATH_OF_A_RUN | {"api", "convert", "grounding", "suites", "reports", "world", "bench"},
+    "cli": PATH_OF_A_RUN
+    | {"api", "convert", "grounding", "suites", "reports", "world", "bench", "reproduce"},
     "": {"api"},  # the package itself, lazily
     "__main__": {"cli"},
 }
@@ -91,6 +93,8 @@ NO_TORCH = (
     "planning.suggest",
     "planning.terminal",
     "reports.dataset",
+    "reproduce.document",
+    "reproduce.experiments",
     "reports.html",
     "reports.watch",
     "grounding.page",

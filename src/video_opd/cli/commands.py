@@ -18,6 +18,7 @@ from video_opd.cli import (
     plan,
     predict,
     report,
+    reproduce,
     rounds,
     score,
     select,
@@ -40,6 +41,7 @@ COMMANDS: Mapping[str, Command | Group] = {
     "suite": suite,
     "ground": ground,
     "report": report,
+    "reproduce": reproduce,
     "data": Group(
         "look after data files", {"check": data_check, "convert": data_convert, "stats": data_stats}
     ),

@@ -14,8 +14,9 @@ import numpy as np
 from video_opd.config import Settings, VideoConfig, read_settings
 from video_opd.config.tree import apply_overrides
 from video_opd.convert.check import CheckedVideo
-from video_opd.data.annotations import Annotations, annotation_iou
+from video_opd.data.annotations import Annotations
 from video_opd.data.budget import plan
+from video_opd.temporal import annotation_iou
 from video_opd.types import Sample
 
 BINS = 12

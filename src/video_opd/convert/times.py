@@ -10,7 +10,7 @@ from typing import Any
 
 from video_opd.convert.formats import values
 from video_opd.convert.formats.format import Unusable
-from video_opd.data.annotations import MOST_SECONDS
+from video_opd.temporal import MOST_SECONDS
 
 Clip = tuple[float, float | None]
 

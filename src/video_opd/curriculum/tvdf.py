@@ -20,10 +20,10 @@ from video_opd.curriculum.gate import passes
 from video_opd.curriculum.lazy import LazyTopK
 from video_opd.curriculum.samplers import Selection, rank_value, select
 from video_opd.curriculum.score_files import read_scores
-from video_opd.data.annotations import annotation_iou
 from video_opd.errors import UserError
 from video_opd.files import relative_path
 from video_opd.jsonl import read_jsonl, write_jsonl
+from video_opd.temporal import annotation_iou
 from video_opd.types import Score, Strategy
 
 HISTOGRAM_BINS = 20  # bins of δ over [−1, 1]

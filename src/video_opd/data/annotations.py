@@ -18,14 +18,13 @@ from typing import Any
 from video_opd.errors import UserError
 from video_opd.files import relative_path
 from video_opd.jsonl import read_lines, write_jsonl
-from video_opd.temporal import best_iou
+from video_opd.temporal import MOST_SECONDS
 from video_opd.types import Sample
 
 logger = logging.getLogger(__name__)
 
 REQUIRED_KEYS = ("id", "video", "query")
 KNOWN_KEYS = (*REQUIRED_KEYS, "duration", "spans", "source")
-MOST_SECONDS = 1e9  # of a time: sums and counts of frames stay numbers
 # A key counts as a misspelling of a known one if difflib finds them this alike (0 to 1) and their lengths
 # differ by at most this many letters.
 _LIKENESS, _MOST_LETTERS = 0.8, 2
@@ -124,28 +123,6 @@ def misspelt_keys(row: Mapping[str, Any]) -> dict[str, str]:
             near = [key for key in unknown if abs(len(key) - len(name)) <= _MOST_LETTERS]
             found.update({unknown[key]: name for key in difflib.get_close_matches(name, near, 1, _LIKENESS)})
     return found
-
-
-def annotation_iou(row: Mapping[str, Any]) -> float | None:
-    """The IoU of a row's first annotated span with ``true_spans``, the best of several.
-
-    Rows of the generated world have that key. The result is None if the row has not both, or if they hold
-    anything else than pairs of numbers.
-    """
-    annotated, true = row.get("spans"), row.get("true_spans")
-    if not (isinstance(annotated, list | tuple) and annotated and isinstance(true, list | tuple) and true):
-        return None
-    if not all(_is_pair(span) for span in (annotated[0], *true)):
-        return None
-    return best_iou(tuple(annotated[0]), [tuple(span) for span in true])
-
-
-def _is_pair(span: Any) -> bool:
-    return (
-        isinstance(span, list | tuple)
-        and len(span) == 2
-        and all(isinstance(t, int | float) and abs(t) <= MOST_SECONDS for t in span)
-    )
 
 
 def write_rows(path: str | Path, rows: Iterable[Sample | Mapping[str, Any]]) -> None:

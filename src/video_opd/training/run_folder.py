@@ -223,7 +223,7 @@ class RunFolder:
         """Writes versions, commit, machine and command of this start. A resume replaces them."""
         environment = {
             "video_opd": video_opd.__version__,
-            "commit": _git_commit(Path(video_opd.__file__).parent),
+            "commit": git_commit(),
             "python": platform.python_version(),
             "packages": dict(_versions()),
             "platform": platform.platform(),
@@ -274,8 +274,9 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def _git_commit(folder: Path) -> str | None:
+def git_commit() -> str | None:
     """The commit of the code that runs, with ``+`` when files were changed since; None outside a checkout."""
+    folder = Path(video_opd.__file__).parent
 
     def git(*words: str) -> str | None:
         try:

@@ -23,7 +23,7 @@ from video_opd.locks import locked_file, locked_folder
 READ = {
     *("--student", "--teacher", "--teacher-from", "--model", "--data", "--scores", "--predictions"),
     *("--baseline", "--video-root", "--data-root", "--queries", "--durations", "--device"),
-    *("--source", "--split"),
+    *("--source", "--split", "--suite"),
 }
 RECIPE = str(ROOT / "recipes" / "tiny" / "video-opd.yaml")
 ROUNDS = str(ROOT / "recipes" / "tiny" / "rounds.yaml")
@@ -39,6 +39,7 @@ WORDS = {
     "suite": ["m"],
     "ground": ["m", "v", "q"],
     "report": ["r"],
+    "reproduce": [],
     "data check": ["d"],
     "data convert": ["d"],
     "data stats": ["d", "--probe"],

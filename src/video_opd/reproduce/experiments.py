@@ -1,0 +1,22 @@
+"""All experiments: one module each, which holds its runs, its result and what that says of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+from video_opd.errors import UserError
+from video_opd.reproduce import table_1
+
+EXPERIMENTS: Mapping[str, ModuleType] = {module.NAME: module for module in (table_1,)}
+SUITES = tuple(dict.fromkeys(module.SUITE for module in EXPERIMENTS.values()))
+
+
+def chosen(suite: str) -> Sequence[ModuleType]:
+    """The experiments of a suite, or the one of that name. Raises UserError if there is none."""
+    found = [module for name, module in EXPERIMENTS.items() if suite in (name, module.SUITE, "all")]
+    if not found:
+        raise UserError(
+            f"there is no experiment or suite {suite!r}; choose from {', '.join((*SUITES, *EXPERIMENTS))}"
+        )
+    return found

@@ -1,0 +1,95 @@
+"""What runs reached on the test sets: mean IoUs, and paired differences with intervals.
+
+Shapes: ``N`` rows of all test sets, ``S`` seeds, ``D`` draws of the bootstrap.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from video_opd.evaluation.bootstrap import DRAWS, draws_of_means
+from video_opd.evaluation.predictions import read_predictions
+from video_opd.evaluation.rows import PERCENT, score_rows, videos_of
+from video_opd.types import Sample
+
+POOLED = "all"  # the rows of all test sets together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The IoUs of one arm. ``ious_NS`` are in percent: a row of every test set, a column for each seed."""
+
+    ious_NS: np.ndarray
+    sets_N: tuple[str, ...]  # the test set of each row
+    videos_N: tuple[str, ...]
+
+    def miou(self, testset: str = POOLED) -> list[float]:
+        """The mean IoU on a test set, or on all rows, for each seed."""
+        chosen = [testset in (POOLED, name) for name in self.sets_N]
+        return [float(x) for x in self.ious_NS[chosen].mean(axis=0)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: self.miou(name) for name in (*dict.fromkeys(self.sets_N), POOLED)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The rise of the pooled mean IoU from one arm to another, in points, and its 95% interval."""
+
+    rise: float
+    low: float
+    high: float
+    seeds_above: int
+    seeds: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(sets: Mapping[str, Sequence[Sample]], predictions: Sequence[Mapping[str, Path]]) -> Measured:
+    """Reads one arm's predictions: a file of each test set, for each seed."""
+    columns = []
+    names: list[str] = []
+    videos: list[str] = []
+    for files in predictions:
+        scored = {name: score_rows(rows, read_predictions(files[name])) for name, rows in sets.items()}
+        columns.append([PERCENT * row.iou for rows in scored.values() for row in rows])
+        names = [name for name, rows in scored.items() for _ in rows]
+        videos = [video for rows in scored.values() for video in videos_of(rows)]
+    return Measured(ious_NS=np.array(columns).T, sets_N=tuple(names), videos_N=tuple(videos))
+
+
+def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int = 0) -> Difference:
+    """The paired difference of two arms with the same rows and seeds.
+
+    The bootstrap draws videos, with all their rows in both arms, and seeds, each with replacement: a seed
+    changes the training rows and the rollouts, so it is a second source of chance. An arm without seeds (one
+    column: a model that was not trained here) is compared with every seed of the other.
+    """
+    assert to.videos_N == since.videos_N, "two arms are compared on the same rows"
+    rises_NS = to.ious_NS - since.ious_NS
+    seeds = rises_NS.shape[1]
+    draws_DS = draws_of_means(rises_NS, to.videos_N, draws=draws, seed=seed)
+    drawn_DS = np.random.default_rng([seed, 1]).integers(0, seeds, size=(draws, seeds))
+    means_D = np.take_along_axis(draws_DS, drawn_DS, axis=1).mean(axis=1)
+    low, high = np.percentile(means_D, [2.5, 97.5])
+    by_seed_S = rises_NS.mean(axis=0)
+    return Difference(
+        rise=float(by_seed_S.mean()),
+        low=float(low),
+        high=float(high),
+        seeds_above=int((by_seed_S > 0).sum()),
+        seeds=seeds,
+    )
+
+
+def spread(values: Sequence[float]) -> str:
+    """``54.1 ± 0.7``: the mean over seeds and the standard deviation; the mean alone for one seed."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean

@@ -1,0 +1,160 @@
+"""Where an experiment's videos, rows and runs are, and the commands that make them.
+
+Every experiment uses the same generated videos: a pool for each seed, one more for choosing learning rates,
+the three exact test sets, and a validation set. Rows at several levels of annotation noise share the videos.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from video_opd.data.annotations import read_samples
+from video_opd.jsonl import write_jsonl
+from video_opd.progress import track
+from video_opd.reproduce.tasks import Task, settings_words
+from video_opd.types import Sample
+from video_opd.world.demo import shipped
+from video_opd.world.make import TEST_SPLITS, make_world, rows
+from video_opd.world.measure import MAX_NEW_TOKENS, TEST_VIDEOS, make_test_sets
+from video_opd.world.scene import compose
+
+BASE, TEACHER = "tiny-base", "tiny-teacher"
+POOL_SEED = 300  # + the run's seed; no test set and no tiny model has a video of it
+VALIDATION_SEED = 50
+VALIDATION_VIDEOS = {split: count // 2 for split, count in TEST_VIDEOS.items()}
+TUNING = 99  # the seed of the pool on which learning rates are chosen
+EVALUATION_SECONDS = 0.1  # for a row, on one thread
+STEP_SECONDS = {  # for 32 prompts of the generated world, on one thread
+    "sft": 2.0,
+    "op-rkd": 2.6,
+    "op-fkd": 2.6,
+    "grpo": 2.9,
+    "video-opd": 2.9,
+    "video-opd-full": 2.9,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The folder of all experiments."""
+
+    out: Path
+
+    @property
+    def tests(self) -> dict[str, Path]:
+        """The data file of each test set."""
+        return {split: self.out / "test" / f"{split}.jsonl" for split in TEST_SPLITS}
+
+    @property
+    def validation(self) -> dict[str, Path]:
+        return {split: self.out / "validation" / f"{split}.jsonl" for split in TEST_SPLITS}
+
+    @property
+    def clips(self) -> Path:
+        return self.out / "clips"
+
+    def runs(self, experiment: str) -> Path:
+        return self.out / experiment
+
+    def pool(self, seed: int, noise: float) -> Path:
+        """The data file of a seed's training rows at a level of annotation noise."""
+        return self.out / f"pool-{seed}" / f"noise-{noise:g}.jsonl"
+
+
+def recipe(name: str) -> Path:
+    """A recipe that the package holds; ``recipes/reproduce`` of the repository shows the same files."""
+    return Path(str(resources.files("video_opd.reproduce") / "recipes" / f"{name}.yaml"))
+
+
+def make_videos(place: Place, seeds: Sequence[int], videos: int, levels: Sequence[float]) -> None:
+    """Makes the test sets, the validation set, and each seed's pool at each level. What exists is kept."""
+    make_test_sets(place.out / "test")
+    make_world(place.out / "validation", videos=VALIDATION_VIDEOS, seed=VALIDATION_SEED, track=track)
+    for seed in seeds:
+        make_world(place.pool(seed, 0).parent, videos={"train": videos}, seed=POOL_SEED + seed, track=track)
+        scenes = [compose("train", POOL_SEED + seed, i) for i in range(videos)]
+        for level in levels:
+            found = [row for scene in scenes for row in rows(scene, annotation_noise=level)]
+            write_jsonl(place.pool(seed, level), found)
+
+
+def train_task(
+    place: Place,
+    folder: Path,
+    name: str,
+    *,
+    data: Path,
+    evaluate: Mapping[str, Path],
+    seed: int,
+    steps: int,
+    changes: Mapping[str, Any] | None = None,
+) -> Task:
+    """``video-opd train`` on ``data`` with the recipe ``name``, evaluated on the sets of ``evaluate``.
+
+    A change whose value is callable is asked for its value when the task starts.
+    """
+    fixed: dict[str, Any] = {
+        "data.train": data,
+        "data.cache_dir": place.clips,
+        "data.workers": 1,
+        "model.path": shipped(BASE),
+        "optim.max_steps": steps,
+        "run.seed": seed,
+        "run.dir": folder,
+        "run.save_every": steps,
+        "run.trackers": "[]",
+        "evaluate.data": json.dumps([str(path) for path in evaluate.values()]),
+        "evaluate.batch_size": 32,
+    }
+    if name not in ("sft", "grpo"):
+        fixed["teacher.path"] = shipped(TEACHER)
+
+    def words() -> list[Any]:
+        more = {key: value() if callable(value) else value for key, value in (changes or {}).items()}
+        return ["train", recipe(name), *settings_words({**fixed, **more})]
+
+    rows_s = EVALUATION_SECONDS * 4 * sum(VALIDATION_VIDEOS.values()) * (2 if len(evaluate) else 0)
+    return Task(
+        name=f"{folder.parent.name}-{folder.name}",
+        words=words,
+        done=lambda: is_finished(folder, evaluate),
+        seconds=steps * STEP_SECONDS[name] + rows_s,
+    )
+
+
+def is_finished(run: Path, evaluate: Mapping[str, Path]) -> bool:
+    """Whether a run has its last step and the results of all its evaluations."""
+    from video_opd.training.run_folder import RunFolder
+
+    results = [predictions_of(run, path) for path in evaluate.values()]
+    records = [run / "eval" / f"student-{path.stem}.json" for path in evaluate.values()]
+    return RunFolder(run).finished and all(path.exists() for path in (*results, *records))
+
+
+def predictions_of(run: Path, data: Path, model: str = "student") -> Path:
+    return run / "eval" / f"predictions-{model}-{data.stem}.jsonl"
+
+
+def predict_task(place: Place, folder: Path, model: str, data: Path) -> Task:
+    """``video-opd predict`` of a shipped model, into the files that a run has of its student."""
+    out = predictions_of(folder, data)
+    words = ["predict", shipped(model), data, "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
+
+    def done() -> bool:
+        return out.exists() and sum(1 for _ in out.open("rb")) >= len(read_samples(data))
+
+    return Task(
+        name=f"{folder.parent.name}-{folder.name}-{data.stem}",
+        words=lambda: [*words, "--batch-size", 32],
+        done=done,
+        seconds=EVALUATION_SECONDS * 200,
+    )
+
+
+def samples_of(sets: Mapping[str, Path]) -> dict[str, list[Sample]]:
+    return {name: read_samples(path) for name, path in sets.items()}

@@ -1,0 +1,194 @@
+"""Table 1: five methods from one base, at three levels of annotation noise.
+
+The paper trains on loose annotations and tests on corrected ones, so its order of methods is a statement
+about one level of noise. Every arm takes the same number of steps with the same number of prompts a step,
+from the same rows of a seed, at a learning rate that was chosen for it. Video-OPD sees no annotation, so one
+run of a seed stands for all levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from video_opd.reproduce.claims import Claim
+from video_opd.reproduce.measurements import Measured, difference, measure, spread
+from video_opd.reproduce.places import (
+    BASE,
+    TEACHER,
+    TUNING,
+    Place,
+    make_videos,
+    predict_task,
+    predictions_of,
+    samples_of,
+    train_task,
+)
+from video_opd.reproduce.rates import (
+    BATCH,
+    RATES,
+    STEPS,
+    chosen_rate,
+    levels_of,
+    seen,
+    tuning_stage,
+    validation_mious,
+)
+from video_opd.reproduce.tasks import Stage
+
+NAME = "table-1"
+TITLE = "Table 1: methods and annotation noise"
+SUITE = "tables"
+VIDEOS = 100  # of a pool, with about 430 rows
+LEVELS = (0.0, 0.5, 1.0)
+ARMS = {
+    "sft": "SFT",
+    "op-rkd": "OP-RKD",
+    "op-fkd": "OP-FKD",
+    "grpo": "GRPO",
+    "video-opd": "Video-OPD",
+    "video-opd-full": "Video-OPD, estimator full",
+}
+OURS = ("video-opd", "video-opd-full")
+BASELINES = tuple(arm for arm in ARMS if arm not in OURS)
+
+
+def prepare(place: Place, seeds: Sequence[int]) -> None:
+    make_videos(place, [*seeds, TUNING], VIDEOS, LEVELS)
+
+
+def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
+    shipped = [
+        predict_task(place, place.runs("shipped") / model, model, data)
+        for model in (BASE, TEACHER)
+        for data in place.tests.values()
+    ]
+    runs = [
+        train_task(
+            place,
+            run_of(place, arm, level, seed),
+            arm,
+            data=place.pool(seed, level),
+            evaluate=place.tests,
+            seed=seed,
+            steps=STEPS,
+            changes=BATCH | {"optim.lr": lambda arm=arm, level=level: chosen_rate(place, arm, level)},
+        )
+        for seed in seeds
+        for arm in ARMS
+        for level in levels_of(arm, LEVELS)
+    ]
+    return [[*shipped, *tuning_stage(place, list(ARMS), LEVELS)], runs]
+
+
+def run_of(place: Place, arm: str, level: float, seed: int) -> Path:
+    return place.runs(NAME) / f"{arm}-noise-{seen(arm, level):g}-seed-{seed}"
+
+
+def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
+    sets = samples_of(place.tests)
+
+    def files(run: Path) -> dict[str, Path]:
+        return {name: predictions_of(run, path) for name, path in place.tests.items()}
+
+    shipped = {model: measure(sets, [files(place.runs("shipped") / model)]) for model in (BASE, TEACHER)}
+    levels = []
+    for level in LEVELS:
+        arms = {
+            arm: measure(sets, [files(run_of(place, arm, level, seed)) for seed in seeds]) for arm in ARMS
+        }
+        levels.append(
+            {
+                "noise": level,
+                "rates": {arm: chosen_rate(place, arm, level) for arm in ARMS},
+                "validation": {
+                    arm: {f"{rate:g}": miou for rate, miou in validation_mious(place, arm, level).items()}
+                    for arm in ARMS
+                },
+                "mIoU": {arm: found.to_json() for arm, found in arms.items()},
+                "differences": differences({BASE: shipped[BASE], **arms}),
+            }
+        )
+    return {
+        "settings": {"videos": VIDEOS, "steps": STEPS, **BATCH, "rates": RATES},
+        "shipped": {model: found.to_json() for model, found in shipped.items()},
+        "levels": levels,
+    }
+
+
+def differences(arms: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """The paired difference of every two arms, both ways, so that each is found by its own name."""
+    return [
+        {"of": to, "against": since, **difference(arms[to], arms[since]).to_json()}
+        for to, since in permutations(arms, 2)
+    ]
+
+
+def find(level: Mapping[str, Any], to: str, since: str) -> Mapping[str, Any]:
+    """The difference of arm ``to`` against ``since`` at one level of a result."""
+    (found,) = (d for d in level["differences"] if (d["of"], d["against"]) == (to, since))
+    return found
+
+
+def claims(record: Mapping[str, Any]) -> list[Claim]:
+    return [
+        Claim(
+            says=f"{ARMS[ours]} is better than {ARMS[other]}",
+            source="table 1",
+            where=f"annotation noise {level['noise']:g}",
+            difference=find(level, ours, other),
+        )
+        for ours in OURS
+        for other in BASELINES
+        for level in record["levels"]
+    ]
+
+
+def best(level: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The arm with the highest pooled mean IoU at a level, and those that cannot be told from it."""
+
+    def mean(arm: str) -> float:
+        found = level["mIoU"][arm]["all"]
+        return sum(found) / len(found)
+
+    first = max(ARMS, key=mean)
+    near = [arm for arm in ARMS if arm != first and find(level, first, arm)["low"] <= 0]
+    return first, sorted(near, key=mean, reverse=True)
+
+
+def tables(record: Mapping[str, Any]) -> Iterator[str]:
+    """Markdown: mean IoU of each arm at each level, the rates that were chosen, and who leads where."""
+    settings, levels = record["settings"], record["levels"]
+    yield (
+        f"{settings['videos']} training videos a seed, {settings['steps']} steps of "
+        f"{settings['optim.batch_size']} prompts, each arm at the rate of "
+        f"{', '.join(f'{rate:g}' for rate in settings['rates'])} that was best on the validation set. "
+        "Mean IoU over the rows of all test sets, ± the standard deviation over seeds, and the rate in "
+        "brackets:\n"
+    )
+    yield "| | " + " | ".join(f"noise {level['noise']:g}" for level in levels) + " |"
+    yield "|---|" + "---|" * len(levels)
+    for model in (BASE, TEACHER):
+        value = spread(record["shipped"][model]["all"])
+        yield f"| {model} | " + " | ".join(value for _ in levels) + " |"
+    for arm, name in ARMS.items():
+        cells = [f"{spread(level['mIoU'][arm]['all'])} ({level['rates'][arm]:g})" for level in levels]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield "\nBy test set:\n"
+    sets = [name for name in levels[0]["mIoU"][next(iter(ARMS))] if name != "all"]
+    yield "| | noise | " + " | ".join(sets) + " |"
+    yield "|---|---|" + "---|" * len(sets)
+    for arm, name in ARMS.items():
+        for level in levels:
+            cells = [spread(level["mIoU"][arm][testset]) for testset in sets]
+            yield f"| {name} | {level['noise']:g} | " + " | ".join(cells) + " |"
+    yield "\nWhich method leads, and which cannot be told from it:\n"
+    yield "| annotation noise | best | not told from it |"
+    yield "|---|---|---|"
+    for level in levels:
+        first, near = best(level)
+        others = ", ".join(ARMS[arm] for arm in near) or "none"
+        yield f"| {level['noise']:g} | {ARMS[first]} | {others} |"
+    yield ""

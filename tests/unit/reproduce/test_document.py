@@ -1,0 +1,105 @@
+"""The page of results: it is made from the files, and no sentence says more than its interval."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from places import ROOT
+
+from video_opd.errors import UserError
+from video_opd.reproduce.claims import Claim, verdict
+from video_opd.reproduce.document import document, read_results
+from video_opd.reproduce.experiments import EXPERIMENTS, SUITES, chosen
+
+PAGE = ROOT / "docs" / "reproduction.md"
+RESULTS = ROOT / "benchmarks" / "results" / "reproduction"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.1, 3, "holds"),
+        (-0.1, 3, "cannot be told at this size"),
+        (0, 3, "cannot be told at this size"),
+        (-3, 0, "cannot be told at this size"),
+        (-3, -0.1, "does not hold"),
+    ],
+)
+def test_a_verdict_is_what_the_interval_allows(low: float, high: float, expected: str) -> None:
+    assert verdict(low, high) == expected
+
+
+def check_page(text: str) -> int:
+    """Checks every row of claims against the interval that it shows, by another rule; returns how many."""
+    rows = re.findall(
+        r"^\|.*\| ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\] \|.*\| ([a-z ]+) \| `", text, re.M
+    )
+    for rise, low, high, said in rows:
+        assert float(low) <= float(rise) <= float(high)
+        if said == "holds":
+            assert float(low) >= 0
+        elif said == "does not hold":
+            assert float(high) <= 0
+        else:
+            assert said == "cannot be told at this size" and float(low) <= 0 <= float(high)
+    return len(rows)
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    results = read_results(RESULTS, EXPERIMENTS)
+    text = document(results, EXPERIMENTS)
+    assert PAGE.read_text(encoding="utf-8") == text, "video-opd reproduce --no-runs --results … --page …"
+    claims = sum(len(EXPERIMENTS[name].claims(record["result"])) for name, record in results.items())
+    assert check_page(text) == claims
+    for name, record in results.items():
+        assert record["experiment"] == name
+        assert {"commit", "machine", "seeds"} <= set(record)
+
+
+def test_a_page_of_made_up_results(tmp_path: Path) -> None:
+    found = [
+        Claim(says="a beats b", source="table 9", where="here", difference=difference(2, 1, 3)),
+        Claim(says="b beats c", source="table 9", where="there", difference=difference(-2, -3, -1)),
+        Claim(says="c beats d", source="table 9", where="there", difference=difference(0.5, -1, 2)),
+    ]
+    experiment = cast(
+        ModuleType,
+        SimpleNamespace(
+            NAME="t", TITLE="Table 9", SUITE="tables",
+            claims=lambda record: found[: record["count"]], tables=lambda record: iter(["a table"]),
+        ),
+    )  # fmt: skip
+    experiments = {"t": experiment, "u": cast(ModuleType, SimpleNamespace(TITLE="Table 10"))}
+    record = {"machine": {"cpus": 2, "torch": "2"}, "seeds": [0, 1], "commit": None, "result": {"count": 3}}
+    (tmp_path / "t.json").write_text(json.dumps(record))
+    text = document(read_results(tmp_path, experiments), experiments)
+    assert check_page(text) == 3
+    assert "1 claim: holds, 1 claim: does not hold, 1 claim: cannot be told at this size." in text
+    assert "| a beats b | table 9 | here | +2.0 [+1.0, +3.0] | 1 of 2 | holds | `video-opd reproduce" in text
+    assert "## Table 9\n\nSeeds 0, 1; commit unknown; 2 CPU cores, torch 2.\n\na table" in text
+    assert "## Not run\n\n* Table 10" in text
+
+
+def difference(rise: float, low: float, high: float) -> dict[str, Any]:
+    return {"rise": rise, "low": low, "high": high, "seeds_above": 1, "seeds": 2}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"result": {}}', '{"result": {"levels": [1]}}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "table-1.json").write_text(text)
+    with pytest.raises(UserError, match=r"table-1\.json is no result of table-1"):
+        read_results(tmp_path, EXPERIMENTS)
+
+
+def test_suites_and_names() -> None:
+    assert list(chosen("all")) == list(EXPERIMENTS.values())
+    for suite in SUITES:
+        assert chosen(suite)
+    assert list(chosen("table-1")) == [EXPERIMENTS["table-1"]]
+    with pytest.raises(UserError, match=r"no experiment or suite 'table'; choose from .*table-1"):
+        chosen("table")

@@ -1,0 +1,106 @@
+"""Paired differences against a plain bootstrap, and mean IoUs against the evaluation's."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from video_opd.evaluation.metrics import evaluate
+from video_opd.reproduce.measurements import Measured, difference, measure, spread
+from video_opd.types import Prediction, Sample
+
+VIDEOS = [f"v{i // 3}" for i in range(60)]  # three rows each
+
+
+def measured(ious_NS: np.ndarray) -> Measured:
+    return Measured(ious_NS=ious_NS, sets_N=("short",) * len(ious_NS), videos_N=tuple(VIDEOS[: len(ious_NS)]))
+
+
+def plain_interval(rises: np.ndarray, draws: int) -> tuple[float, float]:
+    """Videos and seeds are drawn with replacement, one at a time, with another generator."""
+    rng = random.Random(7)
+    rows_of: dict[str, list[int]] = {}
+    for n, video in enumerate(VIDEOS):
+        rows_of.setdefault(video, []).append(n)
+    means = []
+    for _ in range(draws):
+        rows = [n for video in rng.choices(list(rows_of), k=len(rows_of)) for n in rows_of[video]]
+        seeds = rng.choices(range(rises.shape[1]), k=rises.shape[1])
+        means.append(statistics.fmean(rises[n][s] for n in rows for s in seeds))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def test_the_interval_is_that_of_videos_and_seeds_drawn_again():
+    rng = np.random.default_rng(0)
+    since = rng.uniform(0, 100, size=(60, 3))
+    rises = rng.normal(4, 10, size=(60, 3)) + np.repeat(rng.normal(0, 8, size=20), 3)[:, None]
+    rises += np.array([-2, 0, 2])
+    found = difference(measured(since + rises), measured(since))
+    assert found.rise == pytest.approx(rises.mean())
+    assert (found.seeds_above, found.seeds) == (sum(rises.mean(axis=0) > 0), 3)
+    low, high = plain_interval(rises, 4000)
+    assert found.low == pytest.approx(low, abs=0.08 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.08 * (high - low))
+
+
+def test_seeds_that_differ_widen_the_interval_and_rows_of_both_arms_are_paired():
+    base = np.random.default_rng(1).uniform(0, 100, size=(60, 3))
+    same = difference(measured(base + 5), measured(base))
+    assert (same.low, same.high) == (pytest.approx(5), pytest.approx(5))
+    apart = difference(measured(base + np.array([0, 5, 10])), measured(base))
+    assert apart.low == pytest.approx(0) and apart.high == pytest.approx(10)
+
+
+def test_a_model_without_seeds_is_compared_with_every_seed():
+    base = np.random.default_rng(2).uniform(0, 100, size=(60, 1))
+    found = difference(measured(base + np.array([1, 2, 3])), measured(base))
+    assert found.rise == pytest.approx(2) and found.seeds == 3 and found.seeds_above == 3
+
+
+def test_arms_on_other_rows_are_not_compared():
+    with pytest.raises(AssertionError, match="same rows"):
+        difference(measured(np.zeros((60, 1))), measured(np.zeros((59, 1))))
+
+
+def test_mean_ious_are_those_of_evaluate(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    sets = {name: [sample(name, i) for i in range(10)] for name in ("short", "long")}
+    spans: list[dict[str, tuple[float, float]]] = []
+    files: list[dict[str, Path]] = []
+    for seed in (0, 1):
+        files.append({name: tmp_path / f"{name}-{seed}.jsonl" for name in sets})
+        spans.append({})
+        for name, samples in sets.items():
+            # In each set the second seed misses a row, which counts 0.
+            made = {s.id: tuple(map(float, sorted(rng.sample(range(20), 2)))) for s in samples[seed:]}
+            text = "".join(json.dumps({"id": id, "span": span}) + "\n" for id, span in made.items())
+            files[seed][name].write_text(text)
+            spans[seed] |= made  # type: ignore[arg-type]
+    found = measure(sets, files)
+    for seed in (0, 1):
+        predictions = {
+            id: Prediction(id=id, responses=(), rules=("given",), spans=(span,))
+            for id, span in spans[seed].items()
+        }
+        for name, samples in sets.items():
+            assert found.miou(name)[seed] == pytest.approx(evaluate(samples, predictions).miou)
+        pooled = [s for samples in sets.values() for s in samples]
+        assert found.to_json()["all"][seed] == pytest.approx(evaluate(pooled, predictions).miou)
+    assert set(found.to_json()) == {"short", "long", "all"}
+
+
+def sample(name: str, i: int) -> Sample:
+    """A row; two ask about one video."""
+    video = Path(f"{name}{i // 2}")
+    return Sample(id=f"{name}-{i}", video=video, query="q", duration_s=20.0, spans=((2.0, 8.0),))
+
+
+def test_spread():
+    assert spread([50.0, 52.0, 54.0]) == "52.0 ± 2.0"
+    assert spread([50.04]) == "50.0"

@@ -1,0 +1,89 @@
+"""Tasks: their order, what a repeated run leaves out, what a failure says, and that no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import SRC
+from process_cases import descendants, is_alive, needs_proc, wait_until
+
+from video_opd.errors import UserError
+from video_opd.reproduce.tasks import Task, expected_seconds, run_stages, settings_words
+
+
+class Notes:
+    """Tasks that note when they start. Their command is one that ends at once."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.finished: set[str] = set()
+
+    def task(self, name: str, *words: Any, works: bool = True, seconds: float = 10) -> Task:
+        def start() -> Sequence[Any]:
+            self.started.append(name)
+            if works:
+                self.finished.add(name)
+            return words or ["--version"]
+
+        return Task(name=name, words=start, done=lambda: name in self.finished, seconds=seconds)
+
+
+def test_stages_follow_one_another_and_done_tasks_are_not_run_again(tmp_path: Path) -> None:
+    notes = Notes()
+    stages = [[notes.task(name) for name in names] for names in ("ab", "c", "de")]
+    assert expected_seconds(stages, 2) == 25
+    run_stages(stages[:1], tmp_path, 1)
+    assert expected_seconds(stages, 2) == 15
+    run_stages(stages, tmp_path, 2)
+    assert [set(notes.started[:2]), notes.started[2], set(notes.started[3:])] == [{*"ab"}, "c", {*"de"}]
+    run_stages(stages, tmp_path, 2)
+    assert len(notes.started) == 5
+    assert "video-opd" in (tmp_path / "a.log").read_text()
+
+
+def test_a_task_that_fails_says_why_and_what_follows_is_not_started(tmp_path: Path) -> None:
+    notes = Notes()
+    stages = [[notes.task("good"), notes.task("bad", "evaluat"), notes.task("late")], [notes.task("next")]]
+    with pytest.raises(UserError, match=r"bad ended with exit code 2 .*bad\.log\): .*evaluat"):
+        run_stages(stages, tmp_path, 1)
+    assert notes.started == ["good", "bad"]
+
+
+def test_a_command_that_leaves_its_work_undone_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="short ended with exit code 0"):
+        run_stages([[Notes().task("short", works=False)]], tmp_path, 1)
+
+
+def test_settings_are_the_words_of_a_recipe() -> None:
+    assert list(settings_words({"optim.lr": 3e-4, "run.dir": Path("a b")})) == [
+        "--optim.lr", "0.0003", "--run.dir", "a b",
+    ]  # fmt: skip
+
+
+STARTS = """
+import sys
+from pathlib import Path
+from video_opd.reproduce.tasks import Task, run_stages
+words = ["world", "make", "--out", sys.argv[1], "--videos", "train=10000", "--workers", "1"]
+run_stages([[Task(name="world", words=lambda: words, done=lambda: False, seconds=1)]], Path(sys.argv[1]), 1)
+"""
+
+
+@needs_proc
+def test_commands_end_when_the_process_that_runs_them_is_killed(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", STARTS, tmp_path], env={**os.environ, "PYTHONPATH": str(SRC)}
+    )
+    wait_until(lambda: any(tmp_path.glob("videos/*.mp4")))
+    children = descendants(parent.pid)
+    assert children and all(map(is_alive, children))
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: not any(map(is_alive, children)))
