@@ -22,6 +22,7 @@ KEYS = {
     " ": ("Space", 32, " "),
     "Enter": ("Enter", 13, "\r"),
     "Tab": ("Tab", 9, ""),
+    "Escape": ("Escape", 27, ""),
     "PageUp": ("PageUp", 33, ""),
     "PageDown": ("PageDown", 34, ""),
     "End": ("End", 35, ""),

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "convert": {"data"},
     "grounding": {"data", "models", "evaluation"},
     "suites": {"data", "models", "evaluation"},
-    "reports": set[str](),
+    "reports": {"evaluation"},  # how rows are scored and compared; no torch
     "world": {"data", "models", "evaluation"},
     "bench": {"data", "models", "algorithms", "training"},
     "reproduce": {"data", "evaluation", "curriculum", "training", "world"},
@@ -97,6 +97,8 @@ NO_TORCH = (
     "reproduce.experiments",
     "reports.html",
     "reports.watch",
+    "reports.gallery",
+    "reports.selections",
     "grounding.page",
     "grounding.consensus",
     "grounding.output_formats",

@@ -37,6 +37,7 @@ class Interval:
     low: float
     high: float
     colour: str
+    what: str = "95%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Chart:
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     legend: Sequence[tuple[str, str]]  # (colour, label)
+    summary: str = ""  # what the picture shows, in words: its text alternative
     lines: Sequence[Line] = ()
     boxes: Sequence[Box] = ()
     zero: float | None = None  # where y = 0 lies, when it is inside the picture
@@ -167,7 +169,7 @@ def line_chart(
             y_scale(mark.low),
             y_scale(mark.high),
             mark.colour,
-            f"95%: {number(mark.low)} to {number(mark.high)}",
+            f"{mark.what}: {number(mark.low)} to {number(mark.high)}",
         )
         for mark in intervals
     ]
@@ -178,6 +180,7 @@ def line_chart(
         x_ticks=x_ticks,
         y_ticks=[Tick(at=y_scale(v), label=number(v)) for v in y_values],
         legend=[(s.colour, s.label) for s in drawn] if len(drawn) > 1 else [],
+        summary="; ".join(line.tooltip for line in lines),
         lines=lines,
         boxes=boxes,
         zero=y_scale(0.0) if y_values[0] < 0 < y_values[-1] else None,
@@ -214,6 +217,7 @@ def stack_chart(title: str, help: str, series: Sequence[Series]) -> Chart | None
         x_ticks=[Tick(at=round(LEFT + (i + 0.43) * slot, 2), label=f"{columns[i][0]:.0f}") for i in labelled],
         y_ticks=[Tick(at=y_scale(v), label=number(v)) for v in y_values],
         legend=[(s.colour, s.label) for s in drawn],
+        summary="; ".join(f"{s.label}: {number(fmean(s.ys))} on average" for s in drawn),
         boxes=boxes,
     )
 
@@ -251,8 +255,19 @@ def histogram(
         ],
         y_ticks=[Tick(at=y_scale(v), label=f"{number(v)}%") for v in y_values],
         legend=[(colour, f"{label} ({sum(counts):,})") for label, colour, counts in groups],
+        summary="; ".join(f"{label}: {_middle(edges, counts)}" for label, _, counts in groups),
         boxes=boxes,
     )
+
+
+def _middle(edges: Sequence[float], counts: Sequence[int]) -> str:
+    """``40, half of them below 0.35``: the upper edge of the bin in which the middle one lies."""
+    total, below = sum(counts), 0
+    for edge, count in zip(edges[1:], counts, strict=True):
+        below += count
+        if 2 * below >= total:
+            return f"{total:,}, half of them below {number(edge)}"
+    raise AssertionError("a group of a histogram has members")
 
 
 def bins(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -63,7 +63,11 @@ def render(record: Mapping[str, Any]) -> str:
             record=record,
             tiles=_tiles(record),
             charts=charts(record),
-            spreads=[(label, [number(s[key]) for key in _COLUMNS]) for label, s in spreads],
+            spreads=[[label, *(number(s[key]) for key in _COLUMNS)] for label, s in spreads],
+            sources=[
+                [source, f"{rows:,}", f"{100 * rows / record['rows']:.1f}%"]
+                for source, rows in record["sources"].items()
+            ],
             columns=_COLUMNS,
         )
     )

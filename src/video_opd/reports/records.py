@@ -19,7 +19,6 @@ MOST_STEP = 2**53
 MOST_DURATION_S = 1e7
 MOST_TEXT = 10_000  # characters
 MOST_NAME = 200
-MOST_TOKENS = 4096  # tokens of a rollout
 MOST_FRAMES = 100
 MOST_VALUES, MOST_LEVELS = 10_000, 30  # values and levels of a tree
 METRICS = ("mIoU", "R@0.3", "R@0.5", "R@0.7")
@@ -70,47 +69,6 @@ def metrics_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     return kept
 
 
-def rollout_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
-    """The keys of a rollout that the report shows; ``r`` and ``advantage`` have an entry for each token."""
-    step, tokens = count(row.get("step"), 1), row.get("tokens")
-    if step is None:
-        note("a row without a step")
-        return None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        note("a row without tokens")
-        return None
-    signals = {key: _signal(row.get(key), len(tokens)) for key in ("r", "advantage")}
-    if signals["r"] is None:
-        note("r is not a number for each token")
-        return None
-    if signals["advantage"] is None and row.get("advantage") is not None:
-        note("advantage is not a number for each token")
-    iou = number(row.get("iou"), 0, 1)
-    if iou is None and row.get("iou") is not None:
-        note("iou is no number from 0 to 1")
-    if len(tokens) > MOST_TOKENS:
-        note(f"the tokens after the first {MOST_TOKENS}")
-    return {
-        "step": step,
-        "id": text(row.get("id"), MOST_NAME) or "",
-        "query": text(row.get("query")) or text(row.get("id"), MOST_NAME) or "",
-        "tokens": [visible(token[:MOST_TEXT], keep="\n\t") for token in tokens[:MOST_TOKENS]],
-        **{key: None if values is None else values[:MOST_TOKENS] for key, values in signals.items()},
-        "iou": iou,
-        "truncated": row.get("truncated") is True,
-    }
-
-
-def _signal(values: Any, length: int) -> list[float | None] | None:
-    if not isinstance(values, list) or len(values) != length:
-        return None
-    if not all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
-    ):
-        return None
-    return [number(value) for value in values]
-
-
 def timeline_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     """A row of timelines.jsonl. A value that is no span is left out; null is a model without a prediction."""
     duration_s = number(row.get("duration"), 1e-6, MOST_DURATION_S)
@@ -128,7 +86,7 @@ def timeline_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     for model in wrong:
         note("an answer that is no span")
         del answers[text(model, MOST_NAME) or ""]
-    frames, times_s = _film(row, duration_s)
+    frames, times_s = film(row, duration_s)
     if row.get("frames") and not frames:
         note("frames that do not fit their times")
     return {
@@ -142,7 +100,8 @@ def timeline_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     }
 
 
-def _film(row: Mapping[str, Any], duration_s: float) -> tuple[list[str], list[float]]:
+def film(row: Mapping[str, Any], duration_s: float) -> tuple[list[str], list[float]]:
+    """The pictures of a row with their times, in order; none if the two do not belong together."""
     frames, given = row.get("frames") or [], row.get("frame_times_s") or []
     if not isinstance(frames, list) or not isinstance(given, list) or len(frames) != len(given):
         return [], []
@@ -229,6 +188,7 @@ def selection(record: Mapping[str, Any], note: Note) -> dict[str, Any]:
         if key in kept and count(kept[key]) is None:
             note(f"{key} is no count")
             del kept[key]
+    kept["by_source"] = _by_source(record.get("by_source"), note)
     edges, before, after = (record.get(key) for key in lists)
     if edges is None and before is None and after is None:
         return kept
@@ -236,6 +196,22 @@ def selection(record: Mapping[str, Any], note: Note) -> dict[str, Any]:
         kept |= {"delta_edges": edges, "delta_before": before, "delta_after": after}
     else:
         note("the histograms of δ do not fit together")
+    return kept
+
+
+def _by_source(value: Any, note: Note) -> dict[str, dict[str, int]]:
+    kept: dict[str, dict[str, int]] = {}
+    for source, counts in (value if isinstance(value, Mapping) else {}).items():
+        found = {
+            key: count(counts.get(key)) if isinstance(counts, Mapping) else None
+            for key in ("candidates", "selected")
+        }
+        if None in found.values():
+            note("counts of a source are none")
+        elif len(kept) < MOST_VALUES:
+            kept[visible(source[:MOST_NAME])] = {key: n for key, n in found.items() if n is not None}
+    if value is not None and not isinstance(value, Mapping):
+        note("by_source is no record of sources")
     return kept
 
 

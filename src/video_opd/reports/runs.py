@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from video_opd.errors import UserError
-from video_opd.reports import records
+from video_opd.reports import records, row_records
 from video_opd.reports.records import METRICS as METRICS
+from video_opd.reports.rows import EvaluatedRows, known_protocol, read_rows, with_predictions
 from video_opd.reports.run_files import Note, RunFiles
 from video_opd.terminal import visible
 
@@ -39,6 +40,7 @@ class Evaluation:
     scores: Mapping[str, float]
     ci95: Mapping[str, tuple[float, float]]
     record: Mapping[str, Any]  # the file, as ``records.metrics_record`` returns it
+    stem: str = ""  # its name without .json
 
     @property
     def best_constant(self) -> float | None:
@@ -82,6 +84,9 @@ class Run:
     evaluations: tuple[Evaluation, ...] = ()
     selection: Mapping[str, Any] | None = None
     timelines: tuple[Mapping[str, Any], ...] = ()
+    rows: Mapping[str, EvaluatedRows] = field(default_factory=dict)  # by test set
+    scores: tuple[Mapping[str, Any], ...] = ()
+    selected: frozenset[str] = frozenset()  # ids of the selected rows
     summary: Mapping[str, Any] | None = None  # rounds.json
     rounds: tuple[Run, ...] = ()  # a folder of rounds has them; its other fields join those of all rounds
     number: int = 0  # number of the round, from 1
@@ -163,6 +168,7 @@ _ROUND_FOLDER = re.compile(r"round-[1-9][0-9]{0,5}")
 
 def _read(files: RunFiles) -> Run:
     recipe, recipe_text = files.recipe("recipe.yaml")
+    evaluations = _evaluations(files)
     return Run(
         folder=files.folder,
         name=visible(Path(os.path.realpath(files.folder)).name),
@@ -170,14 +176,35 @@ def _read(files: RunFiles) -> Run:
         recipe_text=recipe_text,
         environment=_record(files, "environment.json", records.tree) or {},
         metrics=_by_step(list(files.rows("metrics.jsonl", records.metrics_row))),
-        rollouts=tuple(files.rows("rollouts.jsonl", records.rollout_row)),
-        evaluations=_evaluations(files),
+        rollouts=tuple(files.rows("rollouts.jsonl", row_records.rollout_row)),
+        evaluations=evaluations,
+        rows=_evaluated_rows(files, evaluations),
+        scores=_scores(files),
+        selected=frozenset(files.rows("selected.jsonl", row_records.selected_row)),
         selection=_record(files, "select.json", records.selection)
         or _record(files, "eval/select.json", records.selection),
         timelines=tuple(files.rows("eval/timelines.jsonl", records.timeline_row)),
         summary=_record(files, "rounds.json", records.rounds_record),
         left_out=files.left_out,
     )
+
+
+def _evaluated_rows(files: RunFiles, evaluations: Sequence[Evaluation]) -> dict[str, EvaluatedRows]:
+    """The rows of each test set, with the predictions of the models that were evaluated on it."""
+    found: dict[str, EvaluatedRows] = {}
+    for e in evaluations:
+        protocol = known_protocol(str((e.record.get("protocol") or {}).get("name", "")))
+        if e.testset not in found:
+            found[e.testset] = read_rows(files, e.stem.partition("-")[2], protocol)
+        if found[e.testset].protocol == protocol:
+            miou = e.scores["mIoU"]
+            found[e.testset] = with_predictions(found[e.testset], files, e.stem, e.model, miou)
+    return {name: rows for name, rows in found.items() if rows.predictions}
+
+
+def _scores(files: RunFiles) -> tuple[dict[str, Any], ...]:
+    """The scores of the pool, one row an id."""
+    return tuple({row["id"]: row for row in files.rows("scores.jsonl", row_records.score_row)}.values())
 
 
 def _record(files: RunFiles, file: str, check: Callable[[dict[str, Any], Note], T | None]) -> T | None:
@@ -193,6 +220,7 @@ def _together(run: Run, rounds: list[Run]) -> Run:
     rollouts: list[Mapping[str, Any]] = []
     evaluations = list(run.evaluations)
     left_out = list(run.left_out)
+    rows = dict(run.rows)
     for each in rounds:
         before = metrics[-1]["step"] if metrics else 0
         metrics += [{**row, "step": before + row["step"]} for row in each.metrics]
@@ -201,6 +229,9 @@ def _together(run: Run, rounds: list[Run]) -> Run:
             replace(e, model=f"{ROUND}{each.number}") for e in each.evaluations if e.model == "student"
         ]
         left_out += each.left_out
+        for name, here in each.rows.items():
+            before = rows.get(name) or EvaluatedRows(protocol=here.protocol)
+            rows[name] = before.with_student(here, f"{ROUND}{each.number}")
     return replace(
         run,
         environment=rounds[-1].environment,
@@ -208,6 +239,7 @@ def _together(run: Run, rounds: list[Run]) -> Run:
         rollouts=tuple(rollouts),
         evaluations=_in_order(evaluations),
         rounds=tuple(rounds),
+        rows=rows,
         left_out=tuple(left_out),
     )
 
@@ -227,6 +259,7 @@ def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
                 scores={key: record[key] for key in METRICS if key in record},
                 ci95=record["ci95"],
                 record=record,
+                stem=visible(name.removesuffix(".json")),
             )
         )
     return _in_order(found)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from video_opd.progress import duration
+from video_opd.reports.pairs import change, signed, verdict
 from video_opd.reports.runs import Evaluation, Run
 
 METHODS = {
@@ -94,7 +95,7 @@ OUTCOME_HEADER = (
     "base",
     "student",
     "change",
-    "student's interval",
+    "the interval says",
     "way to the teacher",
     "best constant",
 )
@@ -103,8 +104,9 @@ OUTCOME_HEADER = (
 def outcome(run: Run) -> list[list[str]]:
     """Returns base and student on each shared test set, and their mean, below :data:`OUTCOME_HEADER`.
 
-    ``student's interval`` lies above or below the base's, or the two overlap. The best constant is the best
-    prediction that ignores the video.
+    The change has a paired interval if the folder holds the predictions; otherwise ``the interval says``
+    whether the student's interval lies above or below the base's, or overlaps with it. The best constant is
+    the best prediction that ignores the video.
     """
     found = gap(run)
     if found is None:
@@ -117,12 +119,13 @@ def outcome(run: Run) -> list[list[str]]:
             gap(run, [name]),
         )
         assert base is not None and student is not None and here is not None
+        paired = change(run, "base", run, run.student, name)
         constant = "–" if student.best_constant is None else f"{student.best_constant:.1f}"
         cells = [
             interval(base),
             interval(student),
-            _signed(here),
-            _place(base, student),
+            _signed(here) if paired is None else signed(paired.miou),
+            _place(base, student) if paired is None else verdict(paired.miou),
             _way(here),
             constant,
         ]

@@ -33,6 +33,8 @@ RECORDS: dict[str, dict[str, Any]] = {
         "delta_edges": EDGES,
         "delta_before": [1, 2, 3, 4],
         "delta_after": [0, 0, 0, 4],
+        "min_teacher_iou": 0.5,
+        "by_source": {"s": {"candidates": 3, "selected": 2}, "t": {"candidates": 2, "selected": 0}},
     },
     "rounds.json": {"rounds": [{"round": 1, "delta": {"scored": {"mean": 0.1}}}]},
     **{
@@ -52,6 +54,12 @@ RECORDS: dict[str, dict[str, Any]] = {
         for model, miou in (("base", 40.0), ("student", 46.0))
     },
 }
+TOKENS: dict[str, Any] = {
+    "student_logprobs": [-0.1, -0.5, None],
+    "teacher_logprobs": [-3.1, 0.0, None],
+    "student_top": [[["1", -0.1], ["2", -3.0]]] * 3,
+    "teacher_top": [[["2", -0.1], ["1", -3.1]]] * 3,
+}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "metrics.jsonl": [
         {"step": step, "reverse_kl/sampled": 0.5 / step, "reward/mean": None, "time/step_s": 3.0}
@@ -67,9 +75,43 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "advantage": [1.0, 1.0, 1.0],
             "iou": 0.25,
             "truncated": False,
+            **TOKENS,
         }
         for step in range(1, 6)
     ],
+    "eval/annotations-short.jsonl": [
+        {
+            "id": i,
+            "video": f"{i}.mp4",
+            "query": "the cat",
+            "duration": 20.0,
+            "spans": [[0, 10]],
+            "source": "s",
+        }
+        for i in "ab"
+    ],
+    # They give the mIoU of the records.
+    "eval/base-short.jsonl": [
+        {"id": i, "query": "the cat", "responses": ["0 to 4"], "spans": [[0, 4]], "rules": ["exact"]}
+        for i in "ab"
+    ],
+    "eval/student-short.jsonl": [
+        {"id": i, "query": "the cat", "responses": ["0 to 4.6"], "spans": [[0, 4.6]], "rules": ["exact"]}
+        for i in "ab"
+    ],
+    "eval/failures-short.jsonl": [
+        {
+            "id": i,
+            "frames": ["data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="],
+            "frame_times_s": [1.0],
+            "tokens": ["1", " to", "2"],
+            "r": [-3.0, 0.5, None],
+            **TOKENS,
+        }
+        for i in "ab"
+    ],
+    "scores.jsonl": [{"id": i, "teacher_iou": 0.75, "student_iou": 0.5} for i in "abc"],
+    "selected.jsonl": [{"id": i, "video": "v.mp4", "query": "q", "tvdf": {"delta": 0.25}} for i in "ab"],
     "eval/timelines.jsonl": [
         {
             "id": "a",
@@ -163,7 +205,7 @@ def test_a_damaged_file_is_named(
     WHOLE[damage](run / name)
     page, told = damaged_report(run, tmp_path / "r.html", capsys)
     assert told and all(line.startswith(f"{name}: ") for line in told)
-    if name.startswith("eval/b"):
+    if name == "eval/base-short.json":
         assert "5 steps of Video-OPD were made; student reaches 46.0%" in page
     if name in ("environment.json", "rollouts.jsonl", "eval/timelines.jsonl"):
         assert "by 46.0%, up from 40.0%" in page
@@ -213,7 +255,31 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
         *values("advantage", also=([1.0], "abc")),
         *values("tokens", also=(None, "123", [1, 2, 3], ["1"])),
         *values("iou", also=(-0.5, 1.5)),
+        *values("student_logprobs", "teacher_logprobs", also=([1.0], ["1", 2, 3])),
+        *values("student_top", "teacher_top", also=([[]], [[["1"]]] * 3, [[[1, 1]]] * 3, [1, 2, 3])),
     ],
+    "eval/annotations-short.jsonl": [
+        *((k, v) for k, v in values("id", "query", also=(None,)) if not isinstance(v, str)),
+        *values("duration", also=(0, -1)),
+        *values("spans", also=(None, [[4, 2]], [[2, math.nan]], [["2", "4"]], [None])),
+    ],
+    "eval/student-short.jsonl": [
+        *values("id", also=(None,)),
+        *values("responses", also=(None, [None])),
+        *values("spans", also=(None, [[1]], [["1", "2"]], [[0, 1e9]], [[0, HUGE]])),
+    ],
+    "eval/failures-short.jsonl": [
+        *values("id", also=(None,)),
+        *values("frames", also=("abc", ["data:text/html,<b>"], ["a", "b"])),
+        *values("tokens", also=("123", ["1"])),
+        *values("r", also=(None, [1.0])),
+        *values("teacher_top", also=([[]],)),
+    ],
+    "scores.jsonl": [
+        *values("id", also=(None,)),
+        *values("teacher_iou", "student_iou", also=(-0.1, 1.1)),
+    ],
+    "selected.jsonl": values("id", also=(None,)),
     "eval/timelines.jsonl": [
         *values("duration", also=(None, 0, 0.0, -5, 5e-324)),
         *values("truth", also=(None, [[4, 2]], [[2, math.nan]], [[2, HUGE]], [["2", "4"]], [[1]], [None])),
@@ -234,6 +300,7 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
         *values("rows", "selected", also=(-1, 1.5)),
         *values("delta_edges", also=(None, [0, 0, 0, 0, 0], [1, 2], EDGES[::-1])),
         *values("delta_before", also=(None, [1, 2], [-1, 2, 3, 4], ["1", 2, 3, 4])),
+        *values("by_source", also=({"s": None}, {"s": {"candidates": -1, "selected": 0}})),
     ],
     "rounds.json": values("rounds", also=(None, [None], [{}], [{"round": 0}])),
 }
@@ -241,7 +308,9 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
 ALLOWED = {
     ("ci95", "{}"), ("protocol", "{}"), ("answers", "{}"), ("truth", "[]"), ("rounds", "[]"),
     ("best_constant", "{}"), ("query_swap", "{}"), ("frames", "[]"), ("frames", "{}"),
-    ("frame_times_s", "[1]"),
+    ("frame_times_s", "[1]"), ("spans", "[]"), ("by_source", "{}"),
+    ("id", "nan"), ("id", "inf"), ("id", "3"),
+    ("responses", "[]"), ("tokens", "[]"),
     ("rows", "[]"), ("rows", "{}"), ("rows", "[1]"),
     ("selected", "[]"), ("selected", "{}"), ("selected", "[1]"),
 }  # fmt: skip
@@ -327,7 +396,7 @@ def test_an_environment_without_end_is_left_out(
 def test_thousands_of_rollouts_and_tokens_make_a_page_of_a_usual_size(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = ROWS["rollouts.jsonl"][0]
+    row = {key: value for key, value in ROWS["rollouts.jsonl"][0].items() if key not in TOKENS}
     long = {**row, "tokens": ["x"] * 50_000, "r": [0.1] * 50_000, "advantage": None}
     lines = [json.dumps(long), *(json.dumps({**row, "step": step}) for step in range(1, 5000))]
     (run / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
@@ -378,7 +447,7 @@ def test_a_round_keeps_its_number_when_another_is_lost(run: Path, tmp_path: Path
     found = read_run(run)
     assert found.models == ["base", "student", "round 3"] and found.student == "round 3"
     assert found.left_out == ("round-3/metrics.jsonl: a half line (on line 2)",)
-    assert "<td>3</td>" in write_report([run], tmp_path / "r.html").read_text()
+    assert 'data-label="round">3</th>' in write_report([run], tmp_path / "r.html").read_text()
 
 
 def test_more_files_than_a_run_has_are_not_read(run: Path) -> None:

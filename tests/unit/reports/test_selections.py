@@ -1,0 +1,97 @@
+"""TVDF in a report: the figures against a count by hand of the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from report_cases import rounds_run, whole_run
+
+from video_opd.reports.html import write_report
+from video_opd.reports.runs import read_run
+from video_opd.reports.selections import DRIFT_HEADER, TRUST_HEADER, selection_tables
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rounds_run(tmp_path_factory.mktemp("selections") / "rounds")
+
+
+def test_drift_is_measured_on_the_rows_of_both_rounds(rounds: Path) -> None:
+    found = selection_tables(read_run(rounds))
+    assert found is not None
+    one, two = ({row["id"]: row for row in rows_of(rounds / f"round-{n}" / "scores.jsonl")} for n in (1, 2))
+    both = [name for name in two if name in one]
+    assert len(both) == 70  # of 90 and of 70
+    rose = {key: fmean(two[i][key] - one[i][key] for i in both) for key in ("teacher_iou", "student_iou")}
+    cells = dict(zip(DRIFT_HEADER, found.drift[0], strict=True))
+    assert [row[0] for row in found.drift] == ["2", "3"]
+    assert cells["rows scored before and now"] == "70"
+    assert float(cells["drift of δ"]) == pytest.approx(rose["teacher_iou"] - rose["student_iou"], abs=6e-4)
+    assert float(cells["because of the student"]) == pytest.approx(-rose["student_iou"], abs=6e-4)
+    assert float(cells["because of the teacher"]) == pytest.approx(rose["teacher_iou"], abs=6e-4)
+    now = fmean(two[i]["teacher_iou"] - two[i]["student_iou"] for i in both)
+    assert float(cells["δ now"]) == pytest.approx(now, abs=6e-4)
+
+
+def test_the_teachers_reliability_is_counted(rounds: Path) -> None:
+    found = selection_tables(read_run(rounds))
+    assert found is not None
+    scores = rows_of(rounds / "round-2" / "scores.jsonl")
+    selected = {row["id"] for row in rows_of(rounds / "round-2" / "selected.jsonl")}
+    cells = dict(zip(TRUST_HEADER, found.trust[1], strict=True))
+    assert cells == {
+        "round": "2",
+        "rows with the teacher's answer": "70",
+        "teacher's IoU": f"{fmean(row['teacher_iou'] for row in scores):.2f}",
+        "of these passed the gate": f"{fmean(row['teacher_iou'] >= 0.5 for row in scores):.0%}",
+        "better than the student": f"{fmean(row['teacher_iou'] > row['student_iou'] for row in scores):.0%}",
+        "teacher's IoU on the selected": (
+            f"{fmean(row['teacher_iou'] for row in scores if row['id'] in selected):.2f}"
+        ),
+    }
+
+
+def test_who_was_selected_is_told_by_source(rounds: Path) -> None:
+    found = selection_tables(read_run(rounds))
+    assert found is not None and found.who_header == ("source", "round 1", "round 2", "round 3")
+    rows = {row[0]: row[1:] for row in found.who}
+    for number in (1, 2, 3):
+        record = json.loads((rounds / f"round-{number}" / "select.json").read_text())["by_source"]
+        for source, counts in record.items():
+            assert rows[source][number - 1] == f"{counts['selected']} of {counts['candidates']} candidates"
+
+
+def test_the_charts_of_rounds_and_of_one_run(rounds: Path, tmp_path: Path) -> None:
+    found = selection_tables(read_run(rounds))
+    assert found is not None
+    titles = [chart.title for chart in found.charts]
+    assert titles[:2] == ["δ over the rounds", "Teacher reliability over the rounds"] and len(titles) == 5
+    drift = found.charts[0]
+    assert [label for _, label in drift.legend] == ["all scored", "selected"] and len(drift.boxes) == 6
+    assert all(box.tooltip.startswith("middle half: ") for box in drift.boxes)
+    alone = selection_tables(read_run(whole_run(tmp_path / "run")))
+    assert alone is not None and not alone.drift and alone.trust_header == TRUST_HEADER[1:]
+    assert [chart.title for chart in alone.charts] == ["How well the teacher answers"]
+    page = write_report([rounds], tmp_path / "r.html").read_text()
+    for part in ("How δ drifts", "Who was selected", "How far the teacher can be relied on"):
+        assert part in page
+
+
+def test_lazy_scores_and_no_scores(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("method: sft\n")
+    assert selection_tables(read_run(folder)) is None
+    rows = [{"id": "a", "student_iou": 0.5}, {"id": "b", "student_iou": 0.25, "teacher_iou": 0.75}]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = selection_tables(read_run(folder))
+    assert found is not None and found.trust == [["1", "0.75", "no gate", "100%", "–"]]
+    assert found.who == [] and found.drift == []
