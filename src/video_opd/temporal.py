@@ -61,6 +61,21 @@ def best_iou(span: Interval | None, spans: Iterable[Interval]) -> float:
     return max((iou(span, other) for other in spans), default=0.0)
 
 
+def annotated_spans(row: Mapping[str, Any]) -> list[Interval]:
+    """The spans of a data row, cut to its duration as a reader of data files cuts them.
+
+    It is empty for a row without spans, and for one whose spans are no intervals within the video.
+    """
+    spans, duration_s = row.get("spans"), row.get("duration")
+    if not (isinstance(spans, list | tuple) and all(map(is_pair, spans))):
+        return []
+    if isinstance(duration_s, int | float) and 0 < duration_s <= MOST_SECONDS:
+        cut = [clamp(tuple(span), duration_s) for span in spans]
+    else:
+        cut = [tuple(span) for span in spans]
+    return [span for span in cut if span is not None] if all(map(is_proper, cut)) else []
+
+
 def annotation_iou(row: Mapping[str, Any]) -> float | None:
     """The IoU of a data row's first annotated span with ``true_spans``, the best of several.
 
@@ -70,12 +85,12 @@ def annotation_iou(row: Mapping[str, Any]) -> float | None:
     annotated, true = row.get("spans"), row.get("true_spans")
     if not (isinstance(annotated, list | tuple) and annotated and isinstance(true, list | tuple)):
         return None
-    if not true or not all(_is_pair(span) for span in (annotated[0], *true)):
+    if not true or not all(is_pair(span) for span in (annotated[0], *true)):
         return None
     return best_iou(tuple(annotated[0]), [tuple(span) for span in true])
 
 
-def _is_pair(span: Any) -> bool:
+def is_pair(span: Any) -> bool:
     """Whether a JSON value is two numbers that floats can hold."""
     return (
         isinstance(span, list | tuple)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.curriculum.lazy import LazyTopK
+from video_opd.curriculum.score_files import judged
 from video_opd.curriculum.scores import (
     TEACHER_KEYS,
     TEACHER_PROVENANCE,
@@ -104,13 +105,13 @@ def score_for_topk(
     wanted = [sample for sample in samples if sample.spans]
     more: dict[str, Any] = {"repeatable": repeatable, "processes": processes}
     with locked_file(out, processes):
-        before = _open(out, provenance, parts.values(), overwrite=overwrite, **more)
+        before = _judged(_open(out, provenance, parts.values(), overwrite=overwrite, **more), wanted)
         todo = samples_without_rows(wanted, before, out)
         first = {key: provenance[key] for key in provenance if key not in _OF_TEACHER_ONLY}
         more |= {"settings": settings, "batch_size": batch_size}
         with student as policy:
             scored = score(policy, None, todo, make_loader, parts["student"], provenance=first, **more)
-        rows = before | read_rows(parts["student"])
+        rows = before | _judged(read_rows(parts["student"]), wanted)
         pool = [sample for sample in wanted if sample.id in rows]
         reused = known_teacher_scores(teacher_from, provenance, pool)
         own = {row: _teacher_part(keys) for row, keys in before.items() if "teacher_iou" in keys}
@@ -121,7 +122,8 @@ def score_for_topk(
         with teacher as policy:
             _ask(policy, lazy, pool, make_loader, output, settings, batch_size)
         output.finish(pool)
-        merged = _merge(pool, rows, reused | own | read_rows(parts["teacher"]), lazy, for_topk)
+        answered_now = _judged(read_rows(parts["teacher"]), wanted)
+        merged = _merge(pool, rows, reused | own | answered_now, lazy, for_topk)
 
         def write() -> None:
             if scored.scored or output.ids or not Path(out).exists():
@@ -148,6 +150,12 @@ def score_for_topk(
         answered=answered,
         needed=lazy.needed(),
     )
+
+
+def _judged(rows: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample]) -> Rows:
+    """Rows of a scores file with the IoUs that the present annotations give them."""
+    spans = {sample.id: sample.spans for sample in samples}
+    return {row: judged(keys, spans.get(row, ())) for row, keys in rows.items()}
 
 
 def _lazy(student: Rows, pool: Sequence[Sample], teacher: Rows, for_topk: ForTopK) -> LazyTopK:
@@ -200,7 +208,7 @@ def _ask(
     samples = {sample.id: sample for sample in pool}
     video_of = {sample.id: str(sample.video) for sample in pool}
     at_least = max(BLOCK_BATCHES * batch_size, lazy.k // STAGES)
-    found = {row: _iou(keys, "teacher_iou") for row, keys in output.rows.items()}
+    found = {row: _iou(keys, "teacher_iou") for row, keys in _judged(output.rows, pool).items()}
     mine: dict[str, float] = {}  # this process's answers of a stage
 
     def rows_of(batch: Sequence[Item]) -> list[dict[str, Any]]:

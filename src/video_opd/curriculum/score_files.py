@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import fsum
 from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
+from video_opd.temporal import Interval, best_iou, is_pair
 from video_opd.types import ForTopK, Score
 
 KEYS = ("teacher_iou", "student_iou", "reverse_kl")
+ROUNDING = 1e-9  # of an IoU that is computed again
 
 
-def read_scores(path: str | Path) -> dict[str, Score]:
-    """The scores of a file by sample id.
+def read_scores(
+    path: str | Path, judge: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: row
+) -> dict[str, Score]:
+    """The scores of a file by sample id. ``judge`` may replace a row that has an id: see :func:`judged`.
 
     A value that is null, missing or not finite becomes NaN, or None if it is the reverse KL. The spans that
     the scores were computed from stay in the file. Raises :class:`UserError` with file and line for a row
@@ -30,15 +35,16 @@ def read_scores(path: str | Path) -> dict[str, Score]:
             raise UserError(f'{path}:{number}: a score needs an "id" that is a string')
         if identity in scores:
             raise UserError(f"{path}:{number}: a second score for id {identity!r}; keep one row for each id")
-        measured = measured or any(key in row for key in KEYS)
+        known = judge(row)
+        measured = measured or any(key in known for key in KEYS)
         try:
-            reverse_kl = _number(row, "reverse_kl")
+            reverse_kl = _number(known, "reverse_kl")
             scores[identity] = Score(
                 id=identity,
-                teacher_iou=_iou(row, "teacher_iou"),
-                student_iou=_iou(row, "student_iou"),
+                teacher_iou=_iou(known, "teacher_iou"),
+                student_iou=_iou(known, "student_iou"),
                 reverse_kl=None if math.isnan(reverse_kl) else reverse_kl,
-                for_topk=_for_topk(row),
+                for_topk=_for_topk(known),
             )
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
@@ -48,6 +54,26 @@ def read_scores(path: str | Path) -> dict[str, Score]:
             "name one that video-opd score made"
         )
     return scores
+
+
+def judged(row: Mapping[str, Any], spans: Sequence[Interval]) -> dict[str, Any]:
+    """A row of a scores file with the IoUs that its responses have with the annotation as it is now.
+
+    A model's responses do not depend on the annotation, so rows whose ``spans`` were corrected after they
+    were scored are compared again, without a model. A row is left as it is where its responses are not in the
+    file, where it is not annotated, and where its IoUs are right.
+    """
+    new = dict(row)
+    for role in ("teacher", "student"):
+        found, stated = row.get(f"{role}_spans"), row.get(f"{role}_iou")
+        if not (spans and isinstance(found, list) and found):
+            continue
+        if not all(span is None or is_pair(span) for span in found):
+            continue
+        iou = fsum(best_iou(span and tuple(span), spans) for span in found) / len(found)
+        if not (isinstance(stated, int | float) and abs(stated - iou) < ROUNDING):
+            new[f"{role}_iou"] = iou
+    return new
 
 
 def _for_topk(row: Mapping[str, Any]) -> ForTopK | None:

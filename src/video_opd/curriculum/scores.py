@@ -15,6 +15,7 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from video_opd.curriculum.score_files import judged
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader
 from video_opd.evaluation.output import Output, append_batches
@@ -260,9 +261,11 @@ def known_teacher_scores(
 ) -> dict[str, dict[str, Any]]:
     """The teacher's keys of earlier scores files, by id, for the samples whose query they were made for.
 
+    Their IoUs are with the annotations of ``samples``, which may be others by now.
+
     Raises :class:`UserError` if something else than ``provenance`` says made the teacher's part of a file.
     """
-    queries = {sample.id: sample.query for sample in samples}
+    asked = {sample.id: sample for sample in samples}
     known: dict[str, dict[str, Any]] = {}
     for path in paths:
         before = read_provenance(path)
@@ -277,8 +280,9 @@ def known_teacher_scores(
             )
         for _, row in read_jsonl(path):
             identity = row["id"]
-            if identity not in queries or row.get("query") != queries[identity]:
+            if identity not in asked or row.get("query") != asked[identity].query:
                 continue
             if all(key in row for key in TEACHER_KEYS):
-                known[identity] = {key: row[key] for key in TEACHER_KEYS}
+                new = judged(row, asked[identity].spans)
+                known[identity] = {key: new[key] for key in TEACHER_KEYS}
     return known

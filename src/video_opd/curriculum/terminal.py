@@ -31,6 +31,11 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"  {reason}"
     if summary.unknown_scores:
         yield f"  {summary.unknown_scores} scores belong to no row of the data"
+    if summary.judged_again:
+        yield (
+            f"  {summary.judged_again} scored rows have another annotation now: their responses are compared "
+            "with that one"
+        )
     if summary.annotation_iou is not None:
         found = summary.annotation_iou
         shown = ((found.rows, "rows"), (found.candidates, "candidates"), (found.selected, "selected"))

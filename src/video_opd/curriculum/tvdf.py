@@ -19,11 +19,11 @@ from video_opd.config import SelectionConfig
 from video_opd.curriculum.gate import passes
 from video_opd.curriculum.lazy import LazyTopK
 from video_opd.curriculum.samplers import Selection, rank_value, select
-from video_opd.curriculum.score_files import read_scores
+from video_opd.curriculum.score_files import judged, read_scores
 from video_opd.errors import UserError
 from video_opd.files import relative_path
 from video_opd.jsonl import read_jsonl, write_jsonl
-from video_opd.temporal import annotation_iou
+from video_opd.temporal import annotated_spans, annotation_iou
 from video_opd.types import Score, Strategy
 
 HISTOGRAM_BINS = 20  # bins of δ over [−1, 1]
@@ -67,6 +67,7 @@ class Summary:
     selected: int
     filled: int  # BBDS: rows selected in place of members that small buckets lack
     unknown_scores: int  # rows of the scores file that belong to no data row
+    judged_again: int  # scored rows whose annotation is another one now: their IoUs are computed from it
     delta_before: tuple[int, ...]  # histogram of δ over all scored rows
     delta_after: tuple[int, ...]  # histogram of δ over the selected rows
     by_source: Mapping[str, SourceCount]
@@ -112,7 +113,8 @@ def select_file(
     files, for scores without a reverse KL if that is to rank them, and for lazy scores
     (:mod:`~video_opd.curriculum.lazy_scores`) if the selection from full scores could be another one.
     """
-    data_rows, scores_by_id = _read_rows(data), read_scores(scores)
+    data_rows = _read_rows(data)
+    scores_by_id, judged_again = _read_scores(scores, data_rows)
     ranks_by_kl = settings.strategy != "gaussian" and settings.rank_by == "reverse_kl"
     if ranks_by_kl and scores_by_id and all(score.reverse_kl is None for score in scores_by_id.values()):
         raise UserError(
@@ -121,7 +123,7 @@ def select_file(
         )
     pool = _pool(data_rows, scores_by_id, settings, frozenset(exclude), str(scores))
     selection = select(pool.candidates, settings, seed=seed, fill=fill)
-    summary = _summarise(data_rows, scores_by_id, pool, selection, settings)
+    summary = _summarise(data_rows, scores_by_id, judged_again, pool, selection, settings)
     move = _Mover(Path(data), out, video_root)
     rows = [
         {**move(data_rows[identity]), "tvdf": _block(scores_by_id[identity], settings.strategy, rank)}
@@ -143,6 +145,21 @@ def _read_rows(path: str | Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}:{number}: id {identity!r} is used before; ids must be unique")
         rows[identity] = row
     return rows
+
+
+def _read_scores(
+    path: str | Path, data_rows: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Score], int]:
+    """The scores, judged by the annotations of the data as they are now, and how many of them changed."""
+    changed = 0
+
+    def judge(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        nonlocal changed
+        new = judged(row, annotated_spans(data_rows.get(row["id"], {})))
+        changed += new != row
+        return new
+
+    return read_scores(path, judge), changed
 
 
 def _pool(
@@ -243,6 +260,7 @@ class _Mover:
 def _summarise(
     data_rows: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Score],
+    judged_again: int,
     pool: _Pool,
     selection: Selection,
     settings: SelectionConfig,
@@ -266,6 +284,7 @@ def _summarise(
         candidates=len(pool.candidates),
         selected=len(selection.ids),
         filled=selection.filled,
+        judged_again=judged_again,
         unknown_scores=sum(identity not in sources for identity in scores),
         delta_before=histogram(score.delta for identity, score in scores.items() if identity in sources),
         delta_after=histogram(scores[identity].delta for identity in selection.ids),
@@ -327,7 +346,8 @@ def explain_file(data: str | Path, scores: str | Path, k: int) -> list[Threshold
 
     Raises :class:`UserError` for wrong files, and for lazy scores, which do not say what a gate would leave.
     """
-    rows, known = _read_rows(data), read_scores(scores)
+    rows = _read_rows(data)
+    known, _ = _read_scores(scores, rows)
     if not_asked := sum(score.for_topk is not None for score in known.values()):
         raise UserError(
             f"{scores}: the teacher was not asked about {not_asked} rows, and what a gate leaves depends on "

@@ -18,9 +18,10 @@ from video_opd.config import SelectionConfig
 from video_opd.curriculum.lazy_scores import TopKScoreResult, score_for_topk
 from video_opd.curriculum.scores import ScoreSettings, score
 from video_opd.curriculum.tvdf import explain_file, select_file
+from video_opd.data.annotations import write_rows
 from video_opd.errors import UserError
 from video_opd.processes import Processes
-from video_opd.types import ForTopK, Sample
+from video_opd.types import EncodedPrompt, ForTopK, Sample
 
 PROVENANCE = {"student": "s", "teacher": "t", "input": {"fps": 2.0}}
 SETTINGS = ScoreSettings(k=2, student_k=3)
@@ -320,3 +321,74 @@ def test_two_processes_ask_the_same_rows(lazy: Path, tmp_path: Path, repeatable:
     assert out.read_bytes() == lazy.read_bytes()
     assert Path(f"{out}.meta.json").read_bytes() == Path(f"{lazy}.meta.json").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"s.jsonl", "s.jsonl.meta.json"}
+
+
+class DyingLoader(FakeLoader):
+    """Is killed after so many prompts, however often it is opened."""
+
+    def __init__(self, prompts: int) -> None:
+        super().__init__()
+        self.left = prompts
+
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
+        for item in super().__call__(samples):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            yield item
+
+
+def corrected() -> list[Sample]:
+    """The rows after somebody annotated every third one anew."""
+    new = ((0.0, 6.0), (12.0, 20.0))
+    return [replace(s, spans=new) if i % 3 == 0 else s for i, s in enumerate(make_samples(COUNT))]
+
+
+@pytest.fixture
+def corrected_data(tmp_path: Path) -> Path:
+    path = tmp_path / "corrected.jsonl"
+    write_rows(path, corrected())
+    return path
+
+
+def test_scores_are_compared_with_annotations_that_were_corrected_since(
+    full: Path, data: Path, corrected_data: Path, tmp_path: Path
+) -> None:
+    """No model is asked, and the selection is that of scores which were made with the new annotations."""
+    anew = fully(tmp_path / "anew.jsonl", corrected())
+    changed = sum(
+        any(row[key] != anew[row["id"]][key] for key in ("teacher_iou", "student_iou"))
+        for row in rows_of(full)
+    )
+    assert changed > COUNT / 5
+    for settings in (SelectionConfig(k=6), SelectionConfig(k=COUNT, min_teacher_iou=0)):
+        found, summary = select_file(corrected_data, full, settings)
+        wanted, of_new = select_file(corrected_data, tmp_path / "anew.jsonl", settings)
+        assert found == wanted and (summary.judged_again, of_new.judged_again) == (changed, 0)
+        assert summary.delta_after == of_new.delta_after
+    assert explain_file(corrected_data, full, 6) == explain_file(corrected_data, tmp_path / "anew.jsonl", 6)
+    assert select_file(data, full, SelectionConfig(k=6))[1].judged_again == 0
+    with pytest.raises(UserError, match="could be among the first 6"):  # rows that were out may be in by now
+        lazily(tmp_path / "old.jsonl")
+        select_file(corrected_data, tmp_path / "old.jsonl", SelectionConfig(k=6))
+
+
+@pytest.mark.parametrize("way", ["extended", "from earlier scores", "killed"])
+def test_lazy_scores_go_on_with_corrected_annotations(way: str, corrected_data: Path, tmp_path: Path) -> None:
+    old, out = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    more: dict[str, Any] = {}
+    if way == "killed":
+        for rows in (100, 100):  # in the student's pass, and in the teacher's
+            with pytest.raises(KeyboardInterrupt):
+                lazily(old, make_loader=DyingLoader(rows))
+        assert Path(f"{old}.teacher").exists() and not old.exists()
+        out = old
+    else:
+        lazily(old)
+        out, more = (old, {}) if way == "extended" else (out, {"teacher_from": [old]})
+    lazily(out, corrected(), **more)
+    fully(tmp_path / "full.jsonl", corrected())
+    settings = SelectionConfig(k=6)
+    found, summary = select_file(corrected_data, out, settings)
+    assert found == select_file(corrected_data, tmp_path / "full.jsonl", settings)[0]
+    assert summary.judged_again == 0 or way == "extended"
