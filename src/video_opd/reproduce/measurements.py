@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,21 @@ def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int =
     )
 
 
-def spread(values: Sequence[float]) -> str:
+def differences(arms: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """The paired difference of every two arms, both ways, so that each is found by its own name."""
+    return [
+        {"of": to, "against": since, **difference(arms[to], arms[since]).to_json()}
+        for to, since in permutations(arms, 2)
+    ]
+
+
+def find(record: Mapping[str, Any], to: str, since: str) -> Mapping[str, Any]:
+    """The difference of arm ``to`` against ``since`` in a record that has ``differences``."""
+    (found,) = (d for d in record["differences"] if (d["of"], d["against"]) == (to, since))
+    return found
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """``54.1 ± 0.7``: the mean over seeds and the standard deviation; the mean alone for one seed."""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

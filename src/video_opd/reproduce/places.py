@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.data.annotations import read_samples
-from video_opd.jsonl import write_jsonl
+from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.progress import track
-from video_opd.reproduce.tasks import Task, settings_words
+from video_opd.reproduce.measurements import Measured, measure
+from video_opd.reproduce.tasks import Stage, Task, settings_words
 from video_opd.types import Sample
 from video_opd.world.demo import shipped
 from video_opd.world.make import TEST_SPLITS, make_world, rows
@@ -61,9 +62,9 @@ class Place:
     def runs(self, experiment: str) -> Path:
         return self.out / experiment
 
-    def pool(self, seed: int, noise: float) -> Path:
+    def pool(self, seed: int, noise: float, name: str = "pool") -> Path:
         """The data file of a seed's training rows at a level of annotation noise."""
-        return self.out / f"pool-{seed}" / f"noise-{noise:g}.jsonl"
+        return self.out / f"{name}-{seed}" / f"noise-{noise:g}.jsonl"
 
 
 def recipe(name: str) -> Path:
@@ -71,16 +72,20 @@ def recipe(name: str) -> Path:
     return Path(str(resources.files("video_opd.reproduce") / "recipes" / f"{name}.yaml"))
 
 
-def make_videos(place: Place, seeds: Sequence[int], videos: int, levels: Sequence[float]) -> None:
+def make_videos(
+    place: Place, seeds: Sequence[int], videos: int, levels: Sequence[float], name: str = "pool"
+) -> None:
     """Makes the test sets, the validation set, and each seed's pool at each level. What exists is kept."""
     make_test_sets(place.out / "test")
     make_world(place.out / "validation", videos=VALIDATION_VIDEOS, seed=VALIDATION_SEED, track=track)
     for seed in seeds:
-        make_world(place.pool(seed, 0).parent, videos={"train": videos}, seed=POOL_SEED + seed, track=track)
+        make_world(
+            place.pool(seed, 0, name).parent, videos={"train": videos}, seed=POOL_SEED + seed, track=track
+        )
         scenes = [compose("train", POOL_SEED + seed, i) for i in range(videos)]
         for level in levels:
             found = [row for scene in scenes for row in rows(scene, annotation_noise=level)]
-            write_jsonl(place.pool(seed, level), found)
+            write_jsonl(place.pool(seed, level, name), found)
 
 
 def train_task(
@@ -140,21 +145,41 @@ def predictions_of(run: Path, data: Path, model: str = "student") -> Path:
     return run / "eval" / f"predictions-{model}-{data.stem}.jsonl"
 
 
-def predict_task(place: Place, folder: Path, model: str, data: Path) -> Task:
+def predict_task(folder: Path, model: str, data: Path) -> Task:
     """``video-opd predict`` of a shipped model, into the files that a run has of its student."""
     out = predictions_of(folder, data)
     words = ["predict", shipped(model), data, "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
-
-    def done() -> bool:
-        return out.exists() and sum(1 for _ in out.open("rb")) >= len(read_samples(data))
-
     return Task(
         name=f"{folder.parent.name}-{folder.name}-{data.stem}",
         words=lambda: [*words, "--batch-size", 32],
-        done=done,
+        done=lambda: has_all_rows(out, data),
         seconds=EVALUATION_SECONDS * 200,
     )
 
 
+def has_all_rows(path: Path, data: Path) -> bool:
+    """Whether a file has a row for each row of a data file."""
+    return path.exists() and sum(1 for _ in read_jsonl(path)) >= len(read_samples(data))
+
+
 def samples_of(sets: Mapping[str, Path]) -> dict[str, list[Sample]]:
     return {name: read_samples(path) for name, path in sets.items()}
+
+
+def shipped_stage(place: Place) -> Stage:
+    """The answers of the base and the teacher to the test sets."""
+    return [
+        predict_task(place.runs("shipped") / model, model, data)
+        for model in (BASE, TEACHER)
+        for data in place.tests.values()
+    ]
+
+
+def measured_shipped(place: Place) -> dict[str, Measured]:
+    return {model: measure_runs(place, [place.runs("shipped") / model]) for model in (BASE, TEACHER)}
+
+
+def measure_runs(place: Place, runs: Sequence[Path]) -> Measured:
+    """What an arm reached on the test sets: a run of each seed."""
+    files = [{name: predictions_of(run, path) for name, path in place.tests.items()} for run in runs]
+    return measure(samples_of(place.tests), files)

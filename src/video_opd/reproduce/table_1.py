@@ -9,21 +9,20 @@ run of a seed stands for all levels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import Measured, difference, measure, spread
+from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
     TEACHER,
     TUNING,
     Place,
     make_videos,
-    predict_task,
-    predictions_of,
-    samples_of,
+    measure_runs,
+    measured_shipped,
+    shipped_stage,
     train_task,
 )
 from video_opd.reproduce.rates import (
@@ -60,11 +59,6 @@ def prepare(place: Place, seeds: Sequence[int]) -> None:
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
-    shipped = [
-        predict_task(place, place.runs("shipped") / model, model, data)
-        for model in (BASE, TEACHER)
-        for data in place.tests.values()
-    ]
     runs = [
         train_task(
             place,
@@ -80,7 +74,7 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         for arm in ARMS
         for level in levels_of(arm, LEVELS)
     ]
-    return [[*shipped, *tuning_stage(place, list(ARMS), LEVELS)], runs]
+    return [[*shipped_stage(place), *tuning_stage(place, list(ARMS), LEVELS)], runs]
 
 
 def run_of(place: Place, arm: str, level: float, seed: int) -> Path:
@@ -88,17 +82,10 @@ def run_of(place: Place, arm: str, level: float, seed: int) -> Path:
 
 
 def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
-    sets = samples_of(place.tests)
-
-    def files(run: Path) -> dict[str, Path]:
-        return {name: predictions_of(run, path) for name, path in place.tests.items()}
-
-    shipped = {model: measure(sets, [files(place.runs("shipped") / model)]) for model in (BASE, TEACHER)}
+    shipped = measured_shipped(place)
     levels = []
     for level in LEVELS:
-        arms = {
-            arm: measure(sets, [files(run_of(place, arm, level, seed)) for seed in seeds]) for arm in ARMS
-        }
+        arms = {arm: measure_runs(place, [run_of(place, arm, level, seed) for seed in seeds]) for arm in ARMS}
         levels.append(
             {
                 "noise": level,
@@ -116,20 +103,6 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
         "shipped": {model: found.to_json() for model, found in shipped.items()},
         "levels": levels,
     }
-
-
-def differences(arms: Mapping[str, Measured]) -> list[dict[str, Any]]:
-    """The paired difference of every two arms, both ways, so that each is found by its own name."""
-    return [
-        {"of": to, "against": since, **difference(arms[to], arms[since]).to_json()}
-        for to, since in permutations(arms, 2)
-    ]
-
-
-def find(level: Mapping[str, Any], to: str, since: str) -> Mapping[str, Any]:
-    """The difference of arm ``to`` against ``since`` at one level of a result."""
-    (found,) = (d for d in level["differences"] if (d["of"], d["against"]) == (to, since))
-    return found
 
 
 def claims(record: Mapping[str, Any]) -> list[Claim]:

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from reproduce_cases import make_place, predict, recipe_of
 
 from video_opd.cli.commands import parse_words
-from video_opd.config import load_recipe
 from video_opd.reproduce import places, rates, table_1
-from video_opd.reproduce.places import Place, predictions_of
-from video_opd.reproduce.tasks import Task
-from video_opd.world.make import rows
-from video_opd.world.scene import compose
+from video_opd.reproduce.measurements import find
+from video_opd.reproduce.places import Place
 
 SEEDS = [0, 1]
 
 
-def recipe_of(task: Task) -> Any:
-    arguments = parse_words([str(word) for word in task.words()])
-    return load_recipe(arguments.recipe, arguments.overrides)
-
-
-def write_rows(path: Path, found: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """Two videos in each set, without their files."""
-    place = Place(out=tmp_path)
-    for sets in (place.tests, place.validation):
-        for split, path in sets.items():
-            write_rows(path, [row for i in (0, 1) for row in rows(compose(split, 0, i))])
-    return place
-
-
-def predict(run: Path, sets: dict[str, Path], later_s: float) -> None:
-    """Answers every row with a span that is so much later than the true one."""
-    for path in sets.values():
-        data = map(json.loads, path.read_text().splitlines())
-        made = [{"id": row["id"], "span": [t + later_s for t in row["spans"][0]]} for row in data]
-        write_rows(predictions_of(run, path), made)
+    return make_place(tmp_path)
 
 
 def made_runs(place: Place) -> None:
@@ -117,8 +91,6 @@ def test_the_result_and_its_claims(place: Place) -> None:
     assert (
         claims["Video-OPD is better than GRPO", "annotation noise 0"].verdict == "cannot be told at this size"
     )
-    assert (
-        table_1.find(exact, "tiny-base", "sft")["rise"] < 0 < table_1.find(exact, "sft", "tiny-base")["rise"]
-    )
+    assert find(exact, "tiny-base", "sft")["rise"] < 0 < find(exact, "sft", "tiny-base")["rise"]
     assert table_1.best(noisy)[0] == "op-rkd" and table_1.best(exact)[0] == "sft"
     assert table_1.best(exact)[1] == ["op-rkd"]
