@@ -325,12 +325,26 @@ def good_run(folder: Path) -> Path:
     steps = [
         {"step": i, "reverse_kl/sampled": 1 / i, "reward/mean": None, "time/step_s": 3.0} for i in (1, 2, 3)
     ]
-    tokens = {"tokens": ["1", " to", "2"], "r": [-3.0, 0.5, None], "advantage": [1.0] * 3, "iou": 0.25}
+    top = {f"{model}_top": [[["1", -0.5], ["2", -1.0]]] * 3 for model in ("student", "teacher")}
+    signal = {"tokens": ["1", " to", "2"], "r": [-3.0, 0.5, None], **top, "student_logprobs": [-0.5] * 3}
+    tokens = {**signal, "advantage": [1.0] * 3, "iou": 0.25}
     rollouts = [{"step": i, "id": "a", "query": "the cat", **tokens, "truncated": False} for i in (1, 2, 3)]
     frames = {"frames": ["data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="], "frame_times_s": [1.0]}
     answers = {"truth": [[2, 4]], "answers": {"base": None, "student": [3, 5]}}
     timelines = [{"id": "a", "query": "the cat", "duration": 10.0, **answers, **frames}] * 2
-    for name, rows in (("metrics", steps), ("rollouts", rollouts), ("eval/timelines", timelines)):
+    spans = {"query": "the cat", "video": "a.mp4", "duration": 20.0, "spans": [[0, 10]], "source": "s"}
+    files: dict[str, list[dict[str, Any]]] = {
+        "metrics": steps,
+        "rollouts": rollouts,
+        "eval/timelines": timelines,
+        "eval/annotations-short": [{"id": i, **spans} for i in "ab"],
+        "eval/base-short": [{"id": i, "responses": ["0 to 4"]} for i in "ab"],  # IoU 0.4, as the records say
+        "eval/student-short": [{"id": i, "span": [0, 4]} for i in "ab"],
+        "eval/failures-short": [{"id": i, **frames, **signal} for i in "ab"],
+        "scores": [{"id": i, "teacher_iou": 0.75, "student_iou": 0.5} for i in "abc"],
+        "selected": [{"id": "a"}],
+    }
+    for name, rows in files.items():
         (path / f"{name}.jsonl").write_text(lines_of(rows))
     first = path / "round-1"
     shutil.copytree(path, folder / "first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,21 @@ from video_opd.terminal import visible
 from video_opd.types import Prediction, Sample
 
 MOST_TOKENS = 4096  # tokens of a response
+MOST_DETAILED = 400  # tokens of a response that are shown, with their details
 MOST_ALTERNATIVES = 5
 
 
 def rollout_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
-    """The keys of a rollout that the report shows; ``r`` and ``advantage`` have an entry for each token."""
+    """The keys of a rollout that the report shows; ``r`` and ``advantage`` have an entry for each token.
+
+    ``details`` is a function that gives the others that belong to tokens: a file has thousands of rollouts,
+    and a report shows a few.
+    """
     step = count(row.get("step"), 1)
     if step is None:
         note("a row without a step")
         return None
-    tokens = token_values(row, note)
+    tokens = token_signals(row, note)
     if tokens is None:
         return None
     iou = number(row.get("iou"), 0, 1)
@@ -46,11 +52,12 @@ def rollout_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
         **tokens,
         "iou": iou,
         "truncated": row.get("truncated") is True,
+        "details": partial(token_details, row, note),
     }
 
 
-def token_values(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
-    """The tokens of a response, and what belongs to each: signal, log-probs, the likeliest tokens."""
+def token_signals(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
+    """The tokens of a response, and the signal of each."""
     tokens = row.get("tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         note("a row without tokens")
@@ -59,23 +66,33 @@ def token_values(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     if r is None:
         note("r is not a number for each token")
         return None
-    kept: dict[str, Any] = {
-        "tokens": [visible(token[:MOST_TEXT], keep="\n\t") for token in tokens[:MOST_TOKENS]],
-        "r": r[:MOST_TOKENS],
-    }
     if len(tokens) > MOST_TOKENS:
         note(f"the tokens after the first {MOST_TOKENS}")
-    for name in ("advantage", "student_logprobs", "teacher_logprobs"):
-        values = _signal(row.get(name), len(tokens))
-        if values is None and row.get(name) is not None:
-            note(f"{name} is not a number for each token")
-        kept[name] = None if values is None else values[:MOST_TOKENS]
+    return {
+        "tokens": [visible(token[:MOST_TEXT], keep="\n\t") for token in tokens[:MOST_TOKENS]],
+        "r": r[:MOST_TOKENS],
+        "advantage": _optional_signal(row, "advantage", note),
+    }
+
+
+def token_details(row: Mapping[str, Any], note: Note) -> dict[str, Any]:
+    """The log-probs and the likeliest tokens of both models, for the first tokens of a row with tokens."""
+    kept: dict[str, Any] = {
+        name: _optional_signal(row, name, note) for name in ("student_logprobs", "teacher_logprobs")
+    }
     for name in ("student_top", "teacher_top"):
-        tops = _alternatives(row.get(name), len(tokens))
+        tops = _alternatives(row.get(name), len(row["tokens"]))
         if tops is None and row.get(name) is not None:
             note(f"{name} is not a list of tokens and log-probs for each token")
         kept[name] = tops
     return kept
+
+
+def _optional_signal(row: Mapping[str, Any], name: str, note: Note) -> list[float | None] | None:
+    values = _signal(row.get(name), len(row["tokens"]))
+    if values is None and row.get(name) is not None:
+        note(f"{name} is not a number for each token")
+    return None if values is None else values[:MOST_TOKENS]
 
 
 def _signal(values: Any, length: int) -> list[float | None] | None:
@@ -92,7 +109,7 @@ def _alternatives(values: Any, length: int) -> list[list[tuple[str, float]]] | N
     if not isinstance(values, list) or len(values) != length:
         return None
     found = []
-    for position in values[:MOST_TOKENS]:
+    for position in values[:MOST_DETAILED]:
         if not isinstance(position, list):
             return None
         here = []
@@ -162,8 +179,9 @@ def failure_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     frames, times_s = film(row, MOST_DURATION_S)
     if row.get("frames") and not frames:
         note("frames that do not fit their times")
-    tokens = token_values(row, note) if row.get("tokens") is not None else None
-    return {"id": identity, "frames": frames, "frame_times_s": times_s, **(tokens or {})}
+    tokens = token_signals(row, note) if row.get("tokens") is not None else None
+    details = {} if tokens is None else tokens | token_details(row, note)
+    return {"id": identity, "frames": frames, "frame_times_s": times_s, **details}
 
 
 def score_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:

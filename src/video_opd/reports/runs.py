@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from video_opd.terminal import visible
 T = TypeVar("T")
 
 ROLES = ("base", "student", "teacher")  # how models of one run are ordered and coloured
+SHOWN_ROLLOUTS = 8  # of the first steps, and as many of the last
 ROUND = "round "  # and a number: the student after that round
 
 
@@ -80,7 +82,7 @@ class Run:
     recipe_text: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[Mapping[str, Any], ...] = ()
-    rollouts: tuple[Mapping[str, Any], ...] = ()
+    rollouts: tuple[Mapping[str, Any], ...] = ()  # the first and the last few
     evaluations: tuple[Evaluation, ...] = ()
     selection: Mapping[str, Any] | None = None
     timelines: tuple[Mapping[str, Any], ...] = ()
@@ -176,7 +178,7 @@ def _read(files: RunFiles) -> Run:
         recipe_text=recipe_text,
         environment=_record(files, "environment.json", records.tree) or {},
         metrics=_by_step(list(files.rows("metrics.jsonl", records.metrics_row))),
-        rollouts=tuple(files.rows("rollouts.jsonl", row_records.rollout_row)),
+        rollouts=_rollouts(files),
         evaluations=evaluations,
         rows=_evaluated_rows(files, evaluations),
         scores=_scores(files),
@@ -187,6 +189,16 @@ def _read(files: RunFiles) -> Run:
         summary=_record(files, "rounds.json", records.rounds_record),
         left_out=files.left_out,
     )
+
+
+def _rollouts(files: RunFiles) -> tuple[dict[str, Any], ...]:
+    """The first and the last rollouts with tokens: those that are shown."""
+    first: list[dict[str, Any]] = []
+    last: deque[dict[str, Any]] = deque(maxlen=SHOWN_ROLLOUTS)
+    for row in files.rows("rollouts.jsonl", row_records.rollout_row):
+        if row["tokens"]:
+            (first if len(first) < SHOWN_ROLLOUTS else last).append(row)
+    return tuple(row | row.pop("details")() for row in (*first, *last))
 
 
 def _evaluated_rows(files: RunFiles, evaluations: Sequence[Evaluation]) -> dict[str, EvaluatedRows]:

@@ -9,10 +9,9 @@ from itertools import count
 from typing import Any
 
 from video_opd.reports.charts import number
-from video_opd.reports.runs import Run
+from video_opd.reports.row_records import MOST_DETAILED
+from video_opd.reports.runs import SHOWN_ROLLOUTS, Run
 
-MOST_ROLLOUTS = 8  # shown of the first steps, and as many of the last
-MOST_TOKENS = 400  # shown of a response
 MOST_EXPLAINED = 6000  # tokens of a page that have alternatives: a page of a usual size
 R_FULL = 2.0  # |r_t| in nats at which a token has its full colour
 
@@ -85,7 +84,7 @@ class Explainer:
         """Returns the tokens of a row of ``rollouts.jsonl`` or ``failures-DATA.jsonl``."""
         credit = credits_of(row)
         views = []
-        for t, (text, r) in enumerate(zip(row["tokens"][:MOST_TOKENS], credit, strict=False)):
+        for t, (text, r) in enumerate(zip(row["tokens"][:MOST_DETAILED], credit, strict=False)):
             shown = text.replace("\n", "⏎") or "∅"
             models = self._models(row, t) if self._left > 0 else []
             self._left -= bool(models)
@@ -104,8 +103,8 @@ class Explainer:
     def rollouts(self, run: Run) -> tuple[list[RolloutView], list[RolloutView]]:
         """Returns responses of the first and of the last steps; of few, the second list is empty."""
         rows = [row for row in run.rollouts if row.get("tokens")]
-        late = rows[-MOST_ROLLOUTS:] if len(rows) >= 2 * MOST_ROLLOUTS else []
-        return [self._rollout(row) for row in rows[:MOST_ROLLOUTS]], [self._rollout(row) for row in late]
+        late = rows[-SHOWN_ROLLOUTS:] if len(rows) >= 2 * SHOWN_ROLLOUTS else []
+        return [self._rollout(row) for row in rows[:SHOWN_ROLLOUTS]], [self._rollout(row) for row in late]
 
     def _rollout(self, row: Mapping[str, Any]) -> RolloutView:
         note = f"IoU {row['iou']:.2f}" if row.get("iou") is not None else ""
@@ -116,7 +115,7 @@ class Explainer:
             query=str(row.get("query") or row.get("id")),
             note=note,
             tokens=self.tokens(row),
-            more=max(0, len(row["tokens"]) - MOST_TOKENS),
+            more=max(0, len(row["tokens"]) - MOST_DETAILED),
         )
 
     def _models(self, row: Mapping[str, Any], t: int) -> list[Model]:

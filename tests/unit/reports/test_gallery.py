@@ -15,8 +15,9 @@ from video_opd.evaluation.failures import choose_failures, outcome
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.reports.gallery import Gallery, Pictures, gallery
 from video_opd.reports.html import write_report
+from video_opd.reports.row_records import MOST_DETAILED
 from video_opd.reports.runs import read_run
-from video_opd.reports.tokens import MOST_EXPLAINED, MOST_TOKENS, Explainer, percent
+from video_opd.reports.tokens import MOST_EXPLAINED, Explainer, percent
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,12 @@ def test_long_responses_make_a_page_of_a_usual_size(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run")
     one = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     per_token = ("tokens", "r", "student_logprobs", "teacher_logprobs", "student_top", "teacher_top")
-    long = {**one, **{key: one[key] * 300 for key in per_token}}
-    rows = "".join(json.dumps({**long, "step": step}) + "\n" for step in range(1, 41))
+    long = {**one, **{key: one[key] * 50 for key in per_token}}
+    rows = "".join(json.dumps({**long, "step": step}) + "\n" for step in range(1, 21))
     (run / "rollouts.jsonl").write_text(rows)
     explainer = Explainer()
     early, late = explainer.rollouts(read_run(run))
-    assert all(len(view.tokens) == MOST_TOKENS for view in (*early, *late))
-    assert early[0].more == len(long["tokens"]) - MOST_TOKENS
+    assert all(len(view.tokens) == MOST_DETAILED for view in (*early, *late))
+    assert early[0].more == len(long["tokens"]) - MOST_DETAILED
     assert sum(token.identity > 0 for view in (*early, *late) for token in view.tokens) == MOST_EXPLAINED
     assert write_report([run], tmp_path / "r.html").stat().st_size < 10_000_000

@@ -254,13 +254,17 @@ def test_the_report_shows_all_rounds(three: tuple[Path, Recipe, Asked], tmp_path
     assert "6 steps of Video-OPD in 3 rounds" in page and "Round by round" in page
     for n, record in enumerate(read(folder / "rounds.json")["rounds"], start=1):
         figure = f"{record['evaluation']['short']['mIoU']:.1f}"
-        row = page[page.index(f"</i>round {n}</td>") :].split("</tr>")[0]
-        assert f"<td>{figure}</td>" in row
+        row = page[page.index(f"</i>round {n}</th>") :].split("</tr>")[0]
+        assert f'data-label="mIoU">{figure}</td>' in row
         assert f"round {n}: δ before and after" in page
-        cells = page[page.index(f"<tr><td>{n}</td>") :].split("</tr>")[0]
-        assert f"<td>{record['failed_gate']}</td><td>{record['candidates']}</td>" in cells
-        assert f"<td>{record['delta']['selected']['mean']:+.2f}</td>" in cells
-    chart = page[page.index("<h3>mIoU on short</h3>") :].split("</svg>")[0]
+        cells = page[page.index(f'data-label="round">{n}</th>') :].split("</tr>")[0]
+        for label, cell in (
+            ("stopped by the gate", record["failed_gate"]),
+            ("candidates", record["candidates"]),
+            ("δ of the selected", f"{record['delta']['selected']['mean']:+.2f}"),
+        ):
+            assert f'data-label="{label}">{cell}</td>' in cells
+    chart = page[page.index(">mIoU on short</h3>") :].split("</svg>")[0]
     assert chart.count("95%: ") == 4  # the base and three rounds
     assert chart.count("<path") == 2  # the student, the teacher
     # A run that has no rounds looks as it did.
