@@ -133,16 +133,17 @@ def train_task(
 
 
 def is_finished(run: Path, evaluate: Mapping[str, Path]) -> bool:
-    """Whether a run has its last step and the results of all its evaluations."""
+    """Whether a run has its last step, and predictions for every row that it is evaluated on."""
     from video_opd.training.run_folder import RunFolder
 
-    results = [predictions_of(run, path) for path in evaluate.values()]
-    records = [run / "eval" / f"student-{path.stem}.json" for path in evaluate.values()]
-    return RunFolder(run).finished and all(path.exists() for path in (*results, *records))
+    folder = RunFolder(run)
+    return folder.finished and all(has_all_rows(folder.predictions(path), path) for path in evaluate.values())
 
 
-def predictions_of(run: Path, data: Path, model: str = "student") -> Path:
-    return run / "eval" / f"predictions-{model}-{data.stem}.jsonl"
+def predictions_of(run: Path, data: Path) -> Path:
+    from video_opd.training.run_folder import RunFolder
+
+    return RunFolder(run).predictions(data)
 
 
 def predict_task(folder: Path, model: str, data: Path) -> Task:

@@ -82,7 +82,7 @@ def record_failures(recipe: Recipe, policy: Policy, components: Components, fold
         distributions=recipe.measures_analytic_kl,
     )
     for path in recipe.evaluate.data:
-        predictions = folder.evaluations / f"student-{Path(path).stem}.jsonl"
+        predictions = folder.predictions(path)
         write_failures(
             read_samples(path, recipe.evaluate.video_root)[: recipe.evaluate.limit],
             read_predictions(predictions, thinking=recipe.prompt.thinking, protocol=recipe.prompt.style),

@@ -69,6 +69,10 @@ class RunFolder:
         self.evaluations = self.path / "eval"
         self.done = self.path / "done.json"  # written last of all
 
+    def predictions(self, data: str | Path) -> Path:
+        """The trained student's predictions for a data file."""
+        return self.evaluations / f"student-{Path(data).stem}.jsonl"
+
     def claim(self, recipe: Recipe) -> None:
         """Writes the recipe into the folder, unless a run of this recipe is already there.
 
