@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -65,8 +66,13 @@ def noun(colour: str, shape: str, size: str | None = None, article: str = "the")
     return " ".join(word for word in (article, size, colour, shape) if word)
 
 
-def corpus() -> Iterator[str]:
+@functools.cache
+def corpus() -> tuple[str, ...]:
     """Every kind of sentence with every word, always in the same order: what the tokenizer learns from."""
+    return tuple(_sentences())
+
+
+def _sentences() -> Iterator[str]:
     for family, colour, shape in itertools.product(FAMILIES, COLOURS, SHAPES):
         for variant in range(variants(family)):
             for article, size in (("the", None), ("a", None), ("the", "small"), ("the", "large")):

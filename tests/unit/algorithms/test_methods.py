@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -50,6 +50,7 @@ ALLOWED = [
     for token in range(Vocabulary.of(STUDENT, processor()).size)
     if token not in Vocabulary.of(STUDENT, processor()).forbidden_ids
 ]
+PLACES = {token: place for place, token in enumerate(ALLOWED)}
 
 
 def recipe_of(method: str, **sections: dict[str, Any]) -> Recipe:
@@ -82,12 +83,20 @@ def distributions(net: Any, question: EncodedPrompt, tokens: Sequence[int]) -> t
 
 def at(table: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """log π(a_t|s_t), [T]."""
-    return torch.stack([table[t, ALLOWED.index(token)] for t, token in enumerate(tokens)])
+    return torch.stack([table[t, PLACES[token]] for t, token in enumerate(tokens)])
 
 
 def frozen(net: Any, question: EncodedPrompt, tokens: Sequence[int]) -> torch.Tensor:
+    """The same without a gradient, of a model that no test changes."""
+    assert any(net is constant for constant in (STUDENT, TEACHER, MOVED))
+    (place,) = (row.position for row in ROWS if row.prompt is question)
+    return _frozen(net, place, tuple(tokens))
+
+
+@functools.cache
+def _frozen(net: Any, place: int, tokens: tuple[int, ...]) -> torch.Tensor:
     with torch.no_grad():
-        return distributions(net, question, tokens)
+        return distributions(net, ROWS[place].prompt, tokens)
 
 
 def rollout_pairs(groups: Sequence[Sequence[Rollout]]) -> list[tuple[Row, Rollout]]:
@@ -305,57 +314,89 @@ def perturbed(groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What the updates on a batch share: the trajectories, and the signal on them."""
+
+    method: Method
+    groups: list[list[Rollout]]
+    batch: Trajectories
+    signal: Signal
+
+    @property
+    def responses(self) -> list[list[tuple[int, ...]]]:
+        return [[rollout.token_ids for rollout in group] for group in self.groups]
+
+
+def scores(net: Any, engine: Any, responses: Any, *, full: bool, grad: bool = False) -> TokenLogprobs:
+    prompts = [row.prompt for row in ROWS]
+    return HFPolicy(net, processor(), engine).logprobs(prompts, responses, grad=grad, full=full)
+
+
+@functools.cache
+def sampled(name: str, engine: Any) -> Sampled:
+    recipe, _ = CASES[name]
+    method = make_method(recipe, processor().tokenizer)
+    groups = trajectories_of(method, HFPolicy(STUDENT, processor(), engine), recipe.rollouts)
+    if recipe.loss.importance_limit:
+        groups = perturbed(groups)
+    responses = [[rollout.token_ids for rollout in group] for group in groups]
+    full = method.needs.distributions
+    batch = make_trajectories(
+        ROWS,
+        groups,
+        scores(STUDENT, engine, responses, full=full),
+        scores(TEACHER, engine, responses, full=full) if method.needs.teacher else None,
+        scores(STUDENT, engine, responses, full=False) if method.needs.reference else None,
+        recipe.loss.importance_limit,
+    )
+    return Sampled(method=method, groups=groups, batch=batch, signal=method.signal(batch))
+
+
+def student_at(updates: int) -> Any:
+    return copy.deepcopy(STUDENT if updates == 1 else MOVED)
+
+
+@functools.cache
+def by_formula(name: str, updates: int) -> tuple[float, dict[str, torch.Tensor | None]]:
+    """(loss, gradient) of the equations, for the rollouts of the prefix engine."""
+    net = student_at(updates)
+    loss = CASES[name][1](net, sampled(name, "prefix").groups)
+    loss.backward()
+    return loss.item(), {key: x.grad for key, x in net.named_parameters()}
+
+
 @pytest.mark.parametrize("engine", ["prefix", "plain"])
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_are_those_of_the_equations(name: str, updates: int, engine: Any):
     """The first update on a batch, or the second: it reuses the trajectories and the signal of the first, but
     its policy is another."""
-    recipe, formula = CASES[name]
-    method = make_method(recipe, processor().tokenizer)
-    policy = HFPolicy(STUDENT, processor(), engine)
-    groups = trajectories_of(method, policy, recipe.rollouts)
-    if recipe.loss.importance_limit:
-        groups = perturbed(groups)
-    prompts = [row.prompt for row in ROWS]
-    responses = [[rollout.token_ids for rollout in group] for group in groups]
-    full = method.needs.distributions
-
-    def scores(net: Any, *, grad: bool = False, whole: bool = full) -> TokenLogprobs:
-        return HFPolicy(net, processor(), engine).logprobs(prompts, responses, grad=grad, full=whole)
-
-    batch = make_trajectories(
-        ROWS,
-        groups,
-        scores(STUDENT),
-        scores(TEACHER) if method.needs.teacher else None,
-        scores(STUDENT, whole=False) if method.needs.reference else None,
-        recipe.loss.importance_limit,
-    )
-    signal = method.signal(batch)
-    net = copy.deepcopy(STUDENT if updates == 1 else MOVED)
-    loss = method.loss(scores(net, grad=True), batch, signal, DIVISOR)
+    first = sampled(name, engine)
+    assert first.responses == sampled(name, "prefix").responses
+    net = student_at(updates)
+    student = scores(net, engine, first.responses, full=first.method.needs.distributions, grad=True)
+    loss = first.method.loss(student, first.batch, first.signal, DIVISOR)
     loss.backward()
     ours = {key: x.grad for key, x in net.named_parameters()}
 
-    net.zero_grad()
-    expected = formula(net, groups)
-    expected.backward()
-    theirs = {key: x.grad for key, x in net.named_parameters()}
-    assert abs(loss.item() - expected.item()) <= TOLERANCE * max(1e-3, abs(expected.item()))
-    off = sum(float(((ours[key] - x) ** 2).sum()) for key, x in theirs.items() if x is not None)
-    size = sum(float((x**2).sum()) for x in theirs.values() if x is not None)
+    expected, theirs = by_formula(name, updates)
+    assert ours.keys() == theirs.keys()
+    assert abs(loss.item() - expected) <= TOLERANCE * max(1e-3, abs(expected))
+    off = size = 0.0
+    for key, x in theirs.items():
+        if x is not None:
+            mine = ours[key]
+            assert mine is not None, key
+            off, size = off + float(((mine - x) ** 2).sum()), size + float((x**2).sum())
     assert size > 1e-8  # the gradient is not zero
     assert math.sqrt(off / size) < TOLERANCE
 
 
 def test_the_moved_student_leaves_the_clip():
     """The cases above reach both sides of min and clamp."""
-    groups = trajectories_of(
-        make_method(CASES["grpo"][0], processor().tokenizer), HFPolicy(STUDENT, processor()), 4
-    )
     ratios = []
-    for row, rollout in rollout_pairs(groups):
+    for row, rollout in rollout_pairs(sampled("grpo", "prefix").groups):
         now = at(frozen(MOVED, row.prompt, rollout.token_ids), rollout.token_ids).tolist()
         ratios += [math.exp(a - b) for a, b in zip(now, rollout.recorded, strict=True)]
     assert min(ratios) < 0.95 and max(ratios) > 1.07 and any(0.98 < ratio < 1.02 for ratio in ratios)
