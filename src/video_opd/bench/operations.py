@@ -1,6 +1,6 @@
 """Counts the floating-point operations of a step, and compares them with the least that its prompts need.
 
-PyTorch's ``FlopCounterMode`` counts matrix products, convolutions and attention from their shapes: two
+PyTorch's formulas count matrix products, convolutions and attention from their shapes: two
 operations for each multiplication with its addition, and attention in full, masked or not. It does not count
 norms, activations, the softmax, rotary positions, the draw of tokens and the optimiser. A count therefore
 does not depend on the machine, and a second run gives the same one if it samples the same tokens.
@@ -16,12 +16,14 @@ least.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from video_opd.bench.timing import Work
 from video_opd.bench.work import Steps, prompts_of
@@ -69,11 +71,42 @@ def _formulas() -> dict[Any, Any]:
     return formulas
 
 
+class OperationCounter(TorchDispatchMode):
+    """Adds up the operations of what runs inside, as ``FlopCounterMode`` does, with the same formulas.
+
+    That class keeps an account of every module, and looks at each call of a kernel for longer than the kernel
+    of a small model runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._formulas = flop_registry | {name: shape_wrapper(f) for name, f in _formulas().items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is None and _is_composite(func):  # in inference mode: its parts may have formulas
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+@functools.cache
+def _is_composite(operation: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd")
+
+
 def operations(work: Work) -> int:
     """Counts the operations of ``work``, with those of its backward if it runs one."""
-    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+    with OperationCounter() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 @torch.no_grad()

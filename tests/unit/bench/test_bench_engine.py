@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from model_cases import mixture, model, processor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from video_opd.bench import data as bench
 from video_opd.bench import engine, timing
 from video_opd.bench.engine import bench_engine, same_responses, same_step, table
 from video_opd.bench.operations import (
+    _formulas,
     attention_operations,
     count_operations,
     forward_prompts,
@@ -277,6 +278,24 @@ def test_attention_on_a_cpu_is_counted(
     # The backward has four products, and a fifth where it computes the scores again.
     assert whole in (6 * product, 7 * product)
     assert attention_operations(query.shape, key.shape, value.shape) == 2 * product
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_count_is_the_librarys(recompute: bool) -> None:
+    """Of a step, with a backward in it, and of operations that only inference mode leaves in one piece."""
+    step = Steps(
+        mixture(), processor(), model(1), prompts_of(processor(), 60), method="video-opd", engine="prefix",
+        tokens=2, recompute=recompute,
+    )  # fmt: skip
+
+    def in_inference_mode() -> None:
+        with torch.inference_mode():
+            torch.nn.functional.linear(torch.ones(2, 3, 5), torch.ones(7, 5), torch.ones(7))
+
+    for work in (step, in_inference_mode):
+        with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+            work()
+        assert operations(work) == counter.get_total_flops() > 0
 
 
 def test_the_count_of_a_forward_is_the_count_by_hand() -> None:

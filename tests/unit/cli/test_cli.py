@@ -543,25 +543,62 @@ def test_the_teacher_of_score_has_a_type_of_its_own(tmp_path, asked_of, capsys) 
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["predict", "score"])
-def test_two_processes_make_the_rows_of_one(command, model_and_data, tmp_path, capsys) -> None:
-    """Two started as users do; the second one is silent."""
-    model, data = model_and_data
+# What torchrun starts: ``python -m video_opd`` with the words of one command after another. Starting two
+# processes, which import torch and transformers, takes longer than all that they do here.
+EACH = (
+    "import json, runpy, sys\n"
+    "for words in json.loads(sys.argv[1]):\n"
+    "    sys.argv[1:] = words\n"
+    "    try: runpy.run_module('video_opd', run_name='__main__', alter_sys=True)\n"
+    "    except SystemExit as leave: assert not leave.code, leave.code\n"
+)
+COMMANDS = ("predict", "score")
+
+
+def words_of(command: str, model: Path, data: Path, out: Path) -> list[str]:
     words = [command, str(model), str(data)]
     if command == "score":
         words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data), "--k", "2"]
-    words += ["--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu", "--json", "--out"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "video_opd"]
-    ended = subprocess.run(
-        [sys.executable, *launcher, *words, str(tmp_path / "two")], capture_output=True, text=True, check=True
-    )
-    assert main([*words, str(tmp_path / "one")]) == 0
-    told = {"one": json.loads(capsys.readouterr().out), "two": json.loads(ended.stdout)}
-    assert all(told[name].pop("out") == str(tmp_path / name) for name in told)
+    return [
+        *words,
+        "--max-new-tokens",
+        "4",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        str(out),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_processes(model_and_data, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder with what two processes wrote for each command, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "each.py").write_text(EACH)
+    for command in COMMANDS:
+        (folder / command).mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "each.py")]
+    each = json.dumps([words_of(command, *model_and_data, folder / command / "two") for command in COMMANDS])
+    ended = subprocess.run([sys.executable, *launcher, each], capture_output=True, text=True, check=True)
+    return folder, json.loads("[" + ended.stdout.replace("}\n{", "},\n{") + "]")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_processes_make_the_rows_of_one(command, model_and_data, two_processes, capsys) -> None:
+    """Two started as users do; the second one is silent."""
+    folder, printed = two_processes
+    assert len(printed) == len(COMMANDS)
+    here = folder / command
+    assert main(words_of(command, *model_and_data, here / "one")) == 0
+    told = {"one": json.loads(capsys.readouterr().out), "two": printed[COMMANDS.index(command)]}
+    assert all(told[name].pop("out") == str(here / name) for name in told)
     assert told["one"] == told["two"]
-    one, two = ({line for line in (tmp_path / name).read_text().splitlines()} for name in told)
-    assert one == two and len(two) == len((tmp_path / "two").read_text().splitlines()) == 3
-    assert {path.name for path in tmp_path.iterdir()} == {f"{n}{e}" for n in told for e in ("", ".meta.json")}
+    one, two = ({line for line in (here / name).read_text().splitlines()} for name in told)
+    assert one == two and len(two) == len((here / "two").read_text().splitlines()) == 3
+    assert {path.name for path in here.iterdir()} == {f"{n}{e}" for n in told for e in ("", ".meta.json")}
 
 
 def test_evaluate_a_model_is_no_work_for_several(model_and_data, tmp_path, capsys, monkeypatch) -> None:
