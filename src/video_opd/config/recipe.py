@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from video_opd.config.messages import leaves, one_line, section_of, unknown_key
@@ -42,7 +41,7 @@ from video_opd.config.sections import (
     VideoConfig,
 )
 from video_opd.config.settings import Settings
-from video_opd.config.tree import MAX_LETTERS, apply_overrides, parse_yaml
+from video_opd.config.tree import MAX_LETTERS, apply_overrides, dump_yaml, parse_yaml
 from video_opd.errors import UserError, need
 
 if TYPE_CHECKING:
@@ -458,4 +457,4 @@ def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every key, so that a later change of a default changes no old run."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(recipe.to_dict())

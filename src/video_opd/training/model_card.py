@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 import video_opd
 from video_opd.config import Recipe
+from video_opd.config.tree import NOT_FOLDED, dump_yaml
 from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.rows import METRICS
 from video_opd.models.checkpoint_files import is_hub_name
@@ -123,8 +122,7 @@ def _first_escaped(found: re.Match[str]) -> str:
 
 def _as_yaml(tree: Mapping[str, Any]) -> _AsItIs:
     """The tree with every text on a line of its own, so that none can end the block that it stands in."""
-    shown = _shown(tree)
-    return _AsItIs(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=float("inf")))
+    return _AsItIs(dump_yaml(_shown(tree), width=NOT_FOLDED))
 
 
 def _shown(value: Any) -> Any:

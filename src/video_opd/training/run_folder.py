@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -10,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,7 +231,7 @@ class RunFolder:
             "video_opd": video_opd.__version__,
             "commit": git_commit(),
             "python": platform.python_version(),
-            "packages": dict(_versions()),
+            "packages": _versions(),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "command": sys.argv,
@@ -270,16 +272,22 @@ def _is_step(row: Mapping[str, Any]) -> bool:
     return type(row.get("step")) is int
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+@functools.cache
+def _versions() -> Mapping[str, str]:
+    """The versions of what is installed. A process has imported these, whatever is installed later."""
+    found = {}
     for name in PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of the code that runs, with ``+`` when files were changed since; None outside a checkout."""
+    """The commit of the code that runs, with ``+`` when files were changed since; None outside a checkout.
+
+    It is that of the first call: code that was imported before does not change later.
+    """
     folder = Path(video_opd.__file__).parent
 
     def git(*words: str) -> str | None:
