@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -204,11 +206,11 @@ def read_config(path: str | Path) -> Any:
     Raises :class:`UserError` for a folder that is missing or incomplete, for a name that no hub knows, and
     for a model that is not Qwen3-VL.
     """
-    from transformers import AutoConfig
-
     check_model_files(path)
     try:
-        config = _read(path, "config.json", AutoConfig.from_pretrained)
+        content = _read(path, "config.json", _content) if Path(path).is_dir() else None
+        # A copy, because loading a model changes its config. On a hub, the name says as much as the content.
+        config = copy.deepcopy(_config_of(str(path), content))
     except UserError as error:
         if Path(path).is_dir():
             raise
@@ -218,6 +220,19 @@ def read_config(path: str | Path) -> Any:
         raise UserError(f"{path}: a {config.model_type!r} model; video-opd works with {known} checkpoints")
     _check_sizes(path, config)
     return config
+
+
+def _content(folder: str | Path, **_: Any) -> bytes:
+    return (Path(folder) / "config.json").read_bytes()
+
+
+@functools.lru_cache(maxsize=8)
+def _config_of(path: str, content: bytes | None) -> Any:
+    """The config of a checkpoint with this ``content`` of config.json. Several parts of a command ask for it,
+    and transformers takes longer to make it than to read the weights of a small model."""
+    from transformers import AutoConfig
+
+    return _read(path, "config.json", AutoConfig.from_pretrained)
 
 
 @dataclass(frozen=True, kw_only=True)
