@@ -31,7 +31,7 @@ def processor() -> Any:
     return build_processor()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _built(seed: int) -> Any:
     return build_model("test", seed=seed).eval()
 

@@ -87,8 +87,16 @@ def prompt(i: int) -> EncodedPrompt:
     return encode(f"when does the red circle appear {i}?", frames=4 + 2 * (i % 2), video_seed=i)
 
 
+@lru_cache(maxsize=4)
+def frozen_teacher(seed: int) -> Any:
+    """A model that runs share: none of them changes it."""
+    return model(seed, sharpness=8.0).requires_grad_(False)
+
+
 class Build:
     """Stands in for ``build_components``: the same models, without folders and files to load them from."""
+
+    shares_teacher = True  # with the other runs of this process
 
     def __init__(
         self,
@@ -105,12 +113,13 @@ class Build:
     def __call__(
         self, recipe: Recipe, accelerator: Any, folder: RunFolder, weights: str | Path
     ) -> Components:
-        student = self.base()
         if Path(weights).is_dir() and not is_adapter_folder(weights):
             finished = Path(weights) == folder.model
             student, _ = load_model(
                 weights, dtype=recipe.run.save_dtype if finished else recipe.model.weights
             )
+        else:
+            student = self.base()
         method = make_method(recipe, processor().tokenizer)
         if recipe.lora.parts and Path(weights) != folder.model:
             adapt(student, recipe, weights)
@@ -127,14 +136,13 @@ class Build:
             forward_module=forward_module,
             recompute=recompute and not by_layer,
         )
-        teacher = HFPolicy(model(self.teacher_seed, sharpness=8.0), processor(), self.engine)
         return Components(
             model=student,
             forward_module=forward_module,
             policy=policy,
             plain=HFPolicy(student, processor(), "plain"),
-            teacher=self.placed(recipe, accelerator, teacher),
-            reference=self.reference(recipe, accelerator, policy),
+            teacher=self.teacher(recipe, accelerator) if method.needs.teacher else None,
+            reference=self.reference(recipe, accelerator, policy) if method.needs.reference else None,
             method=method,
             optimizer=optimizer,
             masters=masters,
@@ -149,6 +157,11 @@ class Build:
         made = self.student(0, sharpness=8.0)
         use_linear_patches(made)  # as models that are loaded
         return made
+
+    def teacher(self, recipe: Recipe, accelerator: Any) -> Teacher:
+        shared = self.shares_teacher and recipe.teacher.placement in ("auto", "whole")
+        made = frozen_teacher(self.teacher_seed) if shared else model(self.teacher_seed, sharpness=8.0)
+        return self.placed(recipe, accelerator, HFPolicy(made, processor(), self.engine))
 
     def reference(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
         if has_adapters(policy.model) and not trained_in_full(policy.model):

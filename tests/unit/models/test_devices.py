@@ -61,6 +61,8 @@ def test_sampling_scoring_and_gradients_stay_on_the_device(engine: str, recomput
 
 
 class BuildThere(Build):
+    shares_teacher = False  # it is put elsewhere
+
     def __call__(self, *given: Any) -> Components:
         components = super().__call__(*given)
         scorers = [
