@@ -4,10 +4,11 @@ both modes of the prefix, adapters, a frozen part; and one goes on with what the
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,14 @@ BFLOAT16: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(
-    name: str, path: Path, *, sharded: bool, engine: str = "prefix", by_layer: bool = False, **run: Any
+    name: str, path: Path, *, sharded: bool, engine: str = "prefix", by_layer: bool = False
 ) -> Recipe:
-    """Four optimiser steps of 6 prompts, two on each batch; two processes have 2 and 1 micro-batches."""
+    """Four optimiser steps of 6 prompts, two on each batch; two processes have 2 and 1 micro-batches. A
+    checkpoint is written after the second and the fourth."""
     sections = {key: dict(value) for key, value in (SETTINGS | BFLOAT16)[name].items()}
     optim = {"lr": 1e-3, "max_grad_norm": 1e9, "updates_per_batch": 2, "max_steps": 4}
     optim |= {"batch_size": 6, "micro_batch_size": 2}
-    added: dict[str, dict[str, Any]] = {"model": {"engine": engine}, "optim": optim, "run": run}
+    added: dict[str, dict[str, Any]] = {"model": {"engine": engine}, "optim": optim, "run": {"save_every": 2}}
     modes = [{"model": {"sharding": "fsdp2"}}, MODES.get(name, {})] if sharded else []
     if by_layer:
         modes = [{"model": {"sharding": "fsdp2", "gather": "layer"}}, BY_LAYER[name]]
@@ -122,6 +124,29 @@ def forks() -> Iterator[TwoForks]:
     two = TwoForks()
     yield two
     two.end()
+
+
+OfTwo = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def of_two(forks: TwoForks, tmp_path_factory: pytest.TempPathFactory) -> OfTwo:
+    """The run of two processes that a name and a mode ask for: "whole", "sharded" or "by layer". It is made
+    once, and no test writes into its folder."""
+    root = tmp_path_factory.mktemp("of-two")
+
+    @functools.cache
+    def run(name: str, mode: str) -> Path:
+        path = root / f"{name} {mode}"
+        recipe = recipe_of(name, path, sharded=mode != "whole", by_layer=mode == "by layer")
+        forks.train(build_of(name), recipe)
+        return path
+
+    return run
+
+
+def modes_of(name: str) -> list[str]:
+    return ["whole", "sharded", *(["by layer"] if name in BY_LAYER else [])]
 
 
 class Recording(Build):
@@ -167,19 +192,14 @@ def build_of(name: str, engine: str = "prefix") -> Recording:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_train_as_one_with_the_plain_engine(name: str, forks: TwoForks, tmp_path: Path):
+def test_two_processes_train_as_one_with_the_plain_engine(name: str, of_two: OfTwo, tmp_path: Path):
     plain = recipe_of(name, tmp_path / "plain", sharded=False, engine="plain")
     one = train(plain, build_of(name, "plain")).path
     rows = rows_of(one / "metrics.jsonl")
     assert [row["update/grad_norm"] > 0 for row in rows] == [True] * 4
     expected = torch.load(one / "gradients.pt")
-    folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
-    recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
-    if name in BY_LAYER:
-        folders[tmp_path / "by layer"] = True
-        recipes.append(recipe_of(name, tmp_path / "by layer", sharded=True, by_layer=True))
-    forks.train(build_of(name), *recipes)
-    for two in folders:
+    for mode in modes_of(name):
+        two = of_two(name, mode)
         assert_equal_to_rounding(one, two)
         got = torch.load(two / "gradients.pt")
         assert got.keys() == expected.keys()
@@ -188,20 +208,22 @@ def test_two_processes_train_as_one_with_the_plain_engine(name: str, forks: TwoF
 
 
 @pytest.mark.parametrize("name", ["video-opd", "video-opd adapters"])
-def test_a_run_is_continued_on_another_number_of_processes(name: str, forks: TwoForks, tmp_path: Path):
-    build = Build(rows=12)
-    one = train(recipe_of(name, tmp_path / "one", sharded=False, save_every=2), build).path
-    two, by_layer = tmp_path / "two", name == "video-opd adapters"
-    forks.train(build, recipe_of(name, two, sharded=True, by_layer=by_layer, save_every=2))
+def test_a_run_is_continued_on_another_number_of_processes(
+    name: str, forks: TwoForks, of_two: OfTwo, tmp_path: Path
+):
+    build, by_layer = Build(rows=12), name == "video-opd adapters"
+    one = train(recipe_of(name, tmp_path / "one", sharded=False), build).path
+    two = of_two(name, "by layer" if by_layer else "sharded")
     for source, path in ((one, tmp_path / "two-continue"), (two, tmp_path / "one-continues")):
         shutil.copytree(source, path)
         (path / "done.json").unlink()
         shutil.rmtree(path / "model")
         shutil.rmtree(path / "checkpoints" / "step-4")
-    continuing = recipe_of(name, tmp_path / "two-continue", sharded=True, by_layer=by_layer, save_every=2)
+        assert [saved.name for saved in (path / "checkpoints").iterdir()] == ["step-2"]
+    continuing = recipe_of(name, tmp_path / "two-continue", sharded=True, by_layer=by_layer)
     forks.train(build, continuing)
     assert_equal_to_rounding(one, tmp_path / "two-continue")
-    train(recipe_of(name, tmp_path / "one-continues", sharded=False, save_every=2), build)
+    train(recipe_of(name, tmp_path / "one-continues", sharded=False), build)
     assert_equal_to_rounding(one, tmp_path / "one-continues")
 
 
@@ -210,18 +232,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", BFLOAT16)
-def test_shards_are_float32_where_the_computation_is_not(name: str, forks: TwoForks, tmp_path: Path):
+def test_shards_are_float32_where_the_computation_is_not(name: str, of_two: OfTwo):
     found = []
-    folders = {tmp_path / "whole": False, tmp_path / "sharded": True}
-    recipes = [recipe_of(name, path, sharded=sharded) for path, sharded in folders.items()]
-    if name in BY_LAYER:
-        folders[tmp_path / "by layer"] = True
-        recipes.append(recipe_of(name, tmp_path / "by layer", sharded=True, by_layer=True))
-    forks.train(Recording(rows=12), *recipes)
-    for run, recipe in zip(folders, recipes, strict=True):
+    for mode in modes_of(name):
+        run = of_two(name, mode)
         gradients = torch.load(run / "gradients.pt")
         assert {grad.dtype for grad in gradients.values()} == {torch.float32}
-        part = "adapter" if recipe.lora.parts else "model"
+        part = "adapter" if "adapters" in name else "model"
         kept, saved = (tensors_of(path / part) for path in (run, run / "checkpoints" / "step-4"))
         assert kept.keys() == saved.keys() and all(torch.equal(kept[key], saved[key]) for key in kept)
         assert {weight.dtype for weight in kept.values()} == {torch.float32}
