@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from functools import lru_cache
@@ -41,7 +42,8 @@ CASES = [
 ]
 
 
-def wide() -> Any:
+@lru_cache(maxsize=1)
+def _wide() -> Any:
     base = build_model("test")
     config = base.config.to_dict()
     config["text_config"] |= TEXT
@@ -50,6 +52,11 @@ def wide() -> Any:
     with torch.random.fork_rng(devices=[]):
         made = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(config)).eval()
     made.generation_config = base.generation_config
+    return made
+
+
+def wide() -> Any:
+    made = copy.deepcopy(_wide())
     use_batched_frames(made)
     use_linear_patches(made)
     return made.requires_grad_(False)
