@@ -559,18 +559,8 @@ def words_of(command: str, model: Path, data: Path, out: Path) -> list[str]:
     words = [command, str(model), str(data)]
     if command == "score":
         words = ["score", "--student", str(model), "--teacher", str(model), "--data", str(data), "--k", "2"]
-    return [
-        *words,
-        "--max-new-tokens",
-        "4",
-        "--batch-size",
-        "2",
-        "--device",
-        "cpu",
-        "--json",
-        "--out",
-        str(out),
-    ]
+    words += ["--max-new-tokens", "4", "--batch-size", "2", "--device", "cpu", "--json"]
+    return [*words, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -581,7 +571,8 @@ def two_processes(model_and_data, tmp_path_factory) -> tuple[Path, list[dict]]:
     for command in COMMANDS:
         (folder / command).mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "each.py")]
-    each = json.dumps([words_of(command, *model_and_data, folder / command / "two") for command in COMMANDS])
+    model, data = model_and_data
+    each = json.dumps([words_of(command, model, data, folder / command / "two") for command in COMMANDS])
     ended = subprocess.run([sys.executable, *launcher, each], capture_output=True, text=True, check=True)
     return folder, json.loads("[" + ended.stdout.replace("}\n{", "},\n{") + "]")
 
@@ -591,8 +582,8 @@ def test_two_processes_make_the_rows_of_one(command, model_and_data, two_process
     """Two started as users do; the second one is silent."""
     folder, printed = two_processes
     assert len(printed) == len(COMMANDS)
-    here = folder / command
-    assert main(words_of(command, *model_and_data, here / "one")) == 0
+    (model, data), here = model_and_data, folder / command
+    assert main(words_of(command, model, data, here / "one")) == 0
     told = {"one": json.loads(capsys.readouterr().out), "two": printed[COMMANDS.index(command)]}
     assert all(told[name].pop("out") == str(here / name) for name in told)
     assert told["one"] == told["two"]
