@@ -14,6 +14,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+
+def _in_fork() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+# A fork has no threads but its own. If it collected a decoder or a frame that its parent had let go of, it
+# would wait for their threads without end; and every collection would copy the memory that it looks at.
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable, after_in_child=_in_fork)
+
 # Overruled by --hypothesis-profile.
 settings.register_profile("video-opd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("video-opd")

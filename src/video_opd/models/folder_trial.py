@@ -8,6 +8,7 @@ exponentially with the text. So a fork renders and tokenizes one prompt first, w
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -34,7 +35,7 @@ def try_prompt(path: str | Path, processor: Any) -> None:
     try:
         with warnings.catch_warnings(), _tokenizers_told():
             warnings.simplefilter("ignore", DeprecationWarning)  # threads: the fork needs none of them
-            child = os.fork()
+            child = _forked()
     except OSError as error:  # a machine that promises no more memory than it has
         log(f"{path}: its chat template is not tried before it is used ({error.strerror})")
         return
@@ -54,6 +55,19 @@ def try_prompt(path: str | Path, processor: Any) -> None:
         f"{path}: a prompt by its chat template and tokenizer {reason}; copy chat_template.jinja and the "
         "tokenizer's files from the checkpoint that this one was made from"
     )
+
+
+def _forked() -> int:
+    """Forks; the child collects no garbage. A decoder that its parent let go of would wait there without end
+    for threads that a fork does not have."""
+    collects, child = gc.isenabled(), -1
+    gc.disable()
+    try:
+        child = os.fork()
+    finally:
+        if child != 0 and collects:
+            gc.enable()
+    return child
 
 
 def _be_tried(processor: Any) -> None:
