@@ -203,6 +203,14 @@ def test_the_summary_counts_every_row(three: tuple[Path, Recipe, Asked], world: 
         measured = read(path / "eval" / "student-short.json")
         assert record["evaluation"]["short"]["mIoU"] == measured["mIoU"]
         assert record["evaluation"]["short"]["ci95"] == measured["ci95"]
+        failures = rows_of(path / "eval" / "failures-short.jsonl")  # for reports
+        known = {row["id"] for row in rows_of(path / "eval" / "annotations-short.jsonl")}
+        assert failures and {row["id"] for row in failures} <= known
+        for row in failures:
+            assert len(row["frames"]) == len(row["frame_times_s"]) > 1
+            pairs = zip(row["teacher_logprobs"], row["student_logprobs"], strict=True)
+            assert row["r"] == pytest.approx([teacher - student for teacher, student in pairs], abs=1e-5)
+            assert [top[0][0] for top in row["student_top"]] == row["tokens"]  # greedy
     for name in ("base", "teacher"):
         assert summary[name]["short"]["mIoU"] == read(folder / "eval" / f"{name}-short.json")["mIoU"]
 
