@@ -24,7 +24,7 @@ from video_opd.reports.curves import curves, round_curves, round_selections, sel
 from video_opd.reports.gallery import MOST_TIMELINES, Pictures, gallery, timeline
 from video_opd.reports.pairs import differences, widest
 from video_opd.reports.runs import Run, read_run
-from video_opd.reports.selections import selection_tables
+from video_opd.reports.selections import EXAMPLE_HEADER, selection_tables
 from video_opd.reports.tokens import HOW_TO_ASK, TOKEN_HELP, Explainer, strength
 from video_opd.terminal import visible
 
@@ -90,6 +90,7 @@ def render(runs: Sequence[Run], *, reload: Reload | None = None) -> str:
         sections=[_section(run, single, pictures, explainer) for run in runs],
         legend=[(f"{r:+g}" if r else "0", strength(r)) for r in (-2, -1, -0.5, 0, 0.5, 1, 2)],
         how_to_ask=HOW_TO_ASK,
+        example_header=EXAMPLE_HEADER,
     )
 
 

@@ -198,9 +198,21 @@ def score_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
     return kept
 
 
-def selected_row(row: Mapping[str, Any], note: Note) -> str | None:
-    """The id of a row of selected.jsonl."""
+def selected_row(row: Mapping[str, Any], note: Note) -> dict[str, Any] | None:
+    """A row of selected.jsonl: its id, query and source, and what it was chosen by."""
     identity = text(row.get("id"), MOST_NAME)
     if identity is None:
         note("a row without id")
-    return identity
+        return None
+    block = row.get("tvdf")
+    if block is not None and not isinstance(block, Mapping):
+        note("tvdf is no record")
+    block = block if isinstance(block, Mapping) else {}
+    return {
+        "id": identity,
+        "query": text(row.get("query")) or identity,
+        "source": text(row.get("source"), MOST_NAME) or "",
+        "delta": number(block.get("delta"), -1, 1),
+        "teacher_iou": number(block.get("teacher_iou"), 0, 1),
+        "student_iou": number(block.get("student_iou"), 0, 1),
+    }

@@ -88,7 +88,7 @@ class Run:
     timelines: tuple[Mapping[str, Any], ...] = ()
     rows: Mapping[str, EvaluatedRows] = field(default_factory=dict)  # by test set
     scores: tuple[Mapping[str, Any], ...] = ()
-    selected: frozenset[str] = frozenset()  # ids of the selected rows
+    selected: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by id, in rank order
     summary: Mapping[str, Any] | None = None  # rounds.json
     rounds: tuple[Run, ...] = ()  # a folder of rounds has them; its other fields join those of all rounds
     number: int = 0  # number of the round, from 1
@@ -182,7 +182,7 @@ def _read(files: RunFiles) -> Run:
         evaluations=evaluations,
         rows=_evaluated_rows(files, evaluations),
         scores=_scores(files),
-        selected=frozenset(files.rows("selected.jsonl", row_records.selected_row)),
+        selected={row["id"]: row for row in files.rows("selected.jsonl", row_records.selected_row)},
         selection=_record(files, "select.json", records.selection)
         or _record(files, "eval/select.json", records.selection),
         timelines=tuple(files.rows("eval/timelines.jsonl", records.timeline_row)),

@@ -15,7 +15,17 @@ from video_opd.reports.charts import Chart, Interval, Series, histogram, line_ch
 from video_opd.reports.runs import Run
 
 MOST_SOURCES = 20
+MOST_EXAMPLES = 4  # selected rows from either end of the ranking
+EXAMPLE_HEADER = ("query", "source", "δ", "teacher's IoU", "student's IoU")
 BINS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The first and the last rows of a selection, below :data:`EXAMPLE_HEADER`."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,7 @@ class SelectionTables:
     drift: Sequence[Sequence[str]]
     trust_header: Sequence[str]
     trust: Sequence[Sequence[str]]
+    examples: Sequence[Examples]
     charts: Sequence[Chart]
 
 
@@ -52,7 +63,7 @@ TRUST_HEADER = (
 
 def selection_tables(run: Run) -> SelectionTables | None:
     """Returns what is known of the selections; None if the folder has no scores and no selection."""
-    rounds = [each for each in (run.rounds or (run,)) if each.scores or each.selection]
+    rounds = [each for each in (run.rounds or (run,)) if each.scores or each.selection or each.selected]
     if not rounds:
         return None
     charts = [delta_chart(rounds), reliability_chart(rounds), *(teacher_histogram(each) for each in rounds)]
@@ -63,6 +74,7 @@ def selection_tables(run: Run) -> SelectionTables | None:
         drift=[row for before, now in pairwise(rounds) if (row := drift(before, now))],
         trust_header=TRUST_HEADER if run.rounds else TRUST_HEADER[1:],
         trust=[row if run.rounds else row[1:] for each in rounds if (row := trust(each))],
+        examples=[examples(each) for each in rounds if each.selected],
         charts=[chart for chart in charts if chart is not None],
     )
 
@@ -89,6 +101,29 @@ def who_was_selected(rounds: Sequence[Run]) -> list[list[str]]:
         ]
         for source in sources
     ]
+
+
+def examples(each: Run) -> Examples:
+    """Returns the first and the last rows of a selection: with top-k, those with the largest and least δ."""
+    rows = list(each.selected.values())
+    ends = [*rows[:MOST_EXAMPLES], *rows[max(MOST_EXAMPLES, len(rows) - MOST_EXAMPLES) :]]
+    place = f"round {each.number}: " if each.number else ""
+    few = len(ends) < len(rows)
+    return Examples(
+        title=f"{place}{'the first and the last of ' if few else ''}{len(rows):,} selected rows",
+        rows=[
+            [
+                row["query"],
+                row["source"],
+                "–" if row["delta"] is None else f"{row['delta']:+.2f}",
+                *(
+                    "–" if row[name] is None else f"{row[name]:.2f}"
+                    for name in ("teacher_iou", "student_iou")
+                ),
+            ]
+            for row in ends
+        ],
+    )
 
 
 def drift(before: Run, now: Run) -> list[str] | None:

@@ -291,7 +291,10 @@ VALUES: dict[str, list[tuple[str, Any]]] = {
         *some("id", also=(None,)),
         *some("teacher_iou", "student_iou", also=(-0.1, 1.1)),
     ],
-    "selected.jsonl": some("id", also=(None,)),
+    "selected.jsonl": [
+        *some("id", also=(None,)),
+        *((k, v) for k, v in some("tvdf") if not isinstance(v, dict)),
+    ],
     "eval/timelines.jsonl": [
         *values("duration", also=(None, 0, 0.0, -5, 5e-324)),
         *values("truth", also=(None, [[4, 2]], [[2, math.nan]], [[2, HUGE]], [["2", "4"]], [[1]], [None])),

@@ -69,6 +69,30 @@ def test_who_was_selected_is_told_by_source(rounds: Path) -> None:
             assert rows[source][number - 1] == f"{counts['selected']} of {counts['candidates']} candidates"
 
 
+def test_the_first_and_the_last_selected_rows_are_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("method: sft\n")
+    block = {"teacher_iou": 1.0, "student_iou": 0.25, "rank": 1}
+    rows = [
+        {"id": f"r{i}", "query": f"query {i}", "source": "s", "tvdf": {**block, "delta": 1 - i / 10}}
+        for i in range(10)
+    ]
+    for count, shown in ((10, [0, 1, 2, 3, 6, 7, 8, 9]), (6, [0, 1, 2, 3, 4, 5]), (3, [0, 1, 2])):
+        (folder / "selected.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        found = selection_tables(read_run(folder))
+        assert found is not None
+        (only,) = found.examples
+        assert [row[0] for row in only.rows] == [f"query {i}" for i in shown]
+        assert only.title == (
+            "the first and the last of 10 selected rows" if count == 10 else f"{count} selected rows"
+        )
+    assert only.rows[2] == ["query 2", "s", "+0.80", "1.00", "0.25"]
+    (folder / "selected.jsonl").write_text('{"id": "a"}\n')  # an earlier version's, say
+    found = selection_tables(read_run(folder))
+    assert found is not None and found.examples[0].rows == [["a", "", "–", "–", "–"]]
+
+
 def test_the_charts_of_rounds_and_of_one_run(rounds: Path, tmp_path: Path) -> None:
     found = selection_tables(read_run(rounds))
     assert found is not None
