@@ -31,7 +31,8 @@ from video_opd.terminal import visible
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-FEW = 1  # failures of a kind and test set that are shown of each of several runs
+# Of each of several runs, fewer examples are shown: failures of a kind and test set, and timelines.
+FEW_FAILURES, FEW_TIMELINES = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,8 @@ def environment() -> Environment:
 
 
 def _section(run: Run, single: bool, pictures: Pictures, explainer: Explainer) -> dict[str, Any]:
-    failures = gallery(run, pictures, explainer, SHOWN if single else FEW)
+    failures = gallery(run, pictures, explainer, SHOWN if single else FEW_FAILURES)
+    most = MOST_TIMELINES if single else FEW_TIMELINES
     early, late = explainer.rollouts(run)
     return {
         "run": run,
@@ -141,8 +143,8 @@ def _section(run: Run, single: bool, pictures: Pictures, explainer: Explainer) -
         "selections": selection_tables(run),
         "charts": curves([run]) if single else [],
         "failures": failures,
-        "timelines": [timeline(row, pictures) for row in run.timelines[:MOST_TIMELINES]],
-        "timelines_left_out": max(0, len(run.timelines) - MOST_TIMELINES),
+        "timelines": [timeline(row, pictures) for row in run.timelines[:most]],
+        "timelines_left_out": max(0, len(run.timelines) - most),
         "token_help": TOKEN_HELP.get(run.method, TOKEN_HELP["video-opd"]),
         "early": early,
         "explained": any(token.identity for view in (*early, *late) for token in view.tokens),
