@@ -151,10 +151,12 @@ def annotation_row(row: Mapping[str, Any], note: Note) -> Sample | None:
     )
 
 
-def prediction_row(row: Mapping[str, Any], note: Note, protocol: Protocol) -> Prediction | None:
+def prediction_row(
+    row: Mapping[str, Any], note: Note, protocol: Protocol, *, thinking: bool = False
+) -> Prediction | None:
     """A row of a predictions file, read as ``evaluate`` reads it; its texts can be shown."""
     try:
-        found = parse_row(row, "", protocol=protocol)
+        found = parse_row(row, "", thinking=thinking, protocol=protocol)
     except UserError as error:
         note(str(error).lstrip(": "))
         return None

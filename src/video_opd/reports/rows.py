@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from video_opd.errors import UserError
-from video_opd.evaluation.protocols import Protocol, get_protocol
+from video_opd.evaluation.protocols import Protocol, get_protocol, is_thinking
 from video_opd.evaluation.rows import score_rows
 from video_opd.reports import row_records
 from video_opd.reports.run_files import RunFiles
@@ -74,12 +75,12 @@ def with_predictions(
     if not rows.samples:
         return rows
     for name in (f"eval/predictions-{stem}.jsonl", f"eval/{stem}.jsonl"):
-        found = {
-            each.id: each
-            for each in files.rows(
-                name, lambda row, note: row_records.prediction_row(row, note, rows.protocol)
-            )
-        }
+        read = partial(
+            row_records.prediction_row,
+            protocol=rows.protocol,
+            thinking=is_thinking(files.record(f"{name}.meta.json")),
+        )
+        found = {each.id: each for each in files.rows(name, read)}
         if not found:
             continue
         scored = score_rows(rows.samples.values(), found, rows.protocol)

@@ -110,6 +110,28 @@ def test_other_protocols_are_not_compared(folders: tuple[Path, Path], tmp_path: 
     assert [row.testset for row in differences([read_run(folders[0]), run])] == ["long"]
 
 
+def test_responses_of_a_model_that_thinks_are_read_as_evaluate_reads_them(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "thinking"
+    shutil.copytree(folders[0], folder)
+    file = folder / "eval" / "student-short.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["responses"] = [f"From 1.00 to 2.00? </think> {row['responses'][0]}"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = {"thinking": True, "style": "timelens"}
+    Path(f"{file}.meta.json").write_text(json.dumps({"input": {"prompt": prompt}}))
+    evaluate_again(folder, "timelens")
+    run = read_run(folder)
+    assert run.left_out == () and "student" in run.rows["short"].predictions
+    Path(f"{file}.meta.json").write_text("[]")
+    assert [line.split(":")[0] for line in read_run(folder).left_out] == [
+        "eval/student-short.jsonl.meta.json",
+        "eval/student-short.jsonl",
+    ]
+
+
 def test_the_students_of_rounds_are_compared_with_the_base(tmp_path: Path) -> None:
     run = read_run(rounds_run(tmp_path / "rounds"))
     assert run.left_out == () and run.student == "round 3"
