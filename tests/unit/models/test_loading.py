@@ -505,3 +505,16 @@ def test_an_adapter_for_what_cannot_be_a_folder_is_refused(tmp_path: Path, base:
     assert trained_video_form(tmp_path) == "release"
     with pytest.raises(UserError, match="an adapter, and its base cannot be read"):
         load_teacher(tmp_path, "float32", "cpu")
+
+
+def test_a_config_is_read_again_when_its_file_has_changed(tmp_path: Path) -> None:
+    """And whoever changes the config that they were given changes nobody else's."""
+    model().save_pretrained(tmp_path / "m")
+    first = read_config(tmp_path / "m")
+    first.text_config.vocab_size = 1
+    assert read_config(tmp_path / "m").text_config.vocab_size == model().config.text_config.vocab_size
+    file = tmp_path / "m" / "config.json"
+    content = json.loads(file.read_text())
+    content["text_config"]["num_hidden_layers"] = 9
+    file.write_text(json.dumps(content))
+    assert read_config(tmp_path / "m").text_config.num_hidden_layers == 9
