@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,24 @@ def wait_until(condition: Callable[[], bool], every_s: float = 0.01) -> None:
             return
         time.sleep(every_s)
     raise AssertionError("it did not come to that")
+
+
+def die_after(path: Path, opened: int) -> None:
+    """Lets this process, a fork, kill itself, at the same place on an idle and on a busy machine.
+
+    It does so when it opens a file to write and ``path`` is there; ``opened`` such files are let pass first.
+    """
+    left = opened
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event != "open" or not arguments[2] & (os.O_WRONLY | os.O_RDWR) or not path.exists():
+            return
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+
+    sys.addaudithook(look)
 
 
 def is_alive(pid: int) -> bool:

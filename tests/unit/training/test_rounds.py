@@ -12,14 +12,13 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from process_cases import wait_until
+from process_cases import die_after
 from training_cases import fork, repeatable, rows_of, said_by_two
 
 from video_opd.cli import main
@@ -282,24 +281,29 @@ def test_the_report_shows_all_rounds(three: tuple[Path, Recipe, Asked], tmp_path
 # -------------------------------------------------------------------------------------------------- kills
 
 
-def started(folder: Path, stage: str) -> bool:
-    """Whether a stage of round 2 is under way."""
-    second = folder / "round-2"
-    return {
-        "opening": second / "scores.jsonl.meta.json",
-        "scoring": second / "scores.jsonl",  # with its first batch
-        "training": second / "environment.json",
-        "evaluating": second / "model",
-    }[stage].exists()
+# What is there when a stage of round 2 is under way.
+STAGES = {
+    "opening": "scores.jsonl.meta.json",
+    "scoring": "scores.jsonl",  # with its first batch
+    "training": "environment.json",
+    "evaluating": "model",
+}
 
 
-def kill_in(stage: str, folder: Path, recipe: Recipe, after_s: float) -> None:
-    process = fork(run_rounds, recipe)
-    wait_until(lambda: process.exitcode is not None or started(folder, stage), every_s=0.002)
-    time.sleep(after_s)
-    process.kill()
+def kill_after(path: Path, recipe: Recipe, opened: int) -> None:
+    """Makes rounds in a process that is killed some files after ``path``."""
+
+    def work() -> None:
+        die_after(path, opened)
+        run_rounds(recipe)
+
+    process = fork(work)
     process.join()
-    assert process.exitcode == -signal.SIGKILL, f"the rounds ended before they were killed in {stage}"
+    assert process.exitcode == -signal.SIGKILL, f"the rounds ended before they were killed after {path}"
+
+
+def kill_in(stage: str, folder: Path, recipe: Recipe, opened: int) -> None:
+    kill_after(folder / "round-2" / STAGES[stage], recipe, opened)
 
 
 def die_between(recipe: Recipe, name: str) -> None:
@@ -347,8 +351,8 @@ def test_kills_in_every_stage_leave_no_trace(
             shutil.rmtree(whole / name)
         (whole / "rounds.json").unlink()
         draws = random.Random(0)
-        kill_in("opening", whole, recipe, draws.uniform(0.0, 0.1))
-        kill_in("scoring", whole, recipe, 0.0)
+        kill_in("opening", whole, recipe, draws.randrange(3))
+        kill_in("scoring", whole, recipe, 0)
         assert not (whole / "round-2" / "select.json").exists()
         assert (
             2 <= len(ids(whole / "round-2" / "scores.jsonl")) < len(ids(aside / "round-2" / "scores.jsonl"))
@@ -360,8 +364,8 @@ def test_kills_in_every_stage_leave_no_trace(
             assert (whole / "round-2" / "selected.jsonl").exists() == (name == "after")
             assert not (whole / "round-2" / "select.json").exists()
         for _ in range(2):
-            kill_in("training", whole, recipe, draws.uniform(0.0, 0.3))
-        kill_in("evaluating", whole, recipe, draws.uniform(0.0, 0.1))
+            kill_in("training", whole, recipe, draws.randrange(8))
+        kill_in("evaluating", whole, recipe, draws.randrange(4))
         run_rounds(recipe)
         mine, theirs = contents(whole), contents(aside)
         assert mine.keys() == theirs.keys()
@@ -466,11 +470,8 @@ def test_kills_in_lazy_scoring_leave_no_trace(lazy: tuple[Path, Recipe]) -> None
         for file in ("round-1/scores.jsonl", "round-1/select.json", "round-1/done.json", "rounds.json"):
             (whole / file).unlink()
         for path in (whole / "round-1" / "scores.jsonl.student", whole / "round-1" / "scores.jsonl.teacher"):
-            process = fork(run_rounds, recipe)
-            wait_until(lambda p=process, f=path: p.exitcode is not None or f.exists(), every_s=0.002)  # type: ignore[misc]
-            process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL and path.exists()
+            kill_after(path, recipe, 0)
+            assert path.exists()
             assert not (whole / "round-1" / "scores.jsonl").exists()
         run_rounds(recipe)
         mine, theirs = contents(whole), contents(aside)
