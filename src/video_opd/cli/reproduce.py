@@ -1,4 +1,4 @@
-"""``video-opd reproduce``: the paper's tables and figures on the generated world."""
+"""``video-opd reproduce``: the paper's tables on the generated world."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.progress import log
 from video_opd.terminal import print_text
 
-HELP = "the paper's tables and figures on the generated world; repeated, it continues"
+HELP = "the paper's tables on the generated world; repeated, it continues"
 EXAMPLE = "video-opd reproduce --suite tables --seeds 3"
 SETTINGS = NO_SETTINGS
 
@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
         "--suite",
         default="all",
         metavar="NAME",
-        help="tables, figures, all, or one experiment, e.g. table-1; default: %(default)s",
+        help="tables, all, or one experiment: table-1, table-2; default: %(default)s",
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument(

@@ -61,12 +61,16 @@ def judged(row: Mapping[str, Any], spans: Sequence[Interval]) -> dict[str, Any]:
 
     A model's responses do not depend on the annotation, so rows whose ``spans`` were corrected after they
     were scored are compared again, without a model. A row is left as it is where its responses are not in the
-    file, where it is not annotated, and where its IoUs are right.
+    file (another tool may have made it, whose spans may be fewer), where it is not annotated, and where its
+    IoUs are right.
     """
     new = dict(row)
     for role in ("teacher", "student"):
         found, stated = row.get(f"{role}_spans"), row.get(f"{role}_iou")
-        if not (spans and isinstance(found, list) and found):
+        responses = row.get(f"{role}_responses")
+        if not (spans and isinstance(found, list) and found and isinstance(responses, list)):
+            continue
+        if len(found) != len(responses):
             continue
         if not all(span is None or is_pair(span) for span in found):
             continue

@@ -1,1 +1,1 @@
-"""The paper's tables and figures on the generated world: experiments, their results, and what these say."""
+"""The paper's tables on the generated world: experiments, their results, and what these say."""

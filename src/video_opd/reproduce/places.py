@@ -30,6 +30,7 @@ VALIDATION_SEED = 50
 VALIDATION_VIDEOS = {split: count // 2 for split, count in TEST_VIDEOS.items()}
 TUNING = 99  # the seed of the pool on which learning rates are chosen
 EVALUATION_SECONDS = 0.1  # for a row, on one thread
+QUERIES = 4  # on a video, about
 STEP_SECONDS = {  # for 32 prompts of the generated world, on one thread
     "sft": 2.0,
     "op-rkd": 2.6,
@@ -123,12 +124,11 @@ def train_task(
         more = {key: value() if callable(value) else value for key, value in (changes or {}).items()}
         return ["train", recipe(name), *settings_words({**fixed, **more})]
 
-    rows_s = EVALUATION_SECONDS * 4 * sum(VALIDATION_VIDEOS.values()) * (2 if len(evaluate) else 0)
     return Task(
         name=f"{folder.parent.name}-{folder.name}",
         words=words,
         done=lambda: is_finished(folder, evaluate),
-        seconds=steps * STEP_SECONDS[name] + rows_s,
+        seconds=steps * STEP_SECONDS[name] + EVALUATION_SECONDS * QUERIES * sum(TEST_VIDEOS.values()),
     )
 
 
@@ -154,7 +154,7 @@ def predict_task(folder: Path, model: str, data: Path) -> Task:
         name=f"{folder.parent.name}-{folder.name}-{data.stem}",
         words=lambda: [*words, "--batch-size", 32],
         done=lambda: has_all_rows(out, data),
-        seconds=EVALUATION_SECONDS * 200,
+        seconds=EVALUATION_SECONDS * QUERIES * TEST_VIDEOS[data.stem],
     )
 
 

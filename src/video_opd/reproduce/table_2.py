@@ -19,6 +19,7 @@ from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
     EVALUATION_SECONDS,
+    QUERIES,
     TEACHER,
     TUNING,
     Place,
@@ -99,7 +100,7 @@ def score_task(place: Place, seed: int) -> Task:
         name=f"{NAME}-{out.stem}",
         words=lambda: ["score", *models, *draws, "--max-new-tokens", MAX_NEW_TOKENS, "--batch-size", 32],
         done=lambda: has_all_rows(out, data),
-        seconds=3 * EVALUATION_SECONDS * 4 * VIDEOS,
+        seconds=3 * EVALUATION_SECONDS * QUERIES * VIDEOS,
     )
 
 

@@ -62,10 +62,11 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         PARENT: str(os.getpid()),  # they end with this process
     }
+    left_s = expected_seconds(stages, jobs)
     for number, stage in enumerate(stages):
         todo = [task for task in stage if not task.done()]
         for done, task in enumerate(_completed(todo, logs, jobs, environment), start=1):
-            left_s = expected_seconds(stages[number:], jobs)
+            left_s -= task.seconds / jobs
             log(
                 f"stage {number + 1} of {len(stages)}: {done} of {len(todo)} done ({task.name}), "
                 f"about {duration(left_s)} left"

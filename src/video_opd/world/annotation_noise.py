@@ -18,14 +18,13 @@ import math
 from dataclasses import dataclass
 
 from video_opd.errors import UserError
+from video_opd.temporal import Interval
 from video_opd.world.scene import Scene, scene_rng
 
 KINDS = {"widened": 0.50, "another event": 0.10, "shifted": 0.15}  # shares of the rows at level 1
 EXACT = "exact"
 WIDENED_SD, SHIFTED_SD = 0.8, 0.7  # in lengths of the event
 DECIMALS = 2  # of an annotated time in seconds
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -373,6 +373,20 @@ def test_scores_are_compared_with_annotations_that_were_corrected_since(
         select_file(corrected_data, tmp_path / "old.jsonl", SelectionConfig(k=6))
 
 
+@pytest.mark.parametrize("teacher", [{"teacher_responses": None}, {"teacher_spans": [[0.0, 1.0]]}])
+def test_scores_of_other_tools_are_taken_as_they_are(
+    teacher: dict[str, Any], full: Path, corrected_data: Path, tmp_path: Path
+) -> None:
+    """Without responses, or with spans of some of them only, nobody knows what an IoU is the mean of."""
+    other = [{**row, **teacher, "student_responses": None} for row in rows_of(full)]
+    scores = tmp_path / "other.jsonl"
+    scores.write_text("".join(json.dumps(row) + "\n" for row in other))
+    rows, summary = select_file(corrected_data, scores, SelectionConfig(k=COUNT, min_teacher_iou=0))
+    stated = {row["id"]: (row["teacher_iou"], row["student_iou"]) for row in other}
+    assert summary.judged_again == 0 and len(rows) == COUNT
+    assert all((r["tvdf"]["teacher_iou"], r["tvdf"]["student_iou"]) == stated[r["id"]] for r in rows)
+
+
 @pytest.mark.parametrize("way", ["extended", "from earlier scores", "killed"])
 def test_lazy_scores_go_on_with_corrected_annotations(way: str, corrected_data: Path, tmp_path: Path) -> None:
     old, out = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
