@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tiny_models.depth import resized
 from tiny_models.examples import OBJECTS, STATES, patches
-from tiny_models.growth import grow
-from tiny_models.packing import Batch
+from tiny_models.packing import Batch, Sequences
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 
@@ -100,14 +100,14 @@ class Pretrainer(nn.Module):
                 module.config = own
         language.config = own
 
-    def grown(self, size: str) -> Pretrainer:
-        """Returns a deeper module that computes the same and has the same auxiliary heads."""
-        module = Pretrainer(grow(self.model, size), fresh=False)
+    def resized(self, size: str) -> Pretrainer:
+        """Returns a deeper or shallower module with the same auxiliary heads."""
+        module = Pretrainer(resized(self.model, size), fresh=False)
         heads = {k: v for k, v in self.state_dict().items() if not k.startswith("model.")}
         module.load_state_dict(heads, strict=False)
         return module
 
-    def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def hidden(self, batch: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (last hidden state [B, L, D], the one that enters EVENT_LAYER, visual embeddings)."""
         inner = self.model.model
         embeds = inner.language_model.embed_tokens(batch.input_ids)
@@ -139,11 +139,18 @@ class Pretrainer(nn.Module):
         loss = F.binary_cross_entropy_with_logits(self.objects(visual.pooler_output), target, reduction="sum")
         return loss / (len(target) / (h // 32 * (w // 32)))
 
-    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        last, middle, visual = self.hidden(batch)
+    def answer_loss(self, batch: Sequences) -> torch.Tensor:
+        """The cross-entropy of the responses' tokens, without an auxiliary loss."""
+        return self._answer_loss(self.hidden(batch)[0], batch)
+
+    def _answer_loss(self, last: torch.Tensor, batch: Sequences) -> torch.Tensor:
         wanted = batch.targets >= 0
         logits = self.model.lm_head(last[wanted])
-        answer = F.cross_entropy(logits.float(), batch.targets[wanted])
+        return F.cross_entropy(logits.float(), batch.targets[wanted])
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        last, middle, visual = self.hidden(batch)
+        answer = self._answer_loss(last, batch)
         at_end = middle[batch.ends[:, 0], batch.ends[:, 1]]
         events = F.binary_cross_entropy_with_logits(
             self.events.events(at_end), batch.events.flatten(1).float(), reduction="sum"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from video_opd.pools import worker_map
-from video_opd.world.queries import COLOURS, FAMILIES, SHAPES, noun, phrase, variants
+from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
 from video_opd.world.render import Renderer
 from video_opd.world.scene import GRID_S, Scene, Spell, compose, style_name
 
@@ -139,20 +139,6 @@ def patches(frames: np.ndarray) -> torch.Tensor:
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     x = x.view(t // 2, 2, 3, h // 32, 2, 16, w // 32, 2, 16).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return x.reshape(t // 2 * (h // 16) * (w // 16), 1536)
-
-
-def reword(scene: Scene, index: int, rng: np.random.Generator) -> str:
-    """The query of question ``index`` in other words."""
-    q = scene.questions[index]
-    actor = scene.actors[q.actor]
-    article = "the" if rng.random() < 0.7 else "a"
-    spell = next((s for s in actor.spells if s.family == q.family), actor.spells[0])
-    other = None
-    if spell.other is not None:
-        met = scene.actors[spell.other]
-        other = noun(met.colour, met.shape, article=article)
-    name = noun(actor.colour, actor.shape, article=article)
-    return phrase(q.family, name, int(rng.integers(variants(q.family))), other=other, colour=spell.colour)
 
 
 def blur(

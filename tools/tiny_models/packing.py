@@ -18,13 +18,15 @@ from tiny_models.examples import (
     label_cells,
     label_events,
     patches,
-    reword,
 )
+from video_opd.data.prompts import THINKING_INSTRUCTION
 from video_opd.temporal import format_span
-from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
-from video_opd.world.scene import Question
+from video_opd.world.queries import COLOURS, FAMILIES, SHAPES, noun
+from video_opd.world.questions import general_questions
+from video_opd.world.scene import Question, reword, spell_of
 from video_opd.world.tokenizer import PHRASES
 
+_RESPOND = "<|im_end|>\n<|im_start|>assistant\n"
 ANSWER_TOKENS = 12  # tokens of the longest response, without its end token
 COLOUR_NAMES = tuple(COLOURS)
 START_HEAD, END_HEAD = 0, 1  # the attention heads that point at the event's start and at its end
@@ -41,8 +43,16 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Videos of one frame size with their queries, and all labels."""
+class Exchange:
+    """A question about a video and its response, as tokens."""
+
+    prompt: list[int]  # what follows the video, up to the response
+    response: list[int]  # with the end token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Videos of one frame size with their questions."""
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
@@ -50,6 +60,12 @@ class Batch:
     position_ids: torch.Tensor  # [3, B, L]
     mask: torch.Tensor  # bool [B, 1, L, L], True where attention is allowed
     targets: torch.Tensor  # [B, L], -100 for tokens without a loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Sequences):
+    """Videos with grounding queries, and the labels of the auxiliary losses."""
+
     ends: torch.Tensor  # [N, 2] (row, position) of each pair's vision_end
     pair_times: torch.Tensor  # [N] seconds
     events: torch.Tensor  # uint8 [N, 4, looks, families]: first frame, second frame, begins, ends
@@ -76,6 +92,12 @@ class _Row:
         self.blocks += [block] * len(ids)
         self.cursor += len(ids)
 
+    def exchange(self, exchange: Exchange, block: int) -> None:
+        """Appends a question and its response. A position's target is the token that follows."""
+        prompt, response = exchange.prompt, exchange.response
+        targets = [-100] * (len(prompt) - 1) + response
+        self.text([*prompt, *response[:-1]], block=block, targets=targets)
+
     def picture(self, pad: int, rows: int, columns: int) -> None:
         """Appends the visual tokens of a frame pair: one temporal position, each row and column its own."""
         y, x = np.divmod(np.arange(rows * columns), columns)
@@ -97,8 +119,10 @@ class Packer:
         )
         system = f"<|im_start|>system\n{PHRASES[0]}<|im_end|>\n"
         self.head = tok.encode(f"{system}<|im_start|>user\n<|vision_start|>")
+        self.plain_head = tok.encode("<|im_start|>user\n<|vision_start|>")  # of the prompt style "question"
         self.before = tok.encode("<|vision_end|>" + PHRASES[1])
-        self.after = tok.encode(PHRASES[2] + "<|im_end|>\n<|im_start|>assistant\n")
+        self.after = tok.encode(PHRASES[2] + _RESPOND)
+        self.think = tok.encode(PHRASES[2] + THINKING_INSTRUCTION + _RESPOND)
         self.eos = tok.encode("<|im_end|>")
 
     def batch(
@@ -118,7 +142,7 @@ class Packer:
         answers: list[Asked] = []
         for b, example in enumerate(examples):
             row = _Row()
-            closing = self._video(row, example, rows, columns)
+            closing = self._video(row, example, self.head)
             ends += [(b, position) for position in closing]
             after_video = row.cursor
             for number, index in enumerate(_chosen(example, rng, per_video), start=1):
@@ -132,9 +156,7 @@ class Packer:
             sequences.append(row)
         pairs = [example.times_s.reshape(-1, 2) for example in examples]
         return Batch(
-            pixel_values=torch.cat([patches(example.frames) for example in examples]),
-            grid_thw=torch.tensor([[len(times), 2 * rows, 2 * columns] for times in pairs]),
-            **_padded(sequences, self.tokenizer.pad_token_id),
+            **self._inputs(examples, sequences),
             ends=torch.tensor(ends),
             pair_times=torch.from_numpy(np.concatenate(pairs).mean(1)),
             events=_labels(label_events(e.scene, times) for e, times in zip(examples, pairs, strict=True)),
@@ -147,9 +169,85 @@ class Packer:
             answers=tuple(answers),
         )
 
-    def _video(self, row: _Row, example: Example, rows: int, columns: int) -> list[int]:
-        """Appends the system message and the video; returns the positions of the pairs' vision_end tokens."""
-        row.text(self.head)
+    def questions(self, examples: Sequence[Example], rng: np.random.Generator) -> Sequences:
+        """Packs the general questions about each video, in the prompt style "question"."""
+        encode = self.tokenizer.encode
+        asked = [
+            [
+                Exchange(
+                    prompt=encode(f"<|vision_end|>{question.query}{_RESPOND}"),
+                    response=[*encode(question.answer), *self.eos],
+                )
+                for question in general_questions(example.scene, rng)
+            ]
+            for example in examples
+        ]
+        return self._exchanges(examples, asked, self.plain_head)
+
+    def thinking(
+        self, examples: Sequence[Example], rng: np.random.Generator, per_video: int, looseness: float = 0.0
+    ) -> Sequences:
+        """Packs ``per_video`` queries of each video with responses that think first.
+
+        The thought says when the object is on screen at all, which is where its event must lie.
+        """
+        asked = []
+        for example in examples:
+            scene = example.scene
+            exchanges = []
+            for index in _chosen(example, rng, per_video):
+                question = scene.questions[index]
+                spell = spell_of(scene, question)
+                there, span = (
+                    blur(found, scene.duration_s, looseness, rng) if looseness else found
+                    for found in ((spell.start_s, spell.end_s), question.span)
+                )
+                actor = scene.actors[question.actor]
+                thought = f"<think>{noun(actor.colour, actor.shape)}: {format_span(there)}</think>"
+                exchanges.append(
+                    Exchange(
+                        prompt=[
+                            *self.before,
+                            *self.tokenizer.encode(reword(scene, question, rng)),
+                            *self.think,
+                        ],
+                        response=[*self.tokenizer.encode(thought + format_span(span)), *self.eos],
+                    )
+                )
+            asked.append(exchanges)
+        return self._exchanges(examples, asked, self.head)
+
+    def _exchanges(
+        self, examples: Sequence[Example], asked: Sequence[Sequence[Exchange]], head: Sequence[int]
+    ) -> Sequences:
+        sequences = []
+        for example, exchanges in zip(examples, asked, strict=True):
+            row = _Row()
+            self._video(row, example, head)
+            after_video = row.cursor
+            for number, exchange in enumerate(exchanges, start=1):
+                row.cursor = after_video
+                row.exchange(exchange, number)
+            sequences.append(row)
+        return Sequences(**self._inputs(examples, sequences))
+
+    def _inputs(self, examples: Sequence[Example], sequences: Sequence[_Row]) -> dict[str, torch.Tensor]:
+        height, width = examples[0].frames.shape[1:3]
+        grids = [[len(e.times_s) // 2, height // 16, width // 16] for e in examples]
+        return {
+            "pixel_values": torch.cat([patches(example.frames) for example in examples]),
+            "grid_thw": torch.tensor(grids),
+            **_padded(sequences, self.tokenizer.pad_token_id),
+        }
+
+    def _video(self, row: _Row, example: Example, head: Sequence[int]) -> list[int]:
+        """Appends what stands before the video, and the video.
+
+        Returns the positions of the pairs' vision_end tokens.
+        """
+        height, width = example.frames.shape[1:3]
+        rows, columns = height // 32, width // 32
+        row.text(head)
         closing = []
         for first, second in example.times_s.reshape(-1, 2):
             stamp = self.tokenizer.encode(f"<{(first + second) / 2:.1f} seconds>")
@@ -173,16 +271,14 @@ class Packer:
         question = example.scene.questions[index]
         query, span = question.query, question.span
         if per_video:
-            query = reword(example.scene, index, rng)
+            query = reword(example.scene, question, rng)
             span = blur(span, example.scene.duration_s, jitter, rng) if jitter else span
         prompt = [*self.before, *self.tokenizer.encode(query), *self.after]
         answer = [*self.tokenizer.encode(format_span(span)), *self.eos]
         if not per_video:  # room for the longest response
             answer += self.eos * (ANSWER_TOKENS + 1 - len(answer))
         position = len(row.ids) + len(prompt)
-        row.text(
-            [*prompt, *answer[:-1]], block=number, targets=[-100] * (len(prompt) - 1) + answer
-        )  # a position's target is the token that follows
+        row.exchange(Exchange(prompt=prompt, response=answer), number)
         return Asked(row=b, position=position, digits=len(f"{span[0]:.2f}"), question=question)
 
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import yaml
 from pydantic import Field
 
 from tiny_models.auxiliary import Pretrainer
+from tiny_models.depth import check_depths_alone_differ, size_name, size_of_config
 from tiny_models.examples import (
     Example,
     augment,
@@ -27,7 +29,6 @@ from tiny_models.examples import (
     window,
 )
 from tiny_models.export import export
-from tiny_models.growth import check_growth
 from tiny_models.grpo_teachers import post_train
 from tiny_models.muon import Muon
 from tiny_models.packing import Packer
@@ -38,16 +39,36 @@ from video_opd.config.tree import parse_yaml
 from video_opd.errors import UserError, need
 from video_opd.files import replacing_file, write_text
 from video_opd.locks import locked_folder
-from video_opd.models.loading import load_model
+from video_opd.models.loading import load_model, read_config
 from video_opd.progress import log, task
-from video_opd.world.measure import evaluate_model, make_test_sets
+from video_opd.world.demo import shipped
+from video_opd.world.measure import (
+    evaluate_model,
+    evaluate_questions,
+    make_question_set,
+    make_test_sets,
+)
 from video_opd.world.tiny import SIZES, build_model, build_processor
 
 MADE = "made.json"  # the file of a model folder with the recipe that made it, and its scores
-LOSS_WEIGHTS = {"answer": 1.0, "events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
+AUXILIARY_WEIGHTS = {"events": 0.3, "clock": 0.5, "objects": 0.3, "pointer": 1.0, "query": 0.3}
 VISION_PAIRS = 6  # frame pairs of a clip in a vision stage
 TRAIN_SEED, CHECK_SEED = 1000, 7
 CHECK_SPLITS = ("short", "long", "subtle")
+
+
+class Tasks(Settings):
+    """The shares of the steps of a stage that train an ability. They need not sum to 1."""
+
+    grounding: Number = Field(default=1.0, ge=0)
+    questions: Number = Field(default=0.0, ge=0)  # of world/questions.py
+    thinking: Number = Field(default=0.0, ge=0)  # grounding after a thought
+
+    def draw(self, rng: np.random.Generator) -> str:
+        shares = {name: share for name, share in self.to_dict().items() if share}
+        if len(shares) == 1:
+            return next(iter(shares))
+        return str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
 
 
 class Stage(Settings):
@@ -55,9 +76,10 @@ class Stage(Settings):
 
     ``pairs`` is the length of the windows in frame pairs; None shows whole videos. ``kind: vision`` trains
     the vision tower alone, on the positions of objects. ``blur`` makes the annotated boundaries loose, as in
-    weakly aligned data: it is the mean distance by which they are too far out, in event lengths. ``grow``
-    makes the model deeper before the first step, without changing what it computes. ``long_share`` is about
-    the share of videos that are long and crowded; None leaves it as in the pool, a quarter.
+    weakly aligned data: it is the mean distance by which they are too far out, in event lengths. ``resize``
+    makes the model deeper before the first step, without changing what it computes, or shallower.
+    ``long_share`` is about the share of videos that are long and crowded; None leaves it as in the pool, a
+    quarter. Questions and thinking have no auxiliary losses, and need whole videos.
     """
 
     name: str
@@ -73,7 +95,9 @@ class Stage(Settings):
     blur: Number = 0.0
     auxiliary: Number = 1.0  # weight of the auxiliary losses
     start_from: str | None = None  # the earlier stage whose weights it takes; None: the one before it
-    grow: str | None = None  # a size of world/tiny.py
+    start_from_model: str | None = None  # in its place: a shipped model, whose auxiliary heads are new
+    resize: str | None = None  # a size of world/tiny.py
+    tasks: Tasks = Tasks()
     long_share: Number | None = Field(default=None, ge=0, le=1)
     save_as: str | None = None  # the name of the model folder that is written at the end
     grpo: str | None = None  # a recipe of world/recipes, which trains the model before the folder is written
@@ -118,16 +142,33 @@ def sizes(recipe: Pretraining) -> dict[str, str]:
             source is None or source in found,
             f"{stage.name}: start_from is {source!r}; choose an earlier stage: {', '.join(found) or 'none'}",
         )
+        shares = stage.tasks.to_dict()
+        need(any(shares.values()), f"{stage.name}: no task has a share")
+        need(
+            stage.pairs is None or not (stage.tasks.questions or stage.tasks.thinking),
+            f"{stage.name}: pairs is {stage.pairs}; questions and thinking need whole videos, without pairs",
+        )
         size = found[source] if source else recipe.size
-        if stage.grow is not None:
-            need(stage.grow in SIZES, f"{stage.name}: grow is {stage.grow!r}; choose one of: {known}")
+        if stage.start_from_model:
             try:
-                check_growth(SIZES[size], SIZES[stage.grow])
+                size = size_of_shipped(stage.start_from_model)
             except UserError as error:
-                raise UserError(f"{stage.name}: grow from {size} to {stage.grow}: {error}") from error
-            size = stage.grow
+                raise UserError(f"{stage.name}: start_from_model: {error}") from error
+        if stage.resize is not None:
+            need(stage.resize in SIZES, f"{stage.name}: resize is {stage.resize!r}; choose one of: {known}")
+            try:
+                check_depths_alone_differ(SIZES[size], SIZES[stage.resize])
+            except UserError as error:
+                raise UserError(f"{stage.name}: resize from {size} to {stage.resize}: {error}") from error
+            size = stage.resize
         found[stage.name] = size
     return found
+
+
+def size_of_shipped(name: str) -> str:
+    """The size of a shipped model. Raises :class:`UserError` if there is no such model."""
+    config = read_config(shipped(name))
+    return size_name(size_of_config(config))
 
 
 def source_of(recipe: Pretraining, index: int) -> str | None:
@@ -167,11 +208,12 @@ class Trainer:
         for index, stage in enumerate(self.recipe.stages):
             weights = self.out / f"{stage.name}.pt"
             if not weights.exists():
-                source = source_of(self.recipe, index)
-                if source:
+                if stage.start_from_model:
+                    self.load_shipped(stage.start_from_model)
+                elif source := source_of(self.recipe, index):
                     self.load(source)
-                if stage.grow:
-                    self.module, self.size = self.module.grown(stage.grow), stage.grow
+                if stage.resize:
+                    self.module, self.size = self.module.resized(stage.resize), stage.resize
                 self.stage(stage, index)
                 with replacing_file(weights) as temporary:
                     torch.save(self.module.state_dict(), temporary)
@@ -188,6 +230,14 @@ class Trainer:
             self.module, self.size = Pretrainer(build_model(size)), size
         self.module.load_state_dict(torch.load(self.out / f"{stage}.pt", weights_only=True))
 
+    def load_shipped(self, name: str) -> None:
+        """Loads a shipped model, into a module with new auxiliary heads."""
+        model, _ = load_model(shipped(name), dtype="float32")
+        self.size = size_of_shipped(name)
+        own = build_model(self.size)
+        own.load_state_dict(model.state_dict())
+        self.module = Pretrainer(own, fresh=False)
+
     def export(self, stage: Stage, name: str) -> None:
         """Writes the stage's model folder, after GRPO if the stage has it, and measures the model."""
         folder = self.out / name
@@ -202,6 +252,9 @@ class Trainer:
             export(load_model(trained, dtype="float32")[0], self.processor, folder)
             facts["grpo"] = yaml.safe_load((trained.parent / "recipe.yaml").read_text(encoding="utf-8"))
         facts["scores"] = self.measure(name, folder)
+        if stage.tasks.questions:
+            questions = make_question_set(self.out / "world")
+            facts["accuracy"] = evaluate_questions(name, folder, questions, self.out / "eval")
         write_text(folder / MADE, json.dumps(facts, indent=1) + "\n")
 
     def measure(self, name: str, folder: Path) -> dict[str, Any]:
@@ -218,7 +271,7 @@ class Trainer:
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         stream = batches(self.pool, stage.batch_size, rng, stage.long_share)
-        sums: dict[str, float] = {}
+        seen: dict[str, list[float]] = {}
         began = time.perf_counter()
         with task(stage.name, stage.steps) as bar:
             for step in range(1, stage.steps + 1):
@@ -227,8 +280,8 @@ class Trainer:
                     for group, rate in zip(optimizer.param_groups, own, strict=True):
                         group["lr"] = rate * factor
                 losses = self.losses(stage, next(stream), rng)
-                weight = {**dict.fromkeys(LOSS_WEIGHTS, stage.auxiliary), "answer": 1.0}
-                total = torch.stack([LOSS_WEIGHTS[k] * weight[k] * v for k, v in losses.items()]).sum()
+                weight = {name: stage.auxiliary * w for name, w in AUXILIARY_WEIGHTS.items()}
+                total = torch.stack([weight.get(name, 1.0) * v for name, v in losses.items()]).sum()
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 total.backward()
@@ -236,11 +289,11 @@ class Trainer:
                 for optimizer in optimizers:
                     optimizer.step()
                 for key, value in losses.items():
-                    sums[key] = sums.get(key, 0.0) + float(value.detach())
+                    seen.setdefault(key, []).append(float(value.detach()))
                 if step % 50 == 0:
-                    note = " ".join(f"{k} {v / 50:.3f}" for k, v in sums.items())
+                    note = " ".join(f"{k} {fmean(values):.3f}" for k, values in seen.items())
                     log(f"{stage.name} {step} {(time.perf_counter() - began) / step:.2f}s {note}")
-                    sums = {}
+                    seen = {}
                 bar.advance()
 
     def losses(
@@ -255,13 +308,21 @@ class Trainer:
                 times = example.times_s.reshape(-1, 2)
                 labels.append(label_cells(example.scene, times, h // 32, w // 32, example.shift))
             return {"objects": self.module.vision_loss(frames, np.concatenate(labels))}
+        task = stage.tasks.draw(rng)
         pairs = stage.pairs
         if pairs is not None:  # windows of about this length, the same for a whole batch
             shortest = min(len(example.times_s) // 2 for example in examples)
             pairs = min(shortest, int(rng.integers(pairs - 1, pairs + 2)))
             examples = [window(example, pairs, rng) for example in examples]
         examples = [augment(example, rng) for example in examples]
-        return self.module.losses(self.packer.batch(examples, rng, self.recipe.questions, stage.blur))
+        if task == "questions":
+            return {task: self.module.answer_loss(self.packer.questions(examples, rng))}
+        per_video = self.recipe.questions
+        if task == "thinking":
+            packed = self.packer.thinking(examples, rng, per_video, stage.blur)
+            return {task: self.module.answer_loss(packed)}
+        batch = self.packer.batch(examples, rng, per_video, stage.blur)
+        return self.module.losses(batch) if stage.auxiliary else {"answer": self.module.answer_loss(batch)}
 
     def optimizers(self, stage: Stage) -> list[torch.optim.Optimizer]:
         """Muon trains the matrices inside blocks; AdamW trains embeddings, heads, biases and norms."""

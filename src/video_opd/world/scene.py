@@ -274,3 +274,27 @@ def _questions(rng: np.random.Generator, actors: tuple[Actor, ...]) -> tuple[Que
                     Question(query=words, span=(spell.start_s, spell.end_s), family="appears", actor=i)
                 )
     return tuple(questions)
+
+
+def reword(scene: Scene, question: Question, rng: np.random.Generator) -> str:
+    """The query of a question in other words, which say what the scene shows, also if it is mirrored."""
+    actor = scene.actors[question.actor]
+    article = "the" if rng.random() < 0.7 else "a"
+    spell = spell_of(scene, question)
+    other = None
+    if spell.other is not None:
+        met = scene.actors[spell.other]
+        other = noun(met.colour, met.shape, article=article)
+    return phrase(
+        question.family,
+        noun(actor.colour, actor.shape, article=article),
+        int(rng.integers(variants(question.family))),
+        other=other,
+        colour=spell.colour,
+    )
+
+
+def spell_of(scene: Scene, question: Question) -> Spell:
+    """The spell in which a question's event happens."""
+    spells = scene.actors[question.actor].spells
+    return next((s for s in spells if s.family == question.family), spells[0])

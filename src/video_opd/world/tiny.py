@@ -37,7 +37,11 @@ SIZES = {
         hidden=128, layers=4, heads=4, kv_heads=4, head_dim=32, mlp=384, mrope_section=(8, 4, 4),
         vision_hidden=64, vision_layers=2, vision_heads=2, vision_mlp=192, deepstack=(0,),
     ),
-    # "small" is as wide as "tiny" and deeper, so that layers added to a tiny model make it a small one.
+    # "mini" and "small" are as wide as "tiny", so that a tiny model becomes one by losing or adding layers.
+    "mini": TinySize(
+        hidden=128, layers=3, heads=4, kv_heads=4, head_dim=32, mlp=384, mrope_section=(8, 4, 4),
+        vision_hidden=64, vision_layers=2, vision_heads=2, vision_mlp=192, deepstack=(0,),
+    ),
     "small": TinySize(
         hidden=128, layers=6, heads=4, kv_heads=4, head_dim=32, mlp=384, mrope_section=(8, 4, 4),
         vision_hidden=64, vision_layers=3, vision_heads=2, vision_mlp=192, deepstack=(0,),

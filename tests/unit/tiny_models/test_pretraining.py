@@ -27,6 +27,8 @@ from video_opd.data.video import clip_digest
 from video_opd.errors import UserError
 from video_opd.types import Clip
 from video_opd.world.queries import COLOURS, FAMILIES, SHAPES
+from video_opd.world.questions import general_questions
+from video_opd.world.scene import reword, spell_of
 from video_opd.world.tiny import build_model, build_processor
 
 
@@ -43,6 +45,19 @@ def examples():
     return group[:2]
 
 
+def clip_of(example) -> Clip:
+    return Clip(
+        path=Path("none.mp4"),
+        frames=example.frames,
+        times_s=example.times_s,
+        frame_indices=np.arange(len(example.times_s)),
+        source_fps=example.scene.fps,
+        duration_s=example.scene.duration_s,
+        source_size_px=example.scene.size_px,
+        digest=clip_digest(example.frames, example.times_s),
+    )
+
+
 def test_packed_questions_are_what_the_processor_writes(processor, examples):
     """Ids, positions, pixels of every question equal those of a prompt of its own."""
     model = build_model("test")
@@ -50,16 +65,7 @@ def test_packed_questions_are_what_the_processor_writes(processor, examples):
     encoder = PromptEncoder(processor, PromptConfig(video_form="nested"))  # the form of the tiny models
     start = 0
     for b, example in enumerate(examples):
-        clip = Clip(
-            path=Path("none.mp4"),
-            frames=example.frames,
-            times_s=example.times_s,
-            frame_indices=np.arange(len(example.times_s)),
-            source_fps=example.scene.fps,
-            duration_s=example.scene.duration_s,
-            source_size_px=example.scene.size_px,
-            digest=clip_digest(example.frames, example.times_s),
-        )
+        clip = clip_of(example)
         for asked in (a for a in batch.answers if a.row == b):
             prompt = encoder.encode(clip, asked.question.query, "x")
             positions, _ = model.model.get_rope_index(
@@ -73,6 +79,55 @@ def test_packed_questions_are_what_the_processor_writes(processor, examples):
         pixels = prompt.tensors["pixel_values_videos"]
         torch.testing.assert_close(batch.pixel_values[start : start + len(pixels)], pixels, atol=1e-5, rtol=0)
         start += len(pixels)
+
+
+def responses_of(sequences, row: int) -> list[tuple[torch.Tensor, list[int]]]:
+    """The positions that each question of a video sees, up to its response, and the response's tokens."""
+    wanted = sequences.targets[row] >= 0
+    found: list[tuple[torch.Tensor, list[int]]] = []
+    for at in wanted.nonzero().flatten().tolist():
+        if found and wanted[at - 1]:
+            found[-1][1].append(int(sequences.targets[row, at]))
+        else:
+            found.append((sequences.mask[row, 0, at].nonzero().flatten(), [int(sequences.targets[row, at])]))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["questions", "thinking"])
+def test_packed_exchanges_are_what_the_processor_writes(processor, examples, kind):
+    """Prompt and positions of every question, in the prompt style and mode in which it is asked later."""
+    model, packer = build_model("test"), Packer(processor)
+    if kind == "questions":
+        sequences = packer.questions(examples, np.random.default_rng(4))
+        encoder = PromptEncoder(processor, PromptConfig(style="question", video_form="nested"))
+    else:
+        sequences = packer.thinking(examples, np.random.default_rng(4), per_video=2)
+        encoder = PromptEncoder(processor, PromptConfig(thinking=True, video_form="nested"))
+    rng = np.random.default_rng(4)
+    for b, example in enumerate(examples):
+        if kind == "questions":
+            asked = [(q.query, q.answer) for q in general_questions(example.scene, rng)]
+        else:
+            asked = []
+            for index in rng.permutation(len(example.scene.questions))[:2]:
+                question = example.scene.questions[index]
+                actor, spell = example.scene.actors[question.actor], spell_of(example.scene, question)
+                there = f"{spell.start_s:.2f} to {spell.end_s:.2f}"
+                thought = f"<think>the {actor.colour} {actor.shape}: {there}</think>"
+                span = f"{question.span[0]:.2f} to {question.span[1]:.2f}"
+                asked.append((reword(example.scene, question, rng), thought + span))
+        found = responses_of(sequences, b)
+        assert len(found) == len(asked) > 1
+        for (seen, written), (query, answer) in zip(found, asked, strict=True):
+            prompt = encoder.encode(clip_of(example), query, "x")
+            positions, _ = model.model.get_rope_index(
+                prompt.input_ids,
+                mm_token_type_ids=prompt.tensors["mm_token_type_ids"],
+                video_grid_thw=prompt.tensors["video_grid_thw"],
+            )
+            assert torch.equal(sequences.input_ids[b, seen], prompt.input_ids[0])
+            assert torch.equal(sequences.position_ids[:, b, seen], positions[:, 0])
+            assert processor.tokenizer.decode(written) == answer + "<|im_end|>"
 
 
 def test_packed_forward_equals_one_question_at_a_time(processor, examples):

@@ -1,4 +1,4 @@
-"""A model that grows computes the same, and a recipe's stages may be of different sizes."""
+"""A deeper model computes the same, a shallower one keeps its first layers, and stages may differ in size."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from places import TOOLS
 
 from tiny_models import stages
 from tiny_models.auxiliary import POINTER_LAYER, Pretrainer
+from tiny_models.depth import resized, size_name, size_of
 from tiny_models.examples import Example, batches
-from tiny_models.growth import grow, size_of
 from tiny_models.stages import Trainer, read_pretraining, sizes
 from video_opd.errors import UserError
 from video_opd.world.scene import compose, style_name
@@ -38,7 +38,7 @@ def logits(model, prompt):
 
 
 def test_a_grown_model_computes_the_same(tiny):
-    grown = grow(tiny, "small").eval()
+    grown = resized(tiny, "small").eval()
     assert size_of(grown) == SIZES["small"] and size_of(tiny) == SIZES["tiny"]
     for prompt in cases.mixed_prompts():
         torch.testing.assert_close(logits(grown, prompt), logits(tiny, prompt), atol=1e-6, rtol=0)
@@ -46,7 +46,7 @@ def test_a_grown_model_computes_the_same(tiny):
 
 def test_the_new_layers_can_learn(tiny):
     """Each of their zero matrices has a gradient, so none of them stays an identity."""
-    grown = grow(tiny, "small")
+    grown = resized(tiny, "small")
     prompt = cases.mixed_prompts()[0]
     grown(input_ids=prompt.input_ids, **prompt.tensors).logits.square().mean().backward()
     for layer in grown.model.language_model.layers[4:]:
@@ -60,28 +60,39 @@ def test_a_grown_pretrainer_keeps_its_heads_and_its_pointer_layer(tiny):
     module = Pretrainer(copy.deepcopy(tiny))
     with torch.no_grad():  # trained: its queries and keys are no longer the same
         module.model.model.language_model.layers[POINTER_LAYER].self_attn.k_proj.weight.mul_(0.5)
-    grown = module.grown("small")
+    grown = module.resized("small")
     after = grown.state_dict()
     assert all(torch.equal(after[name], value) for name, value in module.state_dict().items())
     assert not torch.equal(after["objects.weight"], Pretrainer(copy.deepcopy(tiny)).objects.weight)
 
 
-def test_only_depth_can_grow(tiny):
-    with pytest.raises(UserError, match="hidden must be also 32, not 128"):
-        grow(build_model("test"), "tiny")
-    with pytest.raises(UserError, match="at least 6, not 4"):
-        grow(grow(tiny, "small"), "tiny")
+def test_a_shallower_model_keeps_its_first_layers(tiny):
+    small = resized(tiny, "mini")
+    assert size_of(small) == SIZES["mini"] and size_name(size_of(small)) == "mini"
+    before = tiny.state_dict()
+    after = small.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    lost = {name for name in before if name not in after}
+    assert lost and all(name.startswith("model.language_model.layers.3.") for name in lost)
+
+
+def test_only_depth_can_change(tiny):
+    with pytest.raises(UserError, match="hidden must be 32 as before, not 128"):
+        resized(build_model("test"), "tiny")
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{name: a, steps: 1, grow: huge}"], "a: grow is 'huge'; choose one of: test, tiny, small"),
-        (["{name: a, steps: 1, grow: test}"], "a: grow from tiny to test: a model grows in depth alone"),
-        (["{name: a, steps: 1, grow: small}", "{name: b, steps: 1, grow: tiny}"], "b: grow from small"),
+        (["{name: a, steps: 1, resize: huge}"], "a: resize is 'huge'; choose one of: test, tiny"),
+        (["{name: a, steps: 1, resize: test}"], "a: resize from tiny to test: a model changes"),
+        (["{name: a, steps: 1, tasks: {thinking: -1}}"], r"tasks.thinking must be at least 0, not -1"),
+        (["{name: a, steps: 1, tasks: {grounding: 0}}"], "a: no task has a share"),
+        (["{name: a, steps: 1, pairs: 5, tasks: {thinking: 1}}"], "a: pairs is 5; questions and thinking"),
+        (["{name: a, steps: 1, start_from_model: huge}"], "a: start_from_model: .*huge"),
         (["{name: a, steps: 1, start_from: b}", "{name: b, steps: 1}"], "a: start_from is 'b'; choose"),
         (["{name: a, steps: 1, long_share: 1.5}"], r"stages\[0\].long_share must be at most 1, not 1.5"),
-        (["{name: a, steps: 1, grow: 6}"], "grow must be text, not 6"),
+        (["{name: a, steps: 1, resize: 6}"], "resize must be text, not 6"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_followed(tmp_path, lines, message):
@@ -101,7 +112,7 @@ def test_the_shipped_teacher_is_deeper_than_the_base():
 def test_a_recipe_of_an_unknown_size(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("size: large\nstages: []\n")
-    with pytest.raises(UserError, match="size is 'large'; choose one of: test, tiny, small"):
+    with pytest.raises(UserError, match="size is 'large'; choose one of: test, tiny, mini, small"):
         read_pretraining(path)
 
 
@@ -111,7 +122,7 @@ def test_stages_of_two_sizes_train_save_and_continue(tmp_path, monkeypatch):
         "videos: 12\ncheck_videos: 1\nstages:\n"
         "  - {name: first, steps: 1, batch_size: 1, pairs: 5}\n"
         "  - {name: deeper, start_from: first, steps: 1, batch_size: 1, pairs: 5,\n"
-        "     grow: small, save_as: big}\n"
+        "     resize: small, save_as: big}\n"
         "  - {name: loose, start_from: first, steps: 1, batch_size: 1, pairs: 5, save_as: little}\n"
         "  - {name: more, start_from: deeper, steps: 1, batch_size: 1, pairs: 5}\n"
     )
