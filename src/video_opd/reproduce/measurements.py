@@ -6,7 +6,7 @@ Shapes: ``N`` rows of all test sets, ``S`` seeds, ``D`` draws of the bootstrap.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
@@ -90,11 +90,13 @@ def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int =
     )
 
 
-def differences(arms: Mapping[str, Measured]) -> list[dict[str, Any]]:
-    """The paired difference of every two arms, both ways, so that each is found by its own name."""
+def differences(
+    arms: Mapping[str, Measured], pairs: Iterable[tuple[str, str]] | None = None
+) -> list[dict[str, Any]]:
+    """The paired difference of every pair of arms; None: of every two, both ways."""
     return [
         {"of": to, "against": since, **difference(arms[to], arms[since]).to_json()}
-        for to, since in permutations(arms, 2)
+        for to, since in (permutations(arms, 2) if pairs is None else pairs)
     ]
 
 

@@ -120,13 +120,9 @@ def train_task(
     if name not in ("sft", "grpo"):
         fixed["teacher.path"] = shipped(TEACHER)
 
-    def words() -> list[Any]:
-        more = {key: value() if callable(value) else value for key, value in (changes or {}).items()}
-        return ["train", recipe(name), *settings_words({**fixed, **more})]
-
     return Task(
         name=f"{folder.parent.name}-{folder.name}",
-        words=words,
+        words=lambda: ["train", recipe(name), *settings_words(fixed | asked(changes or {}))],
         done=lambda: is_finished(folder, evaluate),
         seconds=steps * STEP_SECONDS[name] + EVALUATION_SECONDS * QUERIES * sum(TEST_VIDEOS.values()),
     )
@@ -140,16 +136,67 @@ def is_finished(run: Path, evaluate: Mapping[str, Path]) -> bool:
     return folder.finished and all(has_all_rows(folder.predictions(path), path) for path in evaluate.values())
 
 
+def are_finished(rounds: Path) -> bool:
+    """Whether a folder of several rounds has all of them."""
+    from video_opd.training.run_folder import read_record
+
+    return (read_record(rounds / "rounds.json") or {}).get("finished") is True
+
+
 def predictions_of(run: Path, data: Path) -> Path:
     from video_opd.training.run_folder import RunFolder
 
     return RunFolder(run).predictions(data)
 
 
-def predict_task(folder: Path, model: str, data: Path) -> Task:
-    """``video-opd predict`` of a shipped model, into the files that a run has of its student."""
+def rounds_task(
+    place: Place,
+    folder: Path,
+    name: str,
+    *,
+    data: Path,
+    rows: int,
+    teacher: Path,
+    seed: int,
+    rounds: int,
+    steps: int,
+    changes: Mapping[str, Any],
+) -> Task:
+    """``video-opd rounds`` with the recipe ``name``: ``steps`` steps in each round.
+
+    ``rows`` is about the number of rows of the pool ``data``, for the estimate of time.
+    """
+    fixed: dict[str, Any] = {
+        "data.train": data,
+        "data.cache_dir": place.clips,
+        "data.workers": 1,
+        "model.path": shipped(BASE),
+        "teacher.path": teacher,
+        "optim.max_steps": steps,
+        "run.seed": seed,
+        "run.dir": folder,
+        "run.save_every": steps,
+        "run.trackers": "[]",
+        "tvdf.batch_size": 32,
+        "rounds.count": rounds,
+    }
+    return Task(
+        name=f"{folder.parent.name}-{folder.name}",
+        words=lambda: ["rounds", recipe(name), *settings_words(fixed | asked(changes))],
+        done=lambda: are_finished(folder),
+        seconds=(2 + rounds) * EVALUATION_SECONDS * rows + rounds * steps * STEP_SECONDS[name],
+    )
+
+
+def asked(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with those that are callable asked for their value."""
+    return {key: value() if callable(value) else value for key, value in changes.items()}
+
+
+def predict_task(folder: Path, model: Path, data: Path) -> Task:
+    """``video-opd predict`` of a model, into the files that a run has of its student."""
     out = predictions_of(folder, data)
-    words = ["predict", shipped(model), data, "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
+    words = ["predict", model, data, "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
     return Task(
         name=f"{folder.parent.name}-{folder.name}-{data.stem}",
         words=lambda: [*words, "--batch-size", 32],
@@ -167,17 +214,17 @@ def samples_of(sets: Mapping[str, Path]) -> dict[str, list[Sample]]:
     return {name: read_samples(path) for name, path in sets.items()}
 
 
-def shipped_stage(place: Place) -> Stage:
-    """The answers of the base and the teacher to the test sets."""
+def shipped_stage(place: Place, models: Sequence[str] = (BASE, TEACHER)) -> Stage:
+    """The responses of shipped models to the test sets."""
     return [
-        predict_task(place.runs("shipped") / model, model, data)
-        for model in (BASE, TEACHER)
+        predict_task(place.runs("shipped") / model, shipped(model), data)
+        for model in models
         for data in place.tests.values()
     ]
 
 
-def measured_shipped(place: Place) -> dict[str, Measured]:
-    return {model: measure_runs(place, [place.runs("shipped") / model]) for model in (BASE, TEACHER)}
+def measured_shipped(place: Place, models: Sequence[str] = (BASE, TEACHER)) -> dict[str, Measured]:
+    return {model: measure_runs(place, [place.runs("shipped") / model]) for model in models}
 
 
 def measure_runs(place: Place, runs: Sequence[Path]) -> Measured:
