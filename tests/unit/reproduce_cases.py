@@ -11,6 +11,7 @@ from video_opd.config import load_recipe
 from video_opd.reproduce.places import Place, predictions_of
 from video_opd.reproduce.tasks import Task
 from video_opd.world.make import rows
+from video_opd.world.questions import question_rows
 from video_opd.world.scene import compose
 
 
@@ -30,6 +31,8 @@ def make_place(out: Path) -> Place:
     for sets in (place.tests, place.validation):
         for split, path in sets.items():
             write_rows(path, [row for i in (0, 1) for row in rows(compose(split, 0, i))])
+    scenes = [compose(split, 0, i) for split in place.tests for i in (0, 1)]
+    write_rows(place.questions, [row for scene in scenes for row in question_rows(scene)])
     return place
 
 
@@ -39,3 +42,13 @@ def predict(run: Path, sets: dict[str, Path], later_s: float) -> None:
         data = map(json.loads, path.read_text().splitlines())
         made = [{"id": row["id"], "span": [t + later_s for t in row["spans"][0]]} for row in data]
         write_rows(predictions_of(run, path), made)
+
+
+def answer(run: Path, questions: Path, wrong: float) -> None:
+    """Answers every question; a share of them, spread evenly, wrong."""
+    data = list(map(json.loads, questions.read_text().splitlines()))
+    made = [
+        {"id": row["id"], "response": "?" if int((n + 1) * wrong) > int(n * wrong) else row["answer"]}
+        for n, row in enumerate(data)
+    ]
+    write_rows(predictions_of(run, questions), made)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MIOU, ACCURACY = "mean IoU", "accuracy"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told at this size"
 
 
@@ -20,6 +21,7 @@ class Claim:
     source: str  # the table or figure
     where: str  # on the map, e.g. "annotation noise 1"
     difference: Mapping[str, Any]
+    score: str = MIOU  # what the difference is of, in points
 
     @property
     def verdict(self) -> str:
@@ -38,5 +40,5 @@ def verdict(low: float, high: float) -> str:
 
 
 def interval(difference: Mapping[str, Any]) -> str:
-    """``+4.1 [+2.0, +6.3]``, in points of mean IoU."""
+    """``+4.1 [+2.0, +6.3]``, in points."""
     return f"{difference['rise']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]"

@@ -55,11 +55,11 @@ def _claims(made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:
         ", ".join(f"{count} {'claim' if count == 1 else 'claims'}: {word}" for word, count in counts.items())
         + ".\n"
     )
-    yield "| claim | source | where | rise of mean IoU [95%] | seeds above | verdict | command |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| claim | source | where | of | rise [95%] | seeds above | verdict | command |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, claim in claims:
         seeds = f"{claim.difference['seeds_above']} of {claim.difference['seeds']}"
-        cells = (claim.says, claim.source, claim.where, claim.figures, seeds, claim.verdict)
+        cells = (claim.says, claim.source, claim.where, claim.score, claim.figures, seeds, claim.verdict)
         yield f"| {' | '.join(cells)} | `video-opd reproduce --suite {name}` |"
     yield ""
 

@@ -1,4 +1,4 @@
-"""What runs reached on the test sets: mean IoUs, and paired differences with intervals.
+"""What runs reached on the test sets: mean IoUs or accuracies, and paired differences with intervals.
 
 Shapes: ``N`` rows of all test sets, ``S`` seeds, ``D`` draws of the bootstrap.
 """
@@ -18,30 +18,34 @@ from video_opd.evaluation.bootstrap import DRAWS, draws_of_means
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.rows import PERCENT, score_rows, videos_of
 from video_opd.types import Sample
+from video_opd.world.questions import right_answers
 
 POOLED = "all"  # the rows of all test sets together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The IoUs of one arm. ``ious_NS`` are in percent: a row of every test set, a column for each seed."""
+    """The scores of one arm, from 0 to 100: a row of ``scores_NS`` for each question, a column for each seed.
 
-    ious_NS: np.ndarray
-    sets_N: tuple[str, ...]  # the test set of each row
+    The score of a grounding query is the IoU of its response, that of a general question 100 or 0.
+    """
+
+    scores_NS: np.ndarray
+    sets_N: tuple[str, ...]  # the test set of each row, or the ability that it asks for
     videos_N: tuple[str, ...]
 
-    def miou(self, testset: str = POOLED) -> list[float]:
-        """The mean IoU on a test set, or on all rows, for each seed."""
+    def means(self, testset: str = POOLED) -> list[float]:
+        """The mean score on a test set, or on all rows, for each seed."""
         chosen = [testset in (POOLED, name) for name in self.sets_N]
-        return [float(x) for x in self.ious_NS[chosen].mean(axis=0)]
+        return [float(x) for x in self.scores_NS[chosen].mean(axis=0)]
 
     def to_json(self) -> dict[str, Any]:
-        return {name: self.miou(name) for name in (*dict.fromkeys(self.sets_N), POOLED)}
+        return {name: self.means(name) for name in (*dict.fromkeys(self.sets_N), POOLED)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The rise of the pooled mean IoU from one arm to another, in points, and its 95% interval."""
+    """The rise of the pooled mean score from one arm to another, in points, and its 95% interval."""
 
     rise: float
     low: float
@@ -63,7 +67,20 @@ def measure(sets: Mapping[str, Sequence[Sample]], predictions: Sequence[Mapping[
         columns.append([PERCENT * row.iou for rows in scored.values() for row in rows])
         names = [name for name, rows in scored.items() for _ in rows]
         videos = [video for rows in scored.values() for video in videos_of(rows)]
-    return Measured(ious_NS=np.array(columns).T, sets_N=tuple(names), videos_N=tuple(videos))
+    return Measured(scores_NS=np.array(columns).T, sets_N=tuple(names), videos_N=tuple(videos))
+
+
+def measure_answers(questions: Sequence[Sample], predictions: Sequence[Path]) -> Measured:
+    """Reads one arm's responses to general questions: a file for each seed."""
+    columns = [
+        [PERCENT * right for right in right_answers(questions, read_predictions(path))]
+        for path in predictions
+    ]
+    return Measured(
+        scores_NS=np.array(columns).T,
+        sets_N=tuple(str(question.source) for question in questions),
+        videos_N=tuple(str(question.video) for question in questions),
+    )
 
 
 def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int = 0) -> Difference:
@@ -74,7 +91,7 @@ def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int =
     column: a model that was not trained here) is compared with every seed of the other.
     """
     assert to.videos_N == since.videos_N, "two arms are compared on the same rows"
-    rises_NS = to.ious_NS - since.ious_NS
+    rises_NS = to.scores_NS - since.scores_NS
     seeds = rises_NS.shape[1]
     draws_DS = draws_of_means(rises_NS, to.videos_N, draws=draws, seed=seed)
     drawn_DS = np.random.default_rng([seed, 1]).integers(0, seeds, size=(draws, seeds))

@@ -16,15 +16,16 @@ from typing import Any
 from video_opd.data.annotations import read_samples
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.progress import track
-from video_opd.reproduce.measurements import Measured, measure
+from video_opd.reproduce.measurements import Measured, measure, measure_answers
 from video_opd.reproduce.tasks import Stage, Task, settings_words
 from video_opd.types import Sample
 from video_opd.world.demo import shipped
 from video_opd.world.make import TEST_SPLITS, make_world, rows
-from video_opd.world.measure import MAX_NEW_TOKENS, TEST_VIDEOS, make_test_sets
+from video_opd.world.measure import MAX_NEW_TOKENS, TEST_VIDEOS, make_question_set
 from video_opd.world.scene import compose
 
 BASE, TEACHER = "tiny-base", "tiny-teacher"
+GENERAL_BASE, GENERAL_TEACHER = "tiny-general-base", "tiny-general-teacher"
 POOL_SEED = 300  # + the run's seed; no test set and no tiny model has a video of it
 VALIDATION_SEED = 50
 VALIDATION_VIDEOS = {split: count // 2 for split, count in TEST_VIDEOS.items()}
@@ -57,6 +58,11 @@ class Place:
         return {split: self.out / "validation" / f"{split}.jsonl" for split in TEST_SPLITS}
 
     @property
+    def questions(self) -> Path:
+        """The data file of the general questions about the test sets' videos."""
+        return self.out / "test" / "questions.jsonl"
+
+    @property
     def clips(self) -> Path:
         return self.out / "clips"
 
@@ -77,7 +83,7 @@ def make_videos(
     place: Place, seeds: Sequence[int], videos: int, levels: Sequence[float], name: str = "pool"
 ) -> None:
     """Makes the test sets, the validation set, and each seed's pool at each level. What exists is kept."""
-    make_test_sets(place.out / "test")
+    make_question_set(place.out / "test")
     make_world(place.out / "validation", videos=VALIDATION_VIDEOS, seed=VALIDATION_SEED, track=track)
     for seed in seeds:
         make_world(
@@ -193,16 +199,23 @@ def asked(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value() if callable(value) else value for key, value in changes.items()}
 
 
-def predict_task(folder: Path, model: Path, data: Path) -> Task:
+def predict_task(folder: Path, model: Path, data: Path, flags: Sequence[Any] = ()) -> Task:
     """``video-opd predict`` of a model, into the files that a run has of its student."""
     out = predictions_of(folder, data)
-    words = ["predict", model, data, "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
+    words = ["predict", model, data, "--out", out, "--batch-size", 32]
+    if "--max-new-tokens" not in flags:
+        words += ["--max-new-tokens", MAX_NEW_TOKENS]
     return Task(
         name=f"{folder.parent.name}-{folder.name}-{data.stem}",
-        words=lambda: [*words, "--batch-size", 32],
+        words=lambda: [*words, *flags],
         done=lambda: has_all_rows(out, data),
-        seconds=EVALUATION_SECONDS * QUERIES * TEST_VIDEOS[data.stem],
+        seconds=EVALUATION_SECONDS * QUERIES * TEST_VIDEOS.get(data.stem, sum(TEST_VIDEOS.values())),
     )
+
+
+def questions_task(place: Place, folder: Path, model: Path) -> Task:
+    """``video-opd predict`` on the general questions about the videos of the test sets."""
+    return predict_task(folder, model, place.questions, ["--prompt.style", "question"])
 
 
 def has_all_rows(path: Path, data: Path) -> bool:
@@ -231,3 +244,10 @@ def measure_runs(place: Place, runs: Sequence[Path]) -> Measured:
     """What an arm reached on the test sets: a run of each seed."""
     files = [{name: predictions_of(run, path) for name, path in place.tests.items()} for run in runs]
     return measure(samples_of(place.tests), files)
+
+
+def measure_questions(place: Place, runs: Sequence[Path]) -> Measured:
+    """What an arm knows besides: the accuracy of a run of each seed on the general questions."""
+    return measure_answers(
+        read_samples(place.questions), [predictions_of(run, place.questions) for run in runs]
+    )

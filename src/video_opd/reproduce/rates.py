@@ -54,7 +54,7 @@ def validation_mious(place: Place, arm: str, level: float) -> dict[float, float]
         return statistics.fmean(
             measure(
                 sets, [{name: predictions_of(run, path) for name, path in place.validation.items()}]
-            ).miou()
+            ).means()
         )
 
     return {rate: miou(rate) for rate in RATES}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -62,11 +63,12 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         PARENT: str(os.getpid()),  # they end with this process
     }
-    left_s = expected_seconds(stages, jobs)
+    total_s, done_s, began = expected_seconds(stages, jobs), 0.0, time.monotonic()
     for number, stage in enumerate(stages):
         todo = [task for task in stage if not task.done()]
         for done, task in enumerate(_completed(todo, logs, jobs, environment), start=1):
-            left_s -= task.seconds / jobs
+            done_s += task.seconds / jobs
+            left_s = (total_s - done_s) * (time.monotonic() - began) / done_s  # at this machine's pace
             log(
                 f"stage {number + 1} of {len(stages)}: {done} of {len(todo)} done ({task.name}), "
                 f"about {duration(left_s)} left"

@@ -48,19 +48,15 @@ def evaluate_questions(name: str, model: Path, data: Path, out: Path) -> dict[st
 
 
 def accuracies(samples: Sequence[Sample], predictions: Mapping[str, Prediction]) -> dict[str, float]:
-    """The percentage of right answers to general questions: of each ability, and of all questions.
+    """The percentage of right answers to general questions: of each ability, and of all questions."""
+    from video_opd.world.questions import ABILITIES, right_answers
 
-    A question without a response is answered wrong.
-    """
-    from video_opd.world.questions import ABILITIES, is_right
-
-    right: dict[str, list[bool]] = {ability: [] for ability in ABILITIES}
-    for sample in samples:
-        found = predictions.get(sample.id)
-        response = found.responses[0] if found else ""
-        right[str(sample.source)].append(is_right(response, sample.row["answer"]))
-    by_ability = {ability: 100 * fmean(found) for ability, found in right.items() if found}
-    return {**by_ability, "all": 100 * fmean(one for found in right.values() for one in found)}
+    right = right_answers(samples, predictions)
+    by_ability = {
+        ability: [one for one, sample in zip(right, samples, strict=True) if sample.source == ability]
+        for ability in ABILITIES
+    }
+    return {name: 100 * fmean(found) for name, found in {**by_ability, "all": right}.items() if found}
 
 
 def evaluate_model(name: str, model: Path, split: str, data: Path, out: Path) -> dict[str, Any]:

@@ -17,11 +17,12 @@ ability      question                                            answer         
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from video_opd.types import Prediction, Sample
 from video_opd.world.queries import COLOURS, SHAPES, noun, phrase
 from video_opd.world.scene import Scene, reword, scene_rng
 
@@ -52,6 +53,16 @@ def general_questions(scene: Scene, rng: np.random.Generator | None = None) -> l
 def is_right(response: str, answer: str) -> bool:
     """Whether a response is the answer: the same word, but for case, white space and a full stop."""
     return response.strip().rstrip(".").casefold() == answer.casefold()
+
+
+def right_answers(questions: Sequence[Sample], predictions: Mapping[str, Prediction]) -> list[bool]:
+    """Whether each question's first response is right. One without a response is wrong."""
+    found = []
+    for question in questions:
+        prediction = predictions.get(question.id)
+        responses = prediction.responses if prediction else ()
+        found.append(bool(responses) and is_right(responses[0], question.row["answer"]))
+    return found
 
 
 def question_rows(scene: Scene, folder: str = "videos") -> list[dict]:

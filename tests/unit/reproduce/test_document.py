@@ -80,7 +80,10 @@ def test_a_page_of_made_up_results(tmp_path: Path) -> None:
     text = document(read_results(tmp_path, experiments), experiments)
     assert check_page(text) == 3
     assert "1 claim: holds, 1 claim: does not hold, 1 claim: cannot be told at this size." in text
-    assert "| a beats b | table 9 | here | +2.0 [+1.0, +3.0] | 1 of 2 | holds | `video-opd reproduce" in text
+    assert (
+        "| a beats b | table 9 | here | mean IoU | +2.0 [+1.0, +3.0] | 1 of 2 | holds | `video-opd reproduce"
+        in text
+    )
     assert "## Table 9\n\nSeeds 0, 1; commit unknown; 2 CPU cores, torch 2.\n\na table" in text
     assert "## Not run\n\n* Table 10" in text
 

@@ -17,8 +17,12 @@ from video_opd.types import Prediction, Sample
 VIDEOS = [f"v{i // 3}" for i in range(60)]  # three rows each
 
 
-def measured(ious_NS: np.ndarray) -> Measured:
-    return Measured(ious_NS=ious_NS, sets_N=("short",) * len(ious_NS), videos_N=tuple(VIDEOS[: len(ious_NS)]))
+def measured(scores_NS: np.ndarray) -> Measured:
+    return Measured(
+        scores_NS=scores_NS,
+        sets_N=("short",) * len(scores_NS),
+        videos_N=tuple(VIDEOS[: len(scores_NS)]),
+    )
 
 
 def plain_interval(rises: np.ndarray, draws: int) -> tuple[float, float]:
@@ -89,7 +93,7 @@ def test_mean_ious_are_those_of_evaluate(tmp_path: Path) -> None:
             for id, span in spans[seed].items()
         }
         for name, samples in sets.items():
-            assert found.miou(name)[seed] == pytest.approx(evaluate(samples, predictions).miou)
+            assert found.means(name)[seed] == pytest.approx(evaluate(samples, predictions).miou)
         pooled = [s for samples in sets.values() for s in samples]
         assert found.to_json()["all"][seed] == pytest.approx(evaluate(pooled, predictions).miou)
     assert set(found.to_json()) == {"short", "long", "all"}

@@ -60,7 +60,7 @@ def test_every_arm_has_the_same_budget_at_the_rate_that_was_chosen_for_it(place:
 
 def test_pools_of_all_levels_share_their_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr(places, "make_test_sets", lambda out: None)
+    monkeypatch.setattr(places, "make_question_set", lambda out: None)
     monkeypatch.setattr(places, "make_world", lambda out, **more: asked.append((out.name, more["seed"])))
     place = Place(out=tmp_path)
     for seed in (0, 1):
