@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MIOU, ACCURACY = "mean IoU", "accuracy"
+MIOU, ACCURACY, OPERATIONS = "mean IoU", "accuracy", "GRPO's operations, in percent"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told at this size"
 
 

@@ -16,7 +16,6 @@ from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     GENERAL_BASE,
     GENERAL_TEACHER,
-    TUNING,
     Place,
     make_videos,
     measure_questions,
@@ -26,8 +25,17 @@ from video_opd.reproduce.places import (
     shipped_stage,
     train_task,
 )
-from video_opd.reproduce.rates import BATCH, STEPS, chosen_rate, seen, tuning_stage
-from video_opd.reproduce.table_1 import ARMS, VIDEOS
+from video_opd.reproduce.rates import (
+    BATCH,
+    STEPS,
+    VIDEOS,
+    chosen_rate,
+    prepare_tuning,
+    seen,
+    tuned,
+    tuning_stage,
+)
+from video_opd.reproduce.table_1 import ARMS
 from video_opd.reproduce.tasks import Stage
 from video_opd.world.demo import shipped
 from video_opd.world.questions import ABILITIES
@@ -42,14 +50,15 @@ MODELS = (GENERAL_BASE, GENERAL_TEACHER)
 
 
 def prepare(place: Place, seeds: Sequence[int]) -> None:
-    make_videos(place, [*seeds, TUNING], VIDEOS, [0.0, NOISE])
+    prepare_tuning(place)
+    make_videos(place, seeds, VIDEOS, [0.0, NOISE])
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
     first = [
         *shipped_stage(place, MODELS),
         *(questions_task(place, place.runs("shipped") / model, shipped(model)) for model in MODELS),
-        *tuning_stage(place, list(ARMS), [NOISE]),
+        *tuning_stage(place, list(ARMS)),
     ]
     runs = [
         train_task(
@@ -60,7 +69,7 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             evaluate=place.tests,
             seed=seed,
             steps=STEPS,
-            changes=BATCH | models_of(arm) | {"optim.lr": lambda arm=arm: chosen_rate(place, arm, NOISE)},
+            changes=tuned(place, arm) | models_of(arm),
         )
         for seed in seeds
         for arm in ARMS
@@ -93,7 +102,7 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
     pairs = [*against, *((ours, other) for ours in ARMS for other in ARMS if ours != other)]
     return {
         "settings": {"videos": VIDEOS, "noise": NOISE, "steps": STEPS, **BATCH},
-        "rates": {arm: chosen_rate(place, arm, NOISE) for arm in ARMS},
+        "rates": {arm: chosen_rate(place, arm) for arm in ARMS},
         "accuracy": {arm: found.to_json() for arm, found in answered.items()},
         "differences": differences(answered, pairs),
         "mIoU": {arm: found.to_json() for arm, found in grounded.items()},

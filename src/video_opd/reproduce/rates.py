@@ -1,16 +1,23 @@
-"""Each arm's learning rate, chosen on a validation set of its own: the same small grid for every method."""
+"""Each arm's learning rate, chosen on a validation set of its own: the same small grid for every method.
+
+The rates are tried at a middle level of annotation noise and serve all levels, so that no method is better
+tuned at one end than at the other.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from video_opd.reproduce.measurements import measure
-from video_opd.reproduce.places import TUNING, Place, predictions_of, samples_of, train_task
+from video_opd.reproduce.places import TUNING, Place, make_videos, predictions_of, samples_of, train_task
 from video_opd.reproduce.tasks import Stage
 
 RATES = (1.5e-4, 3e-4, 6e-4)
+NOISE = 0.5  # of the rows on which they are tried
+VIDEOS = 100  # of a pool, with about 430 rows
 STEPS, BATCH_SIZE = 30, 32  # of every run
 BATCH = {"optim.batch_size": BATCH_SIZE}
 WITHOUT_ANNOTATIONS = ("video-opd", "video-opd-full")  # recipes whose signal needs none
@@ -26,31 +33,34 @@ def levels_of(arm: str, levels: Sequence[float]) -> list[float]:
     return list(dict.fromkeys(seen(arm, level) for level in levels))
 
 
-def tuning_stage(place: Place, arms: Sequence[str], levels: Sequence[float]) -> Stage:
-    """One run for each arm, level of annotation noise and rate, on the pool that is there for that."""
+def prepare_tuning(place: Place) -> None:
+    make_videos(place, [TUNING], VIDEOS, [0.0, NOISE])
+
+
+def tuning_stage(place: Place, arms: Sequence[str]) -> Stage:
+    """One run for each arm and rate, on the pool that is there for that."""
     return [
         train_task(
             place,
-            _run(place, arm, level, rate),
+            rate_run(place, arm, rate),
             arm,
-            data=place.pool(TUNING, level),
+            data=place.pool(TUNING, seen(arm, NOISE)),
             evaluate=place.validation,
             seed=TUNING,
             steps=STEPS,
             changes=BATCH | {"optim.lr": rate},
         )
         for arm in arms
-        for level in levels_of(arm, levels)
         for rate in RATES
     ]
 
 
-def validation_mious(place: Place, arm: str, level: float) -> dict[float, float]:
+def validation_mious(place: Place, arm: str) -> dict[float, float]:
     """The mean IoU on the validation set of each rate, in percent."""
     sets = samples_of(place.validation)
 
     def miou(rate: float) -> float:
-        run = _run(place, arm, level, rate)
+        run = rate_run(place, arm, rate)
         return statistics.fmean(
             measure(
                 sets, [{name: predictions_of(run, path) for name, path in place.validation.items()}]
@@ -60,11 +70,16 @@ def validation_mious(place: Place, arm: str, level: float) -> dict[float, float]
     return {rate: miou(rate) for rate in RATES}
 
 
-def chosen_rate(place: Place, arm: str, level: float) -> float:
+def chosen_rate(place: Place, arm: str) -> float:
     """The rate with the best mean IoU on the validation set; of equals, the smallest."""
-    found = validation_mious(place, arm, level)
+    found = validation_mious(place, arm)
     return max(sorted(found), key=lambda rate: found[rate])
 
 
-def _run(place: Place, arm: str, level: float, rate: float) -> Path:
-    return place.runs("rates") / f"{arm}-noise-{seen(arm, level):g}-rate-{rate:g}"
+def tuned(place: Place, arm: str) -> dict[str, Any]:
+    """What every run of an arm has: the batch, and the chosen rate, asked for when the run starts."""
+    return BATCH | {"optim.lr": lambda: chosen_rate(place, arm)}
+
+
+def rate_run(place: Place, arm: str, rate: float) -> Path:
+    return place.runs("rates") / f"{arm}-noise-{seen(arm, NOISE):g}-rate-{rate:g}"

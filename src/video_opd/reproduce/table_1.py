@@ -17,7 +17,6 @@ from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
     TEACHER,
-    TUNING,
     Place,
     make_videos,
     measure_runs,
@@ -27,11 +26,15 @@ from video_opd.reproduce.places import (
 )
 from video_opd.reproduce.rates import (
     BATCH,
+    NOISE,
     RATES,
     STEPS,
+    VIDEOS,
     chosen_rate,
     levels_of,
+    prepare_tuning,
     seen,
+    tuned,
     tuning_stage,
     validation_mious,
 )
@@ -40,7 +43,6 @@ from video_opd.reproduce.tasks import Stage
 NAME = "table-1"
 TITLE = "Table 1: methods and annotation noise"
 SUITE = "tables"
-VIDEOS = 100  # of a pool, with about 430 rows
 LEVELS = (0.0, 0.5, 1.0)
 ARMS = {
     "sft": "SFT",
@@ -55,7 +57,8 @@ BASELINES = tuple(arm for arm in ARMS if arm not in OURS)
 
 
 def prepare(place: Place, seeds: Sequence[int]) -> None:
-    make_videos(place, [*seeds, TUNING], VIDEOS, LEVELS)
+    prepare_tuning(place)
+    make_videos(place, seeds, VIDEOS, LEVELS)
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
@@ -68,13 +71,13 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             evaluate=place.tests,
             seed=seed,
             steps=STEPS,
-            changes=BATCH | {"optim.lr": lambda arm=arm, level=level: chosen_rate(place, arm, level)},
+            changes=tuned(place, arm),
         )
         for seed in seeds
         for arm in ARMS
         for level in levels_of(arm, LEVELS)
     ]
-    return [[*shipped_stage(place), *tuning_stage(place, list(ARMS), LEVELS)], runs]
+    return [[*shipped_stage(place), *tuning_stage(place, list(ARMS))], runs]
 
 
 def run_of(place: Place, arm: str, level: float, seed: int) -> Path:
@@ -89,17 +92,16 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
         levels.append(
             {
                 "noise": level,
-                "rates": {arm: chosen_rate(place, arm, level) for arm in ARMS},
-                "validation": {
-                    arm: {f"{rate:g}": miou for rate, miou in validation_mious(place, arm, level).items()}
-                    for arm in ARMS
-                },
                 "mIoU": {arm: found.to_json() for arm, found in arms.items()},
                 "differences": differences({BASE: shipped[BASE], **arms}),
             }
         )
     return {
-        "settings": {"videos": VIDEOS, "steps": STEPS, **BATCH, "rates": RATES},
+        "settings": {"videos": VIDEOS, "steps": STEPS, **BATCH, "rates": RATES, "rates_noise": NOISE},
+        "rates": {arm: chosen_rate(place, arm) for arm in ARMS},
+        "validation": {
+            arm: {f"{rate:g}": miou for rate, miou in validation_mious(place, arm).items()} for arm in ARMS
+        },
         "shipped": {model: found.to_json() for model, found in shipped.items()},
         "levels": levels,
     }
@@ -136,19 +138,24 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     settings, levels = record["settings"], record["levels"]
     yield (
         f"{settings['videos']} training videos a seed, {settings['steps']} steps of "
-        f"{settings['optim.batch_size']} prompts, each arm at the rate of "
-        f"{', '.join(f'{rate:g}' for rate in settings['rates'])} that was best on the validation set. "
-        "Mean IoU over the rows of all test sets, ± the standard deviation over seeds, and the rate in "
-        "brackets:\n"
+        f"{settings['optim.batch_size']} prompts, each arm at the rate that was "
+        f"best on the validation set with annotation noise {settings['rates_noise']:g}. Mean IoU over the "
+        "rows of all test sets, ± the standard deviation over seeds:\n"
     )
-    yield "| | " + " | ".join(f"noise {level['noise']:g}" for level in levels) + " |"
-    yield "|---|" + "---|" * len(levels)
+    yield "| | rate | " + " | ".join(f"noise {level['noise']:g}" for level in levels) + " |"
+    yield "|---|---|" + "---|" * len(levels)
     for model in (BASE, TEACHER):
         value = spread(record["shipped"][model]["all"])
-        yield f"| {model} | " + " | ".join(value for _ in levels) + " |"
+        yield f"| {model} | | " + " | ".join(value for _ in levels) + " |"
     for arm, name in ARMS.items():
-        cells = [f"{spread(level['mIoU'][arm]['all'])} ({level['rates'][arm]:g})" for level in levels]
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        cells = [spread(level["mIoU"][arm]["all"]) for level in levels]
+        yield f"| {name} | {record['rates'][arm]:g} | " + " | ".join(cells) + " |"
+    yield "\nMean IoU on the validation set by rate:\n"
+    rates = list(next(iter(record["validation"].values())))
+    yield "| | " + " | ".join(rates) + " |"
+    yield "|---|" + "---|" * len(rates)
+    for arm, name in ARMS.items():
+        yield f"| {name} | " + " | ".join(f"{record['validation'][arm][r]:.1f}" for r in rates) + " |"
     yield "\nBy test set:\n"
     sets = [name for name in levels[0]["mIoU"][next(iter(ARMS))] if name != "all"]
     yield "| | noise | " + " | ".join(sets) + " |"

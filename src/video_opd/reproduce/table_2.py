@@ -21,7 +21,6 @@ from video_opd.reproduce.places import (
     EVALUATION_SECONDS,
     QUERIES,
     TEACHER,
-    TUNING,
     Place,
     has_all_rows,
     make_videos,
@@ -30,8 +29,7 @@ from video_opd.reproduce.places import (
     shipped_stage,
     train_task,
 )
-from video_opd.reproduce.rates import BATCH, chosen_rate, tuning_stage
-from video_opd.reproduce.table_1 import VIDEOS as TUNING_VIDEOS
+from video_opd.reproduce.rates import BATCH, chosen_rate, prepare_tuning, tuned, tuning_stage
 from video_opd.reproduce.tasks import Stage, Task
 from video_opd.temporal import annotation_iou
 from video_opd.world.demo import STUDENT_K, TEACHER_K, shipped
@@ -67,7 +65,7 @@ CLAIMS = (  # the paper's sentence, its table, and the arms of which the first s
 
 
 def prepare(place: Place, seeds: Sequence[int]) -> None:
-    make_videos(place, [TUNING], TUNING_VIDEOS, [0.0])
+    prepare_tuning(place)
     make_videos(place, seeds, VIDEOS, LEVELS, POOL)
 
 
@@ -81,13 +79,13 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             evaluate=place.tests,
             seed=seed,
             steps=STEPS,
-            changes=BATCH | {"optim.lr": lambda: chosen_rate(place, RECIPE, 0.0)},
+            changes=tuned(place, RECIPE),
         )
         for seed in seeds
         for level in LEVELS
         for arm in ARMS
     ]
-    first = [*shipped_stage(place), *tuning_stage(place, [RECIPE], [0.0])]
+    first = [*shipped_stage(place), *tuning_stage(place, [RECIPE])]
     selections = [select_task(place, arm, level, seed) for seed in seeds for level in LEVELS for arm in ARMS]
     return [[*first, *(score_task(place, seed) for seed in seeds)], selections, runs]
 
@@ -149,7 +147,7 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
         )
     return {
         "settings": {"videos": VIDEOS, "rows": ROWS, "steps": STEPS, **BATCH},
-        "rate": chosen_rate(place, RECIPE, 0.0),
+        "rate": chosen_rate(place, RECIPE),
         "levels": levels,
     }
 

@@ -19,7 +19,6 @@ from video_opd.reproduce.places import (
     BASE,
     QUERIES,
     TEACHER,
-    TUNING,
     Place,
     make_videos,
     measure_runs,
@@ -29,8 +28,7 @@ from video_opd.reproduce.places import (
     shipped_stage,
     train_task,
 )
-from video_opd.reproduce.rates import BATCH, chosen_rate, tuning_stage
-from video_opd.reproduce.table_1 import VIDEOS as TUNING_VIDEOS
+from video_opd.reproduce.rates import BATCH, chosen_rate, prepare_tuning, tuned, tuning_stage
 from video_opd.reproduce.table_2 import POOL, VIDEOS
 from video_opd.reproduce.tasks import Stage
 from video_opd.world.demo import shipped
@@ -85,13 +83,12 @@ SENTENCES = tuple(_sentences())
 
 
 def prepare(place: Place, seeds: Sequence[int]) -> None:
-    make_videos(place, [TUNING], TUNING_VIDEOS, [0.0, NOISE])
+    prepare_tuning(place)
     make_videos(place, seeds, VIDEOS, [NOISE], POOL)
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
-    first = [*shipped_stage(place, (BASE, *TEACHERS)), *tuning_stage(place, [RECIPE], [0.0])]
-    first += tuning_stage(place, ["sft", "grpo"], [NOISE])
+    first = [*shipped_stage(place, (BASE, *TEACHERS)), *tuning_stage(place, [RECIPE, "sft", "grpo"])]
     trained = [
         rounds_task(
             place,
@@ -103,7 +100,7 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             seed=seed,
             rounds=ROUNDS,
             steps=STEPS,
-            changes=BATCH | {"tvdf.k": ROWS, "optim.lr": lambda: chosen_rate(place, RECIPE, 0.0)},
+            changes=tuned(place, RECIPE) | {"tvdf.k": ROWS},
         )
         for seed in seeds
         for teacher in TEACHERS
@@ -117,7 +114,7 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             evaluate={},
             seed=seed,
             steps=SFT_STEPS,
-            changes=BATCH | {"optim.lr": lambda: chosen_rate(place, "sft", NOISE)},
+            changes=tuned(place, "sft"),
         )
         for seed in seeds
     ]
@@ -130,11 +127,7 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             evaluate=place.tests,
             seed=seed,
             steps=GRPO_STEPS,
-            changes=BATCH
-            | {
-                "model.path": sft_of(place, seed) / "model",
-                "optim.lr": lambda: chosen_rate(place, "grpo", NOISE),
-            },
+            changes=tuned(place, "grpo") | {"model.path": sft_of(place, seed) / "model"},
         )
         for seed in seeds
     ]
@@ -185,10 +178,7 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
             "grpo_steps": GRPO_STEPS,
             **BATCH,
         },
-        "rates": {
-            RECIPE: chosen_rate(place, RECIPE, 0.0),
-            **{arm: chosen_rate(place, arm, NOISE) for arm in ("sft", "grpo")},
-        },
+        "rates": {arm: chosen_rate(place, arm) for arm in (RECIPE, "sft", "grpo")},
         "mIoU": {arm: found.to_json() for arm, found in arms.items()},
         "differences": differences(arms, pairs),
     }

@@ -17,15 +17,13 @@ from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     GENERAL_BASE,
     GENERAL_TEACHER,
-    TUNING,
     Place,
     make_videos,
     measure_runs,
     predict_task,
     train_task,
 )
-from video_opd.reproduce.rates import BATCH, STEPS, chosen_rate, tuning_stage
-from video_opd.reproduce.table_1 import VIDEOS
+from video_opd.reproduce.rates import BATCH, STEPS, VIDEOS, chosen_rate, prepare_tuning, tuned, tuning_stage
 from video_opd.reproduce.tasks import Stage
 from video_opd.world.demo import shipped
 
@@ -39,7 +37,8 @@ MODELS = {"base": GENERAL_BASE, "teacher": GENERAL_TEACHER}
 
 
 def prepare(place: Place, seeds: Sequence[int]) -> None:
-    make_videos(place, [*seeds, TUNING], VIDEOS, [0.0])
+    prepare_tuning(place)
+    make_videos(place, seeds, VIDEOS, [0.0])
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
@@ -58,15 +57,14 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             evaluate=place.tests,
             seed=seed,
             steps=STEPS,
-            changes=BATCH
+            changes=tuned(place, RECIPE)
             | models_of(RECIPE)
-            | ({"prompt.thinking": "true", "sampling.max_new_tokens": MAX_NEW_TOKENS} if flags else {})
-            | {"optim.lr": lambda: chosen_rate(place, RECIPE, 0.0)},
+            | ({"prompt.thinking": "true", "sampling.max_new_tokens": MAX_NEW_TOKENS} if flags else {}),
         )
         for seed in seeds
         for mode, flags in MODES.items()
     ]
-    return [[*first, *tuning_stage(place, [RECIPE], [0.0])], runs]
+    return [[*first, *tuning_stage(place, [RECIPE])], runs]
 
 
 def shipped_of(place: Place, model: str, mode: str) -> Path:
@@ -95,7 +93,7 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
     rises = [(arm_of("student", mode), arm_of("base", mode)) for mode in MODES]
     return {
         "settings": {"videos": VIDEOS, "steps": STEPS, "max_new_tokens": MAX_NEW_TOKENS, **BATCH},
-        "rate": chosen_rate(place, RECIPE, 0.0),
+        "rate": chosen_rate(place, RECIPE),
         "mIoU": {arm: found.to_json() for arm, found in arms.items()},
         "differences": differences(arms, [*modes, *rises]),
     }

@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Place:
     place = make_place(tmp_path)
     for arm in table_1.ARMS:
         for k, rate in enumerate(rates.RATES):
-            predict(rates._run(place, arm, rates.seen(arm, 1.0), rate), place.validation, 0.5 * (k != 1))
+            predict(rates.rate_run(place, arm, rate), place.validation, 0.5 * (k != 1))
         for seed in SEEDS:
             run = figure_4.run_of(place, arm, seed)
             predict(run, place.tests, 1.0)

@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Place:
     """The best rate is the last one. Top-k is right, all other arms are a second late."""
     place = make_place(tmp_path)
     for k, rate in enumerate(rates.RATES):
-        predict(rates._run(place, table_2.RECIPE, 0.0, rate), place.validation, 0.5 * (2 - k))
+        predict(rates.rate_run(place, table_2.RECIPE, rate), place.validation, 0.5 * (2 - k))
     for model in (places.BASE, places.TEACHER):
         predict(place.runs("shipped") / model, place.tests, 2.0)
     for seed in SEEDS:

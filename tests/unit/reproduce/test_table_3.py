@@ -24,10 +24,9 @@ STUDENTS["tiny-teacher"] = (1.0, 0.5, 0.0)
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     place = make_place(tmp_path)
-    for arm, level in (("video-opd-full", 0.0), ("sft", 1.0), ("grpo", 1.0)):
-        best = {"video-opd-full": 2, "sft": 1, "grpo": 0}[arm]
+    for arm, best in (("video-opd-full", 2), ("sft", 1), ("grpo", 0)):
         for k, rate in enumerate(rates.RATES):
-            predict(rates._run(place, arm, level, rate), place.validation, 0.5 * abs(k - best))
+            predict(rates.rate_run(place, arm, rate), place.validation, 0.5 * abs(k - best))
     for model, late in ((places.BASE, 3.0), *TEACHERS.items()):
         predict(place.runs("shipped") / model, place.tests, late)
     for seed in SEEDS:

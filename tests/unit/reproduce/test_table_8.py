@@ -19,7 +19,7 @@ SEEDS = [0, 1]
 def place(tmp_path: Path) -> Place:
     place = make_place(tmp_path)
     for k, rate in enumerate(rates.RATES):
-        predict(rates._run(place, table_8.RECIPE, 0.0, rate), place.validation, 0.5 * k)
+        predict(rates.rate_run(place, table_8.RECIPE, rate), place.validation, 0.5 * k)
     for mode, late in (("thinking", 1.0), ("no-thinking", 0.5)):
         for model in table_8.MODELS:
             predict(table_8.shipped_of(place, model, mode), place.tests, 2.0)
@@ -35,8 +35,10 @@ def test_arms_differ_in_thinking_alone(place: Place) -> None:
     assert {r.sampling.max_new_tokens for r in trained if r.prompt.thinking} == {64}
     assert {r.evaluate.max_new_tokens for r in trained if r.prompt.thinking} == {64}
     for r in trained:
-        same = {"prompt.thinking": False, "sampling.max_new_tokens": 16, "evaluate.max_new_tokens": 16}
-        same |= {"run.dir": "r", "run.seed": 0, "data.train": "d"}
+        same = {
+            "prompt.thinking": False, "sampling.max_new_tokens": 16, "evaluate.max_new_tokens": 16,
+            "run.dir": "r", "run.seed": 0, "data.train": "d",
+        }  # fmt: skip
         assert r.changed(**same) == trained[0].changed(**same)
     thinking = 0
     for task in first:
