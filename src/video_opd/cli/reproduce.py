@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
         "--suite",
         default="all",
         metavar="NAME",
-        help="tables, figures, all, or one experiment, such as table-1; default: %(default)s",
+        help="tables, figures, studies, all, or one experiment, such as table-1; default: %(default)s",
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument(

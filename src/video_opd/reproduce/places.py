@@ -38,6 +38,7 @@ STEP_SECONDS = {  # for 32 prompts of the generated world, on one thread
     "op-fkd": 2.6,
     "grpo": 2.9,
     "video-opd": 2.9,
+    "video-opd-baseline": 2.9,
     "video-opd-full": 2.9,
 }
 

@@ -20,7 +20,7 @@ NOISE = 0.5  # of the rows on which they are tried
 VIDEOS = 100  # of a pool, with about 430 rows
 STEPS, BATCH_SIZE = 30, 32  # of every run
 BATCH = {"optim.batch_size": BATCH_SIZE}
-WITHOUT_ANNOTATIONS = ("video-opd", "video-opd-full")  # recipes whose signal needs none
+WITHOUT_ANNOTATIONS = ("video-opd", "video-opd-baseline", "video-opd-full")  # recipes whose signal needs none
 
 
 def seen(arm: str, level: float) -> float:
