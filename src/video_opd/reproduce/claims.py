@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MIOU, ACCURACY, OPERATIONS = "mean IoU", "accuracy", "GRPO's operations, in percent"
+MIOU, ACCURACY = "mean IoU", "accuracy"
+OPERATIONS = "operations of GRPO's step, in percent"
+NOISE, COVARIANCE_SHARE = "log10 of noise / signal", "share of the variance, in percent"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told at this size"
 
 

@@ -22,16 +22,17 @@ LINES_SHOWN = 5  # of a failed command's output
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One ``video-opd`` command of an experiment.
+    """One command of an experiment: ``python -m module words``, which is ``video-opd words`` by default.
 
-    ``words`` are its words. They are made when it starts, because they may name what earlier tasks found.
-    ``done`` says whether there is nothing left to do; ``seconds`` is its expected time on one thread.
+    The words are made when it starts, because they may name what earlier tasks found. ``done`` says whether
+    there is nothing left to do; ``seconds`` is its expected time on one thread.
     """
 
     name: str  # unique; its output is kept in ``name + ".log"``
     words: Callable[[], Sequence[Any]]
     done: Callable[[], bool]
     seconds: float
+    module: str = "video_opd"
 
 
 Stage = Sequence[Task]
@@ -96,7 +97,7 @@ def _completed(todo: Sequence[Task], logs: Path, jobs: int, environment: Mapping
 
 def _run(task: Task, logs: Path, environment: Mapping[str, str]) -> None:
     path = logs / f"{task.name}.log"
-    command = [sys.executable, "-m", "video_opd", *map(str, task.words())]
+    command = [sys.executable, "-m", task.module, *map(str, task.words())]
     with path.open("w", encoding="utf-8") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
     if code or not task.done():
