@@ -6,9 +6,19 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from video_opd.errors import UserError
-from video_opd.reproduce import appendix_a, estimators, figure_4, figure_6, table_1, table_2, table_3, table_8
+from video_opd.reproduce import (
+    appendix_a,
+    distance,
+    estimators,
+    figure_4,
+    figure_6,
+    table_1,
+    table_2,
+    table_3,
+    table_8,
+)
 
-_MODULES = (table_1, table_2, table_3, table_8, figure_4, figure_6, appendix_a, estimators)
+_MODULES = (table_1, table_2, table_3, table_8, figure_4, figure_6, appendix_a, distance, estimators)
 EXPERIMENTS: Mapping[str, ModuleType] = {module.NAME: module for module in _MODULES}
 SUITES = tuple(dict.fromkeys(module.SUITE for module in EXPERIMENTS.values()))
 

@@ -133,6 +133,18 @@ def best(level: Mapping[str, Any]) -> tuple[str, list[str]]:
     return first, sorted(near, key=mean, reverse=True)
 
 
+def leaders(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Markdown: the best arm of each level, and the arms that its intervals do not tell from it."""
+    yield "Which method leads, and which cannot be told from it:\n"
+    yield "| annotation noise | best | not told from it |"
+    yield "|---|---|---|"
+    for level in levels:
+        first, near = best(level)
+        others = ", ".join(ARMS[arm] for arm in near) or "none"
+        yield f"| {level['noise']:g} | {ARMS[first]} | {others} |"
+    yield ""
+
+
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
     """Markdown: mean IoU of each arm at each level, the rates that were chosen, and who leads where."""
     settings, levels = record["settings"], record["levels"]
@@ -164,11 +176,5 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
         for level in levels:
             cells = [spread(level["mIoU"][arm][testset]) for testset in sets]
             yield f"| {name} | {level['noise']:g} | " + " | ".join(cells) + " |"
-    yield "\nWhich method leads, and which cannot be told from it:\n"
-    yield "| annotation noise | best | not told from it |"
-    yield "|---|---|---|"
-    for level in levels:
-        first, near = best(level)
-        others = ", ".join(ARMS[arm] for arm in near) or "none"
-        yield f"| {level['noise']:g} | {ARMS[first]} | {others} |"
     yield ""
+    yield from leaders(levels)
