@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "reports": {"evaluation"},  # how rows are scored and compared; no torch
     "world": {"data", "models", "evaluation"},
     "bench": {"data", "models", "algorithms", "training"},
-    "reproduce": {"data", "evaluation", "curriculum", "training", "world"},
+    "reproduce": {"data", "models", "algorithms", "evaluation", "curriculum", "training", "world"},
     "api": {"data", "models", "evaluation", "training", "grounding", "reports"},
     "cli": PATH_OF_A_RUN
     | {"api", "convert", "grounding", "suites", "reports", "world", "bench", "reproduce"},
