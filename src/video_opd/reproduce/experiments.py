@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from video_opd.errors import UserError
+from video_opd.progress import log
 from video_opd.reproduce import (
     appendix_a,
     distance,
@@ -17,6 +18,7 @@ from video_opd.reproduce import (
     table_3,
     table_8,
 )
+from video_opd.world.demo import shipped
 
 _MODULES = (table_1, table_2, table_3, table_8, figure_4, figure_6, appendix_a, distance, estimators)
 EXPERIMENTS: Mapping[str, ModuleType] = {module.NAME: module for module in _MODULES}
@@ -24,10 +26,24 @@ SUITES = tuple(dict.fromkeys(module.SUITE for module in EXPERIMENTS.values()))
 
 
 def chosen(suite: str) -> Sequence[ModuleType]:
-    """The experiments of a suite, or the one of that name. Raises UserError if there is none."""
+    """The experiments of a suite, or the one of that name. Those of a suite whose tiny models the package
+    does not ship are left out, and named.
+
+    Raises UserError if there is none of that name, and for a named one whose models are not there.
+    """
     found = [module for name, module in EXPERIMENTS.items() if suite in (name, module.SUITE, "all")]
     if not found:
         raise UserError(
             f"there is no experiment or suite {suite!r}; choose from {', '.join((*SUITES, *EXPERIMENTS))}"
         )
-    return found
+    ready = []
+    for module in found:
+        missing = [name for name in getattr(module, "MORE_MODELS", ()) if not shipped(name).is_dir()]
+        if not missing:
+            ready.append(module)
+            continue
+        reason = f"{module.NAME} needs {' and '.join(missing)}, which tools/tiny_models/further.yaml makes"
+        if suite == module.NAME:
+            raise UserError(f"{reason}; put the folder into {shipped(missing[0]).parent}")
+        log(f"left out: {reason}")
+    return ready

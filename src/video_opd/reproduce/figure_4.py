@@ -46,7 +46,7 @@ SUITE = "figures"
 NOISE = 1.0
 OFF_POLICY = ("op-rkd", "op-fkd")
 ON_POLICY = ("grpo", "video-opd", "video-opd-full")
-MODELS = (GENERAL_BASE, GENERAL_TEACHER)
+MODELS = MORE_MODELS = (GENERAL_BASE, GENERAL_TEACHER)
 
 
 def prepare(place: Place, seeds: Sequence[int]) -> None:

@@ -44,6 +44,7 @@ TEACHERS = {
     "tiny-teacher-small": "as large as the student",
     TEACHER: "larger than the student",
 }
+MORE_MODELS = ("tiny-teacher-mini",)
 SFT_GRPO = "sft-grpo"
 SFT_STEPS, GRPO_STEPS = STEPS, (ROUNDS - 1) * STEPS
 

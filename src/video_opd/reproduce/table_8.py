@@ -33,6 +33,7 @@ SUITE = "tables"
 RECIPE = "video-opd-full"
 MAX_NEW_TOKENS = 64  # a thought and an answer are about 35
 MODES = {"no-thinking": [], "thinking": ["--prompt.thinking", "true", "--max-new-tokens", MAX_NEW_TOKENS]}
+MORE_MODELS = (GENERAL_BASE, GENERAL_TEACHER)
 MODELS = {"base": GENERAL_BASE, "teacher": GENERAL_TEACHER}
 
 

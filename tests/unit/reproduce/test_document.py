@@ -12,6 +12,7 @@ import pytest
 from places import ROOT
 
 from video_opd.errors import UserError
+from video_opd.reproduce import experiments
 from video_opd.reproduce.claims import Claim, verdict
 from video_opd.reproduce.document import document, read_results
 from video_opd.reproduce.experiments import EXPERIMENTS, SUITES, chosen
@@ -99,8 +100,23 @@ def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
         read_results(tmp_path, EXPERIMENTS)
 
 
-def test_suites_and_names() -> None:
+def test_experiments_without_their_models_are_left_out_of_suites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiments, "shipped", lambda name: tmp_path / name)
+    needing = {module for module in EXPERIMENTS.values() if hasattr(module, "MORE_MODELS")}
+    assert {module.NAME for module in needing} == {"table-3", "table-8", "figure-4"}
+    assert set(chosen("all")) == set(EXPERIMENTS.values()) - needing
+    assert "left out: table-3 needs tiny-teacher-mini, which" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"table-8 needs tiny-general-base and tiny-g.*further"):
+        chosen("table-8")
+    for module in needing:
+        for name in module.MORE_MODELS:
+            (tmp_path / name).mkdir(exist_ok=True)
     assert list(chosen("all")) == list(EXPERIMENTS.values())
+
+
+def test_suites_and_names() -> None:
     for suite in SUITES:
         assert chosen(suite)
     assert list(chosen("table-1")) == [EXPERIMENTS["table-1"]]
