@@ -49,13 +49,14 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.files import write_text
     from video_opd.reproduce.document import document, read_results
-    from video_opd.reproduce.experiments import EXPERIMENTS, chosen
+    from video_opd.reproduce.experiments import EXPERIMENTS, chosen, with_models
 
     experiments = chosen(arguments.suite)
     if not arguments.no_runs:
         from video_opd.reproduce.reproduce import reproduce
 
-        reproduce(experiments, arguments.out, arguments.results, seeds=arguments.seeds, jobs=arguments.jobs)
+        ready = with_models(experiments)
+        reproduce(ready, arguments.out, arguments.results, seeds=arguments.seeds, jobs=arguments.jobs)
     page = document(read_results(arguments.results, EXPERIMENTS), EXPERIMENTS)
     if arguments.page:
         log(f"wrote {write_text(Path(arguments.page), page)}")

@@ -26,24 +26,28 @@ SUITES = tuple(dict.fromkeys(module.SUITE for module in EXPERIMENTS.values()))
 
 
 def chosen(suite: str) -> Sequence[ModuleType]:
-    """The experiments of a suite, or the one of that name. Those of a suite whose tiny models the package
-    does not ship are left out, and named.
-
-    Raises UserError if there is none of that name, and for a named one whose models are not there.
-    """
+    """The experiments of a suite, or the one of that name. Raises UserError if there is none."""
     found = [module for name, module in EXPERIMENTS.items() if suite in (name, module.SUITE, "all")]
     if not found:
         raise UserError(
             f"there is no experiment or suite {suite!r}; choose from {', '.join((*SUITES, *EXPERIMENTS))}"
         )
+    return found
+
+
+def with_models(experiments: Sequence[ModuleType]) -> Sequence[ModuleType]:
+    """Those whose tiny models are all there. Others are left out, and named.
+
+    Raises UserError for a single experiment whose models are not there.
+    """
     ready = []
-    for module in found:
+    for module in experiments:
         missing = [name for name in getattr(module, "MORE_MODELS", ()) if not shipped(name).is_dir()]
         if not missing:
             ready.append(module)
             continue
         reason = f"{module.NAME} needs {' and '.join(missing)}, which tools/tiny_models/further.yaml makes"
-        if suite == module.NAME:
+        if len(experiments) == 1:
             raise UserError(f"{reason}; put the folder into {shipped(missing[0]).parent}")
         log(f"left out: {reason}")
     return ready
