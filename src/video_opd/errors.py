@@ -8,6 +8,13 @@ class UserError(ValueError):
     """
 
 
+class Unavailable(RuntimeError):
+    """Something that the work needs is away. The message is one line: what, since when, and the remedy.
+
+    The command prints it and exits with 1; repeated, it continues.
+    """
+
+
 class ErrorOfFirst(UserError):
     """An error of the first of several processes, raised in the others so that all of them end.
 

@@ -70,6 +70,7 @@ class EncodedPrompt:
     video_tokens: int
     clip_digest: str
     duration_s: float
+    clip: Clip | None = None  # kept only for a teacher in another process, which is sent its frames
 
     @property
     def length(self) -> int:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from video_opd.config import (
     METHODS,
+    WITH_TEACHER,
     GRPORecipe,
     ModelConfig,
     PromptConfig,
@@ -391,6 +392,9 @@ def test_a_recipe_with_the_neutral_keys_of_other_methods_is_the_same_recipe(meth
     later = ("teacher.other_template", "teacher.placement", "model.reduce", "model.gather")
     assert [kept.pop(key) for key in later] == [False, "auto", "step", "step"]
     assert kept.pop("optim.offload") is False
+    if method in WITH_TEACHER:
+        servers = ("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s")
+        assert [kept.pop(key) for key in servers] == [[], None, "value", 3600.0]
     types = ("model.weights", "optim.moments", "teacher.quantization", "lora.base_quantization")
     assert [kept.pop(key) for key in types] == ["float32", "float32", None, None]
     assert kept.items() <= before.items()

@@ -31,7 +31,16 @@ BASE = {
     "terminal",
     "",
 }
-PATH_OF_A_RUN = {"data", "models", "algorithms", "evaluation", "curriculum", "planning", "training"}
+PATH_OF_A_RUN = {
+    "data",
+    "models",
+    "algorithms",
+    "evaluation",
+    "curriculum",
+    "planning",
+    "serving",
+    "training",
+}
 MAY_IMPORT = {
     "data": set[str](),
     "models": {"data"},
@@ -39,7 +48,8 @@ MAY_IMPORT = {
     "evaluation": {"data", "models"},
     "curriculum": {"evaluation", "data", "models"},
     "planning": {"models"},  # the files of a checkpoint; no torch
-    "training": {"data", "models", "algorithms", "evaluation", "curriculum", "planning"},
+    "serving": {"data", "models"},
+    "training": {"data", "models", "algorithms", "evaluation", "curriculum", "planning", "serving"},
     # Tools around the path of a run; nothing on it imports them.
     "convert": {"data"},
     "grounding": {"data", "models", "evaluation"},

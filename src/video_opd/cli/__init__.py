@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from video_opd.cli.commands import parse_words
 from video_opd.cli.output import locked_outputs, lost_output, prepare_streams
-from video_opd.errors import ErrorOfFirst, UserError
+from video_opd.errors import ErrorOfFirst, Unavailable, UserError
 from video_opd.processes import follow_launcher
 from video_opd.terminal import visible
 
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_INPUT if error.wrong_input else FAILED
     except UserError as error:
         return _fail(str(error), WRONG_INPUT, debug)
+    except Unavailable as error:
+        return _fail(str(error), FAILED, debug)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues where it stopped", INTERRUPTED, False)
     except BrokenPipeError:

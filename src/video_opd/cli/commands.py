@@ -22,6 +22,7 @@ from video_opd.cli import (
     rounds,
     score,
     select,
+    serve_teacher,
     suite,
     train,
     world_make,
@@ -42,6 +43,7 @@ COMMANDS: Mapping[str, Command | Group] = {
     "ground": ground,
     "report": report,
     "reproduce": reproduce,
+    "serve-teacher": serve_teacher,
     "data": Group(
         "look after data files", {"check": data_check, "convert": data_convert, "stats": data_stats}
     ),

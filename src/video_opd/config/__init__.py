@@ -13,6 +13,7 @@ Example::
 """
 
 from video_opd.config.method_sections import (
+    DistillationTeacherConfig,
     GRPOLossConfig,
     GRPOSamplingConfig,
     LossConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "WITH_TEACHER",
     "DataConfig",
     "DistillationRecipe",
+    "DistillationTeacherConfig",
     "Dtype",
     "EvaluateConfig",
     "GRPOLossConfig",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from video_opd.config.sections import Dtype, Placement, Quantization
-from video_opd.config.settings import Number, Settings, TextByText
+from video_opd.config.settings import Number, Settings, TextByText, Texts
 from video_opd.errors import need
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class TeacherConfig(Settings):
         """The folders of all teachers, each once."""
         return [self.path] if self.path else []
 
+    @property
+    def local_paths(self) -> list[str]:
+        """Those that a run holds itself."""
+        return self.paths
+
 
 class DistillationTeacherConfig(TeacherConfig):
     """A teacher that the student learns from."""
@@ -81,10 +86,49 @@ class DistillationTeacherConfig(TeacherConfig):
     distributions: bool = Field(
         default=True, description="false: the teacher gives the log-probs of written tokens only"
     )
+    urls: Texts = Field(
+        default=(),
+        description="addresses of video-opd serve-teacher, all with the teacher of path or fingerprint; "
+        "their token is in the variable VIDEO_OPD_TOKEN; none: the run holds the teacher; ours",
+    )
+    fingerprint: str | None = Field(
+        default=None, description="of urls' model, where its folder is not here; the server prints it; ours"
+    )
+    send: Literal["value", "reference"] = Field(
+        default="value",
+        description="value: the servers get the frames; reference: they read the video files themselves, and "
+        "refuse if they see other frames; ours",
+    )
+    wait_s: Number = Field(
+        default=3600.0,
+        gt=0,
+        description="how long the run waits for servers that are away before it ends with a checkpoint; ours",
+    )
+
+    @model_validator(mode="after")
+    def _check_servers(self) -> Self:
+        if not self.urls:
+            need(self.fingerprint is None, "fingerprint belongs to urls: name the servers, or leave it out")
+            return self
+        for url in self.urls:
+            need(
+                url.startswith(("http://", "https://")),
+                f"urls has {url!r}; an address begins with http:// or https://",
+            )
+        need(not self.by_source, "by_source names folders; leave urls out, or by_source")
+        need(
+            self.placement == "auto",
+            f"placement is {self.placement}, and the servers of urls hold the teacher: leave it out",
+        )
+        return self
 
     @property
     def paths(self) -> list[str]:
         return list(dict.fromkeys([self.path, *self.by_source.values()]))
+
+    @property
+    def local_paths(self) -> list[str]:
+        return [] if self.urls else self.paths
 
 
 class ScaledTeacherConfig(DistillationTeacherConfig):

@@ -144,6 +144,11 @@ class Recipe(Settings):
     # The training loop asks these of every method's recipe.
 
     @property
+    def asks_servers(self) -> bool:
+        """Whether the teacher is in other processes, which are sent what it scores."""
+        return False
+
+    @property
     def rollouts(self) -> int:
         """Trajectories of each prompt. Off policy, an annotation is one."""
         return 1
@@ -239,11 +244,17 @@ class DistillationRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check_teacher(self) -> Self:
+        teacher = self.teacher
         need(
-            bool(self.teacher.path),
-            f"teacher.path is missing: method {self.method} learns from a teacher; name its folder",
+            bool(teacher.path) or bool(teacher.urls and teacher.fingerprint),
+            f"teacher.path is missing: method {self.method} learns from a teacher; name its folder"
+            + (", or its fingerprint in teacher.fingerprint" if teacher.urls else ""),
         )
         return self
+
+    @property
+    def asks_servers(self) -> bool:
+        return bool(self.teacher.urls)
 
     def _need_distributions(self, what: str) -> None:
         need(

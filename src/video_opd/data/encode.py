@@ -35,15 +35,22 @@ class PromptEncoder:
 
     ``prompt.video_form`` must be chosen: ``release`` is ``<0.2 seconds><|vision_start|>…<|vision_end|>`` for
     each pair of frames, and ``nested`` has one more ``<|vision_start|>`` before and ``<|vision_end|>`` behind
-    the whole video. Without ``prompt`` it is ``release``.
+    the whole video. Without ``prompt`` it is ``release``. With ``keep_clips`` each prompt carries its clip.
 
     Raises UserError for a processor whose video tokens are not Qwen3-VL's, 32×32 px of a pair of frames, and
     for a chat template that opens ``<think>`` if ``prompt.thinking`` is not set, and for settings of the
     processor with which no video can be encoded.
     """
 
-    def __init__(self, processor: Qwen3VLProcessor, prompt: PromptConfig | None = None) -> None:
+    def __init__(
+        self,
+        processor: Qwen3VLProcessor,
+        prompt: PromptConfig | None = None,
+        *,
+        keep_clips: bool = False,
+    ) -> None:
         self.processor = processor
+        self.keep_clips = keep_clips
         self.prompt = prompt if prompt is not None else PromptConfig(video_form="release")
         assert self.prompt.video_form is not None, "choose_video_form says which"
         vision = processor.video_processor
@@ -102,6 +109,7 @@ class PromptEncoder:
                 video_tokens=video_tokens,
                 clip_digest=clip.digest,
                 duration_s=clip.duration_s,
+                clip=clip if self.keep_clips else None,
             )
             for sample_id, row, text in zip(sample_ids, rows, texts, strict=True)
         ]

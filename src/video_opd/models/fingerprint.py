@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 # The files that decide, together with the weights, what a model is given and what it writes.
-_CONFIG_FILES = (
+CONFIG_FILES = (
     "adapter_config.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -41,7 +41,7 @@ def model_fingerprint(path: str | Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     weights = sorted({file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern)})
     whole = sum(file.stat().st_size for file in weights) <= _FULL_READ_BYTES
-    for file in [*weights, *(folder / name for name in _CONFIG_FILES if (folder / name).is_file())]:
+    for file in [*weights, *(folder / name for name in CONFIG_FILES if (folder / name).is_file())]:
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         _add_content(digest, file, whole or file not in weights)
     return digest.hexdigest()

@@ -50,7 +50,7 @@ class LocalTeacher:
     ) -> TokenLogprobs:
         """As :meth:`Teacher.logprobs`; takes a prefix of this teacher, too."""
         scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
-        return _finite(scores, prompts, responses, self.nonfinite)
+        return finite_scores(scores, prompts, responses, self.nonfinite)
 
 
 class AdaptersOffReference:
@@ -78,7 +78,7 @@ class AdaptersOffReference:
         """As :meth:`Teacher.logprobs`."""
         with self.turn():
             scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
-        return _finite(scores, prompts, responses, self.nonfinite)
+        return finite_scores(scores, prompts, responses, self.nonfinite)
 
 
 class AdapterTeacher(AdaptersOffReference):
@@ -152,12 +152,13 @@ class RoutedTeacher:
                 teacher.attend()
 
 
-def _finite(
+def finite_scores(
     scores: TokenLogprobs,
     prompts: Sequence[EncodedPrompt] | Prefix,
     responses: Responses,
     nonfinite: Nonfinite,
 ) -> TokenLogprobs:
+    """The scores, if they are finite; else what ``nonfinite`` says (:class:`LocalTeacher`)."""
     finite_BT = scores.logprobs_BT.isfinite()
     if scores.full_BTV is not None:
         finite_BT = finite_BT & scores.full_BTV.isfinite().all(-1)

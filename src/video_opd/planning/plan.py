@@ -34,7 +34,7 @@ class RecipeSizes:
         """``read`` gives the sizes of a model by its path. Raises :class:`UserError` for a model whose sizes
         nobody knows. A teacher that is an adapter has the sizes of its base."""
         student = read(recipe.model.path)
-        bases = [str(base_of(path)) for path in recipe.teacher.paths]
+        bases = [str(base_of(path)) for path in recipe.teacher.local_paths]
         teachers = [student if base == recipe.model.path else read(base) for base in bases]
         return cls(student=student, teachers=tuple(teachers))
 

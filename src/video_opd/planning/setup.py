@@ -42,7 +42,7 @@ class Setup:
     adapted: frozenset[str]  # parts
     rank: int
     base_quantization: str | None
-    has_teacher: bool  # whether a step asks a teacher
+    has_teacher: bool  # whether a step asks a teacher that the run holds itself
     teacher_dtype: str
     teacher_placement: Place | Literal["auto"]
     teacher_quantization: str | None
@@ -55,7 +55,7 @@ class Setup:
         """Raises :class:`UserError` for a teacher in shards with a single process."""
         model, teacher = recipe.model, recipe.teacher
         by_layer = model.gather == "layer" and processes > 1
-        has_teacher = recipe.method in WITH_TEACHER
+        has_teacher = recipe.method in WITH_TEACHER and not recipe.asks_servers
         placement = teacher.placement
         need(
             not (has_teacher and placement == "sharded" and processes == 1),

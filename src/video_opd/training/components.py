@@ -43,6 +43,7 @@ from video_opd.models.torchao import check_torchao
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.planning.setup import Place
 from video_opd.progress import log
+from video_opd.serving.connect import connect_teacher
 from video_opd.training.masters import Masters
 from video_opd.training.memory import plan_of_run
 from video_opd.training.optimizers import make_optimizer
@@ -99,9 +100,8 @@ def build_components(
     check_low_precision(recipe, accelerator.num_processes)
     samples = read_samples(recipe.data.train, recipe.data.video_root)
     device = accelerator.device
-    if recipe.teacher.path:  # finds a missing teacher before minutes are spent on loading the student
-        for path in recipe.teacher.paths:
-            check_teacher(path, recipe.teacher.quantization, device)
+    for path in recipe.teacher.local_paths:  # finds a missing one before minutes are spent on the student
+        check_teacher(path, recipe.teacher.quantization, device)
     plan = plan_of_run(recipe, samples, accelerator)
     placement = plan.teacher_placement if plan is not None else placement_asked(recipe)
     finished = Path(weights) == folder.model
@@ -282,6 +282,10 @@ def load_teachers(
     row has.
     """
     settings = recipe.teacher
+    if settings.urls:
+        return connect_teacher(
+            settings, recipe.video, student, nonfinite=recipe.loss.nonfinite, device=device
+        )
     sources = {sample.id: sample.source for sample in samples}
     for source in settings.by_source:
         if source not in sources.values():
@@ -373,7 +377,8 @@ def prompt_loader(
     ``skipped_path`` gets the rows whose videos cannot be decoded; more than ``max_failed_share`` of them stop
     the run.
     """
-    data, encoder = recipe.data, PromptEncoder(processor, with_video_form(recipe).prompt)
+    data, prompt = recipe.data, with_video_form(recipe).prompt
+    encoder = PromptEncoder(processor, prompt, keep_clips=recipe.asks_servers)
     a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
 
     def load(samples: Sequence[Sample]) -> PromptLoader:

@@ -24,7 +24,7 @@ import torch
 
 from video_opd.config import OptimConfig, Recipe
 from video_opd.config.tree import flatten
-from video_opd.errors import UserError
+from video_opd.errors import Unavailable, UserError
 from video_opd.files import write_text
 from video_opd.jsonl import append_jsonl
 from video_opd.locks import locked_folder
@@ -150,14 +150,30 @@ class Run:
                     planned, rows = next(batches)
                 if first == 0 and self.recipe.run.check:
                     self._check(planned, rows)
-                batch = self.stepper.prepare(first, planned, rows)
                 done = first + plan.updates_per_batch
-                for step in range(first, done):
-                    row, batch = self._step(step, batch, began_s)
-                    began_s = time.perf_counter()
-                    bar.advance(note=_progress(row))
+                with self._saving_if_something_is_away(first):
+                    batch = self.stepper.prepare(first, planned, rows)
+                    for step in range(first, done):
+                        row, batch = self._step(step, batch, began_s)
+                        began_s = time.perf_counter()
+                        bar.advance(note=_progress(row))
                 if done // every > first // every:
                     self._save(done)
+
+    @contextmanager
+    def _saving_if_something_is_away(self, step: int) -> Iterator[None]:
+        """A teacher that stays away ends the run with a checkpoint of what was done before this batch.
+
+        The weights are still those: only the first update on a batch asks a teacher. Of several processes one
+        may find the teacher away while others wait for it, so these go back to their last checkpoint.
+        """
+        try:
+            yield
+        except Unavailable:
+            saved = [checkpoint.step for checkpoint in checkpoints.find_checkpoints(self.folder.checkpoints)]
+            if self.processes.count == 1 and step > max(saved, default=0):
+                self._save(step)
+            raise
 
     def _check(self, planned: int, rows: Sequence[Row]) -> None:
         self.stepper.together(

@@ -23,7 +23,7 @@ from video_opd.locks import locked_file, locked_folder
 READ = {
     *("--student", "--teacher", "--teacher-from", "--model", "--data", "--scores", "--predictions"),
     *("--baseline", "--video-root", "--data-root", "--queries", "--durations", "--device"),
-    *("--source", "--split", "--suite"),
+    *("--source", "--split", "--suite", "--host", "--token-file", "--cache-dir"),
 }
 RECIPE = str(ROOT / "recipes" / "tiny" / "video-opd.yaml")
 ROUNDS = str(ROOT / "recipes" / "tiny" / "rounds.yaml")

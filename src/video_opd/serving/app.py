@@ -1,0 +1,225 @@
+"""The scoring server's HTTP side, as a Starlette app: who may ask, how much, and how long."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from safetensors.numpy import save
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from video_opd.errors import UserError
+from video_opd.models.fingerprint import CONFIG_FILES
+from video_opd.progress import log
+from video_opd.serving.messages import (
+    BODY,
+    FILES,
+    HEALTH,
+    METRICS,
+    MODEL,
+    PROTOCOL,
+    SCORE,
+    BadMessage,
+    ScoreReply,
+    pack_reply,
+    unpack_request,
+)
+from video_opd.serving.queue import ScoringQueue, Waiting
+from video_opd.serving.scorer import BAD, TOO_LARGE, Refused, Scorer
+
+UNAUTHORISED, TIMEOUT, FAILED, BUSY = 401, 408, 500, 503
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """How a server answers. ``token`` None: everybody may ask."""
+
+    token: str | None = None
+    in_flight: int = 64  # requests that are read, waiting or scored at a time
+    read_s: float = 60.0  # for a request's body
+    score_s: float = 600.0  # from the last byte of a request to its reply
+    decoders: int = 4  # threads that look at clips
+
+
+class Service:
+    """The routes, and what they share."""
+
+    def __init__(self, scorer: Scorer, scoring: ScoringQueue, model: Path, settings: ServiceSettings) -> None:
+        self.scorer, self.scoring, self.model, self.settings = scorer, scoring, model, settings
+        self.decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="clips")
+        self.in_flight = self.held_bytes = 0
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "video_opd_requests", "Requests by status", ["status"], registry=self.registry
+        )
+        self.responses = Counter("video_opd_responses", "Responses that were scored", registry=self.registry)
+        self.tokens = Counter(
+            "video_opd_response_tokens", "Tokens of these responses", registry=self.registry
+        )
+        self.seconds = Histogram(
+            "video_opd_request_seconds", "Time of a scored request", registry=self.registry
+        )
+        gauge = Gauge(
+            "video_opd_requests_in_flight", "Requests that are not answered", registry=self.registry
+        )
+        gauge.set_function(lambda: self.in_flight)
+        waiting = Gauge(
+            "video_opd_requests_waiting", "Requests that wait for the model", registry=self.registry
+        )
+        waiting.set_function(lambda: len(scoring))
+
+    def app(self) -> Starlette:
+        routes = [
+            Route(HEALTH, self._answer(self.health, open_to_all=True)),
+            Route(METRICS, self._answer(self.metrics)),
+            Route(MODEL, self._answer(self.describe)),
+            Route(FILES, self._answer(self.files)),
+            Route(SCORE, self._answer(self.score), methods=["POST"]),
+        ]
+        return Starlette(routes=routes)
+
+    def _answer(self, handler: Handler, *, open_to_all: bool = False) -> Handler:
+        """``handler`` for those who may ask. A refusal is one line of text, and so is a fault of our own."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                if not open_to_all:
+                    self._check_token(request)
+                response = await handler(request)
+            except Refused as error:
+                response = _text(error.status, str(error))
+            except BadMessage as error:
+                response = _text(BAD, str(error))
+            except ClientDisconnect:
+                response = _text(BAD, "the request was cut off")
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0]
+                log(f"a request failed: {type(error).__name__}: {reason}")
+                response = _text(FAILED, "the server failed; its own output says how")
+            self.requests.labels(str(response.status_code)).inc()
+            return response
+
+        return answer
+
+    def _check_token(self, request: Request) -> None:
+        if self.settings.token is None:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.settings.token.encode()):
+            raise Refused(UNAUTHORISED, "give this server's token: Authorization: Bearer ...")
+
+    async def health(self, request: Request) -> Response:
+        return _text(200, "ok")
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def describe(self, request: Request) -> Response:
+        facts = {
+            "protocol": PROTOCOL,
+            "model": self.scorer.facts.fingerprint,
+            "dtype": self.scorer.facts.dtype,
+            "quantization": self.scorer.facts.quantization,
+            "name": self.model.name,
+            "reads_files": bool(self.scorer.roots),
+        }
+        return Response(json.dumps(facts), media_type="application/json")
+
+    async def files(self, request: Request) -> Response:
+        """The small files of the model's folder, with which a client compares tokens and templates."""
+        found = {name: self.model / name for name in CONFIG_FILES if (self.model / name).is_file()}
+        arrays = {name: np.frombuffer(path.read_bytes(), dtype=np.uint8) for name, path in found.items()}
+        return Response(save(arrays), media_type=BODY)
+
+    async def score(self, request: Request) -> Response:
+        if self.in_flight >= self.settings.in_flight:
+            raise Refused(BUSY, f"{self.in_flight} requests are in flight; come back")
+        self.in_flight += 1
+        began = time.monotonic()
+        body = _Body(self)
+        try:
+            await body.read(request)
+            reply, tokens = await self._in_time(self._score(body))
+        finally:
+            self.in_flight -= 1
+            body.forget()
+        self.responses.inc(len(tokens))
+        self.tokens.inc(sum(tokens))
+        self.seconds.observe(time.monotonic() - began)
+        return Response(await asyncio.to_thread(pack_reply, reply), media_type=BODY)
+
+    async def _score(self, body: _Body) -> tuple[ScoreReply, list[int]]:
+        loop = asyncio.get_running_loop()
+        message = await asyncio.to_thread(unpack_request, body.content)
+        prompts = await loop.run_in_executor(self.decoders, partial(self.scorer.encode, message))
+        try:
+            reply = await asyncio.wrap_future(self.scoring.put(Waiting(message, prompts)))
+        except UserError as error:
+            raise Refused(BAD, str(error)) from error
+        return reply, message.response_lengths
+
+    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await asyncio.wait_for(work, self.settings.score_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refused(BUSY, f"not scored within {self.settings.score_s:g} s") from None
+
+
+class _Body:
+    """The body of one request. What all of them hold together is bounded, too."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.content, self._held = service, b"", 0
+
+    async def read(self, request: Request) -> None:
+        settings, most = self.service.settings, self.service.scorer.limits.body_bytes
+        told = request.headers.get("content-length", "0")
+        if told.isdecimal() and int(told) > most:
+            raise Refused(TOO_LARGE, f"a body of {int(told) >> 20} MiB, above {most >> 20}")
+        try:
+            await asyncio.wait_for(self._read(request, most), settings.read_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise Refused(TIMEOUT, f"the body did not come within {settings.read_s:g} s") from None
+
+    async def _read(self, request: Request, most: int) -> None:
+        parts = []
+        async for part in request.stream():
+            parts.append(part)
+            self._held += len(part)
+            self.service.held_bytes += len(part)
+            if self._held > most:
+                raise Refused(TOO_LARGE, f"a body above {most >> 20} MiB")
+            if self.service.held_bytes > self.service.scorer.limits.held_bytes:
+                raise Refused(BUSY, "too many large requests are in flight; come back")
+        self.content = b"".join(parts)
+
+    def forget(self) -> None:
+        self.service.held_bytes -= self._held
+        self.content, self._held = b"", 0
+
+
+def _text(status: int, text: str) -> Response:
+    headers = {"Retry-After": "1"} if status == BUSY else None
+    return PlainTextResponse(" ".join(text.split()) + "\n", status, headers)

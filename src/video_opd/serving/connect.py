@@ -1,0 +1,72 @@
+"""Connects a run with its teacher's servers, and compares both before the first step."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_opd.config import DistillationTeacherConfig, VideoConfig
+from video_opd.errors import UserError
+from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.loading import load_processor, read_model_configs
+from video_opd.models.same_tokens import check_same_tokens
+from video_opd.models.teachers import Nonfinite
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.progress import log
+from video_opd.serving.client import RemoteTeacher, Servers, describe, files_of_model
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLProcessor
+
+TOKEN = "VIDEO_OPD_TOKEN"  # the environment variable with the servers' token
+
+
+def connect_teacher(
+    settings: DistillationTeacherConfig,
+    video: VideoConfig,
+    student: tuple[Any, Qwen3VLProcessor],
+    *,
+    nonfinite: Nonfinite = "raise",
+    device: torch.device | None = None,
+) -> RemoteTeacher:
+    """The teacher behind ``teacher.urls``.
+
+    Raises :class:`UserError` if the servers hold another model than the recipe names, compute in another
+    type, do not share the student's tokens, pixels and prompts, or read no files where ``teacher.send`` says
+    so.
+    """
+    servers = Servers(settings.urls, os.environ.get(TOKEN), settings.wait_s)
+    found = describe(servers)
+    wanted = settings.fingerprint or model_fingerprint(settings.path)
+    if found.model != wanted:
+        named = f"teacher.path {settings.path}" if settings.path else "teacher.fingerprint"
+        raise UserError(
+            f"{settings.urls[0]} holds the model {found.name} ({found.model}), and {named} is {wanted}; "
+            "start the server with the recipe's teacher"
+        )
+    if found.dtype != settings.dtype or found.quantization != settings.quantization:
+        raise UserError(
+            f"{settings.urls[0]} computes in {found.dtype} with quantization {found.quantization}, and the "
+            f"recipe says teacher.dtype {settings.dtype}, teacher.quantization {settings.quantization}; "
+            "change either"
+        )
+    if settings.send == "reference" and not found.reads_files:
+        raise UserError(
+            f"{settings.urls[0]} reads no files: start it with --root and the folder of the videos, or set "
+            "teacher.send to value"
+        )
+    with files_of_model(servers) as folder:
+        teacher = (read_model_configs(folder), load_processor(folder))
+        check_same_tokens(student, teacher, other_template=settings.other_template)
+    log(f"the teacher is {found.name} ({found.model}) at {', '.join(settings.urls)}")
+    return RemoteTeacher(
+        servers,
+        Vocabulary.of(*student),
+        found.model,
+        send=settings.send,
+        video=video,
+        nonfinite=nonfinite,
+        device=device,
+    )

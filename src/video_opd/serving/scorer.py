@@ -1,0 +1,291 @@
+"""Scores requests with one frozen model: clips are looked at again, and prompts must show exactly these."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from video_opd.config import PromptConfig, Quantization, VideoConfig
+from video_opd.config.settings import read_settings
+from video_opd.data.budget import CELL_PX, PAIR
+from video_opd.data.clip_cache import ClipCache
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.video import VideoError, clip_digest, load_clip
+from video_opd.errors import UserError
+from video_opd.models.policy import HFPolicy
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.serving.messages import ClipMessage, PromptMessage, ScoreReply, ScoreRequest, WritableTokens
+from video_opd.types import Clip, EncodedPrompt
+
+_TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
+BAD, FORBIDDEN, MISSING, CONFLICT, TOO_LARGE = 400, 403, 404, 409, 413
+
+
+class Refused(Exception):
+    """A request that is not answered: an HTTP status of 400 to 499, and one line for the client."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a run must know of the model that scores: its fingerprint, and how it computes."""
+
+    fingerprint: str
+    dtype: str = "float32"
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    body_bytes: int = 512 << 20
+    held_bytes: int = 8 << 30  # of all requests that are not answered yet
+    prompt_tokens: int = 131_072
+    response_tokens: int = 32_768
+    reply_bytes: int = 1 << 30
+
+    def check(self, request: ScoreRequest) -> None:
+        """Raises :class:`Refused` for a prompt, a response or a reply that is too large."""
+        for prompt in request.prompts:
+            if (length := len(prompt.token_ids)) > self.prompt_tokens:
+                raise Refused(
+                    TOO_LARGE, f"{prompt.id!r:.60}: {length} prompt tokens, above {self.prompt_tokens}"
+                )
+        longest, count = max(request.response_lengths), len(request.response_lengths)
+        if longest > self.response_tokens:
+            raise Refused(TOO_LARGE, f"a response of {longest} tokens, above {self.response_tokens}")
+        numbers = 4 * count * longest * (request.vocabulary.size if request.full else 1)
+        if numbers > self.reply_bytes:
+            raise Refused(
+                TOO_LARGE,
+                f"a reply of {numbers >> 20} MiB, above {self.reply_bytes >> 20}; ask with fewer rows",
+            )
+
+
+class Scorer:
+    """Scores requests. :meth:`encode` may be called by several threads, :meth:`score` by one.
+
+    ``roots`` are the folders whose videos may be named.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        facts: ModelFacts,
+        engine: Literal["prefix", "plain"] = "prefix",
+        roots: Sequence[Path] = (),
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = 20 << 30,
+        limits: Limits | None = None,
+    ) -> None:
+        self.model, self.processor, self.engine = model, processor, engine
+        self.facts = facts
+        self.roots = [root.resolve() for root in roots]
+        self.limits = limits or Limits()
+        self.own = Vocabulary.of(model, processor)
+        self._cache = None if cache_dir is None else ClipCache(cache_dir, cache_bytes)
+        # Only the pixels are taken from it. They do not depend on the text or on the form around a video.
+        self._encoder = PromptEncoder(processor, PromptConfig(thinking=True, video_form="release"))
+        self._policies: dict[WritableTokens, HFPolicy] = {}
+        self._lock = threading.Lock()
+        model.requires_grad_(False)
+        model.eval()
+
+    def encode(self, request: ScoreRequest) -> list[EncodedPrompt]:
+        """The prompts of a request with their pixels. Raises :class:`Refused` for what cannot be scored."""
+        if request.model != self.facts.fingerprint:
+            raise Refused(
+                CONFLICT,
+                f"this server holds the model {self.facts.fingerprint}, not {request.model!r:.60}",
+            )
+        self.limits.check(request)
+        self._check_vocabulary(request.vocabulary)
+        rows = self.model.config.text_config.vocab_size
+        shown = [self._pixels(number, clip) for number, clip in enumerate(request.clips)]
+        prompts = []
+        for prompt in request.prompts:
+            ids = prompt.token_ids
+            if int(ids.min()) < 0 or int(ids.max()) >= rows:
+                raise Refused(BAD, f"{prompt.id!r:.60}: a prompt token is not from 0 to {rows - 1}")
+            clip, tensors = shown[prompt.clip]
+            prompts.append(self._prompt(prompt, clip, tensors))
+        policy = self._policy(request.vocabulary)
+        for prompt in request.prompts:
+            for response in prompt.responses:
+                token = policy.vocabulary.first_unwritable(response.tolist())
+                if token is not None:
+                    raise Refused(BAD, f"{prompt.id!r:.60}: no response holds token {token}")
+        return prompts
+
+    def score(
+        self, requests: Sequence[ScoreRequest], prompts: Sequence[Sequence[EncodedPrompt]]
+    ) -> list[ScoreReply]:
+        """Scores requests of one vocabulary, temperature and kind together; ``prompts`` are theirs."""
+        began = time.perf_counter()
+        first = requests[0]
+        scores = self._policy(first.vocabulary).logprobs(
+            [prompt for group in prompts for prompt in group],
+            [[r.tolist() for r in p.responses] for request in requests for p in request.prompts],
+            full=first.full,
+            temperature=first.temperature,
+        )
+        seconds, replies, start = time.perf_counter() - began, [], 0
+        for request in requests:
+            lengths = request.response_lengths
+            rows = slice(start, start + len(lengths))
+            start += len(lengths)
+            replies.append(
+                ScoreReply(
+                    logprobs=scores.logprobs_BT[rows, : max(lengths)].float().cpu().numpy(),
+                    full=None
+                    if scores.full_BTV is None
+                    else scores.full_BTV[rows, : max(lengths)].float().cpu().numpy(),
+                    seconds=seconds,
+                )
+            )
+        return replies
+
+    def _check_vocabulary(self, asked: WritableTokens) -> None:
+        rows = self.model.config.text_config.vocab_size
+        if not 0 < asked.size <= rows:
+            raise Refused(
+                CONFLICT, f"the student has {asked.size} tokens, and this model {rows} embedding rows"
+            )
+
+    def _policy(self, asked: WritableTokens) -> HFPolicy:
+        with self._lock:
+            if asked not in self._policies:
+                if len(self._policies) >= 16:  # of a client that makes them up
+                    self._policies.clear()
+                vocabulary = Vocabulary(
+                    size=asked.size,
+                    forbidden_ids=asked.forbidden_ids,
+                    eos_ids=self.own.eos_ids,
+                    pad_id=min(self.own.eos_ids),
+                )
+                self._policies[asked] = HFPolicy(
+                    self.model,
+                    self.processor,
+                    self.engine,
+                    vocabulary=vocabulary,
+                )
+            return self._policies[asked]
+
+    def _pixels(self, number: int, message: ClipMessage) -> tuple[Clip, Mapping[str, torch.Tensor]]:
+        clip = (
+            self._by_value(number, message) if message.path is None else self._by_reference(number, message)
+        )
+        if clip.digest != message.digest:
+            raise Refused(
+                CONFLICT,
+                f"clip {number} has other frames or times here ({clip.digest}; sent: {message.digest!r:.60})",
+            )
+        (prompt,) = self._encoder.encode_many(clip, ["?"], ["?"])
+        names = ("pixel_values_videos", "video_grid_thw")
+        return clip, {name: prompt.tensors[name] for name in names}
+
+    def _by_value(self, number: int, message: ClipMessage) -> Clip:
+        frames, times_s = message.frames, message.times_s
+        assert frames is not None and times_s is not None
+        height, width = frames.shape[1:3]
+        if height % CELL_PX or width % CELL_PX or not height or not width:
+            raise Refused(
+                BAD, f"clip {number} has frames of {height} × {width} px; sides are multiples of {CELL_PX}"
+            )
+        return Clip(
+            path=Path(f"clip {number}"),
+            frames=frames,
+            times_s=times_s,
+            frame_indices=np.arange(len(frames)),
+            source_fps=0.0,
+            duration_s=message.duration_s,
+            source_size_px=(height, width),
+            digest=clip_digest(frames, times_s),
+        )
+
+    def _by_reference(self, number: int, message: ClipMessage) -> Clip:
+        try:
+            budget = read_settings(VideoConfig, dict(message.budget or {}))
+        except UserError as error:
+            raise Refused(BAD, f"clip {number}: its budget: {error}") from error
+        if budget.max_video_tokens > self.limits.prompt_tokens:
+            raise Refused(TOO_LARGE, f"clip {number}: max_video_tokens is above {self.limits.prompt_tokens}")
+        path = self._allowed(number, str(message.path))
+        try:
+            if self._cache is not None:
+                return self._cache.load(path, budget, budget.backend)
+            return load_clip(path, budget, budget.backend)
+        except VideoError as error:
+            raise Refused(CONFLICT, f"clip {number}: {error.reason}") from error
+        except UserError as error:
+            raise Refused(BAD, f"clip {number}: {error}") from error
+
+    def _allowed(self, number: int, name: str) -> Path:
+        """The file ``name``, with links followed, if it lies in one of the roots."""
+        if not self.roots:
+            raise Refused(FORBIDDEN, "this server reads no files (--root); send clips by value")
+        try:
+            path = Path(name).resolve()
+            inside = any(path.is_relative_to(root) for root in self.roots)
+            if inside and path.is_file():
+                return path
+        except (OSError, ValueError, RuntimeError):
+            inside = False
+        if inside:
+            raise Refused(MISSING, f"clip {number}: there is no such file here")
+        raise Refused(FORBIDDEN, f"clip {number}: its file is outside of the folders that this server reads")
+
+    def _prompt(
+        self, message: PromptMessage, clip: Clip, tensors: Mapping[str, torch.Tensor]
+    ) -> EncodedPrompt:
+        """Raises :class:`Refused` unless the tokens are a prompt about this clip: as many placeholders for
+        each pair of frames as it has tokens, and the pairs' times before them."""
+        ids = torch.from_numpy(message.token_ids.astype(np.int64))
+        video_token = self.processor.video_token_id
+        places = ids == video_token
+        grid = tensors["video_grid_thw"][0]
+        a_pair = int(grid[1] * grid[2]) // self.processor.video_processor.merge_size**2
+        runs = _runs(places)
+        if runs != [a_pair] * int(grid[0]):
+            raise Refused(
+                BAD,
+                f"{message.id!r:.60}: the clip has {int(grid[0])} pairs of {a_pair} tokens, and the prompt "
+                f"has {len(runs)} runs of {sorted(set(runs))[:4]} placeholders",
+            )
+        times_s = np.append(clip.times_s, clip.times_s[-1:]) if len(clip.times_s) % PAIR else clip.times_s
+        pair_times_s = tuple(((times_s[0::PAIR] + times_s[1::PAIR]) / 2).tolist())
+        written = _TIMESTAMP.findall(self.processor.tokenizer.decode(ids[~places].tolist()))
+        if written[: len(pair_times_s)] != [f"{time_s:.1f}" for time_s in pair_times_s]:
+            raise Refused(
+                BAD, f"{message.id!r:.60}: the times in the prompt are not those of the clip's frames"
+            )
+        return EncodedPrompt(
+            sample_id=message.id,
+            input_ids=ids[None],
+            tensors={**tensors, "mm_token_type_ids": torch.where(places, 2, 0)[None]},
+            text="",
+            pair_times_s=pair_times_s,
+            video_tokens=int(places.sum()),
+            clip_digest=clip.digest,
+            duration_s=clip.duration_s,
+        )
+
+
+def _runs(places: torch.Tensor) -> list[int]:
+    """The lengths of the runs of True."""
+    edges = torch.diff(torch.cat([torch.zeros(1), places.float(), torch.zeros(1)]))
+    return ((edges < 0).nonzero() - (edges > 0).nonzero()).flatten().tolist()

@@ -1,0 +1,164 @@
+"""A run whose teacher is in another process ends with the weights of one that holds it, whatever happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving_cases as cases
+import torch
+from safetensors.torch import load_file
+
+from video_opd.config import Recipe, load_recipe
+from video_opd.errors import Unavailable, UserError
+from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.loading import load_teacher
+from video_opd.reproduce.places import recipe as recipe_file
+from video_opd.serving import client
+from video_opd.serving.app import Service, ServiceSettings
+from video_opd.serving.queue import ScoringQueue
+from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.training.loop import train
+from video_opd.training.run_folder import RunFolder
+from video_opd.world.demo import shipped
+from video_opd.world.make import make_world
+
+TEACHER = shipped("tiny-teacher")
+BASE = str(shipped("tiny-base"))
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    return make_world(folder, videos={"train": 2}, workers=1)["train"]
+
+
+@pytest.fixture(scope="module")
+def service() -> Service:
+    scorer = Scorer(
+        *load_teacher(TEACHER, "float32", "cpu"), facts=ModelFacts(fingerprint=model_fingerprint(TEACHER))
+    )
+    return Service(scorer, ScoringQueue(scorer), TEACHER, ServiceSettings())
+
+
+def recipe(data: Path, folder: Path, **changes: Any) -> Recipe:
+    return load_recipe(recipe_file("video-opd-full"), []).changed(
+        **{
+            "data.train": str(data),
+            "data.workers": 0,
+            "model.path": BASE,
+            "teacher.path": str(TEACHER),
+            "optim.batch_size": 4,
+            "optim.micro_batch_size": 2,
+            "optim.max_steps": 3,
+            "run.dir": str(folder),
+            "run.trackers": (),
+            "run.save_every": 10,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def local(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return weights(train(recipe(data, tmp_path_factory.mktemp("local") / "run")).model)
+
+
+def weights(model: Path) -> Weights:
+    return load_file(model / "model.safetensors")
+
+
+def assert_same(found: Path, expected: Weights) -> None:
+    base = weights(Path(BASE))
+    moved = max(float((value - base[name].float()).abs().max()) for name, value in expected.items())
+    for name, value in weights(found).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-3 * moved, rtol=0)
+
+
+@pytest.mark.parametrize("send", ["value", "reference"])
+def test_a_run_through_a_server_ends_with_the_weights_of_a_local_one(
+    data: Path, service: Service, local: Weights, tmp_path: Path, send: str
+) -> None:
+    service.scorer.roots = [data.parent.resolve()] if send == "reference" else []
+    with cases.serving(service.app()) as url:
+        asked = recipe(data, tmp_path / "run", **{"teacher.urls": (url,), "teacher.send": send})
+        assert_same(train(asked).model, local)
+
+
+def test_a_teacher_that_stays_away_leaves_a_checkpoint_and_no_step_is_lost(
+    data: Path,
+    service: Service,
+    local: Weights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "SHORTEST_PAUSE_S", 0.001)
+    answered = 0
+
+    async def dies(scope: Any, receive: Any, send: Any) -> None:
+        """Answers the handshake and three requests: it is away in the middle of a later step."""
+        nonlocal answered
+        answered += scope["path"].endswith("score")
+        if answered > 3:
+            raise ConnectionError
+        await app(scope, receive, send)
+
+    app = service.app()
+    folder, port = tmp_path / "run", free_port()
+    changes = {"teacher.urls": (f"http://127.0.0.1:{port}",), "teacher.wait_s": 0.3}
+    with cases.serving(dies, port), pytest.raises(Unavailable, match="no teacher has answered since"):
+        train(recipe(data, folder, **changes))
+    (checkpoint,) = RunFolder(folder).checkpoints.iterdir()
+    assert checkpoint.name in ("step-1", "step-2")
+    with cases.serving(app, port):
+        result = train(recipe(data, folder, **changes))
+    assert result.steps == 3
+    assert_same(result.model, local)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def test_a_server_of_another_model_is_refused(data: Path, service: Service, tmp_path: Path) -> None:
+    service.scorer.roots = []
+    with cases.serving(service.app()) as url:
+        wrong: dict[str, dict[str, Any]] = {
+            r"holds the model tiny-teacher .* and teacher\.path .*tiny-base is": {"teacher.path": BASE},
+            r"teacher\.fingerprint is 0{32}": {"teacher.path": "", "teacher.fingerprint": "0" * 32},
+            r"computes in float32 .* teacher\.dtype bfloat16": {"teacher.dtype": "bfloat16"},
+            r"reads no files: start it with --root": {"teacher.send": "reference"},
+        }
+        for message, changes in wrong.items():
+            with pytest.raises(UserError, match=message):
+                train(recipe(data, tmp_path / "run", **{"teacher.urls": (url,), **changes}))
+
+
+def test_a_fingerprint_stands_for_a_folder_that_is_not_here(
+    data: Path, service: Service, local: Weights, tmp_path: Path
+) -> None:
+    named = {"teacher.path": "", "teacher.fingerprint": model_fingerprint(TEACHER)}
+    with cases.serving(service.app()) as url:
+        found = train(recipe(data, tmp_path / "run", **{"teacher.urls": (url,), **named}))
+    assert_same(found.model, local)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.urls": ("localhost:8400",)}, "an address begins with http:// or https://"),
+        ({"teacher.fingerprint": "0" * 32}, "fingerprint belongs to urls"),
+        ({"teacher.urls": ("http://a",), "teacher.path": ""}, "or its fingerprint in teacher.fingerprint"),
+        ({"teacher.urls": ("http://a",), "teacher.placement": "cpu"}, "the servers of urls hold the teacher"),
+        ({"teacher.urls": ("http://a",), "teacher.by_source": {"x": "y"}}, "by_source names folders"),
+        ({"teacher.wait_s": 0}, "teacher.wait_s must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_followed(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe(Path("d"), Path("r"), **changes)

@@ -1,0 +1,337 @@
+"""A teacher behind HTTP scores as one in this process does, and refuses what it cannot see alike."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import serving_cases as cases
+import torch
+import urllib3
+from places import ROOT
+
+from video_opd.config import VideoConfig
+from video_opd.data.video import load_clip
+from video_opd.errors import Unavailable, UserError
+from video_opd.serving import client
+from video_opd.serving.app import ServiceSettings
+from video_opd.serving.messages import HEALTH, METRICS, MODEL, SCORE, ScoreRequest
+from video_opd.serving.scorer import Limits
+from video_opd.types import Clip
+from video_opd.world.make import make_world
+
+
+def assert_same(found, expected) -> None:
+    assert torch.equal(found.mask_BT, expected.mask_BT)
+    torch.testing.assert_close(found.logprobs_BT, expected.logprobs_BT, atol=1e-5, rtol=0)
+    if expected.full_BTV is None:
+        assert found.full_BTV is None
+    else:
+        known = expected.full_BTV > -1e20
+        assert torch.equal(found.full_BTV > -1e20, known)
+        torch.testing.assert_close(found.full_BTV[known], expected.full_BTV[known], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("full", [False, True])
+def test_servers_score_as_a_local_teacher_does(count: int, full: bool) -> None:
+    asked = cases.prompts()
+    expected = cases.local_teacher().logprobs(asked, cases.RESPONSES, full=full)
+    app = cases.service().app()
+    with cases.serving(app) as a, cases.serving(app) as b, cases.serving(app) as c:
+        teacher = cases.remote_teacher([a, b, c][:count])
+        assert_same(teacher.logprobs(asked, cases.RESPONSES, full=full), expected)
+        hot = teacher.logprobs(asked, cases.RESPONSES, temperature=2.0)
+    assert not torch.allclose(hot.logprobs_BT, expected.logprobs_BT)
+
+
+def test_both_forms_around_a_video_are_scored() -> None:
+    asked = cases.prompts("release")
+    with cases.serving(cases.service().app()) as url:
+        found = cases.remote_teacher([url]).logprobs(asked, cases.RESPONSES)
+    assert_same(found, cases.local_teacher().logprobs(asked, cases.RESPONSES))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    make_world(folder, videos={"short": 1}, workers=1)
+    return folder / "videos"
+
+
+BUDGET = VideoConfig(min_frame_tokens=4, max_frame_tokens=8)
+
+
+def file_prompt(videos: Path):
+    from model_cases import processor
+
+    from video_opd.config import PromptConfig
+    from video_opd.data.encode import PromptEncoder
+
+    (path,) = videos.iterdir()
+    encoder = PromptEncoder(processor(), PromptConfig(video_form="nested"), keep_clips=True)
+    return encoder.encode(load_clip(path, BUDGET), "the red circle appears", "row")
+
+
+def test_by_reference_the_server_reads_the_file_and_sees_the_same(videos: Path) -> None:
+    asked = [file_prompt(videos)]
+    expected = cases.local_teacher().logprobs(asked, [[(1, 2, 3)]])
+    with cases.serving(cases.service(roots=[videos]).app()) as url:
+        teacher = cases.remote_teacher([url], send="reference", video=BUDGET)
+        assert_same(teacher.logprobs(asked, [[(1, 2, 3)]]), expected)
+        other = cases.remote_teacher([url], send="reference", video=BUDGET.changed(fps=1.0))
+        with pytest.raises(UserError, match=r"status 409.*other frames or times"):
+            other.logprobs(asked, [[(1, 2, 3)]])
+
+
+def test_files_outside_of_the_roots_are_not_read(videos: Path, tmp_path: Path) -> None:
+    prompt, inside = file_prompt(videos), tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link.mp4").symlink_to(next(videos.iterdir()))
+    (inside / "folder").symlink_to(videos)
+    name = next(videos.iterdir()).name
+    paths = [
+        next(videos.iterdir()), inside / "link.mp4", inside / "folder" / name, Path("/etc/passwd"),
+        Path(f"{inside}/../../{videos.name}/{name}"), Path("/proc/self/environ"),
+    ]  # fmt: skip
+    with cases.serving(cases.service(roots=[inside]).app()) as url:
+        teacher = cases.remote_teacher([url], send="reference", video=BUDGET)
+
+        def ask(path: Path) -> None:
+            clip = replace(prompt.clip, path=NotResolved(path))
+            teacher.logprobs([replace(prompt, clip=clip)], [[(1,)]])
+
+        for path in paths:
+            with pytest.raises(UserError, match=r"status 403.*outside of the folders"):
+                ask(path)
+        with pytest.raises(UserError, match=r"status 404.*no such file"):
+            ask(inside / "absent.mp4")
+    with cases.serving(cases.service().app()) as url:
+        teacher = cases.remote_teacher([url], send="reference", video=BUDGET)
+        with pytest.raises(UserError, match=r"status 403.*reads no files"):
+            ask(next(videos.iterdir()))
+
+
+class NotResolved(type(Path())):  # type: ignore[misc]
+    """A path that a client sends as it is."""
+
+    def resolve(self, strict: bool = False) -> Path:
+        return self
+
+
+def test_wrong_prompts_are_refused() -> None:
+    first = cases.prompts()[0]
+    clip = first.clip
+    assert clip is not None
+    video_token = cases.cases.processor().video_token_id
+    places = (first.input_ids[0] == video_token).nonzero().flatten()
+    fewer = torch.cat([first.input_ids[:, : places[3]], first.input_ids[:, places[3] + 1 :]], dim=1)
+    later = replace(clip, times_s=clip.times_s + 1.0)
+    from video_opd.data.video import clip_digest
+
+    later = replace(later, digest=clip_digest(later.frames, later.times_s))
+
+    def with_frames(frames: np.ndarray) -> Clip:
+        return replace(clip, frames=frames)
+
+    wrong = {
+        "pairs of 6 tokens, and the prompt has": replace(first, input_ids=fewer),
+        "the times in the prompt are not those": replace(first, clip=later, clip_digest=later.digest),
+        "other frames or times here": replace(first, clip=replace(clip, frames=clip.frames[::-1].copy())),
+        "a prompt token is not from 0 to": replace(first, input_ids=first.input_ids + 10**6),
+        "sides are multiples of 32": replace(first, clip=replace(clip, frames=clip.frames[:, :50])),
+    }
+    with cases.serving(cases.service().app()) as url:
+        teacher = cases.remote_teacher([url])
+        for message, prompt in wrong.items():
+            with pytest.raises(UserError, match=message):
+                teacher.logprobs([prompt], [[(1, 2)]])
+        with pytest.raises(UserError, match="no response holds token"):
+            teacher.logprobs([first], [[(1, video_token)]])
+        with pytest.raises(UserError, match="no response holds token"):
+            teacher.logprobs([first], [[(1, 10**6)]])
+        teacher.model = "0" * 32
+        with pytest.raises(UserError, match=r"status 409.*holds the model"):
+            teacher.logprobs([first], [[(1, 2)]])
+
+
+def test_limits_of_tokens_and_bytes() -> None:
+    asked = cases.prompts()[:1]
+    limits = Limits(body_bytes=1 << 20, response_tokens=4)
+    with cases.serving(cases.service(limits=limits).app()) as url:
+        teacher = cases.remote_teacher([url])
+        teacher.logprobs(asked, [[(1, 2, 3, 4)]])
+        with pytest.raises(UserError, match=r"status 413.*a response of 5 tokens, above 4"):
+            teacher.logprobs(asked, [[(1, 2, 3, 4, 5)]])
+        for chunked in (False, True):
+            body = iter([b"x" * (1 << 19)] * 5) if chunked else b"x" * (2 << 20)
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(urllib.request.Request(url + SCORE, data=body, method="POST"))
+            assert error.value.code == 413 and b"above 1" in error.value.read()
+
+
+def test_a_token_is_asked_for() -> None:
+    asked = cases.prompts()[:1]
+    with cases.serving(cases.service(settings=ServiceSettings(token="secret")).app()) as url:
+        cases.remote_teacher([url], token="secret").logprobs(asked, [[(1,)]])
+        for token in (None, "Secret", "ß"):
+            with pytest.raises(UserError, match=r"status 401.*give this server's token"):
+                cases.remote_teacher([url], token=token).logprobs(asked, [[(1,)]])
+        for path, status in ((HEALTH, 200), (METRICS, 401), (MODEL, 401), ("/", 404), ("/v1/score", 405)):
+            try:
+                found = urllib.request.urlopen(url + path).status
+            except urllib.error.HTTPError as error:
+                found = error.code
+            assert found == status, path
+
+
+def test_metrics_count_what_was_scored() -> None:
+    with cases.serving(cases.service().app()) as url:
+        cases.remote_teacher([url]).logprobs(cases.prompts(), cases.RESPONSES)
+        text = urllib.request.urlopen(url + METRICS).read().decode()
+    assert 'video_opd_requests_total{status="200"} 1.0' in text
+    assert "video_opd_responses_total 6.0" in text
+    assert f"video_opd_response_tokens_total {float(sum(len(r) for g in cases.RESPONSES for r in g))}" in text
+    assert "video_opd_requests_in_flight 0.0" in text
+
+
+def test_scores_that_are_not_finite_are_named() -> None:
+    service = cases.service()
+    with torch.no_grad():
+        service.scorer.model.lm_head.weight[7] = float("nan")
+    with cases.serving(service.app()) as url, pytest.raises(UserError, match=r"'row 0'.*is nan"):
+        cases.remote_teacher([url]).logprobs(cases.prompts()[:1], [[(1, 2)]])
+
+
+def test_a_clip_that_prompts_share_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[ScoreRequest] = []
+    pack = client.pack_request
+
+    def note(request: ScoreRequest) -> bytes:
+        sent.append(request)
+        return pack(request)
+
+    monkeypatch.setattr(client, "pack_request", note)
+    with cases.serving(cases.service().app()) as url:
+        cases.remote_teacher([url]).logprobs(cases.prompts(), cases.RESPONSES)
+    assert [len(request.clips) for request in sent] == [2] and [p.clip for p in sent[0].prompts] == [
+        0,
+        0,
+        1,
+        0,
+    ]
+    second = sent[0].clips[1].frames
+    assert second is not None
+    assert np.array_equal(second, cases.clip(1, frames=5, side=(96, 64)).frames)
+
+
+def test_the_client_of_the_document_gets_the_scores() -> None:
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    prompt, vocabulary = cases.prompts()[0], cases.local_teacher().policy.vocabulary
+    assert prompt.clip is not None
+    with cases.serving(cases.service(settings=ServiceSettings(token="secret")).app()) as url:
+        found = names["score"](
+            url, cases.FINGERPRINT, prompt.input_ids[0].tolist(), [5, 9, 3], prompt.clip.frames,
+            prompt.clip.times_s, vocabulary.size, vocabulary.forbidden_ids, "secret",
+        )  # fmt: skip
+    expected = cases.local_teacher().logprobs([prompt], [[(5, 9, 3)]]).logprobs_BT[0]
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+
+
+def test_two_thousand_malformed_requests_are_refused_with_one_line_each() -> None:
+    """Over HTTP, one connection for all that leave it usable; then the server still scores."""
+    rng = random.Random(0)
+    sent: list[bytes] = []
+    with cases.serving(cases.service().app()) as url:
+        teacher = cases.remote_teacher([url])
+        pack = client.pack_request
+
+        def note(request: ScoreRequest) -> bytes:
+            sent.append(pack(request))
+            return sent[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client, "pack_request", note)
+            expected = teacher.logprobs(cases.prompts()[:1], [[(1, 2)]])
+        pool, statuses = urllib3.PoolManager(), Counter[int]()
+        for number in range(2000):
+            body = mutated(sent[0], rng)
+            answer = pool.request("POST", url + SCORE, body=body, retries=False)
+            statuses[answer.status] += 1
+            if (
+                answer.status != 200
+            ):  # a change of frames, times or ids that is right by itself is not refused
+                assert 400 <= answer.status < 500, (number, answer.data)
+                assert len(answer.data.decode().splitlines()) == 1
+        assert statuses[400] > 1000 and sum(statuses.values()) == 2000
+        found = teacher.logprobs(cases.prompts()[:1], [[(1, 2)]])
+        assert torch.equal(found.logprobs_BT, expected.logprobs_BT)
+
+
+def mutated(body: bytes, rng: random.Random) -> bytes:
+    """The body with a few changes: of bytes anywhere, of the header's text and numbers, and of its length."""
+    changed = bytearray(body)
+    header = 8 + int.from_bytes(body[:8], "little")
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(header) if rng.random() < 0.8 else rng.randrange(len(changed))
+        kind = rng.randrange(3)
+        if kind == 0:
+            changed[at] = rng.choice(b'0123456789-e"[]{},:' + bytes(range(256)))
+        elif kind == 1:
+            del changed[at : at + rng.randint(1, 40)]
+        else:
+            changed[at:at] = rng.randbytes(rng.randint(1, 20))
+    return bytes(changed)
+
+
+def test_requests_that_are_too_large_together_are_told_to_come_back() -> None:
+    service = cases.service(limits=Limits(held_bytes=1000))
+    refused = pytest.raises(Unavailable, match="too many large requests are in flight")
+    with cases.serving(service.app()) as url, refused:
+        cases.remote_teacher([url], 0.05).logprobs(cases.prompts()[:1], [[(1, 2)]])
+    assert (service.held_bytes, service.in_flight) == (0, 0)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    service = cases.service(settings=ServiceSettings(read_s=0.1))
+    with cases.serving(service.app()) as url:
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(address) as client_socket:
+            head = f"POST {SCORE} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+            client_socket.sendall(head.encode() + b"x" * 10)
+            client_socket.settimeout(20)
+            answer = client_socket.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408") and b"did not come within 0.1 s" in answer
+        with socket.create_connection(address) as client_socket:  # one that leaves in the middle
+            client_socket.sendall(head.encode() + b"x" * 10)
+        assert cases.remote_teacher([url]).logprobs(cases.prompts()[:1], [[(1, 2)]]).mask_BT.all()
+    assert (service.held_bytes, service.in_flight) == (0, 0)
+
+
+def test_scoring_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = cases.service(settings=ServiceSettings(score_s=0.1))
+    release = threading.Event()
+    score = service.scorer.score
+
+    def slow(*given: Any) -> Any:
+        release.wait(20)
+        return score(*given)
+
+    monkeypatch.setattr(service.scorer, "score", slow)
+    with cases.serving(service.app()) as url:
+        with pytest.raises(Unavailable, match=r"status 503: not scored within 0\.1 s"):
+            cases.remote_teacher([url], 0.05).logprobs(cases.prompts()[:1], [[(1, 2)]])
+        release.set()
+        monkeypatch.undo()
+        assert cases.remote_teacher([url]).logprobs(cases.prompts()[:1], [[(1, 2)]]).mask_BT.all()

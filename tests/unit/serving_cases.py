@@ -1,0 +1,98 @@
+"""What tests of scoring servers share: prompts with clips, and a server of a tiny model on loopback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import model_cases as cases
+import numpy as np
+import uvicorn
+
+from video_opd.config import PromptConfig
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.video import clip_digest
+from video_opd.models.policy import HFPolicy
+from video_opd.models.teachers import LocalTeacher
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.serving.app import Service, ServiceSettings
+from video_opd.serving.client import RemoteTeacher, Servers
+from video_opd.serving.queue import ScoringQueue
+from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.types import Clip, EncodedPrompt
+
+FINGERPRINT = "f" * 32
+QUERIES = ("the red circle appears", "a blue square moves left", "it blinks", "the ring grows")
+
+
+def clip(seed: int = 0, frames: int = 6, side: tuple[int, int] = (64, 96)) -> Clip:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, size=(frames, *side, 3), dtype=np.uint8)
+    times_s = np.sort(rng.uniform(0, 20, size=frames))
+    return Clip(
+        path=Path(f"clip-{seed}.mp4"),
+        frames=pixels,
+        times_s=times_s,
+        frame_indices=np.arange(frames),
+        source_fps=2.0,
+        duration_s=20.0,
+        source_size_px=side,
+        digest=clip_digest(pixels, times_s),
+    )
+
+
+def prompts(form: Any = "nested") -> list[EncodedPrompt]:
+    """Four prompts on two clips of different sizes, one with an odd number of frames."""
+    encoder = PromptEncoder(cases.processor(), PromptConfig(video_form=form), keep_clips=True)
+    clips = (clip(0), clip(0), clip(1, frames=5, side=(96, 64)), clip(0))
+    return [encoder.encode(c, q, f"row {n}") for n, (c, q) in enumerate(zip(clips, QUERIES, strict=True))]
+
+
+RESPONSES: list[list[tuple[int, ...]]] = [[(5, 9, 3), (7, 2)], [(11,)], [(4, 4, 4, 6)], [(8, 1), (1, 2, 3)]]
+
+
+def local_teacher(seed: int = 7) -> LocalTeacher:
+    student = Vocabulary.of(cases.model(0), cases.processor())
+    return LocalTeacher(HFPolicy(cases.model(seed), cases.processor(), "prefix", vocabulary=student))
+
+
+def scorer(seed: int = 7, **options: Any) -> Scorer:
+    return Scorer(cases.model(seed), cases.processor(), facts=ModelFacts(fingerprint=FINGERPRINT), **options)
+
+
+def service(model: Path | None = None, settings: ServiceSettings | None = None, **options: Any) -> Service:
+    made = scorer(**options)
+    return Service(made, ScoringQueue(made), model or Path("teacher"), settings or ServiceSettings())
+
+
+@contextmanager
+def serving(app: Any, port: int = 0) -> Iterator[str]:
+    """The address of a server of ``app`` in a thread of this process."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server ended before it answered"
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        thread.join()
+
+
+def remote_teacher(
+    urls: Sequence[str],
+    wait_s: float = 20.0,
+    token: str | None = None,
+    model: str = FINGERPRINT,
+    **options: Any,
+) -> RemoteTeacher:
+    student = Vocabulary.of(cases.model(0), cases.processor())
+    return RemoteTeacher(Servers(urls, token, wait_s), student, model, **options)
