@@ -11,21 +11,28 @@ from typing import Any
 
 import model_cases as cases
 import numpy as np
+import torch
 import uvicorn
+from safetensors.torch import load_file
 
-from video_opd.config import PromptConfig
+from video_opd.config import PromptConfig, Recipe, load_recipe
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.video import clip_digest
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.models.vocabulary import Vocabulary
+from video_opd.reproduce.places import recipe as recipe_file
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.client import RemoteTeacher, Servers
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
 from video_opd.types import Clip, EncodedPrompt
+from video_opd.world.demo import shipped
 
 FINGERPRINT = "f" * 32
+TEACHER = shipped("tiny-teacher")
+BASE = str(shipped("tiny-base"))
+Weights = dict[str, torch.Tensor]
 QUERIES = ("the red circle appears", "a blue square moves left", "it blinks", "the ring grows")
 
 
@@ -96,3 +103,32 @@ def remote_teacher(
 ) -> RemoteTeacher:
     student = Vocabulary.of(cases.model(0), cases.processor())
     return RemoteTeacher(Servers(urls, token, wait_s), student, model, **options)
+
+
+def recipe(data: Path, folder: Path, **changes: Any) -> Recipe:
+    return load_recipe(recipe_file("video-opd-full"), []).changed(
+        **{
+            "data.train": str(data),
+            "data.workers": 0,
+            "model.path": BASE,
+            "teacher.path": str(TEACHER),
+            "optim.batch_size": 4,
+            "optim.micro_batch_size": 2,
+            "optim.max_steps": 3,
+            "run.dir": str(folder),
+            "run.trackers": (),
+            "run.save_every": 10,
+            **changes,
+        }
+    )
+
+
+def weights(model: Path) -> Weights:
+    return load_file(model / "model.safetensors")
+
+
+def assert_same(found: Path, expected: Weights) -> None:
+    base = weights(Path(BASE))
+    moved = max(float((value - base[name].float()).abs().max()) for name, value in expected.items())
+    for name, value in weights(found).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-3 * moved, rtol=0)

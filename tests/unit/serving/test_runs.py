@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import serving_cases as cases
-import torch
-from safetensors.torch import load_file
+from serving_cases import BASE, TEACHER, Weights, assert_same, recipe, weights
 
-from video_opd.config import Recipe, load_recipe
 from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_teacher
-from video_opd.reproduce.places import recipe as recipe_file
 from video_opd.serving import client
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
-
-TEACHER = shipped("tiny-teacher")
-BASE = str(shipped("tiny-base"))
-Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +35,9 @@ def service() -> Service:
     return Service(scorer, ScoringQueue(scorer), TEACHER, ServiceSettings())
 
 
-def recipe(data: Path, folder: Path, **changes: Any) -> Recipe:
-    return load_recipe(recipe_file("video-opd-full"), []).changed(
-        **{
-            "data.train": str(data),
-            "data.workers": 0,
-            "model.path": BASE,
-            "teacher.path": str(TEACHER),
-            "optim.batch_size": 4,
-            "optim.micro_batch_size": 2,
-            "optim.max_steps": 3,
-            "run.dir": str(folder),
-            "run.trackers": (),
-            "run.save_every": 10,
-            **changes,
-        }
-    )
-
-
 @pytest.fixture(scope="module")
 def local(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
     return weights(train(recipe(data, tmp_path_factory.mktemp("local") / "run")).model)
-
-
-def weights(model: Path) -> Weights:
-    return load_file(model / "model.safetensors")
-
-
-def assert_same(found: Path, expected: Weights) -> None:
-    base = weights(Path(BASE))
-    moved = max(float((value - base[name].float()).abs().max()) for name, value in expected.items())
-    for name, value in weights(found).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-3 * moved, rtol=0)
 
 
 @pytest.mark.parametrize("send", ["value", "reference"])
