@@ -140,7 +140,7 @@ def leaders(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|"
     for level in levels:
         first, near = best(level)
-        others = ", ".join(ARMS[arm] for arm in near) or "none"
+        others = "; ".join(ARMS[arm] for arm in near) or "none"
         yield f"| {level['noise']:g} | {ARMS[first]} | {others} |"
     yield ""
 
