@@ -421,7 +421,7 @@ def _foreign_section(kind: type[Recipe], name: str) -> type[BaseModel] | None:
 
 def _need_neutral(key: str, value: Any, method: str) -> None:
     neutral, methods = _keys_of_methods()[key]
-    if value == neutral:
+    if value == (list(neutral) if isinstance(neutral, tuple) else neutral):  # files have lists
         return
     if key == "sampling.rollouts":
         raise UserError(

@@ -9,6 +9,7 @@ import pytest
 import serving_cases as cases
 from serving_cases import BASE, TEACHER, Weights, assert_same, recipe, weights
 
+from video_opd.config import dump_recipe, load_recipe
 from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_teacher
@@ -109,6 +110,15 @@ def test_a_fingerprint_stands_for_a_folder_that_is_not_here(
     with cases.serving(service.app()) as url:
         found = train(recipe(data, tmp_path / "run", **{"teacher.urls": (url,), **named}))
     assert_same(found.model, local)
+
+
+def test_a_recipe_for_another_method_may_keep_what_asks_no_server(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe(Path("d"), Path("r"))))
+    other = ["--method", "grpo", "--loss.estimator", "sampled", "--sampling.rollouts", "8"]
+    assert load_recipe(path, other).method == "grpo"
+    with pytest.raises(UserError, match=r"teacher\.urls means nothing to method grpo"):
+        load_recipe(path, [*other, "--teacher.urls", "[http://a]"])
 
 
 @pytest.mark.parametrize(
