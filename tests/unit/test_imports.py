@@ -109,6 +109,8 @@ NO_TORCH = (
     "reports.watch",
     "reports.gallery",
     "reports.selections",
+    "serving.address",
+    "serving.requirements",
     "grounding.page",
     "grounding.consensus",
     "grounding.output_formats",

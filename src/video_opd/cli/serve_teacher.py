@@ -58,6 +58,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.serving.address import Address, check_address
+    from video_opd.serving.requirements import check_requirements
 
     token = _token(arguments.token_file)
     address = Address(
@@ -70,9 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     for root in arguments.root:
         if not root.is_dir():
             raise UserError(f"--root {root}: no such folder")
-    from video_opd.serving.server import need_server_packages
-
-    need_server_packages()
+    check_requirements()
     from video_opd.serving.app import ServiceSettings
     from video_opd.serving.scorer import Limits
     from video_opd.serving.server import serve

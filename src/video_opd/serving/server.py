@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import resource
 import signal
 import socket
@@ -27,13 +26,6 @@ from video_opd.serving.scorer import Limits, ModelFacts, Scorer
 OPEN_FILES = 65_536
 BACKLOG = 2048  # connections that wait to be taken
 DRAIN_S = 600  # for requests that are in flight when the server is told to end
-
-
-def need_server_packages() -> None:
-    """Raises :class:`UserError` if the packages of the extra ``server`` are not installed."""
-    for name in ("starlette", "uvicorn", "prometheus_client"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install 'video-opd[server]'")
 
 
 def serve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import resource
@@ -159,3 +160,12 @@ def test_two_thousand_silent_clients_keep_nobody_from_being_answered(teacher: Pa
         for one in silent:
             one.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+
+
+def test_packages_of_the_extra_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    assert main(["serve-teacher", "no-model"]) == 2
+    assert "serve-teacher needs uvicorn, which is not installed: pip install" in capsys.readouterr().err
