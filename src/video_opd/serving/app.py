@@ -194,26 +194,38 @@ class _Body:
         self.service, self.content, self._held = service, b"", 0
 
     async def read(self, request: Request) -> None:
-        settings, most = self.service.settings, self.service.scorer.limits.body_bytes
-        told = request.headers.get("content-length", "0")
-        if told.isdecimal() and int(told) > most:
-            raise Refused(TOO_LARGE, f"a body of {int(told) >> 20} MiB, above {most >> 20}")
+        """Reads it. Raises :class:`Refused` for one that is too large or does not come in time."""
+        settings = self.service.settings
         try:
-            await asyncio.wait_for(self._read(request, most), settings.read_s)
+            refused = await asyncio.wait_for(self._read(request), settings.read_s)
         except (TimeoutError, asyncio.TimeoutError):
             raise Refused(TIMEOUT, f"the body did not come within {settings.read_s:g} s") from None
+        if refused is not None:
+            raise refused
 
-    async def _read(self, request: Request, most: int) -> None:
-        parts = []
+    async def _read(self, request: Request) -> Refused | None:
+        """Why it is refused. The rest is then read and thrown away: a client that is still sending when the
+        connection ends does not hear why."""
+        limits, parts = self.service.scorer.limits, []
+        told = request.headers.get("content-length", "0")
+        refused = None
+        if told.isdecimal() and int(told) > limits.body_bytes:
+            refused = Refused(TOO_LARGE, f"a body of {int(told) >> 20} MiB, above {limits.body_bytes >> 20}")
         async for part in request.stream():
+            if refused is not None:
+                continue
             parts.append(part)
             self._held += len(part)
             self.service.held_bytes += len(part)
-            if self._held > most:
-                raise Refused(TOO_LARGE, f"a body above {most >> 20} MiB")
-            if self.service.held_bytes > self.service.scorer.limits.held_bytes:
-                raise Refused(BUSY, "too many large requests are in flight; come back")
+            if self._held > limits.body_bytes:
+                refused = Refused(TOO_LARGE, f"a body above {limits.body_bytes >> 20} MiB")
+            elif self.service.held_bytes > limits.held_bytes:
+                refused = Refused(BUSY, "too many large requests are in flight; come back")
+            if refused is not None:
+                parts.clear()
+                self.forget()
         self.content = b"".join(parts)
+        return refused
 
     def forget(self) -> None:
         self.service.held_bytes -= self._held
