@@ -29,6 +29,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from video_opd.errors import UserError
+from video_opd.models.checkpoint_files import base_of, find_file
 from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.progress import log
 from video_opd.serving.messages import (
@@ -149,8 +150,13 @@ class Service:
 
     async def files(self, request: Request) -> Response:
         """The small files of the model's folder, with which a client compares tokens and templates."""
-        found = {name: self.model / name for name in CONFIG_FILES if (self.model / name).is_file()}
-        arrays = {name: np.frombuffer(path.read_bytes(), dtype=np.uint8) for name, path in found.items()}
+        base = base_of(str(self.model))  # an adapter has the tokenizer of its base
+        found = {name: find_file(base, name) for name in CONFIG_FILES}
+        arrays = {
+            name: np.frombuffer(path.read_bytes(), dtype=np.uint8)
+            for name, path in found.items()
+            if path is not None
+        }
         return Response(save(arrays), media_type=BODY)
 
     async def score(self, request: Request) -> Response:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,7 @@ class Servers:
         self.servers = [_Server(url=url.rstrip("/"), pool=pool) for url in urls]
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.wait_s = wait_s
+        self._choosing = threading.Lock()
 
     def ask(self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]) -> Any:
         """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``."""
@@ -153,11 +154,12 @@ class Servers:
 
     @contextmanager
     def _least_loaded(self) -> Iterator[_Server]:
-        now = time.monotonic()
-        ready = [server for server in self.servers if server.closed_until <= now]
-        server = min(ready or self.servers, key=lambda s: (s.in_flight, s.failures, random.random()))
-        with server.lock:
-            server.in_flight += 1
+        with self._choosing:  # two threads at once would both find the same one idle
+            now = time.monotonic()
+            ready = [server for server in self.servers if server.closed_until <= now]
+            server = min(ready or self.servers, key=lambda s: (s.in_flight, s.failures, random.random()))
+            with server.lock:
+                server.in_flight += 1
         try:
             yield server
         finally:
@@ -276,13 +278,19 @@ class Described:
 
 
 def describe(servers: Servers) -> Described:
-    """What all servers say of themselves. Raises UserError if they hold different models."""
+    """What all servers say of themselves. Raises UserError if they hold different models, or compute or read
+    files differently."""
     found = servers.of_each(MODEL, _read_description)
     for server, one in zip(servers.servers, found, strict=True):
         if one.model != found[0].model:
             raise UserError(
                 f"{server.url} holds the model {one.name} ({one.model}), and {servers.servers[0].url} "
                 f"{found[0].name} ({found[0].model}); give teacher.urls of one model"
+            )
+        if replace(one, name=found[0].name) != found[0]:
+            raise UserError(
+                f"{server.url} and {servers.servers[0].url} are not started alike (--dtype, --quantization, "
+                f"--root): {one} and {found[0]}"
             )
     return found[0]
 

@@ -30,7 +30,7 @@ BAD, FORBIDDEN, MISSING, CONFLICT, TOO_LARGE = 400, 403, 404, 409, 413
 
 
 class Refused(Exception):
-    """A request that is not answered: an HTTP status of 400 to 499, and one line for the client."""
+    """A request that is not answered: an HTTP status, and one line for the client."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)

@@ -30,7 +30,10 @@ from video_opd.training.digests import Damage, is_intact
 
 ROUNDS_ONLY = ("tvdf.", "rounds.")  # sections of a recipe that train ignores
 # Keys that say where weights are held and when they are exchanged, which changes no result.
-HOLDING = ("model.sharding", "model.reduce", "model.gather", "optim.offload", "teacher.placement")
+HOLDING = (
+    *("model.sharding", "model.reduce", "model.gather", "optim.offload", "teacher.placement"),
+    *("teacher.urls", "teacher.send", "teacher.wait_s"),
+)
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import serving_cases as cases
@@ -123,6 +125,24 @@ def test_servers_must_hold_one_model() -> None:
         assert describe(Servers([a])).model == cases.FINGERPRINT
         with pytest.raises(UserError, match=r"give teacher\.urls of one model"):
             describe(Servers([a, b]))
+
+
+def test_servers_must_compute_alike() -> None:
+    other = cases.service()
+    other.scorer.facts = cases.ModelFacts(fingerprint=cases.FINGERPRINT, dtype="bfloat16")
+    refused = pytest.raises(UserError, match=r"are not started alike .*bfloat16.*float32")
+    with cases.serving(cases.service().app()) as a, cases.serving(other.app()) as b, refused:
+        describe(Servers([a, b]))
+
+
+def test_an_adapter_has_the_files_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(cases.TEACHER)}))
+    app = cases.service(model=tmp_path).app()
+    with cases.serving(app) as url, client.files_of_model(Servers([url])) as folder:
+        found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= set(found)
+    for name, content in found.items():
+        assert content == (cases.TEACHER / name).read_bytes()
 
 
 def test_another_version_of_the_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,8 @@ def test_a_teacher_that_stays_away_leaves_a_checkpoint_and_no_step_is_lost(
         train(recipe(data, folder, **changes))
     (checkpoint,) = RunFolder(folder).checkpoints.iterdir()
     assert checkpoint.name in ("step-1", "step-2")
-    with cases.serving(app, port):
-        result = train(recipe(data, folder, **changes))
+    with cases.serving(app) as url:  # started again, elsewhere
+        result = train(recipe(data, folder, **{"teacher.urls": (url,)}))
     assert result.steps == 3
     assert_same(result.model, local)
 
