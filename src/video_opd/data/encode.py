@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
 
 PLACED = "<|vision_start|><|video_pad|><|vision_end|>"  # a video in Qwen3-VL's chat templates
-_TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
+TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
 
 
 class PromptEncoder:
@@ -218,7 +218,7 @@ class PromptEncoder:
                 f"video tokens: {pads} in the prompt, {grid} in the grid, {ours} in the frames"
             )
         kept = shared[shared != self.processor.video_token_id].tolist()
-        written = _TIMESTAMP.findall(self.processor.tokenizer.decode(kept, skip_special_tokens=False))
+        written = TIMESTAMP.findall(self.processor.tokenizer.decode(kept, skip_special_tokens=False))
         expected = [f"{time_s:.1f}" for time_s in pair_times_s]
         if written != expected:
             raise AssertionError(f"the times in the prompt are {written}, those of the frames are {expected}")

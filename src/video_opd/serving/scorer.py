@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +14,9 @@ import torch
 
 from video_opd.config import PromptConfig, Quantization, VideoConfig
 from video_opd.config.settings import read_settings
-from video_opd.data.budget import CELL_PX, PAIR
+from video_opd.data.budget import CELL_PX
 from video_opd.data.clip_cache import ClipCache
-from video_opd.data.encode import PromptEncoder
+from video_opd.data.encode import TIMESTAMP, PromptEncoder
 from video_opd.data.video import VideoError, clip_digest, load_clip
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
@@ -25,7 +24,6 @@ from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.messages import ClipMessage, PromptMessage, ScoreReply, ScoreRequest, WritableTokens
 from video_opd.types import Clip, EncodedPrompt
 
-_TIMESTAMP = re.compile(r"<(\d+\.\d) seconds>")
 BAD, FORBIDDEN, MISSING, CONFLICT, TOO_LARGE = 400, 403, 404, 409, 413
 
 
@@ -115,14 +113,13 @@ class Scorer:
         self.limits.check(request)
         self._check_vocabulary(request.vocabulary)
         rows = self.model.config.text_config.vocab_size
-        shown = [self._pixels(number, clip) for number, clip in enumerate(request.clips)]
+        shown = [self._shown(number, clip) for number, clip in enumerate(request.clips)]
         prompts = []
         for prompt in request.prompts:
             ids = prompt.token_ids
             if int(ids.min()) < 0 or int(ids.max()) >= rows:
                 raise Refused(BAD, f"{prompt.id!r:.60}: a prompt token is not from 0 to {rows - 1}")
-            clip, tensors = shown[prompt.clip]
-            prompts.append(self._prompt(prompt, clip, tensors))
+            prompts.append(self._prompt(prompt, shown[prompt.clip]))
         policy = self._policy(request.vocabulary)
         for prompt in request.prompts:
             for response in prompt.responses:
@@ -185,7 +182,8 @@ class Scorer:
                 )
             return self._policies[asked]
 
-    def _pixels(self, number: int, message: ClipMessage) -> tuple[Clip, Mapping[str, torch.Tensor]]:
+    def _shown(self, number: int, message: ClipMessage) -> EncodedPrompt:
+        """A prompt about the clip, of which its pixels and times are used."""
         clip = (
             self._by_value(number, message) if message.path is None else self._by_reference(number, message)
         )
@@ -194,9 +192,7 @@ class Scorer:
                 CONFLICT,
                 f"clip {number} has other frames or times here ({clip.digest}; sent: {message.digest!r:.60})",
             )
-        (prompt,) = self._encoder.encode_many(clip, ["?"], ["?"])
-        names = ("pixel_values_videos", "video_grid_thw")
-        return clip, {name: prompt.tensors[name] for name in names}
+        return self._encoder.encode(clip, "?", "?")
 
     def _by_value(self, number: int, message: ClipMessage) -> Clip:
         frames, times_s = message.frames, message.times_s
@@ -249,15 +245,12 @@ class Scorer:
             raise Refused(MISSING, f"clip {number}: there is no such file here")
         raise Refused(FORBIDDEN, f"clip {number}: its file is outside of the folders that this server reads")
 
-    def _prompt(
-        self, message: PromptMessage, clip: Clip, tensors: Mapping[str, torch.Tensor]
-    ) -> EncodedPrompt:
+    def _prompt(self, message: PromptMessage, shown: EncodedPrompt) -> EncodedPrompt:
         """Raises :class:`Refused` unless the tokens are a prompt about this clip: as many placeholders for
         each pair of frames as it has tokens, and the pairs' times before them."""
         ids = torch.from_numpy(message.token_ids.astype(np.int64))
-        video_token = self.processor.video_token_id
-        places = ids == video_token
-        grid = tensors["video_grid_thw"][0]
+        places = ids == self.processor.video_token_id
+        grid = shown.tensors["video_grid_thw"][0]
         a_pair = int(grid[1] * grid[2]) // self.processor.video_processor.merge_size**2
         runs = _runs(places)
         if runs != [a_pair] * int(grid[0]):
@@ -266,22 +259,19 @@ class Scorer:
                 f"{message.id!r:.60}: the clip has {int(grid[0])} pairs of {a_pair} tokens, and the prompt "
                 f"has {len(runs)} runs of {sorted(set(runs))[:4]} placeholders",
             )
-        times_s = np.append(clip.times_s, clip.times_s[-1:]) if len(clip.times_s) % PAIR else clip.times_s
-        pair_times_s = tuple(((times_s[0::PAIR] + times_s[1::PAIR]) / 2).tolist())
-        written = _TIMESTAMP.findall(self.processor.tokenizer.decode(ids[~places].tolist()))
-        if written[: len(pair_times_s)] != [f"{time_s:.1f}" for time_s in pair_times_s]:
+        written = TIMESTAMP.findall(self.processor.tokenizer.decode(ids[~places].tolist()))
+        expected = [f"{time_s:.1f}" for time_s in shown.pair_times_s]
+        if written[: len(expected)] != expected:
             raise Refused(
                 BAD, f"{message.id!r:.60}: the times in the prompt are not those of the clip's frames"
             )
-        return EncodedPrompt(
+        types = torch.where(places, 2, 0)[None]
+        return replace(
+            shown,
             sample_id=message.id,
             input_ids=ids[None],
-            tensors={**tensors, "mm_token_type_ids": torch.where(places, 2, 0)[None]},
+            tensors={**shown.tensors, "mm_token_type_ids": types},
             text="",
-            pair_times_s=pair_times_s,
-            video_tokens=int(places.sum()),
-            clip_digest=clip.digest,
-            duration_s=clip.duration_s,
         )
 
 
