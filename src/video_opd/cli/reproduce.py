@@ -10,7 +10,7 @@ from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.progress import log
 from video_opd.terminal import print_text
 
-HELP = "the paper's tables on the generated world; repeated, it continues"
+HELP = "the paper's tables and figures on the generated world; repeated, it continues"
 EXAMPLE = "video-opd reproduce --suite tables --seeds 3"
 SETTINGS = NO_SETTINGS
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from video_opd.reproduce import table_1
 from video_opd.reproduce.claims import Claim, interval
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import find, spread
 from video_opd.reproduce.places import (
     TEACHER,
     TUNING,
@@ -27,13 +28,11 @@ from video_opd.reproduce.rates import (
     STEPS,
     VIDEOS,
     chosen_rate,
-    levels_of,
     prepare_tuning,
-    seen,
     tuned,
     tuning_stage,
 )
-from video_opd.reproduce.table_1 import ARMS, BASELINES, OURS, leaders
+from video_opd.reproduce.table_1 import ARMS, leaders
 from video_opd.reproduce.tasks import Stage
 
 NAME = "distance"
@@ -60,65 +59,27 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         steps=START_STEPS,
         changes=tuned(place, START_RECIPE),
     )
-    runs = [
-        train_task(
-            place,
-            run_of(place, arm, level, seed),
-            arm,
-            data=place.pool(seed, level),
-            evaluate=place.tests,
-            seed=seed,
-            steps=STEPS,
-            changes=tuned(place, arm) | {"model.path": start_of(place) / "model"},
-        )
-        for seed in seeds
-        for arm in ARMS
-        for level in levels_of(arm, LEVELS)
-    ]
-    return [first, [start], runs]
+    before = {"model.path": start_of(place) / "model"}
+    return [first, [start], table_1.runs_of_arms(place, NAME, seeds, LEVELS, before)]
 
 
 def start_of(place: Place) -> Path:
     return place.runs(NAME) / START
 
 
-def run_of(place: Place, arm: str, level: float, seed: int) -> Path:
-    return place.runs(NAME) / f"{arm}-noise-{seen(arm, level):g}-seed-{seed}"
-
-
 def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
     start = measure_runs(place, [start_of(place)])
-    levels = []
-    for level in LEVELS:
-        arms = {arm: measure_runs(place, [run_of(place, arm, level, seed) for seed in seeds]) for arm in ARMS}
-        levels.append(
-            {
-                "noise": level,
-                "mIoU": {arm: found.to_json() for arm, found in arms.items()},
-                "differences": differences({START: start, **arms}),
-            }
-        )
     return {
         "settings": {"videos": VIDEOS, "steps": STEPS, "start_steps": START_STEPS, **BATCH},
         "rates": {arm: chosen_rate(place, arm) for arm in ARMS},
         "shipped": {name: found.to_json() for name, found in measured_shipped(place).items()},
         "start": start.to_json(),
-        "levels": levels,
+        "levels": table_1.measured_levels(place, NAME, seeds, LEVELS, {START: start}),
     }
 
 
 def claims(record: Mapping[str, Any]) -> list[Claim]:
-    return [
-        Claim(
-            says=f"{ARMS[ours]} is better than {ARMS[other]}",
-            source="table 1",
-            where=f"annotation noise {level['noise']:g}, nearer to the teacher",
-            difference=find(level, ours, other),
-        )
-        for ours in OURS
-        for other in BASELINES
-        for level in record["levels"]
-    ]
+    return table_1.claims(record, ", nearer to the teacher")
 
 
 def tables(record: Mapping[str, Any]) -> Iterator[str]:

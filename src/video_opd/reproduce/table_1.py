@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import Measured, differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
     TEACHER,
@@ -62,40 +62,43 @@ def prepare(place: Place, seeds: Sequence[int]) -> None:
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
-    runs = [
+    return [
+        [*shipped_stage(place), *tuning_stage(place, list(ARMS))],
+        runs_of_arms(place, NAME, seeds, LEVELS),
+    ]
+
+
+def runs_of_arms(
+    place: Place,
+    experiment: str,
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    changes: Mapping[str, Any] | None = None,
+) -> Stage:
+    """A run of every arm, level and seed; ``changes`` are settings of all of them."""
+    return [
         train_task(
             place,
-            run_of(place, arm, level, seed),
+            run_of(place, arm, level, seed, experiment),
             arm,
             data=place.pool(seed, level),
             evaluate=place.tests,
             seed=seed,
             steps=STEPS,
-            changes=tuned(place, arm),
+            changes=tuned(place, arm) | dict(changes or {}),
         )
         for seed in seeds
         for arm in ARMS
-        for level in levels_of(arm, LEVELS)
+        for level in levels_of(arm, levels)
     ]
-    return [[*shipped_stage(place), *tuning_stage(place, list(ARMS))], runs]
 
 
-def run_of(place: Place, arm: str, level: float, seed: int) -> Path:
-    return place.runs(NAME) / f"{arm}-noise-{seen(arm, level):g}-seed-{seed}"
+def run_of(place: Place, arm: str, level: float, seed: int, experiment: str = NAME) -> Path:
+    return place.runs(experiment) / f"{arm}-noise-{seen(arm, level):g}-seed-{seed}"
 
 
 def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
     shipped = measured_shipped(place)
-    levels = []
-    for level in LEVELS:
-        arms = {arm: measure_runs(place, [run_of(place, arm, level, seed) for seed in seeds]) for arm in ARMS}
-        levels.append(
-            {
-                "noise": level,
-                "mIoU": {arm: found.to_json() for arm, found in arms.items()},
-                "differences": differences({BASE: shipped[BASE], **arms}),
-            }
-        )
     return {
         "settings": {"videos": VIDEOS, "steps": STEPS, **BATCH, "rates": RATES, "rates_noise": NOISE},
         "rates": {arm: chosen_rate(place, arm) for arm in ARMS},
@@ -103,16 +106,41 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
             arm: {f"{rate:g}": miou for rate, miou in validation_mious(place, arm).items()} for arm in ARMS
         },
         "shipped": {model: found.to_json() for model, found in shipped.items()},
-        "levels": levels,
+        "levels": measured_levels(place, NAME, seeds, LEVELS, {BASE: shipped[BASE]}),
     }
 
 
-def claims(record: Mapping[str, Any]) -> list[Claim]:
+def measured_levels(
+    place: Place,
+    experiment: str,
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    start: Mapping[str, Measured],
+) -> list[dict[str, Any]]:
+    """What the arms reached at each level, and all differences of them and of what they started from."""
+    records = []
+    for level in levels:
+        arms = {
+            arm: measure_runs(place, [run_of(place, arm, level, seed, experiment) for seed in seeds])
+            for arm in ARMS
+        }
+        records.append(
+            {
+                "noise": level,
+                "mIoU": {arm: found.to_json() for arm, found in arms.items()},
+                "differences": differences({**start, **arms}),
+            }
+        )
+    return records
+
+
+def claims(record: Mapping[str, Any], where: str = "") -> list[Claim]:
+    """The order of the methods at each level; ``where`` is added to the place of each claim."""
     return [
         Claim(
             says=f"{ARMS[ours]} is better than {ARMS[other]}",
             source="table 1",
-            where=f"annotation noise {level['noise']:g}",
+            where=f"annotation noise {level['noise']:g}{where}",
             difference=find(level, ours, other),
         )
         for ours in OURS

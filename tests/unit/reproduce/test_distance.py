@@ -25,7 +25,7 @@ def place(tmp_path: Path) -> Place:
             predict(rates.rate_run(place, arm, rate), place.validation, 0.5 * k)
         for level in rates.levels_of(arm, distance.LEVELS):
             for seed in SEEDS:
-                predict(distance.run_of(place, arm, level, seed), place.tests, level * 2 + 0.5)
+                predict(table_1.run_of(place, arm, level, seed, distance.NAME), place.tests, level * 2 + 0.5)
     return place
 
 
