@@ -115,6 +115,14 @@ class TokenLogprobs:
     mask_BT: torch.Tensor
     full_BTV: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> TokenLogprobs:
+        """The same on ``device``."""
+        return TokenLogprobs(
+            logprobs_BT=self.logprobs_BT.to(device),
+            mask_BT=self.mask_BT.to(device),
+            full_BTV=None if self.full_BTV is None else self.full_BTV.to(device),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:

@@ -23,9 +23,10 @@ from video_opd.models.teachers import LocalTeacher
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.reproduce.places import recipe as recipe_file
 from video_opd.serving.app import Service, ServiceSettings
-from video_opd.serving.client import RemoteTeacher, Servers
+from video_opd.serving.client import RemoteTeacher
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.serving.servers import Servers
 from video_opd.types import Clip, EncodedPrompt
 from video_opd.world.demo import shipped
 

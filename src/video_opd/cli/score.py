@@ -24,6 +24,7 @@ EXAMPLE = (
 SETTINGS = (
     *MODEL_SETTINGS,
     *("teacher.dtype", "teacher.quantization", "teacher.placement", "teacher.other_template"),
+    *("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s"),
 )
 
 
@@ -153,7 +154,8 @@ def _inputs(
     from video_opd.models.inference import read_inference_pair
 
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
-    if "--teacher.path" in of_teacher or (of_teacher and not arguments.teacher):
+    served = "--teacher.urls" in of_teacher
+    if "--teacher.path" in of_teacher or (of_teacher and not (arguments.teacher or served)):
         raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
     pair = read_inference_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
     return *pair, arguments.data, None

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--root {root}: no such folder")
     check_requirements()
     from video_opd.serving.app import ServiceSettings
-    from video_opd.serving.scorer import Limits
+    from video_opd.serving.limits import Limits
     from video_opd.serving.server import serve
 
     serve(

@@ -60,32 +60,6 @@ class TeacherConfig(Settings):
         description="accept a teacher whose chat template writes other prompts; it is given the student's",
     )
 
-    @model_validator(mode="after")
-    def _check_placement(self) -> Self:
-        check_placement(self.placement, self.quantization)
-        return self
-
-    @property
-    def paths(self) -> list[str]:
-        """The folders of all teachers, each once."""
-        return [self.path] if self.path else []
-
-    @property
-    def local_paths(self) -> list[str]:
-        """Those that a run holds itself."""
-        return self.paths
-
-
-class DistillationTeacherConfig(TeacherConfig):
-    """A teacher that the student learns from."""
-
-    by_source: TextByText = Field(
-        default_factory=dict,
-        description="other teachers for rows of these sources: name a folder for each source",
-    )
-    distributions: bool = Field(
-        default=True, description="false: the teacher gives the log-probs of written tokens only"
-    )
     urls: Texts = Field(
         default=(),
         description="addresses of video-opd serve-teacher, all with the teacher of path or fingerprint; "
@@ -106,6 +80,11 @@ class DistillationTeacherConfig(TeacherConfig):
     )
 
     @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        check_placement(self.placement, self.quantization)
+        return self
+
+    @model_validator(mode="after")
     def _check_servers(self) -> Self:
         if not self.urls:
             need(self.fingerprint is None, "fingerprint belongs to urls: name the servers, or leave it out")
@@ -115,9 +94,45 @@ class DistillationTeacherConfig(TeacherConfig):
                 url.startswith(("http://", "https://")),
                 f"urls has {url!r}; an address begins with http:// or https://",
             )
-        need(not self.by_source, "by_source names folders; leave urls out, or by_source")
+        return self
+
+    @property
+    def named(self) -> bool:
+        """Whether there is a teacher at all."""
+        return bool(self.path) or bool(self.urls and self.fingerprint)
+
+    @property
+    def paths(self) -> list[str]:
+        """The folders of all teachers, each once."""
+        return [self.path] if self.path else []
+
+    @property
+    def local_paths(self) -> list[str]:
+        """Those that a run holds itself."""
+        return [] if self.urls else self.paths
+
+
+class DistillationTeacherConfig(TeacherConfig):
+    """A teacher that the student learns from."""
+
+    by_source: TextByText = Field(
+        default_factory=dict,
+        description="other teachers for rows of these sources: name a folder for each source",
+    )
+    distributions: bool = Field(
+        default=True, description="false: the teacher gives the log-probs of written tokens only"
+    )
+    overlap: bool = Field(
+        default=True,
+        description="whether the student samples the next micro-batch while servers score one, which holds "
+        "the activations of both; ours",
+    )
+
+    @model_validator(mode="after")
+    def _check_one_teacher(self) -> Self:
+        need(not (self.urls and self.by_source), "by_source names folders; leave urls out, or by_source")
         need(
-            self.placement == "auto",
+            not self.urls or self.placement == "auto",
             f"placement is {self.placement}, and the servers of urls hold the teacher: leave it out",
         )
         return self
@@ -125,10 +140,6 @@ class DistillationTeacherConfig(TeacherConfig):
     @property
     def paths(self) -> list[str]:
         return list(dict.fromkeys([self.path, *self.by_source.values()]))
-
-    @property
-    def local_paths(self) -> list[str]:
-        return [] if self.urls else self.paths
 
 
 class ScaledTeacherConfig(DistillationTeacherConfig):

@@ -145,7 +145,12 @@ class Recipe(Settings):
 
     @property
     def asks_servers(self) -> bool:
-        """Whether the teacher is in other processes, which are sent what it scores."""
+        """Whether the teacher that training needs is in other processes, which are sent what it scores."""
+        return False
+
+    @property
+    def overlaps_servers(self) -> bool:
+        """Whether the student samples while these score."""
         return False
 
     @property
@@ -246,7 +251,7 @@ class DistillationRecipe(Recipe):
     def _check_teacher(self) -> Self:
         teacher = self.teacher
         need(
-            bool(teacher.path) or bool(teacher.urls and teacher.fingerprint),
+            teacher.named,
             f"teacher.path is missing: method {self.method} learns from a teacher; name its folder"
             + (", or its fingerprint in teacher.fingerprint" if teacher.urls else ""),
         )
@@ -255,6 +260,10 @@ class DistillationRecipe(Recipe):
     @property
     def asks_servers(self) -> bool:
         return bool(self.teacher.urls)
+
+    @property
+    def overlaps_servers(self) -> bool:
+        return self.asks_servers and self.teacher.overlap
 
     def _need_distributions(self, what: str) -> None:
         need(

@@ -37,6 +37,8 @@ from video_opd.models.placed_teachers import ShardedPolicy
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vocabulary import Vocabulary
+from video_opd.serving.client import RemoteTeacher
+from video_opd.serving.connect import connect_teacher
 from video_opd.types import ForTopK, Sample
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def inference_configs(recipe: Recipe) -> tuple[InferenceConfig, TeacherInference
     """(student, teacher) of a recipe, with the same video budget and prompt. A recipe may name no teacher."""
     prompt = with_video_form(recipe).prompt
     student = InferenceConfig(model=recipe.model, video=recipe.video, prompt=prompt)
-    if not recipe.teacher.path:
+    if not recipe.teacher.named:
         return student, None
     return student, teacher_config(student, recipe.teacher.path, recipe.teacher)
 
@@ -75,9 +77,9 @@ def score_pool(
 
     With ``for_topk`` it scores them as :func:`~video_opd.curriculum.lazy_scores.score_for_topk` does: the
     student is loaded, answers and is freed before the teacher is loaded. With ``teacher_from`` the teacher is
-    loaded only when a row needs it. A ``sharded`` teacher is divided over ``processes``. ``cache_dir`` keeps
-    decoded clips. Raises :class:`UserError` for models that do not share their tokens, for a teacher in
-    shards with a single process, and as ``score`` does.
+    loaded only when a row needs it. A ``sharded`` teacher is divided over ``processes``; a ``served`` one
+    answers from its servers. ``cache_dir`` keeps decoded clips. Raises :class:`UserError` for models that do
+    not share their tokens, for a teacher in shards with a single process, and as ``score`` does.
     """
     alone = processes is None or processes.count == 1
     if teacher is not None and teacher.sharded and alone:
@@ -85,9 +87,13 @@ def score_pool(
             "teacher.placement is sharded, and there is one process to hold the shards: start several with "
             "torchrun, or set it to whole"
         )
-    inputs = load_model_inputs(student, cache_dir)
+    served = teacher is not None and teacher.served is not None
+    inputs = load_model_inputs(student, cache_dir, keep_clips=served)
     form = read_model_configs(student.model.path), inputs.encoder.processor
-    if teacher is not None:  # before minutes are spent on the student
+    distant = None
+    if teacher is not None and teacher.served is not None:
+        distant = connect_teacher(teacher.served, student.video, form)
+    elif teacher is not None:  # before minutes are spent on the student
         check_teacher(teacher.model.path, teacher.quantization, chosen_device(device))
         base = base_of(teacher.model.path)
         theirs = read_model_configs(base), load_processor(base)
@@ -96,7 +102,7 @@ def score_pool(
         "provenance": {
             "student": inputs.provenance()["model"],
             "student_dtype": student.model.dtype,
-            "teacher": None if teacher is None else model_fingerprint(teacher.model.path),
+            "teacher": _fingerprint(teacher, distant),
             "teacher_dtype": None if teacher is None else teacher.model.dtype,
             "input": inputs.provenance()["input"],
             # Notes of teachers that are not quantised stay as they were.
@@ -113,7 +119,11 @@ def score_pool(
     def load_student() -> Policy:
         return load_inference_model(student, device, cache_dir).policy
 
-    later = None if teacher is None else _lazy_teacher(teacher, Vocabulary.of(*form), device)
+    later = None
+    if distant is not None:
+        later = LazyPolicy(lambda: distant)
+    elif teacher is not None:
+        later = _lazy_teacher(teacher, Vocabulary.of(*form), device)
     with locked_file(out, processes):  # before the models are loaded
         if for_topk is not None:
             if later is None:
@@ -126,6 +136,12 @@ def score_pool(
         if later is not None and not teacher_from:
             later.load()
         return score(policy, later, samples, inputs.prompts, out, **shared)
+
+
+def _fingerprint(teacher: TeacherInferenceConfig | None, distant: RemoteTeacher | None) -> str | None:
+    if distant is not None:
+        return distant.model
+    return None if teacher is None else model_fingerprint(teacher.model.path)
 
 
 def _lazy_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None) -> LazyPolicy:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import model_validator
 
@@ -24,12 +24,14 @@ from video_opd.config import (
     Quantization,
     Recipe,
     Settings,
+    TeacherConfig,
     VideoConfig,
     VideoForm,
     read_settings,
 )
 from video_opd.config.method_sections import check_placement
 from video_opd.config.sections import Placement
+from video_opd.config.settings import Number, Texts
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError
 from video_opd.files import read_text
@@ -62,6 +64,7 @@ class TeacherInferenceConfig(InferenceConfig):
     other_template: bool = False  # whether its chat template may write other prompts
     quantization: Quantization | None = None  # the type of its linear layers' weights; None: model.dtype
     sharded: bool = False  # over the processes
+    served: TeacherConfig | None = None  # its section of the recipe, if servers hold it
 
 
 class InputProtocol(Protocol):
@@ -130,6 +133,10 @@ class _TeacherModel(Settings):
     other_template: bool = False
     quantization: Quantization | None = None
     placement: Placement = "auto"
+    urls: Texts = ()
+    fingerprint: str | None = None
+    send: Literal["value", "reference"] = "value"
+    wait_s: Number = 3600.0
 
     @model_validator(mode="after")
     def _check_placement(self) -> Self:
@@ -147,13 +154,14 @@ def read_inference_pair(
     """The settings of a student and, if one is named, of a teacher that is given the same inputs.
 
     ``overrides`` may contain ``--teacher.dtype``, which is ``model.dtype`` by default,
-    ``--teacher.quantization``, ``--teacher.placement`` and ``--teacher.other_template``.
+    ``--teacher.quantization``, ``--teacher.placement``, ``--teacher.other_template``, and the servers that
+    hold it: ``--teacher.urls``, ``--teacher.fingerprint``, ``--teacher.send``, ``--teacher.wait_s``.
     """
     pair = _read(_PairConfig, student, overrides, None, device)
     own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
-    if teacher is None:
+    if teacher is None and not (pair.teacher.urls and pair.teacher.fingerprint):
         return own, None
-    return own, teacher_config(own, teacher, pair.teacher)
+    return own, teacher_config(own, teacher or "", pair.teacher)
 
 
 class TeacherSettings(Protocol):
@@ -171,15 +179,41 @@ class TeacherSettings(Protocol):
     @property
     def placement(self) -> Placement: ...
 
+    @property
+    def urls(self) -> Sequence[str]: ...
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    @property
+    def send(self) -> Literal["value", "reference"]: ...
+
+    @property
+    def wait_s(self) -> float: ...
+
 
 def teacher_config(student: InferenceConfig, path: str, teacher: TeacherSettings) -> TeacherInferenceConfig:
     """The settings of the teacher ``path`` that is given what ``student`` is given."""
-    shown = student.changed(**{"model.path": path, "model.dtype": teacher.dtype or student.model.dtype})
+    dtype = teacher.dtype or student.model.dtype
+    shown = student.changed(**{"model.path": path or student.model.path, "model.dtype": dtype})
+    served = None
+    if teacher.urls:
+        served = TeacherConfig(
+            path=path,
+            dtype=dtype,
+            quantization=teacher.quantization,
+            other_template=teacher.other_template,
+            urls=tuple(teacher.urls),
+            fingerprint=teacher.fingerprint,
+            send=teacher.send,
+            wait_s=teacher.wait_s,
+        )
     return TeacherInferenceConfig(
         **dict(shown),
         other_template=teacher.other_template,
         quantization=teacher.quantization,
         sharded=teacher.placement == "sharded",
+        served=served,
     )
 
 
@@ -310,17 +344,20 @@ class InferenceModel(ModelInputs):
         return replace(self, config=config, encoder=PromptEncoder(self.policy.processor, config.prompt))
 
 
-def load_model_inputs(config: InferenceConfig, cache_dir: str | Path | None = None) -> ModelInputs:
+def load_model_inputs(
+    config: InferenceConfig, cache_dir: str | Path | None = None, *, keep_clips: bool = False
+) -> ModelInputs:
     """The inputs of the checkpoint ``config.model.path``, whose weights are not read.
 
-    Raises UserError if it has no Qwen3-VL processor.
+    With ``keep_clips`` each prompt carries its clip, for servers. Raises UserError if it has no Qwen3-VL
+    processor.
     """
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.loading import load_processor
 
     return ModelInputs(
         config=config,
-        encoder=PromptEncoder(load_processor(config.model.path), config.prompt),
+        encoder=PromptEncoder(load_processor(config.model.path), config.prompt, keep_clips=keep_clips),
         budget=config.video,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )

@@ -114,6 +114,22 @@ class CollectiveTeacher(Teacher, Protocol):
 
 
 @runtime_checkable
+class DistantTeacher(Teacher, Protocol):
+    """A teacher that works elsewhere, while this process does something else."""
+
+    def ask(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Responses,
+        *,
+        full: bool = False,
+        temperature: float = 1.0,
+    ) -> Callable[[], TokenLogprobs]:
+        """Begins what :meth:`logprobs` does, and returns at once; the result waits for the scores."""
+        ...
+
+
+@runtime_checkable
 class VisitingTeacher(Teacher, Protocol):
     """A teacher that takes up memory of the device only during its turn."""
 

@@ -369,9 +369,18 @@ class _Estimate:
         return Counter(gradients=self.setup.number * trained, gathered=2 * 4 * largest)
 
     def running(self) -> Counter[str]:
-        parts = self.held() + self.weights() + self.accumulated()
+        parts = self.held() + self.weights() + self.accumulated() + self.following()
         parts["casts"] = self.casts()
         return parts
+
+    def following(self) -> Counter[str]:
+        """The graph of one more micro-batch: the next one's, while servers score; or, while that is sampled,
+        the one that they score."""
+        work, setup = self.work, self.setup
+        kept = setup.prefix and work.sampled and work.sampled_ahead is None and work.micro_batches > 1
+        if not (setup.overlaps and kept):
+            return Counter()
+        return Counter(vision=self.vision_graph(), decoder=self.decoder_graph(), caches=self.own_cache())
 
     def prefill(self) -> Counter[str]:
         parts = self.running()
@@ -514,7 +523,7 @@ class _Estimate:
 
     def backward_ends(self) -> Counter[str]:
         """The decoder's graph is freed, and its gradients are there; the vision tower's graph is left."""
-        parts = self.held() + self.weights()
+        parts = self.held() + self.weights() + self.following()
         gradients = self.gradients()
         vision = self.trained["vision"] + self.trained["merger"]
         share = 1 - vision / max(1, self.all_trained) if self.work.micro_batches == 1 else 1.0

@@ -49,6 +49,7 @@ class Setup:
     teacher_is_adapter: bool  # on the student's base
     reference: bool  # whether a step asks the initial student
     distributions: bool  # whether whole distributions are computed at response tokens
+    overlaps: bool  # whether a micro-batch is sampled while servers score the one before
 
     @classmethod
     def of(cls, recipe: Recipe, processes: int = 1) -> Setup:
@@ -84,6 +85,7 @@ class Setup:
             teacher_is_adapter=has_teacher and shares_base(recipe),
             reference=asks_reference(recipe),
             distributions=recipe.measures_analytic_kl or needs_distributions(recipe),
+            overlaps=recipe.overlaps_servers and processes == 1,
         )
 
     @property

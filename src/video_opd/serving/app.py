@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from prometheus_client import (
@@ -32,6 +32,7 @@ from video_opd.errors import UserError
 from video_opd.models.checkpoint_files import base_of, find_file
 from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.progress import log
+from video_opd.serving.limits import BAD, TOO_LARGE, Refused
 from video_opd.serving.messages import (
     BODY,
     FILES,
@@ -39,14 +40,19 @@ from video_opd.serving.messages import (
     METRICS,
     MODEL,
     PROTOCOL,
+    SAMPLE,
     SCORE,
-    BadMessage,
-    ScoreReply,
-    pack_reply,
-    unpack_request,
+    SampleReply,
+    SampleRequest,
+    ScoreRequest,
+    pack_sample_reply,
+    pack_score_reply,
+    unpack_sample_request,
+    unpack_score_request,
 )
 from video_opd.serving.queue import ScoringQueue, Waiting
-from video_opd.serving.scorer import BAD, TOO_LARGE, Refused, Scorer
+from video_opd.serving.reading import BadMessage
+from video_opd.serving.scorer import Scorer
 
 UNAUTHORISED, TIMEOUT, FAILED, BUSY = 401, 408, 500, 503
 T = TypeVar("T")
@@ -75,12 +81,14 @@ class Service:
         self.requests = Counter(
             "video_opd_requests", "Requests by status", ["status"], registry=self.registry
         )
-        self.responses = Counter("video_opd_responses", "Responses that were scored", registry=self.registry)
+        self.responses = Counter(
+            "video_opd_responses", "Responses that were scored or sampled", registry=self.registry
+        )
         self.tokens = Counter(
             "video_opd_response_tokens", "Tokens of these responses", registry=self.registry
         )
         self.seconds = Histogram(
-            "video_opd_request_seconds", "Time of a scored request", registry=self.registry
+            "video_opd_request_seconds", "Time of a request that was answered", registry=self.registry
         )
         gauge = Gauge(
             "video_opd_requests_in_flight", "Requests that are not answered", registry=self.registry
@@ -98,6 +106,7 @@ class Service:
             Route(MODEL, self._answer(self.describe)),
             Route(FILES, self._answer(self.files)),
             Route(SCORE, self._answer(self.score), methods=["POST"]),
+            Route(SAMPLE, self._answer(self.sample), methods=["POST"]),
         ]
         return Starlette(routes=routes)
 
@@ -160,6 +169,17 @@ class Service:
         return Response(save(arrays), media_type=BODY)
 
     async def score(self, request: Request) -> Response:
+        return await self._work(request, unpack_score_request, pack_score_reply)
+
+    async def sample(self, request: Request) -> Response:
+        return await self._work(request, unpack_sample_request, pack_sample_reply)
+
+    async def _work(
+        self,
+        request: Request,
+        unpack: Callable[[bytes], ScoreRequest | SampleRequest],
+        pack: Callable[[Any], bytes],
+    ) -> Response:
         if self.in_flight >= self.settings.in_flight:
             raise Refused(BUSY, f"{self.in_flight} requests are in flight; come back")
         self.in_flight += 1
@@ -167,30 +187,34 @@ class Service:
         body = _Body(self)
         try:
             await body.read(request)
-            reply, tokens = await self._in_time(self._score(body))
+            reply = await self._in_time(self._reply(body, unpack))
         finally:
             self.in_flight -= 1
             body.forget()
-        self.responses.inc(len(tokens))
-        self.tokens.inc(sum(tokens))
         self.seconds.observe(time.monotonic() - began)
-        return Response(await asyncio.to_thread(pack_reply, reply), media_type=BODY)
+        return Response(await asyncio.to_thread(pack, reply), media_type=BODY)
 
-    async def _score(self, body: _Body) -> tuple[ScoreReply, list[int]]:
+    async def _reply(self, body: _Body, unpack: Callable[[bytes], ScoreRequest | SampleRequest]) -> Any:
         loop = asyncio.get_running_loop()
-        message = await asyncio.to_thread(unpack_request, body.content)
+        message = await asyncio.to_thread(unpack, body.content)
         prompts = await loop.run_in_executor(self.decoders, partial(self.scorer.encode, message))
         try:
             reply = await asyncio.wrap_future(self.scoring.put(Waiting(message, prompts)))
         except UserError as error:
             raise Refused(BAD, str(error)) from error
-        return reply, message.response_lengths
+        if isinstance(message, ScoreRequest):
+            lengths = message.response_lengths
+        else:
+            lengths = [len(rollout.token_ids) for rollout in cast(SampleReply, reply).rollouts]
+        self.responses.inc(len(lengths))
+        self.tokens.inc(sum(lengths))
+        return reply
 
     async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
         try:
             return await asyncio.wait_for(work, self.settings.score_s)
         except (TimeoutError, asyncio.TimeoutError):
-            raise Refused(BUSY, f"not scored within {self.settings.score_s:g} s") from None
+            raise Refused(BUSY, f"not answered within {self.settings.score_s:g} s") from None
 
 
 class _Body:

@@ -1,181 +1,66 @@
-"""A teacher in other processes: :class:`RemoteTeacher` asks one or several scoring servers.
-
-A request that is not answered is sent again, to another server where there is one, until ``wait_s`` is over.
-An answer is either right or an error: what cannot be read, or has another shape than was asked for, counts as
-not answered.
-"""
+"""A teacher in other processes: :class:`RemoteTeacher` asks one or several servers."""
 
 from __future__ import annotations
 
-import json
-import random
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
-import urllib3
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from video_opd.config import VideoConfig
-from video_opd.errors import Unavailable, UserError
-from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.models.interfaces import Responses
 from video_opd.models.teachers import Nonfinite, finite_scores, join_logprobs
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.progress import log
 from video_opd.serving.messages import (
-    BODY,
-    FILES,
-    MODEL,
-    PROTOCOL,
+    SAMPLE,
     SCORE,
-    BadMessage,
     ClipMessage,
     PromptMessage,
+    SampleReply,
+    SampleRequest,
     ScoreReply,
     ScoreRequest,
     WritableTokens,
     pack_request,
-    unpack_reply,
+    unpack_sample_reply,
+    unpack_score_reply,
 )
-from video_opd.types import EncodedPrompt, TokenLogprobs
+from video_opd.serving.servers import Servers
+from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
+T = TypeVar("T")
 Send = Literal["value", "reference"]
-CONNECT_S, READ_S = 10.0, 900.0
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # between two tries; doubled from one to the next
-OPEN_AFTER = 3  # failures in a row after which a server is left alone for a while
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may be answered
+REQUESTS_A_SERVER = 2  # in flight at a time: the next one is there when a server has answered one
 
 
-class TeacherAway(Unavailable):
-    """No server answered for as long as the run waits."""
+@dataclass(frozen=True)
+class RemotePrefix:
+    """Stands in for prompts that a server is asked about; nothing is computed before."""
 
+    prompts: Sequence[EncodedPrompt]
 
-class _NotAnswered(Exception):
-    """One try failed, and another may not."""
+    def select(self, rows: Sequence[int]) -> RemotePrefix:
+        return RemotePrefix([self.prompts[row] for row in rows])
 
-
-@dataclass(kw_only=True)
-class _Server:
-    """One address, with what is known of it."""
-
-    url: str
-    pool: urllib3.PoolManager
-    in_flight: int = 0
-    failures: int = 0  # in a row
-    closed_until: float = 0.0  # time.monotonic(), while its circuit is open
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> bytes:
-        """The body of the answer. Raises UserError for a refusal, and _NotAnswered for everything else."""
-        try:
-            answer = self.pool.request(
-                method,
-                self.url + path,
-                body=body,
-                headers=headers,
-                timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
-                retries=False,
-                redirect=False,
-            )
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _NotAnswered(f"{type(error).__name__}: {_line(str(error))}") from error
-        if answer.status == 200:
-            return bytes(answer.data)
-        said = _line(answer.data.decode(errors="replace"))
-        if answer.status in AGAIN or not 400 <= answer.status < 500:
-            raise _NotAnswered(f"status {answer.status}: {said}")
-        raise UserError(f"{self.url} refuses (status {answer.status}): {said}")
-
-    def succeeded(self) -> None:
-        with self.lock:
-            self.failures, self.closed_until = 0, 0.0
-
-    def failed(self) -> None:
-        with self.lock:
-            self.failures += 1
-            if self.failures >= OPEN_AFTER:
-                exponent = min(self.failures - OPEN_AFTER, 6)
-                pause = min(LONGEST_PAUSE_S, SHORTEST_PAUSE_S * 2**exponent)
-                self.closed_until = time.monotonic() + pause * random.uniform(0.5, 1.5)
-
-
-class Servers:
-    """Several addresses of one model. The one with the fewest requests in flight is asked."""
-
-    def __init__(self, urls: Sequence[str], token: str | None = None, wait_s: float = 3600.0) -> None:
-        assert urls, "one server or several"
-        pool = urllib3.PoolManager(maxsize=16)
-        self.servers = [_Server(url=url.rstrip("/"), pool=pool) for url in urls]
-        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.wait_s = wait_s
-        self._choosing = threading.Lock()
-
-    def ask(self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]) -> Any:
-        """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``."""
-        began, said, pause = time.monotonic(), 0.0, SHORTEST_PAUSE_S
-        headers = {**self.headers, "Content-Type": BODY}
-        while True:
-            with self._least_loaded() as server:
-                try:
-                    answer = read(server.ask(method, path, headers, body))
-                    server.succeeded()
-                    return answer
-                except (_NotAnswered, BadMessage) as error:
-                    server.failed()
-                    reason = f"{server.url}: {error}"
-            waited = time.monotonic() - began
-            if waited > self.wait_s:
-                since = datetime.fromtimestamp(time.time() - waited).strftime("%H:%M:%S")
-                raise TeacherAway(f"no teacher has answered since {since} ({reason}); start it, and repeat")
-            if waited - said > 60 or not said:
-                since = datetime.fromtimestamp(time.time() - waited).strftime("%H:%M:%S")
-                log(f"the teacher has not answered since {since} ({reason}); waiting")
-                said = max(waited, 1e-9)
-            time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(LONGEST_PAUSE_S, 2 * pause)
-
-    def of_each(self, path: str, read: Callable[[bytes], Any]) -> list[Any]:
-        """What ``read`` makes of every server's answer."""
-        found = []
-        for server in self.servers:
-            alone = Servers([server.url], wait_s=self.wait_s)
-            alone.headers = self.headers
-            found.append(alone.ask("GET", path, None, read))
-        return found
-
-    @contextmanager
-    def _least_loaded(self) -> Iterator[_Server]:
-        with self._choosing:  # two threads at once would both find the same one idle
-            now = time.monotonic()
-            ready = [server for server in self.servers if server.closed_until <= now]
-            server = min(ready or self.servers, key=lambda s: (s.in_flight, s.failures, random.random()))
-            with server.lock:
-                server.in_flight += 1
-        try:
-            yield server
-        finally:
-            with server.lock:
-                server.in_flight -= 1
+    def __len__(self) -> int:
+        return len(self.prompts)
 
 
 class RemoteTeacher:
-    """:class:`~video_opd.models.interfaces.Teacher` in other processes.
+    """A :class:`~video_opd.models.interfaces.DistantTeacher`, and a
+    :class:`~video_opd.models.interfaces.Policy` without gradients, in other processes.
 
     Prompts must carry their clips (``PromptEncoder(keep_clips=True)``). They are divided among the servers,
     one request each; the result has the order of ``prompts``. ``send`` says whether the servers get frames,
     or read the video files themselves with the budget ``video``; a server that sees other frames refuses.
 
     ``nonfinite`` decides about scores that are not finite, as in
-    :class:`~video_opd.models.teachers.LocalTeacher`.
+    :class:`~video_opd.models.teachers.LocalTeacher`. What waits for servers raises
+    :class:`~video_opd.serving.servers.TeacherAway` if none answers in time.
     """
 
     def __init__(
@@ -194,61 +79,136 @@ class RemoteTeacher:
         self.vocabulary = WritableTokens.of(vocabulary.size, vocabulary.forbidden_ids)
         self.nonfinite = nonfinite
         self.device = device or torch.device("cpu")
+        # The bodies of requests hold frames; those that are not sent yet are not made.
+        self._turn = threading.BoundedSemaphore(REQUESTS_A_SERVER * len(servers.servers))
+
+    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> RemotePrefix:
+        assert not grad, "no gradient comes from a server"
+        return RemotePrefix(prompts)
+
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt] | RemotePrefix,
+        *,
+        n: int = 1,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seeds: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Rollout]]:
+        """As :meth:`Policy.sample`."""
+        asked = _prompts_of(prompts)
+        if temperature != 0 and (seeds is None or [len(row) for row in seeds] != [n] * len(asked)):
+            raise ValueError(
+                f"sampling needs seeds: {len(asked)} lists of {n} integers, one for each rollout"
+            )
+        drawn = None if temperature == 0 else seeds
+
+        def sampled(piece: slice) -> SampleReply:
+            own = asked[piece]
+            extras: list[dict[str, Any]] = [{} for _ in own]
+            if drawn is not None:
+                extras = [{"seeds": np.array(row, np.int64)} for row in drawn[piece]]
+            clips, messages = self._messages(own, extras)
+            request = SampleRequest(
+                model=self.model,
+                vocabulary=self.vocabulary,
+                clips=clips,
+                prompts=messages,
+                n=n,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+            )
+            return self._answer(SAMPLE, request, lambda body: unpack_sample_reply(body, request))
+
+        replies = [wait() for wait in self._divide(len(asked), sampled)]
+        rollouts = [rollout for reply in replies for rollout in reply.rollouts]
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[EncodedPrompt] | RemotePrefix,
+        responses: Responses,
+        *,
+        grad: bool = False,
+        full: bool = False,
+        temperature: float = 1.0,
+    ) -> TokenLogprobs:
+        """As :meth:`Teacher.logprobs`."""
+        assert not grad, "no gradient comes from a server"
+        return self.ask(prompts, responses, full=full, temperature=temperature)()
+
+    def ask(
+        self,
+        prompts: Sequence[EncodedPrompt] | RemotePrefix,
         responses: Responses,
         *,
         full: bool = False,
         temperature: float = 1.0,
-    ) -> TokenLogprobs:
-        """As :meth:`Teacher.logprobs`. Raises :class:`TeacherAway` if no server answers in time."""
-        assert len(prompts) == len(responses) and all(responses), "one or several responses for each prompt"
+    ) -> Callable[[], TokenLogprobs]:
+        """As :meth:`DistantTeacher.ask`."""
+        asked = _prompts_of(prompts)
+        assert len(asked) == len(responses) and all(responses), "one or several responses for each prompt"
 
-        def ask(piece: slice) -> TokenLogprobs:
-            return self._ask(prompts[piece], responses[piece], full, temperature)
+        def scored(piece: slice) -> TokenLogprobs:
+            extras = [
+                {"responses": tuple(np.array(response, np.int32) for response in group)}
+                for group in responses[piece]
+            ]
+            clips, messages = self._messages(asked[piece], extras)
+            request = ScoreRequest(
+                model=self.model,
+                vocabulary=self.vocabulary,
+                clips=clips,
+                prompts=messages,
+                full=full,
+                temperature=temperature,
+            )
+            reply = self._answer(SCORE, request, lambda body: unpack_score_reply(body, request))
+            return _scores(reply, request.response_lengths)
 
-        scored = _at_once(ask, _divided(len(prompts), len(self.servers.servers)))
-        return finite_scores(join_logprobs(scored), prompts, responses, self.nonfinite)
+        waits = self._divide(len(asked), scored)
 
-    def _ask(
-        self, prompts: Sequence[EncodedPrompt], responses: Responses, full: bool, temperature: float
-    ) -> TokenLogprobs:
-        clips: dict[str, int] = {}
-        messages: list[ClipMessage] = []
-        asked: list[PromptMessage] = []
-        for prompt, group in zip(prompts, responses, strict=True):
-            if prompt.clip_digest not in clips:
-                clips[prompt.clip_digest] = len(messages)
-                messages.append(self._clip(prompt))
-            asked.append(
+        def scores() -> TokenLogprobs:
+            whole = join_logprobs([wait() for wait in waits]).to(self.device)
+            return finite_scores(whole, asked, responses, self.nonfinite)
+
+        return scores
+
+    def _divide(self, count: int, work: Callable[[slice], T]) -> list[Callable[[], T]]:
+        """Begins ``work`` on ``count`` prompts in pieces of nearly equal size, as many as there are servers.
+        Returns what waits for each piece's result."""
+        size = -(-count // len(self.servers.servers))
+        pieces = [slice(start, start + size) for start in range(0, count, size)]
+        return [_in_background(work, piece) for piece in pieces]
+
+    def _answer(self, path: str, request: ScoreRequest | SampleRequest, read: Callable[[bytes], T]) -> T:
+        with self._turn:
+            return self.servers.ask("POST", path, pack_request(request), read)
+
+    def _messages(
+        self, prompts: Sequence[EncodedPrompt], extras: Sequence[dict[str, Any]]
+    ) -> tuple[tuple[ClipMessage, ...], tuple[PromptMessage, ...]]:
+        """(their clips, each once; the prompts), as they are sent. ``extras`` belong to the prompts."""
+        numbers: dict[str, int] = {}
+        clips: list[ClipMessage] = []
+        messages = []
+        for prompt, extra in zip(prompts, extras, strict=True):
+            if prompt.clip_digest not in numbers:
+                numbers[prompt.clip_digest] = len(clips)
+                clips.append(self._clip(prompt))
+            messages.append(
                 PromptMessage(
                     id=prompt.sample_id,
-                    clip=clips[prompt.clip_digest],
+                    clip=numbers[prompt.clip_digest],
                     token_ids=prompt.input_ids[0].numpy(),
-                    responses=tuple(torch.tensor(response, dtype=torch.int32).numpy() for response in group),
+                    **extra,
                 )
             )
-        request = ScoreRequest(
-            model=self.model,
-            vocabulary=self.vocabulary,
-            clips=tuple(messages),
-            prompts=tuple(asked),
-            full=full,
-            temperature=temperature,
-        )
-        reply: ScoreReply = self.servers.ask(
-            "POST", SCORE, pack_request(request), lambda body: unpack_reply(body, request)
-        )
-        lengths = torch.tensor(request.response_lengths)
-        mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
-        whole = None if reply.full is None else torch.from_numpy(reply.full).to(self.device)
-        return TokenLogprobs(
-            logprobs_BT=torch.from_numpy(reply.logprobs).to(self.device),
-            mask_BT=mask_BT.to(self.device),
-            full_BTV=whole,
-        )
+        return tuple(clips), tuple(messages)
 
     def _clip(self, prompt: EncodedPrompt) -> ClipMessage:
         clip = prompt.clip
@@ -266,98 +226,28 @@ class RemoteTeacher:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Described:
-    """What a server says of itself."""
-
-    model: str  # the fingerprint
-    name: str
-    dtype: str
-    quantization: str | None
-    reads_files: bool
+def _prompts_of(prompts: Sequence[EncodedPrompt] | RemotePrefix) -> Sequence[EncodedPrompt]:
+    return prompts.prompts if isinstance(prompts, RemotePrefix) else prompts
 
 
-def describe(servers: Servers) -> Described:
-    """What all servers say of themselves. Raises UserError if they hold different models, or compute or read
-    files differently."""
-    found = servers.of_each(MODEL, _read_description)
-    for server, one in zip(servers.servers, found, strict=True):
-        if one.model != found[0].model:
-            raise UserError(
-                f"{server.url} holds the model {one.name} ({one.model}), and {servers.servers[0].url} "
-                f"{found[0].name} ({found[0].model}); give teacher.urls of one model"
-            )
-        if replace(one, name=found[0].name) != found[0]:
-            raise UserError(
-                f"{server.url} and {servers.servers[0].url} are not started alike (--dtype, --quantization, "
-                f"--root): {one} and {found[0]}"
-            )
-    return found[0]
+def _scores(reply: ScoreReply, lengths: Sequence[int]) -> TokenLogprobs:
+    lengths_B1 = torch.tensor(lengths)[:, None]
+    return TokenLogprobs(
+        logprobs_BT=torch.from_numpy(reply.logprobs),
+        mask_BT=torch.arange(max(lengths)) < lengths_B1,
+        full_BTV=None if reply.full is None else torch.from_numpy(reply.full),
+    )
 
 
-@contextmanager
-def files_of_model(servers: Servers) -> Iterator[Path]:
-    """A folder with the small files of the servers' model, to compare tokens and templates; removed after."""
-    files = servers.ask("GET", FILES, None, _read_files)
-    with tempfile.TemporaryDirectory(prefix="video-opd-teacher-") as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        yield Path(folder)
+def _in_background(work: Callable[[slice], T], piece: slice) -> Callable[[], T]:
+    """Begins ``work(piece)`` in a thread that does not keep an interrupted process alive."""
+    future: Future[T] = Future()
 
-
-def _read_description(body: bytes) -> Described:
-    try:
-        tree = json.loads(body)
-        protocol = tree["protocol"]
-        found = Described(**{spec.name: tree[spec.name] for spec in fields(Described)})
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadMessage("its answer is no description of a model") from error
-    if protocol != PROTOCOL:
-        raise UserError(
-            f"the teacher's server speaks version {protocol} of the protocol, and this is version "
-            f"{PROTOCOL}: install the same release on both sides"
-        )
-    return found
-
-
-def _read_files(body: bytes) -> dict[str, bytes]:
-    try:
-        arrays = load(body)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BadMessage("its files cannot be read") from error
-    if unknown := sorted(set(arrays) - set(CONFIG_FILES)):
-        raise BadMessage(f"it sends a file that no model has: {unknown[0]!r:.60}")
-    return {name: array.tobytes() for name, array in arrays.items()}
-
-
-def _divided(count: int, parts: int) -> list[slice]:
-    """At most ``parts`` slices of ``count`` prompts, of nearly equal size."""
-    size = -(-count // min(parts, count))
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _at_once(work: Callable[[slice], TokenLogprobs], pieces: Sequence[slice]) -> list[TokenLogprobs]:
-    """The result of ``work`` for each piece, in threads that do not keep an interrupted process alive."""
-    if len(pieces) == 1:
-        return [work(pieces[0])]
-    results: dict[int, TokenLogprobs] = {}
-    errors: list[BaseException] = []
-
-    def run(number: int, piece: slice) -> None:
+    def run() -> None:
         try:
-            results[number] = work(piece)
+            future.set_result(work(piece))
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    threads = [threading.Thread(target=run, args=each, daemon=True) for each in enumerate(pieces)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[number] for number in range(len(pieces))]
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    threading.Thread(target=run, daemon=True).start()
+    return future.result

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from video_opd.config import DistillationTeacherConfig, VideoConfig
+from video_opd.config import TeacherConfig, VideoConfig
 from video_opd.errors import UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_processor, read_model_configs
@@ -15,7 +15,8 @@ from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import Nonfinite
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.progress import log
-from video_opd.serving.client import RemoteTeacher, Servers, describe, files_of_model
+from video_opd.serving.client import RemoteTeacher
+from video_opd.serving.servers import Servers, describe, files_of_model
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
@@ -24,7 +25,7 @@ TOKEN = "VIDEO_OPD_TOKEN"  # the environment variable with the servers' token
 
 
 def connect_teacher(
-    settings: DistillationTeacherConfig,
+    settings: TeacherConfig,
     video: VideoConfig,
     student: tuple[Any, Qwen3VLProcessor],
     *,

@@ -2,7 +2,8 @@
 
 A request holds the token ids of prompts and responses, and for each clip either its frames (by value) or the
 file and the video budget that they come from (by reference). A clip has the digest of its frames and times in
-any case: a server that sees other frames refuses. A reply holds log-probabilities of the responses' tokens.
+any case: a server that sees other frames refuses. A reply holds log-probabilities of the responses' tokens,
+or rollouts.
 
 Shapes: ``T`` frames of ``H`` × ``W`` pixels, ``P`` prompt tokens, ``N`` responses, ``R`` tokens of the
 longest response, ``V`` vocabulary.
@@ -11,7 +12,7 @@ longest response, ``V`` vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +20,25 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from video_opd.serving.reading import (
+    BadMessage,
+    as_mapping,
+    list_of,
+    number_of,
+    object_of,
+    switch_of,
+    take_array,
+    text_of,
+    whole_of,
+)
+from video_opd.types import Rollout
+
 PROTOCOL = 1
-SCORE, MODEL, FILES, HEALTH, METRICS = "/v1/score", "/v1/model", "/v1/files", "/health", "/metrics"
+SCORE, SAMPLE, MODEL, FILES = "/v1/score", "/v1/sample", "/v1/model", "/v1/files"
+HEALTH, METRICS = "/health", "/metrics"
 BODY = "application/octet-stream"
 _KEY = "video-opd"  # of the header's metadata, whose values are texts
 _MOST_RANGES = 1 << 16
-
-
-class BadMessage(ValueError):
-    """A message that is not of this protocol. The text is one line for whoever sent it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +55,13 @@ class ClipMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMessage:
-    """A prompt, its clip's number and its responses, as token ids."""
+    """A prompt and its clip's number, with the responses to score or the seeds to sample with."""
 
     id: str
     clip: int
     token_ids: np.ndarray  # int32 [P]
-    responses: tuple[np.ndarray, ...]  # int32 [R] each
+    responses: tuple[np.ndarray, ...] = ()  # int32 [R] each
+    seeds: np.ndarray | None = None  # int64, one a rollout; None: greedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +87,51 @@ class WritableTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreRequest:
-    """Prompts and responses to score. ``model`` is the fingerprint of the teacher that is meant."""
+class Request:
+    """Prompts about clips. ``model`` is the fingerprint of the teacher that is meant, ``vocabulary`` what the
+    student can write."""
 
     model: str
     vocabulary: WritableTokens
     clips: tuple[ClipMessage, ...]
     prompts: tuple[PromptMessage, ...]
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Requests that share them can be worked on together."""
+        return (type(self), self.vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest(Request):
+    """The prompts' responses are scored."""
+
     full: bool = False
     temperature: float = 1.0
 
     @property
+    def settings(self) -> tuple[Any, ...]:
+        return (*super().settings, self.full, self.temperature)
+
+    @property
     def response_lengths(self) -> list[int]:
         return [len(response) for prompt in self.prompts for response in prompt.responses]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(Request):
+    """``n`` rollouts of each prompt are sampled; ``temperature`` 0 is greedy."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        own = (self.n, self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+        return (*super().settings, *own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +143,15 @@ class ScoreReply:
     seconds: float = field(default=0.0, compare=False)  # that the server worked on it
 
 
-def pack_request(request: ScoreRequest) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class SampleReply:
+    """The rollouts of all prompts, prompt-major."""
+
+    rollouts: tuple[Rollout, ...]
+    seconds: float = field(default=0.0, compare=False)
+
+
+def pack_request(request: ScoreRequest | SampleRequest) -> bytes:
     arrays: dict[str, np.ndarray] = {}
     clips: list[dict[str, Any]] = []
     for n, clip in enumerate(request.clips):
@@ -110,71 +162,120 @@ def pack_request(request: ScoreRequest) -> bytes:
         else:
             entry |= {"path": clip.path, "budget": dict(clip.budget or {})}
         clips.append(entry)
-    prompts = []
+    prompts: list[dict[str, Any]] = []
     for n, prompt in enumerate(request.prompts):
+        entry = {"id": prompt.id, "clip": prompt.clip}
         arrays[f"prompt-{n}"] = np.asarray(prompt.token_ids, dtype=np.int32)
-        joined = [np.asarray(response, dtype=np.int32) for response in prompt.responses]
-        arrays[f"responses-{n}"] = np.concatenate(joined)
-        prompts.append({"id": prompt.id, "clip": prompt.clip, "lengths": [len(one) for one in joined]})
-    head = {
+        if prompt.responses:
+            joined = [np.asarray(response, dtype=np.int32) for response in prompt.responses]
+            arrays[f"responses-{n}"] = np.concatenate(joined)
+            entry["lengths"] = [len(one) for one in joined]
+        if prompt.seeds is not None:
+            arrays[f"seeds-{n}"] = np.asarray(prompt.seeds, dtype=np.int64)
+        prompts.append(entry)
+    head: dict[str, Any] = {
         "protocol": PROTOCOL,
         "model": request.model,
         "vocabulary": {"size": request.vocabulary.size, "forbidden": request.vocabulary.forbidden},
-        "full": request.full,
         "temperature": request.temperature,
         "clips": clips,
         "prompts": prompts,
     }
+    if isinstance(request, ScoreRequest):
+        head["full"] = request.full
+    else:
+        own = ("n", "max_new_tokens", "top_p", "top_k")
+        head |= {name: getattr(request, name) for name in own}
     return _pack(head, arrays)
 
 
-def unpack_request(body: bytes) -> ScoreRequest:
+def unpack_score_request(body: bytes) -> ScoreRequest:
     """Reads a request. Raises :class:`BadMessage` for anything else, whatever its bytes are."""
-    head, arrays = _unpack(body)
-    reader = _Reader(arrays)
-    clips = tuple(reader.clip(n, entry) for n, entry in enumerate(_list(head, "clips")))
-    prompts = tuple(reader.prompt(n, entry, len(clips)) for n, entry in enumerate(_list(head, "prompts")))
-    if not prompts:
-        raise BadMessage("there is no prompt in it")
-    if arrays:
-        raise BadMessage(f"an array that nothing names: {min(arrays)!r:.60}")
-    vocabulary = _object(head, "vocabulary")
-    temperature = _number(head, "temperature")
+    head, reader = _open(body)
+    shared = reader.request(head, reader.responses)
+    temperature = number_of(head, "temperature")
     if not temperature > 0:
         raise BadMessage(f"temperature is {temperature}; it must be above 0")
-    return ScoreRequest(
-        model=_text(head, "model"),
-        vocabulary=WritableTokens(size=_whole(vocabulary, "size"), forbidden=_ranges(vocabulary)),
-        clips=clips,
-        prompts=prompts,
-        full=_switch(head, "full"),
+    return ScoreRequest(**shared, full=switch_of(head, "full"), temperature=temperature)
+
+
+def unpack_sample_request(body: bytes) -> SampleRequest:
+    """As :func:`unpack_score_request`. Whether the numbers can be sampled with, the sampler says."""
+    head, reader = _open(body)
+    n, temperature = whole_of(head, "n"), number_of(head, "temperature")
+    seeds = None if temperature == 0 else n
+    shared = reader.request(head, lambda number, _: reader.seeds(number, seeds))
+    return SampleRequest(
+        **shared,
+        n=n,
+        max_new_tokens=whole_of(head, "max_new_tokens"),
         temperature=temperature,
+        top_p=number_of(head, "top_p"),
+        top_k=whole_of(head, "top_k"),
     )
 
 
-def pack_reply(reply: ScoreReply) -> bytes:
+def pack_score_reply(reply: ScoreReply) -> bytes:
     arrays = {"logprobs": np.ascontiguousarray(reply.logprobs, dtype=np.float32)}
     if reply.full is not None:
         arrays["full"] = np.ascontiguousarray(reply.full, dtype=np.float32)
     return _pack({"protocol": PROTOCOL, "seconds": reply.seconds}, arrays)
 
 
-def unpack_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
+def unpack_score_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
     """Reads the reply to ``request``. Raises :class:`BadMessage` if it is none, or one to something else."""
-    head, arrays = _unpack(body)
+    head, reader = _open(body)
     lengths = request.response_lengths
     shape = (len(lengths), max(lengths))
-    logprobs = _array(arrays, "logprobs", np.float32, shape)
-    full = _array(arrays, "full", np.float32, (*shape, request.vocabulary.size)) if request.full else None
-    return ScoreReply(logprobs=logprobs, full=full, seconds=_number(head, "seconds"))
+    logprobs = reader.take("logprobs", np.float32, shape)
+    full = reader.take("full", np.float32, (*shape, request.vocabulary.size)) if request.full else None
+    return ScoreReply(logprobs=logprobs, full=full, seconds=number_of(head, "seconds"))
+
+
+def pack_sample_reply(reply: SampleReply) -> bytes:
+    rollouts = reply.rollouts
+    head = {
+        "protocol": PROTOCOL,
+        "seconds": reply.seconds,
+        "lengths": [len(rollout.token_ids) for rollout in rollouts],
+        "texts": [rollout.text for rollout in rollouts],
+        "truncated": [rollout.truncated for rollout in rollouts],
+    }
+    tokens = [token for rollout in rollouts for token in rollout.token_ids]
+    logprobs = [value for rollout in rollouts for value in rollout.recorded]
+    return _pack(head, {"tokens": np.array(tokens, np.int32), "logprobs": np.array(logprobs, np.float64)})
+
+
+def unpack_sample_reply(body: bytes, request: SampleRequest) -> SampleReply:
+    """As :func:`unpack_score_reply`."""
+    head, reader = _open(body)
+    lengths, texts, truncated = (list_of(head, name) for name in ("lengths", "texts", "truncated"))
+    count = len(request.prompts) * request.n
+    if not len(lengths) == len(texts) == len(truncated) == count:
+        raise BadMessage(f"{len(lengths)} rollouts, and {count} were asked for")
+    if not all(type(n) is int and 0 < n <= request.max_new_tokens for n in lengths):
+        raise BadMessage("a rollout is empty, or longer than was asked for")
+    if not all(isinstance(text, str) for text in texts) or not all(
+        isinstance(cut, bool) for cut in truncated
+    ):
+        raise BadMessage("a rollout without its text, or its end")
+    tokens = reader.take("tokens", np.int32, (sum(lengths),)).tolist()
+    logprobs = reader.take("logprobs", np.float64, (sum(lengths),)).tolist()
+    rollouts, start = [], 0
+    for length, text, cut in zip(lengths, texts, truncated, strict=True):
+        part, start = slice(start, start + length), start + length
+        rollouts.append(
+            Rollout(token_ids=tuple(tokens[part]), logprobs=tuple(logprobs[part]), text=text, truncated=cut)
+        )
+    return SampleReply(rollouts=tuple(rollouts), seconds=number_of(head, "seconds"))
 
 
 def _pack(head: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     return bytes(save(dict(arrays), metadata={_KEY: json.dumps(head)}))
 
 
-def _unpack(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(the header's JSON, the arrays)."""
+def _open(body: bytes) -> tuple[dict[str, Any], _Reader]:
+    """(the header's JSON, the reader of what it names)."""
     text = _metadata(body)
     try:
         arrays = load(body)
@@ -186,7 +287,7 @@ def _unpack(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise BadMessage("its header is no JSON object")
     if head.get("protocol") != PROTOCOL:
         raise BadMessage(f"protocol is {head.get('protocol')!r:.40}; this is version {PROTOCOL}")
-    return head, arrays
+    return head, _Reader(arrays)
 
 
 def _metadata(body: bytes) -> str:
@@ -210,56 +311,70 @@ class _Reader:
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self.arrays = arrays
 
+    def take(self, name: str, dtype: type, shape: Sequence[int | None]) -> np.ndarray:
+        return take_array(self.arrays, name, dtype, shape)
+
+    def request(
+        self, head: Mapping[str, Any], extra: Callable[[int, Mapping[str, Any]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The fields of :class:`Request`. ``extra`` reads what else belongs to a prompt."""
+        clips = tuple(self.clip(n, entry) for n, entry in enumerate(list_of(head, "clips")))
+        prompts = tuple(
+            self.prompt(n, as_mapping(entry, "a prompt"), len(clips), extra)
+            for n, entry in enumerate(list_of(head, "prompts"))
+        )
+        if not prompts:
+            raise BadMessage("there is no prompt in it")
+        if self.arrays:
+            raise BadMessage(f"an array that nothing names: {min(self.arrays)!r:.60}")
+        vocabulary = object_of(head, "vocabulary")
+        writable = WritableTokens(size=whole_of(vocabulary, "size"), forbidden=_ranges(vocabulary))
+        return {"model": text_of(head, "model"), "vocabulary": writable, "clips": clips, "prompts": prompts}
+
     def clip(self, number: int, entry: Any) -> ClipMessage:
-        entry = _mapping(entry, "a clip")
-        digest, duration_s = _text(entry, "digest"), _number(entry, "duration_s")
+        entry = as_mapping(entry, "a clip")
+        digest, duration_s = text_of(entry, "digest"), number_of(entry, "duration_s")
         if "path" in entry:
             return ClipMessage(
                 digest=digest,
                 duration_s=duration_s,
-                path=_text(entry, "path"),
-                budget=_object(entry, "budget"),
+                path=text_of(entry, "path"),
+                budget=object_of(entry, "budget"),
             )
-        frames = _array(self.arrays, f"clip-{number}-frames", np.uint8, (None, None, None, 3))
-        times_s = _array(self.arrays, f"clip-{number}-times", np.float64, (len(frames),))
+        frames = self.take(f"clip-{number}-frames", np.uint8, (None, None, None, 3))
+        times_s = self.take(f"clip-{number}-times", np.float64, (len(frames),))
         if not len(frames) or not np.isfinite(times_s).all():
             raise BadMessage(f"clip {number} has no frames, or times that are not finite")
         return ClipMessage(digest=digest, duration_s=duration_s, frames=frames, times_s=times_s)
 
-    def prompt(self, number: int, entry: Any, clips: int) -> PromptMessage:
-        entry = _mapping(entry, "a prompt")
-        clip, lengths = (
-            _whole(entry, "clip"),
-            [_whole({"length": n}, "length") for n in _list(entry, "lengths")],
-        )
+    def prompt(
+        self,
+        number: int,
+        entry: Mapping[str, Any],
+        clips: int,
+        extra: Callable[[int, Mapping[str, Any]], dict[str, Any]],
+    ) -> PromptMessage:
+        clip = whole_of(entry, "clip")
         if clip >= clips:
             raise BadMessage(f"prompt {number} is about clip {clip}, and there are {clips}")
-        if not lengths or 0 in lengths:
-            raise BadMessage(f"prompt {number} has no response, or an empty one")
-        tokens = _array(self.arrays, f"prompt-{number}", np.int32, (None,))
-        joined = _array(self.arrays, f"responses-{number}", np.int32, (sum(lengths),))
+        tokens = self.take(f"prompt-{number}", np.int32, (None,))
         if not len(tokens):
             raise BadMessage(f"prompt {number} has no tokens")
-        responses = tuple(np.split(joined, np.cumsum(lengths)[:-1]))
-        return PromptMessage(id=_text(entry, "id"), clip=clip, token_ids=tokens, responses=responses)
+        return PromptMessage(id=text_of(entry, "id"), clip=clip, token_ids=tokens, **extra(number, entry))
 
+    def responses(self, number: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+        lengths = [whole_of({"length": n}, "length") for n in list_of(entry, "lengths")]
+        if not lengths or 0 in lengths:
+            raise BadMessage(f"prompt {number} has no response, or an empty one")
+        joined = self.take(f"responses-{number}", np.int32, (sum(lengths),))
+        return {"responses": tuple(np.split(joined, np.cumsum(lengths)[:-1]))}
 
-def _array(arrays: dict[str, np.ndarray], name: str, dtype: type, shape: Sequence[int | None]) -> np.ndarray:
-    """Takes an array out of ``arrays``; None in ``shape`` is any length."""
-    found = arrays.pop(name, None)
-    if found is None:
-        raise BadMessage(f"the array {name!r} is missing")
-    fits = found.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
-    if found.dtype != dtype or not fits:
-        wanted = " × ".join("any" if n is None else str(n) for n in shape)
-        raise BadMessage(
-            f"{name!r} is {found.dtype} {list(found.shape)}, not {np.dtype(dtype)} of {wanted} numbers"
-        )
-    return found
+    def seeds(self, number: int, count: int | None) -> dict[str, Any]:
+        return {"seeds": None if count is None else self.take(f"seeds-{number}", np.int64, (count,))}
 
 
 def _ranges(vocabulary: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    size, found = _whole(vocabulary, "size"), _list(vocabulary, "forbidden")
+    size, found = whole_of(vocabulary, "size"), list_of(vocabulary, "forbidden")
     if len(found) > _MOST_RANGES:
         raise BadMessage("too many ranges of forbidden tokens")
     for entry in found:
@@ -267,46 +382,3 @@ def _ranges(vocabulary: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
         if not whole or not 0 <= entry[0] <= entry[1] < size:
             raise BadMessage(f"{entry!r:.60} is no range of token ids below {size}")
     return tuple((a, b) for a, b in found)
-
-
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise BadMessage(f"{what} is {value!r:.40}, not an object")
-    return value
-
-
-def _get(tree: Mapping[str, Any], name: str, kind: type | tuple[type, ...], said: str) -> Any:
-    value = tree.get(name)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadMessage(f"{name} is {value!r:.40}, not {said}")
-    return value
-
-
-def _object(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return dict(_get(tree, name, dict, "an object"))
-
-
-def _list(tree: Mapping[str, Any], name: str) -> list[Any]:
-    return list(_get(tree, name, list, "a list"))
-
-
-def _text(tree: Mapping[str, Any], name: str) -> str:
-    return str(_get(tree, name, str, "a text"))
-
-
-def _switch(tree: Mapping[str, Any], name: str) -> bool:
-    return bool(_get(tree, name, bool, "true or false"))
-
-
-def _whole(tree: Mapping[str, Any], name: str) -> int:
-    value = int(_get(tree, name, int, "a whole number"))
-    if not 0 <= value < 1 << 31:
-        raise BadMessage(f"{name} is {value}; it must be from 0 to 2147483647")
-    return value
-
-
-def _number(tree: Mapping[str, Any], name: str) -> float:
-    value = _get(tree, name, (int, float), "a number")
-    if not abs(value) < 1e12:  # no NaN either
-        raise BadMessage(f"{name} is {value}; it must be an ordinary number")
-    return float(value)

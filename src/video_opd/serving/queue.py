@@ -1,4 +1,4 @@
-"""Requests wait here for the one model, which scores those together that can be."""
+"""Requests wait here for the one model, which works on those together that can be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from video_opd.serving.messages import ScoreReply, ScoreRequest
+from video_opd.serving.messages import SampleReply, SampleRequest, ScoreReply, ScoreRequest
 from video_opd.serving.scorer import Scorer
 from video_opd.types import EncodedPrompt
 
@@ -19,20 +19,16 @@ _STOP = None
 class Waiting:
     """A request whose clips have been looked at, and the future of its reply."""
 
-    request: ScoreRequest
+    request: ScoreRequest | SampleRequest
     prompts: Sequence[EncodedPrompt]
-    reply: Future[ScoreReply] = field(default_factory=Future)
-
-    def goes_with(self, other: Waiting) -> bool:
-        a, b = self.request, other.request
-        return (a.vocabulary, a.full, a.temperature) == (b.vocabulary, b.full, b.temperature)
+    reply: Future[ScoreReply | SampleReply] = field(default_factory=Future)
 
 
 class ScoringQueue:
-    """One thread takes what waits, up to ``batch_size`` prompts at a time, and scores it.
+    """One thread takes what waits, up to ``batch_size`` prompts at a time, and answers it.
 
     A request is never divided, and none waits for others to come. :meth:`close` ends the thread when
-    everything that waits has been scored.
+    everything that waits has been answered.
     """
 
     def __init__(self, scorer: Scorer, batch_size: int = 8) -> None:
@@ -42,7 +38,7 @@ class ScoringQueue:
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
-    def put(self, waiting: Waiting) -> Future[ScoreReply]:
+    def put(self, waiting: Waiting) -> Future[ScoreReply | SampleReply]:
         self._waiting.put(waiting)
         return waiting.reply
 
@@ -59,7 +55,7 @@ class ScoringQueue:
             if not asked:
                 continue
             try:
-                replies = self.scorer.score([one.request for one in asked], [one.prompts for one in asked])
+                replies = self.scorer.answer([one.request for one in asked], [one.prompts for one in asked])
             except BaseException as error:  # every waiting request is told, and the next batch is another
                 for one in asked:
                     one.reply.set_exception(error)
@@ -82,7 +78,10 @@ class ScoringQueue:
             if other is None:
                 self._waiting.put(None)
                 break
-            if not first.goes_with(other) or count + len(other.prompts) > self.batch_size:
+            if (
+                first.request.settings != other.request.settings
+                or count + len(other.prompts) > self.batch_size
+            ):
                 self._next = other
                 break
             batch.append(other)

@@ -1,4 +1,4 @@
-"""Scores requests with one frozen model: clips are looked at again, and prompts must show exactly these."""
+"""Answers requests with one frozen model: clips are looked at again, and prompts must show exactly these."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,19 +20,19 @@ from video_opd.data.encode import TIMESTAMP, PromptEncoder
 from video_opd.data.video import VideoError, clip_digest, load_clip
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
+from video_opd.models.sampling import SamplingSettings
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.serving.messages import ClipMessage, PromptMessage, ScoreReply, ScoreRequest, WritableTokens
+from video_opd.serving.limits import BAD, CONFLICT, FORBIDDEN, MISSING, TOO_LARGE, Limits, Refused
+from video_opd.serving.messages import (
+    ClipMessage,
+    PromptMessage,
+    SampleReply,
+    SampleRequest,
+    ScoreReply,
+    ScoreRequest,
+    WritableTokens,
+)
 from video_opd.types import Clip, EncodedPrompt
-
-BAD, FORBIDDEN, MISSING, CONFLICT, TOO_LARGE = 400, 403, 404, 409, 413
-
-
-class Refused(Exception):
-    """A request that is not answered: an HTTP status, and one line for the client."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,36 +44,8 @@ class ModelFacts:
     quantization: Quantization | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one request may ask for."""
-
-    body_bytes: int = 512 << 20
-    held_bytes: int = 8 << 30  # of all requests that are not answered yet
-    prompt_tokens: int = 131_072
-    response_tokens: int = 32_768
-    reply_bytes: int = 1 << 30
-
-    def check(self, request: ScoreRequest) -> None:
-        """Raises :class:`Refused` for a prompt, a response or a reply that is too large."""
-        for prompt in request.prompts:
-            if (length := len(prompt.token_ids)) > self.prompt_tokens:
-                raise Refused(
-                    TOO_LARGE, f"{prompt.id!r:.60}: {length} prompt tokens, above {self.prompt_tokens}"
-                )
-        longest, count = max(request.response_lengths), len(request.response_lengths)
-        if longest > self.response_tokens:
-            raise Refused(TOO_LARGE, f"a response of {longest} tokens, above {self.response_tokens}")
-        numbers = 4 * count * longest * (request.vocabulary.size if request.full else 1)
-        if numbers > self.reply_bytes:
-            raise Refused(
-                TOO_LARGE,
-                f"a reply of {numbers >> 20} MiB, above {self.reply_bytes >> 20}; ask with fewer rows",
-            )
-
-
 class Scorer:
-    """Scores requests. :meth:`encode` may be called by several threads, :meth:`score` by one.
+    """Answers requests. :meth:`encode` may be called by several threads, :meth:`answer` by one.
 
     ``roots`` are the folders whose videos may be named.
     """
@@ -103,8 +75,8 @@ class Scorer:
         model.requires_grad_(False)
         model.eval()
 
-    def encode(self, request: ScoreRequest) -> list[EncodedPrompt]:
-        """The prompts of a request with their pixels. Raises :class:`Refused` for what cannot be scored."""
+    def encode(self, request: ScoreRequest | SampleRequest) -> list[EncodedPrompt]:
+        """The prompts of a request with their pixels. Raises :class:`Refused` for what cannot be answered."""
         if request.model != self.facts.fingerprint:
             raise Refused(
                 CONFLICT,
@@ -121,6 +93,8 @@ class Scorer:
                 raise Refused(BAD, f"{prompt.id!r:.60}: a prompt token is not from 0 to {rows - 1}")
             prompts.append(self._prompt(prompt, shown[prompt.clip]))
         policy = self._policy(request.vocabulary)
+        if isinstance(request, SampleRequest):
+            _check_sampling(request)
         for prompt in request.prompts:
             for response in prompt.responses:
                 token = policy.vocabulary.first_unwritable(response.tolist())
@@ -128,14 +102,22 @@ class Scorer:
                     raise Refused(BAD, f"{prompt.id!r:.60}: no response holds token {token}")
         return prompts
 
-    def score(
-        self, requests: Sequence[ScoreRequest], prompts: Sequence[Sequence[EncodedPrompt]]
-    ) -> list[ScoreReply]:
-        """Scores requests of one vocabulary, temperature and kind together; ``prompts`` are theirs."""
+    def answer(
+        self,
+        requests: Sequence[ScoreRequest | SampleRequest],
+        prompts: Sequence[Sequence[EncodedPrompt]],
+    ) -> Sequence[ScoreReply | SampleReply]:
+        """The replies to requests that share their ``settings``. ``prompts`` are theirs, all together."""
+        asked = [prompt for group in prompts for prompt in group]
+        if isinstance(requests[0], SampleRequest):
+            return self._sample(cast("Sequence[SampleRequest]", requests), asked)
+        return self._score(cast("Sequence[ScoreRequest]", requests), asked)
+
+    def _score(self, requests: Sequence[ScoreRequest], prompts: Sequence[EncodedPrompt]) -> list[ScoreReply]:
         began = time.perf_counter()
         first = requests[0]
         scores = self._policy(first.vocabulary).logprobs(
-            [prompt for group in prompts for prompt in group],
+            prompts,
             [[r.tolist() for r in p.responses] for request in requests for p in request.prompts],
             full=first.full,
             temperature=first.temperature,
@@ -154,6 +136,27 @@ class Scorer:
                     seconds=seconds,
                 )
             )
+        return replies
+
+    def _sample(
+        self, requests: Sequence[SampleRequest], prompts: Sequence[EncodedPrompt]
+    ) -> list[SampleReply]:
+        began = time.perf_counter()
+        first = requests[0]
+        seeds = [p.seeds.tolist() for request in requests for p in request.prompts if p.seeds is not None]
+        groups = self._policy(first.vocabulary).sample(
+            prompts,
+            n=first.n,
+            max_new_tokens=first.max_new_tokens,
+            temperature=first.temperature,
+            top_p=first.top_p,
+            top_k=first.top_k,
+            seeds=seeds or None,
+        )
+        seconds, replies, left = time.perf_counter() - began, [], iter(groups)
+        for request in requests:
+            own = [rollout for _ in request.prompts for rollout in next(left)]
+            replies.append(SampleReply(rollouts=tuple(own), seconds=seconds))
         return replies
 
     def _check_vocabulary(self, asked: WritableTokens) -> None:
@@ -273,6 +276,18 @@ class Scorer:
             tensors={**shown.tensors, "mm_token_type_ids": types},
             text="",
         )
+
+
+def _check_sampling(request: SampleRequest) -> None:
+    try:
+        SamplingSettings(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+    except ValueError as error:
+        raise Refused(BAD, str(error)) from error
+    if request.n < 1 or request.max_new_tokens < 1:
+        raise Refused(BAD, f"n is {request.n}, max_new_tokens {request.max_new_tokens}; both are at least 1")
+    for prompt in request.prompts:
+        if prompt.seeds is not None and int(prompt.seeds.min()) < 0:
+            raise Refused(BAD, f"{prompt.id!r:.60}: a seed is below 0")
 
 
 def _runs(places: torch.Tensor) -> list[int]:

@@ -20,8 +20,9 @@ from video_opd.models.loading import load_teacher
 from video_opd.progress import log
 from video_opd.serving.address import Address, check_address
 from video_opd.serving.app import Service, ServiceSettings
+from video_opd.serving.limits import Limits
 from video_opd.serving.queue import ScoringQueue
-from video_opd.serving.scorer import Limits, ModelFacts, Scorer
+from video_opd.serving.scorer import ModelFacts, Scorer
 
 OPEN_FILES = 65_536
 BACKLOG = 2048  # connections that wait to be taken

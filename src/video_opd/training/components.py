@@ -370,15 +370,21 @@ def load_reference(
 
 
 def prompt_loader(
-    recipe: Recipe, processor: Any, *, skipped_path: Path | None, max_failed_share: float
+    recipe: Recipe,
+    processor: Any,
+    *,
+    skipped_path: Path | None,
+    max_failed_share: float,
+    keep_clips: bool | None = None,
 ) -> Loader:
     """A loader that decodes and encodes in the background with the recipe's settings.
 
     ``skipped_path`` gets the rows whose videos cannot be decoded; more than ``max_failed_share`` of them stop
-    the run.
+    the run. Prompts keep their clips, for servers, as ``keep_clips`` or else the recipe says.
     """
     data, prompt = recipe.data, with_video_form(recipe).prompt
-    encoder = PromptEncoder(processor, prompt, keep_clips=recipe.asks_servers)
+    keep_clips = recipe.asks_servers if keep_clips is None else keep_clips
+    encoder = PromptEncoder(processor, prompt, keep_clips=keep_clips)
     a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
 
     def load(samples: Sequence[Sample]) -> PromptLoader:

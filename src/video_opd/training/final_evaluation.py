@@ -22,14 +22,16 @@ from video_opd.evaluation.predict import GenerationSettings, predict
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.files import write_text
 from video_opd.models.alternatives import text_of_token
+from video_opd.models.checkpoint_files import base_of
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import chosen_device, with_video_form
 from video_opd.models.interfaces import CollectiveTeacher, Policy
-from video_opd.models.loading import DTYPES, load_processor, load_teacher
+from video_opd.models.loading import DTYPES, load_processor, load_teacher, read_model_configs
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference
 from video_opd.processes import Processes
 from video_opd.progress import log
+from video_opd.serving.connect import connect_teacher
 from video_opd.training.components import Components, Loader, prompt_loader
 from video_opd.training.run_folder import RunFolder, read_record
 from video_opd.types import Sample
@@ -61,7 +63,8 @@ def evaluate_model(
 
     ``policy`` is the trained student in this process.
     """
-    _evaluate("student", recipe, policy, loader, folder.model, folder.evaluations, processes)
+    fingerprint = model_fingerprint(folder.model)
+    _evaluate("student", recipe, policy, loader, fingerprint, folder.evaluations, processes)
 
 
 def record_failures(recipe: Recipe, policy: Policy, components: Components, folder: RunFolder) -> None:
@@ -107,10 +110,13 @@ def evaluate_base(recipe: Recipe, out: Path, processes: Processes) -> None:
 def evaluate_teacher(recipe: Recipe, out: Path, processes: Processes) -> None:
     """The same for the teacher, ``teacher-<data>.json``.
 
-    A teacher of another chat template (``teacher.other_template``) answers the student's prompts: these are
-    what it is asked wherever a run uses it.
+    A teacher of another chat template (``teacher.other_template``), and one that servers hold, answers the
+    student's prompts: these are what it is asked wherever a run uses it.
     """
     student, teacher = recipe.model.path, recipe.teacher
+    if teacher.urls:
+        _evaluate_served(with_video_form(recipe), out, processes)
+        return
     if teacher.other_template:
         recipe = with_video_form(recipe)
     as_student = recipe.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
@@ -140,7 +146,20 @@ def _evaluate_frozen(
     made_by = {"prompts_of": model_fingerprint(prompts_of)} if prompts_of else {}
     if quantization is not None:
         made_by["quantization"] = quantization
-    _evaluate(name, recipe, policy, loader, Path(model.path), out, processes, made_by)
+    _evaluate(name, recipe, policy, loader, model_fingerprint(model.path), out, processes, made_by)
+
+
+def _evaluate_served(recipe: Recipe, out: Path, processes: Processes) -> None:
+    """The teacher of ``teacher.urls``."""
+    path, settings = recipe.model.path, recipe.teacher
+    student = read_model_configs(base_of(path)), load_processor(path)
+    teacher = connect_teacher(settings, recipe.video, student)
+    loader = prompt_loader(recipe, student[1], skipped_path=None, max_failed_share=1.0, keep_clips=True)
+    as_teacher = recipe.changed(**{"model.dtype": settings.dtype})
+    made_by = {"prompts_of": model_fingerprint(path)}
+    if settings.quantization is not None:
+        made_by["quantization"] = settings.quantization
+    _evaluate("teacher", as_teacher, teacher, loader, teacher.model, out, processes, made_by)
 
 
 def _evaluate(
@@ -148,7 +167,7 @@ def _evaluate(
     recipe: Recipe,
     policy: Policy,
     loader: Loader,
-    model: Path,
+    fingerprint: str,
     out: Path,
     processes: Processes,
     made_by: Mapping[str, str] = MappingProxyType({}),
@@ -163,7 +182,7 @@ def _evaluate(
             loader,
             predictions,
             provenance={
-                "model": model_fingerprint(model),
+                "model": fingerprint,
                 "dtype": recipe.model.dtype,
                 **made_by,
                 "input": {

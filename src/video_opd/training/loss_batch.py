@@ -8,7 +8,7 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens (r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,13 +25,15 @@ class MicroBatch:
     """The rows whose prompts go through the models together.
 
     ``groups`` are the rollouts of each row, None if they have not been sampled yet. ``teacher`` and
-    ``reference`` are the scores of these rollouts, if they were scored ahead.
+    ``reference`` are the scores of these rollouts, if they were scored ahead; ``asked`` waits for those of a
+    teacher that has been asked.
     """
 
     rows: Sequence[Row]
     groups: Sequence[Sequence[Rollout]] | None = None
     teacher: TokenLogprobs | None = None
     reference: TokenLogprobs | None = None
+    asked: Callable[[], TokenLogprobs] | None = None
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
@@ -76,7 +78,9 @@ def make_trajectories(
     if max_weight is not None:
         weight_BT = truncated_weights(current_BT, old_BT, student.mask_BT, max_weight)
         old_BT = current_BT
-    teacher, reference = _moved(teacher, old_BT), _moved(reference, old_BT)
+    device = old_BT.device
+    teacher = None if teacher is None else teacher.to(device)
+    reference = None if reference is None else reference.to(device)
     mask_BT = student.mask_BT
     for other in (teacher, reference):
         mask_BT = mask_BT if other is None else mask_BT & other.mask_BT
@@ -89,17 +93,6 @@ def make_trajectories(
         reference=reference,
         old_full_BTV=None if student.full_BTV is None else student.full_BTV.detach(),
         weight_BT=weight_BT,
-    )
-
-
-def _moved(scores: TokenLogprobs | None, old_BT: torch.Tensor) -> TokenLogprobs | None:
-    """``scores`` on the device of ``old_BT``."""
-    if scores is None:
-        return None
-    return TokenLogprobs(
-        logprobs_BT=scores.logprobs_BT.to(old_BT.device),
-        mask_BT=scores.mask_BT.to(old_BT.device),
-        full_BTV=None if scores.full_BTV is None else scores.full_BTV.to(old_BT.device),
     )
 
 

@@ -88,7 +88,7 @@ def model_card(recipe: Recipe, folder: RunFolder, samples: Sequence[Sample]) -> 
         metadata=_as_yaml(about),
         base=base,
         local_base=not is_hub_name(recipe.model.path),
-        teacher=public_name(recipe.teacher.path) if recipe.teacher.path else None,
+        teacher=public_name(recipe.teacher.path) if recipe.teacher.path else recipe.teacher.fingerprint,
         method=METHODS[recipe.method],
         version=video_opd.__version__,
         data=dict(sources),

@@ -184,7 +184,7 @@ class Rounds:
         recipe, out = self.recipe, self.folder.evaluations
         models = {"base": evaluate_base, "teacher": evaluate_teacher}
         for name, evaluate in models.items():
-            if not recipe.evaluate.data or (name == "teacher" and not recipe.teacher.path):
+            if not recipe.evaluate.data or (name == "teacher" and not recipe.teacher.named):
                 continue
             if self.processes.on_first(partial(is_evaluated, name, recipe, out)):
                 continue

@@ -3,7 +3,8 @@
 Everything that differs between methods is in the method. The first update on a batch samples and scores its
 trajectories; later updates reuse them. With the ``prefix`` engine, the prefill that responses are sampled
 from keeps its graph and is the forward of the first update, too. A micro-batch is therefore prefilled,
-sampled, scored and differentiated before the next one, so that memory holds one graph at a time.
+sampled, scored and differentiated before the next one, so that memory holds one graph at a time. With
+``teacher.overlap`` it holds two: while a distant teacher scores a micro-batch, the next one is sampled.
 
 The loss is divided by a count over the global batch, which is known only when every process has sampled all
 of its trajectories. Gradients are linear in one over that count: each micro-batch is divided by an assumed
@@ -15,7 +16,7 @@ Shapes: ``B`` rollouts of a micro-batch (prompt-major), ``T`` response tokens, `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,7 +27,13 @@ from video_opd.algorithms.losses import Reduction, loss_divisor
 from video_opd.algorithms.method import Needs
 from video_opd.config import Recipe
 from video_opd.errors import UserError
-from video_opd.models.interfaces import CollectiveTeacher, Responses, Teacher, VisitingTeacher
+from video_opd.models.interfaces import (
+    CollectiveTeacher,
+    DistantTeacher,
+    Responses,
+    Teacher,
+    VisitingTeacher,
+)
 from video_opd.models.modes import call_through
 from video_opd.models.teachers import join_logprobs
 from video_opd.seeds import derive_seed
@@ -61,6 +68,7 @@ class StepSettings:
     micro_batch_size: int  # prompts
     sampling_micro_batch_size: int | None  # prompts; None: each micro-batch is sampled by its first update
     teacher_micro_batch_size: int | None  # prompts; None: a micro-batch at a time
+    overlaps: bool  # whether a micro-batch is sampled while a distant teacher scores the one before
     reduces_each_micro_batch: bool  # whether sharded gradients are; otherwise once a step
     gathers_by_layer: bool  # whether sharded layers are gathered one at a time
     prefix_engine: bool
@@ -84,6 +92,7 @@ class StepSettings:
             micro_batch_size=recipe.optim.micro_batch_size,
             sampling_micro_batch_size=recipe.sampling_micro_batch_size,
             teacher_micro_batch_size=recipe.teacher.micro_batch_size,
+            overlaps=recipe.overlaps_servers,
             reduces_each_micro_batch=recipe.model.reduce == "micro_batch",
             gathers_by_layer=recipe.model.gather == "layer",
             prefix_engine=recipe.model.engine == "prefix",
@@ -135,6 +144,19 @@ class StepResult:
         return [rollout.token_ids for group in groups for rollout in group]
 
 
+@dataclass(kw_only=True)
+class _Sampled:
+    """A micro-batch with its trajectories, and the prefix that its update's forward continues."""
+
+    micro: MicroBatch
+    prefix: Any
+
+    def take_prefix(self) -> Any:
+        """The prefix, which is nobody else's from then on: its memory is to end with the graph's."""
+        prefix, self.prefix = self.prefix, None
+        return prefix
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Differentiated:
     """A micro-batch after its backward; ``loss`` is its share of the loss, over the assumed divisor."""
@@ -164,6 +186,7 @@ class Stepper:
         # Whether the backward is cut at the prefix, which saves memory: not where activations are kept, nor
         # under DDP, which exchanges the gradients of a single backward.
         alone = components.forward_module is components.model
+        self._overlaps = settings.overlaps and alone and not self.shards.units
         self._cuts = settings.prefix_engine and components.recompute and alone
         needs = self.method.needs
         asked = ((needs.teacher, components.teacher), (needs.reference, components.reference))
@@ -190,8 +213,7 @@ class Stepper:
             batches = [MicroBatch(rows=some) for some in cut]
         else:
             size = self._ahead
-            groups = iter(self.together(lambda: self._sampled_ahead(step, rows, size)))
-            batches = [MicroBatch(rows=some, groups=[next(groups) for _ in some]) for some in cut]
+            batches = self.together(lambda: self._sampled_ahead(step, rows, cut, size))
             batches = self._scored_in_one_turn(batches)
         # The first rollouts of the global batch are among the first ones of each process.
         positions = sorted(row.position for row in rows)
@@ -208,16 +230,22 @@ class Stepper:
         assumed = float(batch.planned * self.settings.rollouts)
         done: list[_Differentiated] = []
         scored: list[MicroBatch] = []
+        following: _Sampled | None = None
         for i, micro in enumerate(batch.micro_batches):
-            with self._exchanging_gradients(last=i + 1 == len(batch.micro_batches)):
+            left = batch.micro_batches[i + 1 :]
+            with self._exchanging_gradients(last=not left):
                 if not micro.rows:
                     self._attend(micro, batch)
                     scored.append(micro)
+                elif isinstance(micro, ScoredBatch):
+                    done.append(self._differentiate_again(micro, assumed, batch.shown))
+                    scored.append(done[-1].batch)
                 else:
-                    if isinstance(micro, ScoredBatch):
-                        done.append(self._differentiate_again(micro, assumed, batch.shown))
-                    else:
-                        done.append(self._score_and_differentiate(step, micro, assumed, batch.shown))
+                    sampled = following or self._sampled(step, micro)
+                    following = None
+                    if self._overlaps and left and left[0].rows:
+                        following = self._sampled(step, left[0])
+                    done.append(self._score_and_differentiate(sampled, assumed, batch.shown))
                     scored.append(done[-1].batch)
             if self.shards.each_micro_batch:
                 with self.watch.stage("update"):
@@ -265,17 +293,39 @@ class Stepper:
         split = scores_BT.split([len(group) for group in groups])
         return {name: s_GT for name, s_GT in zip(_ids(micro), split, strict=True) if name in responses}
 
+    def _sampled(self, step: int, micro: MicroBatch) -> _Sampled:
+        """The micro-batch with trajectories, about which a distant teacher has been asked."""
+        if micro.groups is not None:
+            return _Sampled(micro=micro, prefix=micro.prompts)
+        prefix, groups = self.together(lambda: self._sample(step, micro.rows, grad=True))
+        return _Sampled(micro=self._asked(replace(micro, groups=groups)), prefix=prefix)
+
+    def _asked(self, micro: MicroBatch) -> MicroBatch:
+        """The micro-batch, about which the teacher has been asked, if it is a distant one."""
+        teacher = self.components.teacher
+        if not (self.method.needs.teacher and isinstance(teacher, DistantTeacher) and micro.rows):
+            return micro
+        prompts, responses = micro.prompts, token_ids(micro.groups or ())
+        size = self.settings.teacher_micro_batch_size or len(prompts)
+        waits = [
+            teacher.ask(
+                prompts[i : i + size],
+                responses[i : i + size],
+                full=self.settings.distributions,
+                temperature=1.0,
+            )
+            for i in range(0, len(prompts), size)
+        ]
+        return replace(micro, asked=lambda: join_logprobs([wait() for wait in waits]))
+
     def _score_and_differentiate(
-        self, step: int, micro: MicroBatch, assumed: float, shown: frozenset[int]
+        self, sampled: _Sampled, assumed: float, shown: frozenset[int]
     ) -> _Differentiated:
-        """The first update's share: trajectories, the scores of teacher and reference, the student's forward,
-        the signal, and the backward."""
-        settings = self.settings
-        if micro.groups is None:
-            prefix, groups = self.together(lambda: self._sample(step, micro.rows, grad=True))
-        else:
-            prefix, groups = micro.prompts, micro.groups
-        responses = token_ids(groups)
+        """The first update's share: the scores of teacher and reference, the student's forward, the signal,
+        and the backward."""
+        settings, micro, prefix = self.settings, sampled.micro, sampled.take_prefix()
+        assert micro.groups is not None
+        groups, responses = micro.groups, token_ids(micro.groups)
         teacher, reference = self._score(micro, responses)
 
         def update() -> _Differentiated:
@@ -360,12 +410,18 @@ class Stepper:
             groups = self.method.trajectories(self.policy, prefix, [row.sample for row in rows], seeds)
         return prefix, groups
 
-    def _sampled_ahead(self, step: int, rows: Sequence[Row], size: int) -> list[Sequence[Rollout]]:
-        """The rollouts of each row, sampled ``size`` prompts at a time."""
-        found: list[Sequence[Rollout]] = []
-        for i in range(0, len(rows), size):
-            found += self._sample(step, rows[i : i + size], grad=False)[1]
-        return found
+    def _sampled_ahead(
+        self, step: int, rows: Sequence[Row], cut: Sequence[Sequence[Row]], size: int
+    ) -> list[MicroBatch]:
+        """The micro-batches of ``cut``, whose rows are sampled ``size`` prompts at a time. A distant teacher
+        is asked about each as soon as it is complete."""
+
+        def rollouts() -> Iterator[Sequence[Rollout]]:
+            for i in range(0, len(rows), size):
+                yield from self._sample(step, rows[i : i + size], grad=False)[1]
+
+        groups = rollouts()
+        return [self._asked(MicroBatch(rows=some, groups=[next(groups) for _ in some])) for some in cut]
 
     def _student_forward(self, prefix: Any, responses: Responses) -> tuple[TokenLogprobs, Callable[[], None]]:
         """(the student's scores, with their graph, what has to be called after their backward)."""
@@ -394,9 +450,12 @@ class Stepper:
         """
         settings, needs = self.settings, self.method.needs
         teacher, reference = micro.teacher, micro.reference
-        if needs.teacher and teacher is None:
+        if micro.asked is not None:
             with self.watch.stage("teacher"):
-                # The teacher's distribution is never sharpened: its temperature is 1.
+                teacher = micro.asked()
+        elif needs.teacher and teacher is None:
+            with self.watch.stage("teacher"):
+                # The teacher's distribution is never sharpened: its temperature is 1, here as in _asked.
                 teacher = self._scores(
                     self.components.teacher, micro, responses, full=settings.distributions, temperature=1.0
                 )

@@ -15,15 +15,15 @@ import serving_cases as cases
 import torch
 
 from video_opd.errors import Unavailable, UserError
-from video_opd.serving import client
-from video_opd.serving.client import Servers, TeacherAway, describe
+from video_opd.serving import servers
 from video_opd.serving.messages import MODEL
+from video_opd.serving.servers import Servers, TeacherAway, describe
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SHORTEST_PAUSE_S", 0.001)
-    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(servers, "SHORTEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(servers, "LONGEST_PAUSE_S", 0.05)
 
 
 class Unreliable:
@@ -111,7 +111,7 @@ def mute_server() -> Iterator[str]:
 
 
 def test_a_server_that_never_answers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "READ_S", 0.1)
+    monkeypatch.setattr(servers, "READ_S", 0.1)
     with mute_server() as mute, cases.serving(cases.service().app()) as url:
         teacher = cases.remote_teacher([mute, url])
         for _ in range(3):
@@ -138,7 +138,7 @@ def test_servers_must_compute_alike() -> None:
 def test_an_adapter_has_the_files_of_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(cases.TEACHER)}))
     app = cases.service(model=tmp_path).app()
-    with cases.serving(app) as url, client.files_of_model(Servers([url])) as folder:
+    with cases.serving(app) as url, servers.files_of_model(Servers([url])) as folder:
         found = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= set(found)
     for name, content in found.items():
@@ -147,9 +147,9 @@ def test_an_adapter_has_the_files_of_its_base(tmp_path: Path) -> None:
 
 def test_another_version_of_the_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with cases.serving(cases.service().app()) as url:
-        monkeypatch.setattr(client, "PROTOCOL", 2)
+        monkeypatch.setattr(servers, "PROTOCOL", 2)
         with pytest.raises(UserError, match=r"speaks version 1 of the protocol, and this is version 2"):
-            Servers([url]).ask("GET", MODEL, None, client._read_description)
+            Servers([url]).ask("GET", MODEL, None, servers._read_description)
 
 
 def free_port() -> int:

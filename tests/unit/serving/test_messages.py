@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,20 @@ from video_opd.serving.messages import (
     BadMessage,
     ClipMessage,
     PromptMessage,
+    SampleReply,
+    SampleRequest,
     ScoreReply,
     ScoreRequest,
     WritableTokens,
-    pack_reply,
     pack_request,
-    unpack_reply,
-    unpack_request,
+    pack_sample_reply,
+    pack_score_reply,
+    unpack_sample_reply,
+    unpack_sample_request,
+    unpack_score_reply,
+    unpack_score_request,
 )
+from video_opd.types import Rollout
 
 
 def tokens(*ids: int) -> np.ndarray:
@@ -52,7 +59,7 @@ def request(full: bool = False) -> ScoreRequest:
 
 def test_a_request_comes_back_as_it_was() -> None:
     sent = request()
-    found = unpack_request(pack_request(sent))
+    found = unpack_score_request(pack_request(sent))
     assert (found.model, found.vocabulary, found.full, found.temperature) == (
         "f" * 32,
         sent.vocabulary,
@@ -75,12 +82,68 @@ def test_a_reply_fits_its_request(full: bool) -> None:
     asked = request(full)
     logprobs = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
     whole = np.zeros((3, 2, 50), dtype=np.float32) if full else None
-    found = unpack_reply(pack_reply(ScoreReply(logprobs=logprobs, full=whole, seconds=1.5)), asked)
+    found = unpack_score_reply(
+        pack_score_reply(ScoreReply(logprobs=logprobs, full=whole, seconds=1.5)), asked
+    )
     assert np.array_equal(found.logprobs, logprobs) and found.seconds == 1.5
     assert (found.full is not None) == full
     for wrong in (logprobs[:2], logprobs[:, :1], logprobs.astype(np.float64).T):
         with pytest.raises(BadMessage, match="logprobs"):
-            unpack_reply(pack_reply(ScoreReply(logprobs=wrong, full=whole)), asked)
+            unpack_score_reply(pack_score_reply(ScoreReply(logprobs=wrong, full=whole)), asked)
+
+
+def sample_request() -> SampleRequest:
+    asked = request()
+    prompts = [
+        replace(prompt, responses=(), seeds=np.array([2**62, n])) for n, prompt in enumerate(asked.prompts)
+    ]
+    return SampleRequest(
+        model=asked.model,
+        vocabulary=asked.vocabulary,
+        clips=asked.clips,
+        prompts=tuple(prompts),
+        n=2,
+        max_new_tokens=3,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=4,
+    )
+
+
+def test_a_request_for_rollouts_comes_back_as_it_was() -> None:
+    sent = sample_request()
+    found = unpack_sample_request(pack_request(sent))
+    assert found.settings == sent.settings
+    assert found.settings == (SampleRequest, sent.vocabulary, 2, 3, 0.7, 0.9, 4)
+    assert [p.seeds.tolist() for p in found.prompts if p.seeds is not None] == [[2**62, 0], [2**62, 1]]
+    greedy = replace(sent, temperature=0.0, prompts=tuple(replace(p, seeds=None) for p in sent.prompts))
+    assert [p.seeds for p in unpack_sample_request(pack_request(greedy)).prompts] == [None, None]
+
+
+def test_rollouts_come_back_as_they_were() -> None:
+    asked = sample_request()
+    made = [
+        Rollout(token_ids=(7, 8), logprobs=(-0.5, -0.25), text="ä", truncated=False),
+        Rollout(token_ids=(1, 2, 3), logprobs=(-1.0, -2.0, -3.0), text="", truncated=True),
+    ]
+    reply = SampleReply(rollouts=(*made, *made), seconds=0.5)
+    assert unpack_sample_reply(pack_sample_reply(reply), asked) == reply
+    for wrong, message in (
+        (SampleReply(rollouts=tuple(made)), "2 rollouts, and 4 were asked for"),
+        (SampleReply(rollouts=(*made, made[0], replace(made[0], token_ids=(), logprobs=()))), "empty"),
+        (SampleReply(rollouts=(*made, *made[:1], replace(made[1], token_ids=(1,) * 4, logprobs=(0.0,) * 4))),
+         "longer than was asked"),
+    ):  # fmt: skip
+        with pytest.raises(BadMessage, match=message):
+            unpack_sample_reply(pack_sample_reply(wrong), asked)
+    assert (
+        unpack_score_reply(
+            pack_score_reply(ScoreReply(logprobs=np.zeros((3, 2), np.float32))), request()
+        ).full
+        is None
+    )
+    with pytest.raises(BadMessage, match="'logprobs'"):
+        unpack_score_reply(pack_sample_reply(reply), request())
 
 
 def changed(**changes: object) -> bytes:
@@ -127,23 +190,27 @@ def changed(**changes: object) -> bytes:
 )
 def test_what_is_wrong_with_a_request_is_said(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadMessage, match=message):
-        unpack_request(changed(**changes))
+        unpack_score_request(changed(**changes))
 
 
 def test_arrays_that_do_not_belong_are_refused() -> None:
     with pytest.raises(BadMessage, match="has no text 'video-opd'"):
-        unpack_request(save({"a": np.zeros(3)}))
+        unpack_score_request(save({"a": np.zeros(3)}))
     with pytest.raises(BadMessage, match="not safetensors"):
-        unpack_request(b"")
+        unpack_score_request(b"")
     with pytest.raises(BadMessage, match="longer than itself"):
-        unpack_request((1 << 60).to_bytes(8, "little") + b"{}")
+        unpack_score_request((1 << 60).to_bytes(8, "little") + b"{}")
 
 
 def test_mutated_messages_are_read_or_refused_and_nothing_else_happens() -> None:
     rng = random.Random(0)
-    body = pack_request(request())
+    kinds = (
+        (pack_request(request()), unpack_score_request),
+        (pack_request(sample_request()), unpack_sample_request),
+    )
     read = 0
-    for _ in range(2000):
+    for number in range(4000):
+        body, unpack = kinds[number % 2]
         mutated = bytearray(body)
         for _ in range(rng.randint(1, 8)):
             kind, at = rng.randrange(4), rng.randrange(len(mutated))
@@ -158,8 +225,8 @@ def test_mutated_messages_are_read_or_refused_and_nothing_else_happens() -> None
             if not mutated:
                 break
         try:
-            unpack_request(bytes(mutated))
+            unpack(bytes(mutated))
             read += 1
         except BadMessage as error:
             assert len(str(error).splitlines()) == 1
-    assert read < 1500
+    assert read < 3000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from video_opd.config import dump_recipe, load_recipe
 from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_teacher
-from video_opd.serving import client
+from video_opd.models.policy import HFPolicy
+from video_opd.serving import servers
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
@@ -41,6 +43,59 @@ def local(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
     return weights(train(recipe(data, tmp_path_factory.mktemp("local") / "run")).model)
 
 
+def test_what_is_sampled_while_a_server_scores_does_not_matter(
+    data: Path, service: Service, local: Weights, tmp_path: Path
+) -> None:
+    """Each micro-batch by itself, the next one sampled meanwhile, or all of a step sampled before."""
+    service.scorer.roots = []
+    for number, changes in enumerate(({"teacher.overlap": False}, {"sampling.micro_batch_size": 3})):
+        with cases.serving(service.app()) as url:
+            asked = recipe(data, tmp_path / f"run-{number}", **{"teacher.urls": (url,), **changes})
+            assert_same(train(asked).model, local)
+
+
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [
+        ({}, ["sampled", "sampled", "scored", "scored"]),
+        ({"teacher.overlap": False}, ["sampled", "scored", "sampled", "scored"]),
+        ({"sampling.micro_batch_size": 2}, ["sampled", "sampled", "scored", "scored"]),
+    ],
+)
+def test_the_next_micro_batch_is_sampled_while_a_server_scores(
+    data: Path,
+    service: Service,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    order: list[str],
+) -> None:
+    """The server answers only when the student has gone on as far as it should."""
+    service.scorer.roots = []
+    events: list[str] = []
+    answer, sample = service.scorer.answer, HFPolicy.sample
+    expected = order.index("scored")
+
+    def noted(self: HFPolicy, *given: Any, **settings: Any) -> Any:
+        found = sample(self, *given, **settings)
+        events.append("sampled")
+        return found
+
+    def late(*given: Any) -> Any:
+        deadline = time.monotonic() + 20
+        while len(events) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        events.append("scored")
+        return answer(*given)
+
+    monkeypatch.setattr(HFPolicy, "sample", noted)
+    monkeypatch.setattr(service.scorer, "answer", late)
+    with cases.serving(service.app()) as url:
+        settings = {"teacher.urls": (url,), "optim.max_steps": 1, "run.check": False, **changes}
+        train(recipe(data, tmp_path / "run", **settings))
+    assert events == order
+
+
 @pytest.mark.parametrize("send", ["value", "reference"])
 def test_a_run_through_a_server_ends_with_the_weights_of_a_local_one(
     data: Path, service: Service, local: Weights, tmp_path: Path, send: str
@@ -58,7 +113,7 @@ def test_a_teacher_that_stays_away_leaves_a_checkpoint_and_no_step_is_lost(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "SHORTEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(servers, "SHORTEST_PAUSE_S", 0.001)
     answered = 0
 
     async def dies(scope: Any, receive: Any, send: Any) -> None:
@@ -117,8 +172,10 @@ def test_a_recipe_for_another_method_may_keep_what_asks_no_server(tmp_path: Path
     path.write_text(dump_recipe(recipe(Path("d"), Path("r"))))
     other = ["--method", "grpo", "--loss.estimator", "sampled", "--sampling.rollouts", "8"]
     assert load_recipe(path, other).method == "grpo"
-    with pytest.raises(UserError, match=r"teacher\.urls means nothing to method grpo"):
-        load_recipe(path, [*other, "--teacher.urls", "[http://a]"])
+    served = load_recipe(path, [*other, "--teacher.urls", "[http://a]"])  # for the scores of its rounds
+    assert served.teacher.named and not served.asks_servers
+    with pytest.raises(UserError, match=r"teacher\.overlap means nothing to method grpo"):
+        load_recipe(path, [*other, "--teacher.overlap", "false"])
 
 
 @pytest.mark.parametrize(

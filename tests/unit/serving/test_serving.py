@@ -24,8 +24,8 @@ from video_opd.data.video import load_clip
 from video_opd.errors import Unavailable, UserError
 from video_opd.serving import client
 from video_opd.serving.app import ServiceSettings
+from video_opd.serving.limits import Limits
 from video_opd.serving.messages import HEALTH, METRICS, MODEL, SCORE, ScoreRequest
-from video_opd.serving.scorer import Limits
 from video_opd.types import Clip
 from video_opd.world.make import make_world
 
@@ -52,6 +52,47 @@ def test_servers_score_as_a_local_teacher_does(count: int, full: bool) -> None:
         assert_same(teacher.logprobs(asked, cases.RESPONSES, full=full), expected)
         hot = teacher.logprobs(asked, cases.RESPONSES, temperature=2.0)
     assert not torch.allclose(hot.logprobs_BT, expected.logprobs_BT)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"temperature": 1.3, "top_p": 0.8, "top_k": 9}]
+)
+def test_servers_sample_as_a_local_teacher_does(count: int, settings: dict[str, Any]) -> None:
+    asked = cases.prompts()
+    policy = cases.local_teacher().policy
+    seeds = [[10 * i + j for j in range(3)] for i in range(4)]
+    drawn: dict[str, Any] = {"n": 3, "max_new_tokens": 5, "seeds": seeds, **settings}
+    expected = policy.sample(asked, **drawn)
+    app = cases.service().app()
+    with cases.serving(app) as a, cases.serving(app) as b, cases.serving(app) as c:
+        teacher = cases.remote_teacher([a, b, c][:count])
+        found = teacher.sample(teacher.prefill(asked), **drawn)
+        some = teacher.sample(teacher.prefill(asked).select([2]), **{**drawn, "seeds": seeds[2:3]})
+        with pytest.raises(ValueError, match="sampling needs seeds: 4 lists of 2"):
+            teacher.sample(asked, n=2, max_new_tokens=3, seeds=seeds)
+    for mine, theirs in zip([*found, *some], [*expected, expected[2]], strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert replace(one, logprobs=None) == replace(other, logprobs=None)
+            assert one.recorded == pytest.approx(other.recorded, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"n": 0, "seeds": [[]] * 4}, "n is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 10**6}, "a response of 1000000 tokens, above 32768"),
+        ({"n": 300, "seeds": [[0] * 300] * 4}, "1200 rollouts, above 1024"),
+        ({"seeds": [[-1, 2]] * 4}, "a seed is below 0"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any], message: str) -> None:
+    drawn: dict[str, Any] = {"n": 2, "max_new_tokens": 3, "seeds": [[1, 2]] * 4, **wrong}
+    with cases.serving(cases.service().app()) as url, pytest.raises(UserError, match=message):
+        cases.remote_teacher([url]).sample(cases.prompts(), **drawn)
 
 
 def test_both_forms_around_a_video_are_scored() -> None:
@@ -333,15 +374,15 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
 def test_scoring_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     service = cases.service(settings=ServiceSettings(score_s=0.1))
     release = threading.Event()
-    score = service.scorer.score
+    answer = service.scorer.answer
 
     def slow(*given: Any) -> Any:
         release.wait(20)
-        return score(*given)
+        return answer(*given)
 
-    monkeypatch.setattr(service.scorer, "score", slow)
+    monkeypatch.setattr(service.scorer, "answer", slow)
     with cases.serving(service.app()) as url:
-        with pytest.raises(Unavailable, match=r"status 503: not scored within 0\.1 s"):
+        with pytest.raises(Unavailable, match=r"status 503: not answered within 0\.1 s"):
             cases.remote_teacher([url], 0.05).logprobs(cases.prompts()[:1], [[(1, 2)]])
         release.set()
         monkeypatch.undo()

@@ -1,0 +1,217 @@
+"""The addresses of one model: the one with the fewest requests is asked, and others where it fails.
+
+A request that is not answered is sent again, to another server where there is one, until ``wait_s`` is over.
+An answer is either right or an error: what cannot be read, or has another shape than was asked for, counts as
+not answered.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import urllib3
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from video_opd.errors import Unavailable, UserError
+from video_opd.models.fingerprint import CONFIG_FILES
+from video_opd.progress import log
+from video_opd.serving.messages import BODY, FILES, MODEL, PROTOCOL
+from video_opd.serving.reading import BadMessage
+
+CONNECT_S, READ_S = 10.0, 900.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # between two tries; doubled from one to the next
+OPEN_AFTER = 3  # failures in a row after which a server is left alone for a while
+SAID_EVERY_S = 60  # what is waited for, by whichever request waits
+AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may be answered
+
+
+class TeacherAway(Unavailable):
+    """No server answered for as long as the run waits."""
+
+
+class _NotAnswered(Exception):
+    """One try failed, and another may not."""
+
+
+@dataclass(kw_only=True)
+class _Server:
+    """One address, with what is known of it."""
+
+    url: str
+    pool: urllib3.PoolManager
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    closed_until: float = 0.0  # time.monotonic(), while its circuit is open
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> bytes:
+        """The body of the answer. Raises UserError for a refusal, and _NotAnswered for everything else."""
+        try:
+            answer = self.pool.request(
+                method,
+                self.url + path,
+                body=body,
+                headers=headers,
+                timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
+                retries=False,
+                redirect=False,
+            )
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise _NotAnswered(f"{type(error).__name__}: {_line(str(error))}") from error
+        if answer.status == 200:
+            return bytes(answer.data)
+        said = _line(answer.data.decode(errors="replace"))
+        if answer.status in AGAIN or not 400 <= answer.status < 500:
+            raise _NotAnswered(f"status {answer.status}: {said}")
+        raise UserError(f"{self.url} refuses (status {answer.status}): {said}")
+
+    def succeeded(self) -> None:
+        with self.lock:
+            self.failures, self.closed_until = 0, 0.0
+
+    def failed(self) -> None:
+        with self.lock:
+            self.failures += 1
+            if self.failures >= OPEN_AFTER:
+                exponent = min(self.failures - OPEN_AFTER, 6)
+                pause = min(LONGEST_PAUSE_S, SHORTEST_PAUSE_S * 2**exponent)
+                self.closed_until = time.monotonic() + pause * random.uniform(0.5, 1.5)
+
+
+class Servers:
+    """Several addresses of one model. The one with the fewest requests in flight is asked."""
+
+    def __init__(self, urls: Sequence[str], token: str | None = None, wait_s: float = 3600.0) -> None:
+        assert urls, "one server or several"
+        pool = urllib3.PoolManager(maxsize=16)
+        self.servers = [_Server(url=url.rstrip("/"), pool=pool) for url in urls]
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.wait_s = wait_s
+        self._choosing = threading.Lock()
+        self._said = -math.inf  # time.monotonic() of the last word about waiting
+
+    def ask(self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]) -> Any:
+        """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``."""
+        began, pause = time.monotonic(), SHORTEST_PAUSE_S
+        headers = {**self.headers, "Content-Type": BODY}
+        while True:
+            with self._least_loaded() as server:
+                try:
+                    answer = read(server.ask(method, path, headers, body))
+                    server.succeeded()
+                    return answer
+                except (_NotAnswered, BadMessage) as error:
+                    server.failed()
+                    reason = f"{server.url}: {error}"
+            waited = time.monotonic() - began
+            since = datetime.fromtimestamp(time.time() - waited).strftime("%H:%M:%S")
+            if waited > self.wait_s:
+                raise TeacherAway(f"no teacher has answered since {since} ({reason}); start it, and repeat")
+            if time.monotonic() - self._said > SAID_EVERY_S:
+                self._said = time.monotonic()
+                log(f"the teacher has not answered since {since} ({reason}); waiting")
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(LONGEST_PAUSE_S, 2 * pause)
+
+    def of_each(self, path: str, read: Callable[[bytes], Any]) -> list[Any]:
+        """What ``read`` makes of every server's answer."""
+        found = []
+        for server in self.servers:
+            alone = Servers([server.url], wait_s=self.wait_s)
+            alone.headers = self.headers
+            found.append(alone.ask("GET", path, None, read))
+        return found
+
+    @contextmanager
+    def _least_loaded(self) -> Iterator[_Server]:
+        with self._choosing:  # two threads at once would both find the same one idle
+            now = time.monotonic()
+            ready = [server for server in self.servers if server.closed_until <= now]
+            server = min(ready or self.servers, key=lambda s: (s.in_flight, s.failures, random.random()))
+            with server.lock:
+                server.in_flight += 1
+        try:
+            yield server
+        finally:
+            with server.lock:
+                server.in_flight -= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a server says of itself."""
+
+    model: str  # the fingerprint
+    name: str
+    dtype: str
+    quantization: str | None
+    reads_files: bool
+
+
+def describe(servers: Servers) -> Described:
+    """What all servers say of themselves. Raises UserError if they hold different models, or compute or read
+    files differently."""
+    found = servers.of_each(MODEL, _read_description)
+    for server, one in zip(servers.servers, found, strict=True):
+        if one.model != found[0].model:
+            raise UserError(
+                f"{server.url} holds the model {one.name} ({one.model}), and {servers.servers[0].url} "
+                f"{found[0].name} ({found[0].model}); give teacher.urls of one model"
+            )
+        if replace(one, name=found[0].name) != found[0]:
+            raise UserError(
+                f"{server.url} and {servers.servers[0].url} are not started alike (--dtype, --quantization, "
+                f"--root): {one} and {found[0]}"
+            )
+    return found[0]
+
+
+@contextmanager
+def files_of_model(servers: Servers) -> Iterator[Path]:
+    """A folder with the small files of the servers' model, to compare tokens and templates; removed after."""
+    files = servers.ask("GET", FILES, None, _read_files)
+    with tempfile.TemporaryDirectory(prefix="video-opd-teacher-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        yield Path(folder)
+
+
+def _read_description(body: bytes) -> Described:
+    try:
+        tree = json.loads(body)
+        protocol = tree["protocol"]
+        found = Described(**{spec.name: tree[spec.name] for spec in fields(Described)})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadMessage("its answer is no description of a model") from error
+    if protocol != PROTOCOL:
+        raise UserError(
+            f"the teacher's server speaks version {protocol} of the protocol, and this is version "
+            f"{PROTOCOL}: install the same release on both sides"
+        )
+    return found
+
+
+def _read_files(body: bytes) -> dict[str, bytes]:
+    try:
+        arrays = load(body)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BadMessage("its files cannot be read") from error
+    if unknown := sorted(set(arrays) - set(CONFIG_FILES)):
+        raise BadMessage(f"it sends a file that no model has: {unknown[0]!r:.60}")
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]
