@@ -3,6 +3,7 @@
 # make test        install with the tools, then run the tests
 # make bench       install with lmms-eval, for "video-opd suite"
 # make test-bench  run the tests that need lmms-eval
+# make test-vllm  make an environment with vLLM for a CPU, and run the tests that need it
 # make fuzz        read 9,600 broken files of every kind (make test reads some of them)
 # make lint, make types
 # make schema    recipes/schema.json, which completes recipes in an editor
@@ -19,7 +20,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Container images often set it. Every process would then compile torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install bench demo test test-long fuzz test-bench lint types schema clean
+.PHONY: install bench demo test test-long test-vllm fuzz test-bench lint types schema clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.stamp-package
@@ -67,6 +68,15 @@ test-long: install $(VENV)/.stamp-dev $(VENV)/.stamp-torchcodec $(VENV)/.stamp-t
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	PYTHONPATH=$(CURDIR)/$(VENV)/torchcodec OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/data/test_torchcodec.py $(PYTEST_ARGS)
 
+# vLLM pins its torch and transformers, so its environment is another one.
+.venv-vllm/.stamp: tests/real_vllm/environment.sh tests/real_vllm/torchvision_schemas.py
+	tests/real_vllm/environment.sh .venv-vllm
+	touch $@
+
+test-vllm: .venv-vllm/.stamp
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1 HF_HUB_OFFLINE=1 \
+		.venv-vllm/bin/python -m pytest -m vllm tests/real_vllm $(PYTEST_ARGS)
+
 fuzz: install $(VENV)/.stamp-dev
 	VIDEO_OPD_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_fuzz.py -s
 
@@ -80,4 +90,4 @@ schema: install
 	$(BIN)/python -m video_opd.config > recipes/schema.json
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile=(uv pip compile --quiet --universal --python-version 3.10 --generate-hashes
-         --no-emit-index-url --no-annotate --no-header "$@" pyproject.toml requirements/build.in)
+         --no-emit-index-url --no-annotate --no-header "$@" pyproject.toml requirements/build.in requirements/newest.in)
 "${compile[@]}" --output-file requirements/base.txt
 "${compile[@]}" --extra dev --constraints requirements/base.txt --output-file requirements/dev.txt
 # lmms-eval by itself, and of what it asks for only what the suite imports (bench.in says why).

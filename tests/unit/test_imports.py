@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "models": {"data"},
     "algorithms": {"models", "data"},
     "evaluation": {"data", "models"},
-    "curriculum": {"evaluation", "data", "models"},
+    "curriculum": {"evaluation", "data", "models", "serving"},
     "planning": {"models"},  # the files of a checkpoint; no torch
     "serving": {"data", "models"},
     "training": {"data", "models", "algorithms", "evaluation", "curriculum", "planning", "serving"},

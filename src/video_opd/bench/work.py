@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from video_opd.config import (
     recipe_from_dict,
 )
 from video_opd.data.encode import PromptEncoder
+from video_opd.data.video import clip_digest
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
@@ -55,12 +55,14 @@ def prompts_of(
     videos: int = 1,
     side_px: int = 64,
     prompt: PromptConfig | None = None,
+    keep_clips: bool = False,
 ) -> list[EncodedPrompt]:
     """Makes ``queries`` prompts on each of ``videos`` noise videos, with square frames of ``side_px``.
 
-    Each prompt has ``tokens`` tokens or more, with as few frames as that takes.
+    Each prompt has ``tokens`` tokens or more, with as few frames as that takes. With ``keep_clips`` it can be
+    sent to a server.
     """
-    encoder = PromptEncoder(processor, prompt)
+    encoder = PromptEncoder(processor, prompt, keep_clips=keep_clips)
 
     def length(pairs: int) -> int:
         return encoder.encode(_clip(pairs, side_px, 0), QUERIES[0], "probe").length
@@ -80,15 +82,16 @@ def _clip(pairs: int, side_px: int, seed: int) -> Clip:
     frames = 2 * pairs
     shape = (frames, side_px, side_px, 3)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    times_s = np.arange(frames) / FPS
     return Clip(
         path=Path(f"noise-{seed}.mp4"),
         frames=pixels,
-        times_s=np.arange(frames) / FPS,
+        times_s=times_s,
         frame_indices=np.arange(frames),
         source_fps=FPS,
         duration_s=frames / FPS,
         source_size_px=(side_px, side_px),
-        digest=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        digest=clip_digest(pixels, times_s),
     )
 
 

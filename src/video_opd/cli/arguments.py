@@ -20,6 +20,10 @@ def positive(text: str) -> int:
 
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "--device": {"help": "cpu, cuda, cuda:1 ...; default: a GPU if there is one"},
+    "--engine": {
+        "choices": ("hf", "vllm"), "default": "hf",
+        "help": "hf: this package's, on transformers; vllm: vLLM (extra vllm); default: %(default)s",
+    },
     "--max-new-tokens": {"type": positive, "default": 64, "metavar": "N", "help": "default: %(default)s"},
     "--seed": {"type": int, "default": 0, "help": "default: %(default)s"},
     "--overwrite": {"action": "store_true", "help": "throw away what --out holds"},

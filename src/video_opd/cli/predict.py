@@ -15,13 +15,13 @@ from video_opd.terminal import print_line
 
 if TYPE_CHECKING:
     from video_opd.evaluation.predict import GenerationSettings, PredictResult
-    from video_opd.models.inference import InferenceConfig, InferenceModel
+    from video_opd.models.inference import InferenceConfig, InferenceModel, VLLMModel
     from video_opd.processes import Processes
     from video_opd.types import Sample
 
 HELP = "a model's responses to every row of a data file; repeated, it continues"
 EXAMPLE = "video-opd predict runs/a/model data/test.jsonl --out runs/a/eval/predictions.jsonl"
-SETTINGS = MODEL_SETTINGS
+SETTINGS = (*MODEL_SETTINGS, "vllm.")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", writes="file", required=True, metavar="P.jsonl", help="the predictions file")
     parser.add_argument("--n", type=positive, default=1, metavar="K", help="responses a row; default: 1")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
-    parser.add_argument("--engine", choices=("hf",), default="hf", help="default: %(default)s")
+    add_shared(parser, "--engine")
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.data.annotations import read_samples
     from video_opd.evaluation.protocols import get_protocol
     from video_opd.locks import locked_file
-    from video_opd.models.inference import load_inference_model, read_inference_config
+    from video_opd.models.inference import load_inference_model, load_vllm_model, read_inference_config
     from video_opd.processes import Processes
 
     samples = read_samples(arguments.data, arguments.video_root)
@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = response_settings(arguments, config, n=arguments.n, temperature=arguments.temperature)
     processes = Processes.of_environment()
     with locked_file(arguments.out, processes):  # before the model is loaded
-        model = load_inference_model(config, arguments.device)
+        load = load_vllm_model if arguments.engine == "vllm" else load_inference_model
+        model = load(config, arguments.device)
         result = respond(arguments, model, samples, arguments.out, settings, processes)
     if not is_first_process():
         return
@@ -89,7 +90,7 @@ def response_settings(
 
 def respond(
     arguments: argparse.Namespace,
-    model: InferenceModel,
+    model: InferenceModel | VLLMModel,
     samples: list[Sample],
     out: str,
     settings: GenerationSettings,

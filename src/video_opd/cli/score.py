@@ -24,6 +24,7 @@ EXAMPLE = (
 SETTINGS = (
     *MODEL_SETTINGS,
     *("teacher.dtype", "teacher.quantization", "teacher.placement", "teacher.other_template"),
+    "vllm.",
     *("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s"),
 )
 
@@ -66,6 +67,7 @@ def add_arguments(parser: Parser) -> None:
     add_shared(
         parser,
         "--device",
+        "--engine",
         "--max-new-tokens",
         "--seed",
         "--overwrite",
@@ -103,6 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         for_topk=for_topk,
         batch_size=arguments.batch_size,
         device=arguments.device,
+        engine=arguments.engine,
         teacher_from=arguments.teacher_from,
         overwrite=arguments.overwrite,
         processes=Processes.of_environment(),

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from video_opd.cli.arguments import add_shared, positive
-from video_opd.cli.parser import NO_SETTINGS, Parser
+from video_opd.cli.parser import Parser
 from video_opd.errors import UserError
 from video_opd.files import read_text
 
 HELP = "score the tokens that students write, for runs that name this server in teacher.urls"
 EXAMPLE = "video-opd serve-teacher models/teacher --port 8400 --root /data/videos"
-SETTINGS = NO_SETTINGS
+SETTINGS: tuple[str, ...] = ("vllm.",)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--quantization", choices=("int8", "float8"), help="hold linear layers in 8 bits (torchao)"
     )
-    add_shared(parser, "--device")
+    add_shared(parser, "--device", "--engine")
     add_shared(parser, "--batch-size", help="prompts of waiting requests that are scored at once; default: 8")
     parser.add_argument("--cache-dir", metavar="DIR", help="keep decoded clips there, up to 20 GiB")
     parser.add_argument(
@@ -72,10 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
         if not root.is_dir():
             raise UserError(f"--root {root}: no such folder")
     check_requirements()
+    from video_opd.config import VLLMConfig, read_settings
+    from video_opd.config.tree import apply_overrides
     from video_opd.serving.app import ServiceSettings
     from video_opd.serving.limits import Limits
     from video_opd.serving.server import serve
 
+    sections = apply_overrides({}, arguments.overrides)
     serve(
         arguments.model,
         address,
@@ -85,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         quantization=arguments.quantization,
         device=arguments.device,
+        engine=arguments.engine,
+        vllm=read_settings(VLLMConfig, sections.get("vllm", {})),
         batch_size=arguments.batch_size,
         cache_dir=arguments.cache_dir,
     )

@@ -57,6 +57,7 @@ from video_opd.config.sections import (
     TVDFConfig,
     VideoConfig,
     VideoForm,
+    VLLMConfig,
 )
 from video_opd.config.settings import Settings, read_settings
 
@@ -95,6 +96,7 @@ __all__ = [
     "SurrogateLossConfig",
     "TVDFConfig",
     "TeacherConfig",
+    "VLLMConfig",
     "VideoConfig",
     "VideoForm",
     "VideoOPDLossConfig",

@@ -225,6 +225,23 @@ class PromptConfig(Settings):
         return tree
 
 
+class VLLMConfig(Settings):
+    """How vLLM runs a model (``--engine vllm``). Responses and scores do not depend on it."""
+
+    memory: Number = Field(
+        default=0.9, gt=0, le=1, description="share of a GPU's memory that it takes; two models share one GPU"
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="longest prompt and response together; none: the model's own bound"
+    )
+    gpus: int = Field(default=1, ge=1, description="GPUs over which it divides the model")
+    eager: bool = Field(default=False, description="no CUDA graphs, which take a minute to record")
+    check: bool = Field(
+        default=True,
+        description="compare its prompt and its log-probs with those of this package on the first prompt",
+    )
+
+
 class OptimConfig(Settings):
     """AdamW. What its weights are is ``model.weights``."""
 

@@ -17,11 +17,13 @@ from video_opd.locks import locked_file
 from video_opd.models.checkpoint_files import base_of
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import (
+    EngineName,
     InferenceConfig,
     TeacherInferenceConfig,
     chosen_device,
     load_inference_model,
     load_model_inputs,
+    load_vllm_policy,
     log_other_video_form,
     teacher_config,
     with_video_form,
@@ -36,6 +38,7 @@ from video_opd.models.loading import (
 from video_opd.models.placed_teachers import ShardedPolicy
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
+from video_opd.models.vllm_policy import VLLMPolicy
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.client import RemoteTeacher
 from video_opd.serving.connect import connect_teacher
@@ -67,6 +70,7 @@ def score_pool(
     for_topk: ForTopK | None = None,
     batch_size: int = 8,
     device: str | None = None,
+    engine: EngineName = "hf",
     cache_dir: str | Path | None = None,
     teacher_from: Sequence[str | Path] = (),
     overwrite: bool = False,
@@ -78,8 +82,10 @@ def score_pool(
     With ``for_topk`` it scores them as :func:`~video_opd.curriculum.lazy_scores.score_for_topk` does: the
     student is loaded, answers and is freed before the teacher is loaded. With ``teacher_from`` the teacher is
     loaded only when a row needs it. A ``sharded`` teacher is divided over ``processes``; a ``served`` one
-    answers from its servers. ``cache_dir`` keeps decoded clips. Raises :class:`UserError` for models that do
-    not share their tokens, for a teacher in shards with a single process, and as ``score`` does.
+    answers from its servers. ``engine`` runs what is here; vLLM's share of a GPU is for all models that are
+    held together. ``cache_dir`` keeps decoded clips. Raises :class:`UserError` for models that do not share
+    their tokens, for a teacher in shards with a single process, for one that vLLM does not hold as it is
+    asked to, and as ``score`` does.
     """
     alone = processes is None or processes.count == 1
     if teacher is not None and teacher.sharded and alone:
@@ -87,8 +93,13 @@ def score_pool(
             "teacher.placement is sharded, and there is one process to hold the shards: start several with "
             "torchrun, or set it to whole"
         )
+    if engine == "vllm" and teacher is not None and (teacher.sharded or teacher.quantization):
+        raise UserError(
+            "--engine vllm holds a teacher whole and in its own type: leave out teacher.placement and "
+            "teacher.quantization, or the engine"
+        )
     served = teacher is not None and teacher.served is not None
-    inputs = load_model_inputs(student, cache_dir, keep_clips=served)
+    inputs = load_model_inputs(student, cache_dir, keep_clips=served, engine=engine)
     form = read_model_configs(student.model.path), inputs.encoder.processor
     distant = None
     if teacher is not None and teacher.served is not None:
@@ -107,6 +118,7 @@ def score_pool(
             "input": inputs.provenance()["input"],
             # Notes of teachers that are not quantised stay as they were.
             **({"teacher_quantization": teacher.quantization} if teacher and teacher.quantization else {}),
+            **({} if engine == "hf" else {"engine": engine}),
         },
         "settings": settings,
         "batch_size": batch_size,
@@ -116,14 +128,20 @@ def score_pool(
         "processes": processes,
     }
 
+    if for_topk is None and teacher is not None and distant is None:  # both are held together
+        half = {"vllm.memory": student.vllm.memory / 2}
+        student, teacher = student.changed(**half), teacher.changed(**half)
+
     def load_student() -> Policy:
+        if engine == "vllm":
+            return load_vllm_policy(student, device)
         return load_inference_model(student, device, cache_dir).policy
 
     later = None
     if distant is not None:
         later = LazyPolicy(lambda: distant)
     elif teacher is not None:
-        later = _lazy_teacher(teacher, Vocabulary.of(*form), device)
+        later = _lazy_teacher(teacher, Vocabulary.of(*form), device, engine)
     with locked_file(out, processes):  # before the models are loaded
         if for_topk is not None:
             if later is None:
@@ -144,7 +162,9 @@ def _fingerprint(teacher: TeacherInferenceConfig | None, distant: RemoteTeacher 
     return None if teacher is None else model_fingerprint(teacher.model.path)
 
 
-def _lazy_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None) -> LazyPolicy:
+def _lazy_teacher(
+    teacher: TeacherInferenceConfig, vocabulary: Vocabulary, device: str | None, engine: EngineName
+) -> LazyPolicy:
     """``vocabulary`` is the student's."""
     settings, chosen = teacher.model, chosen_device(device)
 
@@ -152,6 +172,9 @@ def _lazy_teacher(teacher: TeacherInferenceConfig, vocabulary: Vocabulary, devic
         log_other_video_form(teacher.prompt.video_form, settings.path)
         return load_teacher(settings.path, settings.dtype, first_device, settings.attn, teacher.quantization)
 
+    if engine == "vllm":
+        log_other_video_form(teacher.prompt.video_form, settings.path)
+        return LazyPolicy(lambda: load_vllm_policy(teacher, device, vocabulary))
     if teacher.sharded:
         return LazyShardedPolicy(
             lambda: ShardedPolicy(
@@ -185,6 +208,8 @@ class LazyPolicy:
     def free(self) -> None:
         """Frees the memory of the policy. It would be loaded again if it were used again."""
         if self._policy is not None:
+            if isinstance(self._policy, VLLMPolicy):
+                self._policy.close()
             self._policy = None
             release_memory()
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 K = 4  # responses of a model to a row; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
 # What they depend on.
-TEACHER_PROVENANCE = ("teacher", "teacher_dtype", "teacher_quantization", "input", "teacher_answers")
+TEACHER_PROVENANCE = (
+    *("teacher", "teacher_dtype", "teacher_quantization", "engine", "input", "teacher_answers"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -27,13 +27,14 @@ from video_opd.config import (
     TeacherConfig,
     VideoConfig,
     VideoForm,
+    VLLMConfig,
     read_settings,
 )
 from video_opd.config.method_sections import check_placement
 from video_opd.config.sections import Placement
 from video_opd.config.settings import Number, Texts
 from video_opd.config.tree import apply_overrides
-from video_opd.errors import UserError
+from video_opd.errors import UserError, need
 from video_opd.files import read_text
 from video_opd.jsonl import no_key_twice
 from video_opd.models.checkpoint_files import adapter_base, find_file, is_adapter_folder
@@ -44,18 +45,23 @@ if TYPE_CHECKING:
 
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.policy import HFPolicy
+    from video_opd.models.vllm_policy import VLLMPolicy
+    from video_opd.models.vocabulary import Vocabulary
     from video_opd.types import EncodedPrompt, Sample
 
 
+EngineName = Literal["hf", "vllm"]  # whose forward passes: this package's own, on transformers, or vLLM's
 SETTINGS_FILE = "video_opd.json"  # in a model folder, it holds the video budget and prompt of its training
 
 
 class InferenceConfig(Settings):
-    """Three sections of a recipe: how a model is run, how a video is sampled, and how a question is asked."""
+    """Three sections of a recipe: how a model is run, how a video is sampled, and how a question is asked;
+    and how vLLM runs the model, where it does."""
 
     model: ModelConfig = ModelConfig()
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()
+    vllm: VLLMConfig = VLLMConfig()
 
 
 class TeacherInferenceConfig(InferenceConfig):
@@ -296,6 +302,7 @@ class ModelInputs:
     budget: VideoConfig
     cache_dir: Path | None = None
     workers: int = 2
+    engine: EngineName = "hf"  # that answers
 
     def provenance(self) -> dict[str, Any]:
         """Returns everything about the model that its responses depend on."""
@@ -305,6 +312,8 @@ class ModelInputs:
             "model": model_fingerprint(self.config.model.path),
             "dtype": self.config.model.dtype,
             "input": {"video": self.config.video.model_dump(), "prompt": self.config.prompt.model_dump()},
+            # Notes of our own engine's responses stay as they were.
+            **({} if self.engine == "hf" else {"engine": self.engine}),
         }
 
     def prompts(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
@@ -345,21 +354,27 @@ class InferenceModel(ModelInputs):
 
 
 def load_model_inputs(
-    config: InferenceConfig, cache_dir: str | Path | None = None, *, keep_clips: bool = False
+    config: InferenceConfig,
+    cache_dir: str | Path | None = None,
+    *,
+    keep_clips: bool = False,
+    engine: EngineName = "hf",
 ) -> ModelInputs:
     """The inputs of the checkpoint ``config.model.path``, whose weights are not read.
 
-    With ``keep_clips`` each prompt carries its clip, for servers. Raises UserError if it has no Qwen3-VL
-    processor.
+    With ``keep_clips`` each prompt carries its clip, for servers; for vLLM it always does. Raises UserError
+    if it has no Qwen3-VL processor.
     """
     from video_opd.data.encode import PromptEncoder
     from video_opd.models.loading import load_processor
 
+    keep_clips = keep_clips or engine == "vllm"
     return ModelInputs(
         config=config,
         encoder=PromptEncoder(load_processor(config.model.path), config.prompt, keep_clips=keep_clips),
         budget=config.video,
         cache_dir=None if cache_dir is None else Path(cache_dir),
+        engine=engine,
     )
 
 
@@ -372,22 +387,64 @@ def load_inference_model(
     if ``config.model.path`` is not a Qwen3-VL checkpoint.
     """
     from video_opd.data.encode import PromptEncoder
-    from video_opd.models.loading import load_model
-    from video_opd.models.policy import HFPolicy
 
-    model, processor = load_model(
-        config.model.path,
-        dtype=config.model.dtype,
-        device=chosen_device(device),
-        attn=config.model.attn,
-    )
+    policy = _load_policy(config, device)
     return InferenceModel(
         config=config,
-        policy=HFPolicy(model, processor, config.model.engine),
-        encoder=PromptEncoder(processor, config.prompt),
+        policy=policy,
+        encoder=PromptEncoder(policy.processor, config.prompt),
         budget=config.video,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMModel(ModelInputs):
+    """A checkpoint that vLLM runs."""
+
+    policy: VLLMPolicy
+
+
+def load_vllm_model(
+    config: InferenceConfig, device: str | None = None, cache_dir: str | Path | None = None
+) -> VLLMModel:
+    """The same for vLLM. Raises UserError for an adapter, and where vLLM is not installed."""
+    inputs = load_model_inputs(config, cache_dir, engine="vllm")
+    shared = {spec.name: getattr(inputs, spec.name) for spec in fields(inputs)}
+    return VLLMModel(policy=load_vllm_policy(config, device), **shared)
+
+
+def load_vllm_policy(
+    config: InferenceConfig, device: str | None, vocabulary: Vocabulary | None = None
+) -> VLLMPolicy:
+    """The checkpoint as vLLM runs it, when it is first asked. ``vocabulary``: the student's, if it is another
+    model; None: the checkpoint's own. Raises UserError for an adapter, and where vLLM is not installed."""
+    from video_opd.models.loading import load_processor, read_model_configs
+    from video_opd.models.vllm_policy import VLLMPolicy
+    from video_opd.models.vocabulary import Vocabulary
+
+    path = config.model.path
+    need(not is_adapter_folder(path), f"{path} is an adapter, and vLLM takes whole models: merge it first")
+    processor = load_processor(path)
+    return VLLMPolicy(
+        path,
+        processor,
+        vocabulary or Vocabulary.of(read_model_configs(path), processor),
+        dtype=config.model.dtype,
+        settings=config.vllm,
+        reference=lambda: _load_policy(config, device, vocabulary),
+    )
+
+
+def _load_policy(
+    config: InferenceConfig, device: str | None, vocabulary: Vocabulary | None = None
+) -> HFPolicy:
+    from video_opd.models.loading import load_model
+    from video_opd.models.policy import HFPolicy
+
+    settings = config.model
+    loaded = load_model(settings.path, dtype=settings.dtype, device=chosen_device(device), attn=settings.attn)
+    return HFPolicy(*loaded, settings.engine, vocabulary=vocabulary)
 
 
 def chosen_device(device: str | None) -> str:

@@ -29,7 +29,7 @@ from video_opd.models.forward_passes import ForwardPasses
 from video_opd.models.head import ResponseHead
 from video_opd.models.interfaces import Responses
 from video_opd.models.modes import call_through, computing_in, evaluating
-from video_opd.models.prefix import Prefix
+from video_opd.models.prefix import Prefix, prompts_of
 from video_opd.models.prompt_batch import pad_responses
 from video_opd.models.sampling import SamplingSettings, rollout_uniforms
 from video_opd.models.vocabulary import Vocabulary
@@ -163,7 +163,7 @@ class HFPolicy:
                 "this prefix was prefilled without gradients; prefill the prompts with grad=True"
             )
         assert len(prompts) == len(responses) and all(responses), "one or several responses for each prompt"
-        self._check_writable(_prompts_of(prompts), responses)
+        self._check_writable(prompts_of(prompts), responses)
         repeats = [len(group) for group in responses]
         ids_BR, mask_BR = pad_responses(
             [tokens for group in responses for tokens in group],
@@ -175,7 +175,7 @@ class HFPolicy:
             if self._uses_cache(grad):
                 hidden_BRD = self.passes.on_prefix(self.passes.prefix_of(prompts), repeats, ids_BR, mask_BR)
             else:
-                batch = self.passes.batch(_prompts_of(prompts)).repeated(repeats)
+                batch = self.passes.batch(prompts_of(prompts)).repeated(repeats)
                 share_videos = self.engine == "prefix"
                 hidden_BRD = self.passes.concatenated(batch, ids_BR, mask_BR, share_videos=share_videos)[
                     :, :-1
@@ -195,7 +195,7 @@ class HFPolicy:
 
     def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> Decoder:
         if self.engine == "plain":
-            return PlainDecoder(self.passes, _prompts_of(prompts), n)
+            return PlainDecoder(self.passes, prompts_of(prompts), n)
         return PrefixDecoder(self.passes, self.passes.prefix_of(prompts), n)
 
     def _rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
@@ -242,10 +242,6 @@ class HFPolicy:
                         f"sample {prompt.sample_id!r}: token {bad} of a response is a vision placeholder or "
                         "not in the tokenizer; no policy can write it"
                     )
-
-
-def _prompts_of(prompts: Sequence[EncodedPrompt] | Prefix) -> Sequence[EncodedPrompt]:
-    return prompts.prompts if isinstance(prompts, Prefix) else prompts
 
 
 def _scatter(flat_N: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,24 @@ class _Found(torch.autograd.Function):
         return ctx.gradient.pop(), None
 
 
+class Unprefilled:
+    """Stands in for the prefix of prompts that another engine prefills by itself, or another process."""
+
+    def __init__(self, prompts: Sequence[EncodedPrompt]) -> None:
+        self.prompts = prompts
+
+    def select(self, rows: Sequence[int]) -> Unprefilled:
+        return Unprefilled([self.prompts[row] for row in rows])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def prompts_of(given: Sequence[EncodedPrompt] | Prefix | Unprefilled) -> Sequence[EncodedPrompt]:
+    """The prompts of a prefix, or prompts as they are."""
+    return given.prompts if isinstance(given, Prefix | Unprefilled) else given
+
+
 def copy_cache(cache: DynamicCache) -> DynamicCache:
     """A cache with the same keys and values that may be written to, because it grows by replacing its
     tensors."""

@@ -152,6 +152,7 @@ class Service:
             "model": self.scorer.facts.fingerprint,
             "dtype": self.scorer.facts.dtype,
             "quantization": self.scorer.facts.quantization,
+            "distributions": self.scorer.facts.distributions,
             "name": self.model.name,
             "reads_files": bool(self.scorer.roots),
         }

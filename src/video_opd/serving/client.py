@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 from video_opd.config import VideoConfig
 from video_opd.models.interfaces import Responses
+from video_opd.models.prefix import Unprefilled, prompts_of
 from video_opd.models.teachers import Nonfinite, finite_scores, join_logprobs
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.messages import (
@@ -35,19 +35,6 @@ from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 T = TypeVar("T")
 Send = Literal["value", "reference"]
 REQUESTS_A_SERVER = 2  # in flight at a time: the next one is there when a server has answered one
-
-
-@dataclass(frozen=True)
-class RemotePrefix:
-    """Stands in for prompts that a server is asked about; nothing is computed before."""
-
-    prompts: Sequence[EncodedPrompt]
-
-    def select(self, rows: Sequence[int]) -> RemotePrefix:
-        return RemotePrefix([self.prompts[row] for row in rows])
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 class RemoteTeacher:
@@ -82,13 +69,13 @@ class RemoteTeacher:
         # The bodies of requests hold frames; those that are not sent yet are not made.
         self._turn = threading.BoundedSemaphore(REQUESTS_A_SERVER * len(servers.servers))
 
-    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> RemotePrefix:
+    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Unprefilled:
         assert not grad, "no gradient comes from a server"
-        return RemotePrefix(prompts)
+        return Unprefilled(prompts)
 
     def sample(
         self,
-        prompts: Sequence[EncodedPrompt] | RemotePrefix,
+        prompts: Sequence[EncodedPrompt] | Unprefilled,
         *,
         n: int = 1,
         max_new_tokens: int,
@@ -98,7 +85,7 @@ class RemoteTeacher:
         seeds: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Rollout]]:
         """As :meth:`Policy.sample`."""
-        asked = _prompts_of(prompts)
+        asked = prompts_of(prompts)
         if temperature != 0 and (seeds is None or [len(row) for row in seeds] != [n] * len(asked)):
             raise ValueError(
                 f"sampling needs seeds: {len(asked)} lists of {n} integers, one for each rollout"
@@ -130,7 +117,7 @@ class RemoteTeacher:
 
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt] | RemotePrefix,
+        prompts: Sequence[EncodedPrompt] | Unprefilled,
         responses: Responses,
         *,
         grad: bool = False,
@@ -143,14 +130,14 @@ class RemoteTeacher:
 
     def ask(
         self,
-        prompts: Sequence[EncodedPrompt] | RemotePrefix,
+        prompts: Sequence[EncodedPrompt] | Unprefilled,
         responses: Responses,
         *,
         full: bool = False,
         temperature: float = 1.0,
     ) -> Callable[[], TokenLogprobs]:
         """As :meth:`DistantTeacher.ask`."""
-        asked = _prompts_of(prompts)
+        asked = prompts_of(prompts)
         assert len(asked) == len(responses) and all(responses), "one or several responses for each prompt"
 
         def scored(piece: slice) -> TokenLogprobs:
@@ -224,10 +211,6 @@ class RemoteTeacher:
         return ClipMessage(
             digest=clip.digest, duration_s=clip.duration_s, frames=clip.frames, times_s=clip.times_s
         )
-
-
-def _prompts_of(prompts: Sequence[EncodedPrompt] | RemotePrefix) -> Sequence[EncodedPrompt]:
-    return prompts.prompts if isinstance(prompts, RemotePrefix) else prompts
 
 
 def _scores(reply: ScoreReply, lengths: Sequence[int]) -> TokenLogprobs:

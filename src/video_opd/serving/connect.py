@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from video_opd.config import TeacherConfig, VideoConfig
+from video_opd.config import DistillationTeacherConfig, TeacherConfig, VideoConfig
 from video_opd.errors import UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_processor, read_model_configs
@@ -52,6 +52,12 @@ def connect_teacher(
             f"{settings.urls[0]} computes in {found.dtype} with quantization {found.quantization}, and the "
             f"recipe says teacher.dtype {settings.dtype}, teacher.quantization {settings.quantization}; "
             "change either"
+        )
+    asks_distributions = isinstance(settings, DistillationTeacherConfig) and settings.distributions
+    if asks_distributions and not found.distributions:
+        raise UserError(
+            f"{settings.urls[0]} gives no whole distributions (--engine vllm): set teacher.distributions to "
+            "false, and the estimator to sampled, or start it with --engine hf"
         )
     if settings.send == "reference" and not found.reads_files:
         raise UserError(

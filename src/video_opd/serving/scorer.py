@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from video_opd.data.video import VideoError, clip_digest, load_clip
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
 from video_opd.models.sampling import SamplingSettings
+from video_opd.models.vllm_policy import VLLMPolicy
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.limits import BAD, CONFLICT, FORBIDDEN, MISSING, TOO_LARGE, Limits, Refused
 from video_opd.serving.messages import (
@@ -42,11 +43,13 @@ class ModelFacts:
     fingerprint: str
     dtype: str = "float32"
     quantization: Quantization | None = None
+    distributions: bool = True  # whether it gives them over the whole vocabulary
 
 
 class Scorer:
     """Answers requests. :meth:`encode` may be called by several threads, :meth:`answer` by one.
 
+    ``model`` is loaded; where ``make_policy`` runs it in another way, it is what its folder says of it.
     ``roots`` are the folders whose videos may be named.
     """
 
@@ -56,24 +59,32 @@ class Scorer:
         processor: Any,
         *,
         facts: ModelFacts,
+        make_policy: Callable[[Vocabulary], HFPolicy | VLLMPolicy] | None = None,
         engine: Literal["prefix", "plain"] = "prefix",
         roots: Sequence[Path] = (),
         cache_dir: str | Path | None = None,
         cache_bytes: int = 20 << 30,
         limits: Limits | None = None,
     ) -> None:
-        self.model, self.processor, self.engine = model, processor, engine
+        self.model, self.processor = model, processor
         self.facts = facts
         self.roots = [root.resolve() for root in roots]
         self.limits = limits or Limits()
         self.own = Vocabulary.of(model, processor)
         self._cache = None if cache_dir is None else ClipCache(cache_dir, cache_bytes)
         # Only the pixels are taken from it. They do not depend on the text or on the form around a video.
-        self._encoder = PromptEncoder(processor, PromptConfig(thinking=True, video_form="release"))
-        self._policies: dict[WritableTokens, HFPolicy] = {}
+        shown = PromptConfig(thinking=True, video_form="release")
+        self._encoder = PromptEncoder(processor, shown, keep_clips=True)
+        self._policies: dict[WritableTokens, HFPolicy | VLLMPolicy] = {}
         self._lock = threading.Lock()
-        model.requires_grad_(False)
-        model.eval()
+        if make_policy is None:
+            model.requires_grad_(False)
+            model.eval()
+
+            def make_policy(vocabulary: Vocabulary) -> HFPolicy:
+                return HFPolicy(model, processor, engine, vocabulary=vocabulary)
+
+        self._make_policy = make_policy
 
     def encode(self, request: ScoreRequest | SampleRequest) -> list[EncodedPrompt]:
         """The prompts of a request with their pixels. Raises :class:`Refused` for what cannot be answered."""
@@ -166,7 +177,7 @@ class Scorer:
                 CONFLICT, f"the student has {asked.size} tokens, and this model {rows} embedding rows"
             )
 
-    def _policy(self, asked: WritableTokens) -> HFPolicy:
+    def _policy(self, asked: WritableTokens) -> HFPolicy | VLLMPolicy:
         with self._lock:
             if asked not in self._policies:
                 if len(self._policies) >= 16:  # of a client that makes them up
@@ -177,12 +188,7 @@ class Scorer:
                     eos_ids=self.own.eos_ids,
                     pad_id=min(self.own.eos_ids),
                 )
-                self._policies[asked] = HFPolicy(
-                    self.model,
-                    self.processor,
-                    self.engine,
-                    vocabulary=vocabulary,
-                )
+                self._policies[asked] = self._make_policy(vocabulary)
             return self._policies[asked]
 
     def _shown(self, number: int, message: ClipMessage) -> EncodedPrompt:

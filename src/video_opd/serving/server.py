@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from video_opd.config import Quantization
-from video_opd.errors import UserError
+from video_opd.config import Dtype, ModelConfig, Quantization, VLLMConfig
+from video_opd.errors import UserError, need
 from video_opd.models.fingerprint import model_fingerprint
-from video_opd.models.inference import chosen_device
-from video_opd.models.loading import load_teacher
+from video_opd.models.inference import EngineName, InferenceConfig, chosen_device, load_vllm_policy
+from video_opd.models.loading import load_teacher, read_model_configs
 from video_opd.progress import log
 from video_opd.serving.address import Address, check_address
 from video_opd.serving.app import Service, ServiceSettings
@@ -36,9 +36,11 @@ def serve(
     *,
     limits: Limits | None = None,
     roots: Sequence[Path] = (),
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     quantization: Quantization | None = None,
     device: str | None = None,
+    engine: EngineName = "hf",
+    vllm: VLLMConfig | None = None,
     batch_size: int = 8,
     cache_dir: str | Path | None = None,
 ) -> None:
@@ -52,10 +54,24 @@ def serve(
     listening = _listen(address)
     place = chosen_device(device)
     dtype = dtype or ("bfloat16" if place.startswith("cuda") else "float32")
-    loaded = load_teacher(model, dtype, place, quantization=quantization)
+    facts = ModelFacts(
+        fingerprint=model_fingerprint(model),
+        dtype=dtype,
+        quantization=quantization,
+        distributions=engine == "hf",
+    )
+    make_policy = None
+    if engine == "hf":
+        loaded = load_teacher(model, dtype, place, quantization=quantization)
+    else:
+        need(quantization is None, "--engine vllm runs a model in its own type: leave out --quantization")
+        as_loaded = ModelConfig(path=str(model), dtype=dtype)
+        policy = load_vllm_policy(InferenceConfig(model=as_loaded, vllm=vllm or VLLMConfig()), device)
+        loaded, make_policy = (read_model_configs(model), policy.processor), policy.with_vocabulary
     scorer = Scorer(
         *loaded,
-        facts=ModelFacts(fingerprint=model_fingerprint(model), dtype=dtype, quantization=quantization),
+        facts=facts,
+        make_policy=make_policy,
         roots=roots,
         cache_dir=cache_dir,
         limits=limits,

@@ -157,6 +157,7 @@ class Described:
     name: str
     dtype: str
     quantization: str | None
+    distributions: bool
     reads_files: bool
 
 
@@ -173,7 +174,7 @@ def describe(servers: Servers) -> Described:
         if replace(one, name=found[0].name) != found[0]:
             raise UserError(
                 f"{server.url} and {servers.servers[0].url} are not started alike (--dtype, --quantization, "
-                f"--root): {one} and {found[0]}"
+                f"--engine, --root): {one} and {found[0]}"
             )
     return found[0]
 

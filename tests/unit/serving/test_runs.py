@@ -48,7 +48,8 @@ def test_what_is_sampled_while_a_server_scores_does_not_matter(
 ) -> None:
     """Each micro-batch by itself, the next one sampled meanwhile, or all of a step sampled before."""
     service.scorer.roots = []
-    for number, changes in enumerate(({"teacher.overlap": False}, {"sampling.micro_batch_size": 3})):
+    ways: tuple[dict[str, Any], ...] = ({"teacher.overlap": False}, {"sampling.micro_batch_size": 3})
+    for number, changes in enumerate(ways):
         with cases.serving(service.app()) as url:
             asked = recipe(data, tmp_path / f"run-{number}", **{"teacher.urls": (url,), **changes})
             assert_same(train(asked).model, local)

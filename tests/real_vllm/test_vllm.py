@@ -1,0 +1,252 @@
+"""vLLM itself, on a CPU: it must read our prompts, and give the log-probs of this package's own engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+
+from video_opd.bench.work import prompts_of
+from video_opd.cli import main
+from video_opd.config import PromptConfig, TeacherConfig, VideoConfig, VLLMConfig
+from video_opd.errors import UserError
+from video_opd.jsonl import read_jsonl
+from video_opd.models import vllm_policy
+from video_opd.models.fingerprint import model_fingerprint
+from video_opd.models.loading import load_model, load_processor, read_model_configs
+from video_opd.models.policy import HFPolicy
+from video_opd.models.vllm_policy import VLLMPolicy
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.serving.app import Service, ServiceSettings
+from video_opd.serving.connect import connect_teacher
+from video_opd.serving.queue import ScoringQueue
+from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.types import EncodedPrompt
+from video_opd.world.demo import shipped
+from video_opd.world.make import make_world
+
+pytestmark = pytest.mark.vllm
+BASE, TEACHER = str(shipped("tiny-base")), str(shipped("tiny-teacher"))
+SETTINGS = VLLMConfig(max_tokens=2048)
+
+
+def own_policy(path: str = BASE) -> HFPolicy:
+    return HFPolicy(*load_model(path, dtype="float32", device="cpu"))
+
+
+def make_policy(path: str = BASE, **options: Any) -> VLLMPolicy:
+    processor = load_processor(path)
+    vocabulary = Vocabulary.of(read_model_configs(path), processor)
+    options = {"settings": SETTINGS, "reference": lambda: own_policy(path), **options}
+    return VLLMPolicy(path, processor, vocabulary, dtype="float32", **options)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[EncodedPrompt]:
+    """Both forms around a video, two queries on each of two videos; and one with an odd number of frames, at
+    times that are no multiples of anything."""
+    processor = load_processor(BASE)
+    found = []
+    for form in ("release", "nested"):
+        settings = PromptConfig(video_form=form)
+        found += prompts_of(processor, 300, queries=2, videos=2, keep_clips=True, prompt=settings)
+    return [*found, uneven(processor)]
+
+
+def uneven(processor: Any) -> EncodedPrompt:
+    from serving_cases import clip
+
+    from video_opd.data.encode import PromptEncoder
+
+    return PromptEncoder(processor, keep_clips=True).encode(clip(3, frames=7), "it blinks", "uneven")
+
+
+@pytest.fixture(scope="module")
+def policy() -> Iterator[VLLMPolicy]:
+    made = make_policy()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def own() -> HFPolicy:
+    return own_policy()
+
+
+def test_greedy_responses_and_their_log_probs_are_our_own(
+    policy: VLLMPolicy, own: HFPolicy, prompts: list[EncodedPrompt]
+) -> None:
+    found = policy.sample(prompts, max_new_tokens=16, temperature=0.0)
+    expected = own.sample(prompts, max_new_tokens=16, temperature=0.0)
+    for (mine,), (theirs,) in zip(found, expected, strict=True):
+        assert (mine.token_ids, mine.text, mine.truncated) == (
+            theirs.token_ids,
+            theirs.text,
+            theirs.truncated,
+        )
+        assert mine.recorded == pytest.approx(theirs.recorded, abs=1e-4)
+    cut = policy.sample(prompts[:1], max_new_tokens=2, temperature=0.0)[0][0]
+    assert cut.truncated and cut.token_ids == expected[0][0].token_ids[:2]
+
+
+def test_scores_are_our_own(policy: VLLMPolicy, own: HFPolicy, prompts: list[EncodedPrompt]) -> None:
+    seeds = [[10 * i + j for j in range(3)] for i in range(len(prompts))]
+    groups = own.sample(prompts, n=3, max_new_tokens=12, seeds=seeds)
+    responses = [[rollout.token_ids for rollout in group] for group in groups]
+    found, expected = policy.logprobs(prompts, responses), own.logprobs(prompts, responses)
+    assert torch.equal(found.mask_BT, expected.mask_BT)
+    torch.testing.assert_close(found.logprobs_BT, expected.logprobs_BT, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20}])
+def test_what_is_sampled_has_the_log_probs_of_its_distribution(
+    policy: VLLMPolicy, own: HFPolicy, prompts: list[EncodedPrompt], settings: dict[str, Any]
+) -> None:
+    seeds = [[10 * i + j for j in range(2)] for i in range(len(prompts))]
+    groups = policy.sample(prompts, n=2, max_new_tokens=12, seeds=seeds, **settings)
+    assert policy.sample(prompts, n=2, max_new_tokens=12, seeds=seeds, **settings) == groups
+    responses = [[rollout.token_ids for rollout in group] for group in groups]
+    scores = own.logprobs(prompts, responses, temperature=settings.get("temperature", 1.0))
+    for row, rollout in zip(scores.logprobs_BT.tolist(), (r for group in groups for r in group), strict=True):
+        for score, recorded in zip(row, rollout.recorded, strict=False):
+            if settings:  # the filters leave fewer tokens, so each is likelier
+                assert recorded >= score - 1e-4
+            else:
+                assert recorded == pytest.approx(score, abs=1e-4)
+
+
+def test_the_same_distribution_is_sampled(policy: VLLMPolicy, own: HFPolicy) -> None:
+    """400 first tokens of each engine against the exact distribution, by a chi-squared test."""
+    prompt = prompts_of(load_processor(BASE), 100, keep_clips=True)[0]
+
+    def shares(engine: Any, offset: int) -> dict[int, float]:
+        seeds = [[offset + i for i in range(400)]]
+        (group,) = engine.sample([prompt], n=400, max_new_tokens=1, seeds=seeds)
+        found: dict[int, float] = {}
+        for rollout in group:
+            found[rollout.token_ids[0]] = found.get(rollout.token_ids[0], 0) + 1 / 400
+        return found
+
+    full = own.logprobs([prompt], [[(policy.vocabulary.pad_id,)]], full=True).full_BTV
+    assert full is not None
+    exact = full[0, 0].exp()
+    for engine in (policy, own):
+        found = shares(engine, 1000)
+        # Pearson's chi squared over the tokens that are expected five times or more, the others together.
+        common = {i: 400 * float(p) for i, p in enumerate(exact) if 400 * p >= 5}
+        counts = {i: 400 * found.get(i, 0.0) for i in common}
+        terms = [(counts[i] - wanted) ** 2 / wanted for i, wanted in common.items()]
+        rest, others = 400 - sum(common.values()), 400 - sum(counts.values())
+        if rest >= 5:
+            terms.append((others - rest) ** 2 / rest)
+        freedom = len(terms) - 1
+        assert freedom >= 3
+        # Wilson and Hilferty: the cube root is nearly normal; four standard deviations.
+        cube = (sum(terms) / freedom) ** (1 / 3)
+        spread = math.sqrt(2 / (9 * freedom))
+        assert (cube - (1 - 2 / (9 * freedom))) / spread < 4
+
+
+def test_a_shifted_prompt_is_refused(prompts: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    shifted = make_policy(settings=VLLMConfig(max_tokens=2048, check=False))
+    fold = vllm_policy.folded
+    monkeypatch.setattr(vllm_policy, "folded", lambda *given: fold(*given)[1:])
+    with pytest.raises(UserError, match=r"vLLM read another prompt: token 0 is .*placeholders of the video"):
+        shifted.sample(prompts[:1], max_new_tokens=4, temperature=0.0)
+    shifted.close()
+
+
+def test_other_weights_are_refused_on_the_first_prompt(prompts: list[EncodedPrompt]) -> None:
+    other = make_policy(reference=lambda: own_policy(TEACHER))
+    with pytest.raises(UserError, match=r"vLLM gives response token \d+ .* and this package's engine"):
+        other.sample(prompts[:1], max_new_tokens=4, temperature=0.0)
+    other.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"), videos={"train": 2}, workers=1)["train"]
+
+
+def test_predict_gives_the_same_rows(data: Path, tmp_path: Path) -> None:
+    rows = []
+    for engine in ("hf", "vllm"):
+        out = tmp_path / f"{engine}.jsonl"
+        words = ["--out", str(out), "--engine", engine, "--vllm.max_tokens", "2048", "--max-new-tokens", "16"]
+        assert main(["predict", BASE, str(data), *words]) == 0
+        rows.append([row for _, row in read_jsonl(out)])
+    assert rows[0] == rows[1] and len(rows[0]) > 4
+    notes = json.loads((tmp_path / "vllm.jsonl.meta.json").read_text())
+    assert '"engine": "vllm"' in json.dumps(notes)
+
+
+def test_score_asks_both_models(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.jsonl"
+    words = [
+        "score",
+        "--student",
+        BASE,
+        "--teacher",
+        TEACHER,
+        "--data",
+        str(data),
+        "--k",
+        "1",
+        "--reverse-kl",
+    ]
+    shared = ["--temperature", "0", "--vllm.max_tokens", "2048"]
+    rows = []
+    for engine in ("hf", "vllm"):
+        assert main([*words, *shared, "--out", str(out), "--engine", engine, "--overwrite"]) == 0
+        rows.append([row for _, row in read_jsonl(out)])
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine["student_responses"] == theirs["student_responses"]
+        assert mine["teacher_responses"] == theirs["teacher_responses"]
+        assert mine["reverse_kl"] == pytest.approx(theirs["reverse_kl"], abs=1e-4)
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def test_a_server_on_vllm_scores_and_samples(prompts: list[EncodedPrompt]) -> None:
+    policy = make_policy(TEACHER)
+    facts = ModelFacts(fingerprint=model_fingerprint(TEACHER), distributions=False)
+    scorer = Scorer(
+        read_model_configs(TEACHER), policy.processor, facts=facts, make_policy=policy.with_vocabulary
+    )
+    app = Service(scorer, ScoringQueue(scorer), Path(TEACHER), ServiceSettings()).app()
+    student = read_model_configs(BASE), load_processor(BASE)
+    own = HFPolicy(*load_model(TEACHER, dtype="float32", device="cpu"), vocabulary=Vocabulary.of(*student))
+    greedy = own.sample(prompts, max_new_tokens=12, temperature=0.0)
+    responses = [[rollout.token_ids for rollout in group] for group in greedy]
+    with serving(app) as url:
+        remote = connect_teacher(TeacherConfig(path=TEACHER, urls=(url,)), VideoConfig(), student)
+        scores = remote.logprobs(prompts, responses)
+        found = remote.sample(prompts, max_new_tokens=12, temperature=0.0)
+        with pytest.raises(UserError, match="vLLM gives no whole distributions"):
+            remote.logprobs(prompts[:1], responses[:1], full=True)
+    policy.close()
+    torch.testing.assert_close(
+        scores.logprobs_BT, own.logprobs(prompts, responses).logprobs_BT, atol=1e-4, rtol=0
+    )
+    assert [[r.token_ids for r in group] for group in found] == responses
