@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import serving_cases
 import torch
 import uvicorn
 
@@ -30,6 +31,8 @@ from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.connect import connect_teacher
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.training.loop import train
+from video_opd.training.sampler import VLLMSampler
 from video_opd.types import EncodedPrompt
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
@@ -63,11 +66,10 @@ def prompts() -> list[EncodedPrompt]:
 
 
 def uneven(processor: Any) -> EncodedPrompt:
-    from serving_cases import clip
-
     from video_opd.data.encode import PromptEncoder
 
-    return PromptEncoder(processor, keep_clips=True).encode(clip(3, frames=7), "it blinks", "uneven")
+    encoder = PromptEncoder(processor, keep_clips=True)
+    return encoder.encode(serving_cases.clip(3, frames=7), "it blinks", "uneven")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,58 @@ def test_score_asks_both_models(data: Path, tmp_path: Path) -> None:
         assert mine["student_responses"] == theirs["student_responses"]
         assert mine["teacher_responses"] == theirs["teacher_responses"]
         assert mine["reverse_kl"] == pytest.approx(theirs["reverse_kl"], abs=1e-4)
+
+
+def test_the_sampler_of_a_run_has_the_students_weights_of_the_moment(
+    own: HFPolicy, prompts: list[EncodedPrompt]
+) -> None:
+    student = own_policy()
+    sampler = VLLMSampler(BASE, student, "float32", SETTINGS)
+    seeds = [[i] for i in range(len(prompts))]
+
+    def off() -> float:
+        """How far the recorded log-probs are from the student's."""
+        groups = sampler.sample(prompts, max_new_tokens=8, seeds=seeds)
+        scores = student.logprobs(prompts, [[r.token_ids for r in group] for group in groups]).logprobs_BT
+        return max(
+            abs(a - b)
+            for row, (rollout,) in zip(scores.tolist(), groups, strict=True)
+            for a, b in zip(row, rollout.recorded, strict=False)
+        )
+
+    assert off() < 1e-4
+    for scale in (1.02, 0.97):  # what an optimiser would do
+        with torch.no_grad():
+            for parameter in student.model.parameters():
+                parameter.mul_(scale)
+        assert off() > 1e-2
+        sampler.weights_changed()
+        assert off() < 1e-4
+    folder = sampler.folder
+    sampler.close()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_run_samples_with_vllm_and_stays_on_policy(data: Path, tmp_path: Path, adapted: bool) -> None:
+    changes = {"lora.parts": ("language",), "lora.rank": 4} if adapted else {}
+    made = serving_cases.recipe(
+        data,
+        tmp_path / "run",
+        **{
+            "sampling.engine": "vllm",
+            "loss.max_importance_weight": 2.0,
+            "loss.estimator": "sampled",
+            "optim.lr": 1e-3,
+            **changes,
+        },
+    )
+    result = train(made)
+    assert result.steps == 3
+    rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert all(row["update/done"] == 1 and row["weights/changed"] > 0 for row in rows)
+    for row in rows:  # weights of 1: sampler and trainer are one model in every step
+        assert row["policy/importance_weight_mean"] == pytest.approx(1, abs=1e-3)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from video_opd.models.interfaces import Policy
+from video_opd.models.interfaces import Sampler
 from video_opd.types import Rollout, Sample, TokenLogprobs
 
 
@@ -73,7 +73,7 @@ class TrajectorySource(Protocol):
     """The source of a method's trajectories: one of the two in ``algorithms/trajectories.py``."""
 
     def __call__(
-        self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
+        self, sampler: Sampler, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
     ) -> list[list[Rollout]]:
         """A list of rollouts for each prompt.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from video_opd.config import OnPolicySamplingConfig
 from video_opd.data.prompts import STYLES
-from video_opd.models.interfaces import Policy
+from video_opd.models.interfaces import Sampler
 from video_opd.types import Rollout, Sample
 
 
@@ -18,9 +18,9 @@ class SampledTrajectories:
         self.sampling = sampling
 
     def __call__(
-        self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
+        self, sampler: Sampler, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
     ) -> list[list[Rollout]]:
-        return policy.sample(
+        return sampler.sample(
             prefix,
             n=self.sampling.rollouts,
             max_new_tokens=self.sampling.max_new_tokens,
@@ -41,7 +41,7 @@ class AnnotatedTrajectories:
         self.tokenizer, self.style = tokenizer, STYLES[style]
 
     def __call__(
-        self, policy: Policy, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
+        self, sampler: Sampler, prefix: Any, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
     ) -> list[list[Rollout]]:
         return [[self._rollout(sample, seed)] for sample, (seed,) in zip(samples, seeds, strict=True)]
 

@@ -181,6 +181,14 @@ class OnPolicySamplingConfig(SamplingConfig):
         description="prompts sampled together; none: as optim.micro_batch_size, and then the prefix engine "
         "samples from the prefill of the update",
     )
+    engine: Literal["hf", "vllm"] = Field(
+        default="hf",
+        description="who samples: hf: the student itself; vllm: vLLM, which gets the student's weights "
+        "before each batch, for long responses; ours",
+    )
+    vllm_memory: Number = Field(
+        default=0.3, gt=0, lt=1, description="share of a GPU's memory that vLLM takes while it samples; ours"
+    )
 
 
 class GRPOSamplingConfig(OnPolicySamplingConfig):

@@ -149,6 +149,21 @@ class Recipe(Settings):
         return False
 
     @property
+    def samples_with_vllm(self) -> bool:
+        """Whether vLLM samples, with the student's weights."""
+        return False
+
+    @property
+    def vllm_share(self) -> float:
+        """The share of each GPU that it takes."""
+        return 0.0
+
+    @property
+    def keeps_clips(self) -> bool:
+        """Whether prompts carry their clips, for whoever makes its own tensors of them."""
+        return self.asks_servers or self.samples_with_vllm
+
+    @property
     def overlaps_servers(self) -> bool:
         """Whether the student samples while these score."""
         return False
@@ -226,7 +241,31 @@ class OnPolicyRecipe(Recipe):
 
     @property
     def sampling_micro_batch_size(self) -> int | None:
-        return self.sampling.micro_batch_size
+        together = self.optim.batch_size if self.samples_with_vllm else None
+        return self.sampling.micro_batch_size or together
+
+    @property
+    def samples_with_vllm(self) -> bool:
+        return self.sampling.engine == "vllm"
+
+    @property
+    def vllm_share(self) -> float:
+        return self.sampling.vllm_memory if self.samples_with_vllm else 0.0
+
+    @model_validator(mode="after")
+    def _check_sampler(self) -> Self:
+        if self.samples_with_vllm:
+            need(
+                self.loss.importance_limit is not None,
+                "sampling.engine vllm rounds otherwise than the trainer: give each token its weight, for "
+                "example loss.max_importance_weight 2",
+            )
+            need(
+                self.model.sharding is None,
+                f"sampling.engine vllm with model.sharding {self.model.sharding}: it takes whole weights "
+                "from one process; leave out one of them",
+            )
+        return self
 
 
 class OffPolicyRecipe(Recipe):

@@ -16,17 +16,8 @@ Responses = Sequence[Sequence[Sequence[int]]]
 
 
 @runtime_checkable
-class Policy(Protocol):
-    """A model that samples responses and gives the log-probability of each of their tokens."""
-
-    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Any:
-        """Prefill the prompts once; :meth:`sample` and :meth:`logprobs` take the result in their place.
-
-        The result can be used any number of times until the weights change. Its method ``select(rows)`` gives
-        the prefix of some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow, and the
-        result has a method ``cut()``, which divides its backward in two.
-        """
-        ...
+class Sampler(Protocol):
+    """What samples responses: a policy, or another engine in its place."""
 
     def sample(
         self,
@@ -46,6 +37,20 @@ class Policy(Protocol):
         seeds.
         The recorded log-probabilities are those of the distribution that was sampled, filters included; for
         greedy rollouts they are the model's at temperature 1.
+        """
+        ...
+
+
+@runtime_checkable
+class Policy(Sampler, Protocol):
+    """A model that samples responses and gives the log-probability of each of their tokens."""
+
+    def prefill(self, prompts: Sequence[EncodedPrompt], *, grad: bool = False) -> Any:
+        """Prefill the prompts once; :meth:`sample` and :meth:`logprobs` take the result in their place.
+
+        The result can be used any number of times until the weights change. Its method ``select(rows)`` gives
+        the prefix of some of the prompts. ``grad``: one :meth:`logprobs` with ``grad`` may follow, and the
+        result has a method ``cut()``, which divides its backward in two.
         """
         ...
 

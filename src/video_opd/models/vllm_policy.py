@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,9 +28,9 @@ from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
+    from vllm import LLM
 
     from video_opd.models.policy import HFPolicy
-    from vllm import LLM
 
 CHECKED_TOKENS = 16  # of the response on which vLLM is compared
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # nats; bfloat16 rounds differently in every kernel
@@ -192,6 +193,13 @@ class VLLMPolicy:
             logprobs_BT[row, : len(response)] = torch.tensor(values)
         mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return TokenLogprobs(logprobs_BT=logprobs_BT, mask_BT=mask_BT)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Gives the engine, if it runs, the weights of a model folder. What it kept of prompts is dropped."""
+        if (engine := self._running.engine) is not None:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            engine.llm_engine.reset_encoder_cache()
+            engine.reset_prefix_cache()
 
     def close(self) -> None:
         """Ends the engine and frees its memory; another prompt would start another."""

@@ -123,6 +123,10 @@ def make_plan(
     need(
         memory_bytes is None or memory_bytes > 0, f"{memory_bytes} bytes of memory: a plan needs more than 0"
     )
+    share = recipe.vllm_share
+    taken = [f"vLLM takes {share:g} of each GPU (sampling.vllm_memory)"] if share else []
+    if memory_bytes is not None and cuda:
+        memory_bytes = round(memory_bytes * (1 - share))
     sizes = sizes or RecipeSizes.of(recipe)
     setup, work = Setup.of(recipe, processes), Work.of(recipe, samples, processes)
     setup, memory, reasons = decide(setup, work, sizes, memory_bytes, cuda=cuda)
@@ -142,7 +146,7 @@ def make_plan(
         ),
         limit=memory_bytes,
         rate_tflops=rate_tflops,
-        reasons=reasons,
+        reasons=(*reasons, *taken),
     )
 
 

@@ -263,7 +263,7 @@ def _fill_model_folder(
     with no_library_bars():
         if any(_EXPERTS.search(name) for name in state):
             # transformers would write its own layout of experts. It reads both; other tools read the hub's.
-            state = {name: _as_on_hub(name, value) for name, value in state.items()}
+            state = {name: as_on_hub(name, value) for name, value in state.items()}
             model.save_pretrained(folder, state_dict=state, save_original_format=False)
         else:
             model.save_pretrained(folder, state_dict=state)
@@ -278,7 +278,7 @@ def _fill_model_folder(
     (folder / SETTINGS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _as_on_hub(name: str, value: torch.Tensor) -> torch.Tensor:
+def as_on_hub(name: str, value: torch.Tensor) -> torch.Tensor:
     """Experts as [E, in, out]; transformers holds [E, out, in].
 
     transformers tells the two apart by their sizes, so a square matrix has to stay as it is held. No

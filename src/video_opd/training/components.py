@@ -49,6 +49,7 @@ from video_opd.training.memory import plan_of_run
 from video_opd.training.optimizers import make_optimizer
 from video_opd.training.placement import loading_device, place, placement_asked
 from video_opd.training.run_folder import RunFolder
+from video_opd.training.sampler import VLLMSampler, make_sampler
 from video_opd.training.sharding import gathers_by_layer, is_sharded, shard, sharding_asked
 from video_opd.types import EncodedPrompt, Sample
 
@@ -76,6 +77,7 @@ class Components:
     samples: Sequence[Sample]
     loader: Loader
     evaluation_loader: Loader
+    sampler: VLLMSampler | None = None  # samples in the student's place, with its weights
     masters: Masters | None = None  # the weights that the optimiser updates, if the model has others
     recompute: bool = False  # whether the backward computes activations again
 
@@ -147,6 +149,7 @@ def build_components(
         reference=load_reference(recipe, policy, device, placement) if method.needs.reference else None,
         method=method,
         optimizer=optimizer,
+        sampler=make_sampler(recipe, samples, policy) if recipe.samples_with_vllm and not finished else None,
         masters=masters,
         recompute=recompute or by_layer,
         processor=processor,
@@ -162,8 +165,13 @@ def build_components(
 def check_low_precision(recipe: Recipe, processes: int) -> None:
     """Finds out, before anything is loaded, whether a run can have the types that its recipe names.
 
-    Raises :class:`UserError` for a library that is missing, and for several processes with bfloat16 weights.
+    Raises :class:`UserError` for a library that is missing, and for several processes with bfloat16 weights
+    or with vLLM as their sampler.
     """
+    need(
+        processes == 1 or not recipe.samples_with_vllm,
+        f"sampling.engine vllm with {processes} processes: it samples for one; leave it out, or use one",
+    )
     if recipe.model.weights == "bfloat16":
         need(
             processes == 1,
@@ -383,7 +391,7 @@ def prompt_loader(
     the run. Prompts keep their clips, for servers, as ``keep_clips`` or else the recipe says.
     """
     data, prompt = recipe.data, with_video_form(recipe).prompt
-    keep_clips = recipe.asks_servers if keep_clips is None else keep_clips
+    keep_clips = recipe.keeps_clips if keep_clips is None else keep_clips
     encoder = PromptEncoder(processor, prompt, keep_clips=keep_clips)
     a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
 

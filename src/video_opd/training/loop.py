@@ -99,7 +99,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, processes: Processes, build
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
     processes.on_first(lambda: _begin(folder, saved, _machine(accelerator, recipe)))
-    with _trackers(recipe, accelerator, start):
+    with _trackers(recipe, accelerator, start), _sampler_of(components):
         Run(recipe, accelerator, processes, folder, components).steps(start)
     return _finish(recipe, processes, folder, components)
 
@@ -318,6 +318,16 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def processes_of(accelerator: Accelerator) -> Processes:
     """The processes that ``accelerator`` joined."""
     return Processes(rank=accelerator.process_index, count=accelerator.num_processes)
+
+
+@contextmanager
+def _sampler_of(components: Components) -> Iterator[None]:
+    """Another engine that samples is there for the steps only: evaluation is the student's own."""
+    try:
+        yield
+    finally:
+        if components.sampler is not None:
+            components.sampler.close()
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class StepSettings:
             reduces_each_micro_batch=recipe.model.reduce == "micro_batch",
             gathers_by_layer=recipe.model.gather == "layer",
             prefix_engine=recipe.model.engine == "prefix",
-            prefills=needs.sampling and recipe.model.engine == "prefix",
+            prefills=needs.sampling and recipe.model.engine == "prefix" and not recipe.samples_with_vllm,
             distributions=needs.distributions or recipe.measures_analytic_kl,
             reduction=recipe.loss.reduction,
             nonfinite=recipe.loss.nonfinite,
@@ -253,6 +253,8 @@ class Stepper:
         divisor = self._divisor(scored)
         factor = assumed / divisor if divisor else math.nan
         grad_norm, updated = self._apply(step, factor) if divisor else self._leave_out()
+        if updated and self.components.sampler is not None:
+            self.components.sampler.weights_changed()
         return StepResult(
             batch=Batch(planned=batch.planned, micro_batches=scored, shown=batch.shown, scored=True),
             loss=sum(each.loss for each in done) * factor if done else 0.0,
@@ -407,7 +409,8 @@ class Stepper:
             for row in rows
         ]
         with self.watch.stage("sample"):
-            groups = self.method.trajectories(self.policy, prefix, [row.sample for row in rows], seeds)
+            sampler = self.components.sampler or self.policy
+            groups = self.method.trajectories(sampler, prefix, [row.sample for row in rows], seeds)
         return prefix, groups
 
     def _sampled_ahead(
