@@ -392,9 +392,12 @@ def test_a_recipe_with_the_neutral_keys_of_other_methods_is_the_same_recipe(meth
     later = ("teacher.other_template", "teacher.placement", "model.reduce", "model.gather")
     assert [kept.pop(key) for key in later] == [False, "auto", "step", "step"]
     assert kept.pop("optim.offload") is False
+    servers = ("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s")
+    assert [kept.pop(key) for key in servers] == [[], None, "value", 3600.0]
     if method in WITH_TEACHER:
-        servers = ("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s")
-        assert [kept.pop(key) for key in servers] == [[], None, "value", 3600.0]
+        assert kept.pop("teacher.overlap") is True
+    if method in ("video-opd", "grpo"):
+        assert [kept.pop(key) for key in ("sampling.engine", "sampling.vllm_memory")] == ["hf", 0.3]
     types = ("model.weights", "optim.moments", "teacher.quantization", "lora.base_quantization")
     assert [kept.pop(key) for key in types] == ["float32", "float32", None, None]
     assert kept.items() <= before.items()

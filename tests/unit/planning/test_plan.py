@@ -198,3 +198,46 @@ def test_a_quantised_teacher_is_planned_whole_because_it_is_held_whole() -> None
     assert teacher_placement(free, PAIR, 8, tight)[0] == "sharded"
     quantised = free.changed(**{"teacher.quantization": "int8"})
     assert teacher_placement(quantised, PAIR, 8, tight)[0] == "whole"
+
+
+def test_the_table_of_scale_holds_what_a_plan_says() -> None:
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if ".yaml` |" in line]
+    assert len(lines) == 7
+    gpus = {"1x80gb-lora": 1, "1x141gb": 1, "8x80gb": 8, "2x8x80gb": 16}
+    for line in lines:
+        _, name, changes, gib, seconds = (cell.strip() for cell in line.strip("|").split("|"))
+        recipe = load_recipe(ROOT / "recipes" / "qwen3-vl-8b" / name.strip("`"), [])
+        if changes:
+            assert changes == "`teacher.urls`"
+            recipe = recipe.changed(**{"teacher.urls": ("http://a",), "teacher.placement": "auto"})
+        limit = int(gib.split(" of ")[1])
+        plan = make_plan(recipe, gpus[name.strip("`").removesuffix(".yaml")], limit * GIB)
+        assert plan.fits and gib == f"{plan.memory.peak / GIB:.1f} of {limit}"
+        assert seconds == f"{plan.times.step_s:.1f} s"
+
+
+def test_what_vllm_takes_of_a_card_is_not_there_for_the_run() -> None:
+    changes: dict[str, Any] = {
+        "sampling.engine": "vllm",
+        "loss.max_importance_weight": 2.0,
+        "sampling.vllm_memory": 0.25,
+    }
+    changes["model.sharding"] = None
+    alone, shared = paper(), paper().changed(**changes)
+    plans = [make_plan(recipe, 1, 100 * GIB, sizes=PAIR) for recipe in (alone, shared)]
+    assert [plan.limit for plan in plans] == [100 * GIB, 75 * GIB]
+    assert "vLLM takes 0.25 of each GPU (sampling.vllm_memory)" in plans[1].reasons
+
+
+def test_the_graph_of_the_next_micro_batch_is_counted_while_servers_score() -> None:
+    served = paper(teacher={"urls": ["http://a"]})
+    phases = [
+        make_plan(recipe, 1, None, sizes=PAIR).memory.phases
+        for recipe in (served, served.changed(**{"teacher.overlap": False}))
+    ]
+    for phase in ("prefill", "sampling", "backward, responses", "backward, last layer"):
+        more = {part: phases[0][phase][part] - phases[1][phase].get(part, 0) for part in phases[0][phase]}
+        assert more["decoder"] > 0 and more["vision"] > 0
+        assert {part for part, size in more.items() if size} <= {"decoder", "vision", "caches"}
+    assert phases[0]["optimiser"] == phases[1]["optimiser"]
