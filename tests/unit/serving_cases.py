@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ def prompts(form: Any = "nested") -> list[EncodedPrompt]:
     encoder = PromptEncoder(cases.processor(), PromptConfig(video_form=form), keep_clips=True)
     clips = (clip(0), clip(0), clip(1, frames=5, side=(96, 64)), clip(0))
     return [encoder.encode(c, q, f"row {n}") for n, (c, q) in enumerate(zip(clips, QUERIES, strict=True))]
+
+
+def drawn_prompt() -> EncodedPrompt:
+    """A prompt on a clip of one colour."""
+    noise = clip(2)
+    pixels = np.full_like(noise.frames, 77)
+    drawn = replace(noise, frames=pixels, digest=clip_digest(pixels, noise.times_s))
+    encoder = PromptEncoder(cases.processor(), PromptConfig(video_form="nested"), keep_clips=True)
+    return encoder.encode(drawn, "it blinks", "drawn")
 
 
 RESPONSES: list[list[tuple[int, ...]]] = [[(5, 9, 3), (7, 2)], [(11,)], [(4, 4, 4, 6)], [(8, 1), (1, 2, 3)]]

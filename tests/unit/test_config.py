@@ -395,7 +395,7 @@ def test_a_recipe_with_the_neutral_keys_of_other_methods_is_the_same_recipe(meth
     servers = ("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s")
     assert [kept.pop(key) for key in servers] == [[], None, "value", 3600.0]
     if method in WITH_TEACHER:
-        assert kept.pop("teacher.overlap") is True
+        assert [kept.pop(key) for key in ("teacher.receive", "teacher.overlap")] == ["distributions", True]
     if method in ("video-opd", "grpo"):
         assert [kept.pop(key) for key in ("sampling.engine", "sampling.vllm_memory")] == ["hf", 0.3]
     types = ("model.weights", "optim.moments", "teacher.quantization", "lora.base_quantization")

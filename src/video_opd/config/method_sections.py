@@ -122,6 +122,11 @@ class DistillationTeacherConfig(TeacherConfig):
     distributions: bool = Field(
         default=True, description="false: the teacher gives the log-probs of written tokens only"
     )
+    receive: Literal["distributions", "hidden"] = Field(
+        default="distributions",
+        description="how servers answer for whole distributions: with these, or with hidden states, some 60 "
+        "times smaller, to which the run applies the teacher's lm_head; ours",
+    )
     overlap: bool = Field(
         default=True,
         description="whether the student samples the next micro-batch while servers score one, which holds "

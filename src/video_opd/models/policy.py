@@ -172,15 +172,8 @@ class HFPolicy:
         )
 
         def compute() -> tuple[torch.Tensor, torch.Tensor | None]:
-            if self._uses_cache(grad):
-                hidden_BRD = self.passes.on_prefix(self.passes.prefix_of(prompts), repeats, ids_BR, mask_BR)
-            else:
-                batch = self.passes.batch(prompts_of(prompts)).repeated(repeats)
-                share_videos = self.engine == "prefix"
-                hidden_BRD = self.passes.concatenated(batch, ids_BR, mask_BR, share_videos=share_videos)[
-                    :, :-1
-                ]
-            return self.head.score(hidden_BRD[mask_BR], ids_BR[mask_BR], temperature=temperature, full=full)
+            hidden_ND = self._hidden(prompts, repeats, ids_BR, mask_BR, grad)
+            return self.head.score(hidden_ND, ids_BR[mask_BR], temperature=temperature, full=full)
 
         with self._state(grad):
             if grad and self.forward_module is not None:
@@ -192,6 +185,36 @@ class HFPolicy:
             mask_BT=mask_BR,
             full_BTV=None if full_NV is None else _scatter(full_NV, mask_BR),
         )
+
+    def hidden_states(
+        self, prompts: Sequence[EncodedPrompt] | Prefix, responses: Responses
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what ``lm_head`` is applied to at each token of ``responses`` [B, R, D], which of these there are
+        [B, R]), without gradients: :meth:`ResponseHead.score` makes log-probs of it."""
+        self._check_writable(prompts_of(prompts), responses)
+        repeats = [len(group) for group in responses]
+        flat = [tokens for group in responses for tokens in group]
+        ids_BR, mask_BR = pad_responses(flat, pad_id=self.vocabulary.pad_id, device=self.device)
+        with self._state(grad=False):
+            return _scatter(self._hidden(prompts, repeats, ids_BR, mask_BR, False), mask_BR), mask_BR
+
+    def _hidden(
+        self,
+        prompts: Sequence[EncodedPrompt] | Prefix,
+        repeats: Sequence[int],
+        ids_BR: torch.Tensor,
+        mask_BR: torch.Tensor,
+        grad: bool,
+    ) -> torch.Tensor:
+        """What predicts each response token, [N, D]."""
+        if self._uses_cache(grad):
+            hidden_BRD = self.passes.on_prefix(self.passes.prefix_of(prompts), repeats, ids_BR, mask_BR)
+        else:
+            batch = self.passes.batch(prompts_of(prompts)).repeated(repeats)
+            share_videos = self.engine == "prefix"
+            read = self.passes.concatenated(batch, ids_BR, mask_BR, share_videos=share_videos)
+            hidden_BRD = read[:, :-1]
+        return hidden_BRD[mask_BR]
 
     def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> Decoder:
         if self.engine == "plain":

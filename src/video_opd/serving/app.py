@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ from video_opd.progress import log
 from video_opd.serving.limits import BAD, TOO_LARGE, Refused
 from video_opd.serving.messages import (
     BODY,
+    DEFLATE,
     FILES,
+    HEAD,
     HEALTH,
     METRICS,
     MODEL,
@@ -105,6 +108,7 @@ class Service:
             Route(METRICS, self._answer(self.metrics)),
             Route(MODEL, self._answer(self.describe)),
             Route(FILES, self._answer(self.files)),
+            Route(HEAD, self._answer(self.head)),
             Route(SCORE, self._answer(self.score), methods=["POST"]),
             Route(SAMPLE, self._answer(self.sample), methods=["POST"]),
         ]
@@ -168,6 +172,11 @@ class Service:
             if path is not None
         }
         return Response(save(arrays), media_type=BODY)
+
+    async def head(self, request: Request) -> Response:
+        """``lm_head``, for a client that asks for hidden states."""
+        content = await asyncio.to_thread(lambda: save(self.scorer.head()))
+        return Response(content, media_type=BODY)
 
     async def score(self, request: Request) -> Response:
         return await self._work(request, unpack_score_request, pack_score_reply)
@@ -256,11 +265,38 @@ class _Body:
                 parts.clear()
                 self.forget()
         self.content = b"".join(parts)
-        return refused
+        encoding = request.headers.get("content-encoding")
+        if refused is not None or encoding is None:
+            return refused
+        content = await asyncio.to_thread(_expanded, self.content, encoding, limits.body_bytes)
+        if isinstance(content, Refused):
+            return content
+        self._held += len(content)
+        self.service.held_bytes += len(content)
+        self.content = content
+        if self.service.held_bytes > limits.held_bytes:
+            return Refused(BUSY, "too many large requests are in flight; come back")
+        return None
 
     def forget(self) -> None:
         self.service.held_bytes -= self._held
         self.content, self._held = b"", 0
+
+
+def _expanded(body: bytes, encoding: str, most: int) -> bytes | Refused:
+    """The body that was compressed, of at most ``most`` bytes; or why it is refused."""
+    if encoding != DEFLATE:
+        return Refused(BAD, f"a body in {encoding!r:.40}; it may be compressed by {DEFLATE}")
+    reader = zlib.decompressobj()
+    try:
+        content = reader.decompress(body, most + 1)
+    except zlib.error:
+        return Refused(BAD, f"a body that is not in {DEFLATE}")
+    if len(content) > most:
+        return Refused(TOO_LARGE, f"a body above {most >> 20} MiB when it is expanded")
+    if not reader.eof:
+        return Refused(BAD, f"a body that ends before its {DEFLATE} does")
+    return content
 
 
 def _text(status: int, text: str) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 
 from video_opd.config import VideoConfig
+from video_opd.models.head import ResponseHead
 from video_opd.models.interfaces import Responses
 from video_opd.models.prefix import Unprefilled, prompts_of
 from video_opd.models.teachers import Nonfinite, finite_scores, join_logprobs
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.messages import (
+    DEFLATE,
     SAMPLE,
     SCORE,
     ClipMessage,
@@ -33,6 +36,7 @@ from video_opd.serving.servers import Servers
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 T = TypeVar("T")
+PROBE = 256 << 10  # bytes of a body that are compressed to find out whether that pays
 Send = Literal["value", "reference"]
 REQUESTS_A_SERVER = 2  # in flight at a time: the next one is there when a server has answered one
 
@@ -46,7 +50,8 @@ class RemoteTeacher:
     or read the video files themselves with the budget ``video``; a server that sees other frames refuses.
 
     ``nonfinite`` decides about scores that are not finite, as in
-    :class:`~video_opd.models.teachers.LocalTeacher`. What waits for servers raises
+    :class:`~video_opd.models.teachers.LocalTeacher`. With ``head``, the model's ``lm_head``, servers send
+    hidden states in place of whole distributions, and these are made here. What waits for servers raises
     :class:`~video_opd.serving.servers.TeacherAway` if none answers in time.
     """
 
@@ -60,11 +65,13 @@ class RemoteTeacher:
         video: VideoConfig | None = None,
         nonfinite: Nonfinite = "raise",
         device: torch.device | None = None,
+        head: torch.nn.Linear | None = None,
     ) -> None:
         assert send == "value" or video is not None, "a reference needs the video budget"
         self.servers, self.model, self.send, self.video = servers, model, send, video
         self.vocabulary = WritableTokens.of(vocabulary.size, vocabulary.forbidden_ids)
         self.nonfinite = nonfinite
+        self.head = None if head is None else ResponseHead(head, vocabulary)
         self.device = device or torch.device("cpu")
         # The bodies of requests hold frames; those that are not sent yet are not made.
         self._turn = threading.BoundedSemaphore(REQUESTS_A_SERVER * len(servers.servers))
@@ -140,7 +147,7 @@ class RemoteTeacher:
         asked = prompts_of(prompts)
         assert len(asked) == len(responses) and all(responses), "one or several responses for each prompt"
 
-        def scored(piece: slice) -> TokenLogprobs:
+        def scored(piece: slice) -> tuple[ScoreReply, ScoreRequest]:
             extras = [
                 {"responses": tuple(np.array(response, np.int32) for response in group)}
                 for group in responses[piece]
@@ -151,19 +158,48 @@ class RemoteTeacher:
                 vocabulary=self.vocabulary,
                 clips=clips,
                 prompts=messages,
-                full=full,
+                full=full and self.head is None,
+                hidden=full and self.head is not None,
                 temperature=temperature,
             )
             reply = self._answer(SCORE, request, lambda body: unpack_score_reply(body, request))
-            return _scores(reply, request.response_lengths)
+            return reply, request
 
         waits = self._divide(len(asked), scored)
 
         def scores() -> TokenLogprobs:
-            whole = join_logprobs([wait() for wait in waits]).to(self.device)
+            whole = join_logprobs([self._scores(*wait()) for wait in waits])
             return finite_scores(whole, asked, responses, self.nonfinite)
 
         return scores
+
+    def _scores(self, reply: ScoreReply, request: ScoreRequest) -> TokenLogprobs:
+        lengths = torch.tensor(request.response_lengths)
+        mask_BT = torch.arange(int(lengths.max())) < lengths[:, None]
+        full_BTV = None if reply.full is None else torch.from_numpy(reply.full)
+        if reply.hidden is not None:
+            full_BTV = self._distributions(bfloat16_or_float32(reply.hidden), mask_BT, request)
+        return TokenLogprobs(
+            logprobs_BT=torch.from_numpy(reply.logprobs), mask_BT=mask_BT, full_BTV=full_BTV
+        ).to(self.device)
+
+    def _distributions(
+        self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, request: ScoreRequest
+    ) -> torch.Tensor:
+        assert self.head is not None, "hidden states are asked for where there is a head"
+        mask_BT = mask_BT.to(self.device)
+        ids = [torch.from_numpy(response).long() for p in request.prompts for response in p.responses]
+        with torch.no_grad():
+            _, full_NV = self.head.score(
+                hidden_BTD.to(self.device)[mask_BT],
+                torch.cat(ids).to(self.device),
+                temperature=request.temperature,
+                full=True,
+            )
+        assert full_NV is not None
+        full_BTV = full_NV.new_zeros((*mask_BT.shape, full_NV.shape[-1]))
+        full_BTV[mask_BT] = full_NV
+        return full_BTV
 
     def _divide(self, count: int, work: Callable[[slice], T]) -> list[Callable[[], T]]:
         """Begins ``work`` on ``count`` prompts in pieces of nearly equal size, as many as there are servers.
@@ -174,7 +210,8 @@ class RemoteTeacher:
 
     def _answer(self, path: str, request: ScoreRequest | SampleRequest, read: Callable[[bytes], T]) -> T:
         with self._turn:
-            return self.servers.ask("POST", path, pack_request(request), read)
+            body, encoding = compressed(pack_request(request))
+            return self.servers.ask("POST", path, body, read, encoding)
 
     def _messages(
         self, prompts: Sequence[EncodedPrompt], extras: Sequence[dict[str, Any]]
@@ -213,13 +250,19 @@ class RemoteTeacher:
         )
 
 
-def _scores(reply: ScoreReply, lengths: Sequence[int]) -> TokenLogprobs:
-    lengths_B1 = torch.tensor(lengths)[:, None]
-    return TokenLogprobs(
-        logprobs_BT=torch.from_numpy(reply.logprobs),
-        mask_BT=torch.arange(max(lengths)) < lengths_B1,
-        full_BTV=None if reply.full is None else torch.from_numpy(reply.full),
-    )
+def compressed(body: bytes) -> tuple[bytes, str | None]:
+    """The body as it is sent, and its encoding: compressed if that makes it half as long or shorter, which it
+    does with drawings and not with films."""
+    probe = body[len(body) // 2 :][:PROBE]
+    if len(zlib.compress(probe, level=1)) > len(probe) / 2:
+        return body, None
+    return zlib.compress(body, level=1), DEFLATE
+
+
+def bfloat16_or_float32(array: np.ndarray) -> torch.Tensor:
+    """numpy has no bfloat16: its bits come as uint16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def _in_background(work: Callable[[slice], T], piece: slice) -> Callable[[], T]:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from video_opd.config import DistillationTeacherConfig, TeacherConfig, VideoConfig
-from video_opd.errors import UserError
+from video_opd.errors import UserError, need
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_processor, read_model_configs
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import Nonfinite
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.progress import log
-from video_opd.serving.client import RemoteTeacher
-from video_opd.serving.servers import Servers, describe, files_of_model
+from video_opd.serving.client import RemoteTeacher, bfloat16_or_float32
+from video_opd.serving.servers import Servers, describe, files_of_model, head_of_model
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
@@ -67,6 +67,10 @@ def connect_teacher(
     with files_of_model(servers) as folder:
         teacher = (read_model_configs(folder), load_processor(folder))
         check_same_tokens(student, teacher, other_template=settings.other_template)
+    head = None
+    if isinstance(settings, DistillationTeacherConfig) and settings.receive == "hidden":
+        need(asks_distributions, "teacher.receive hidden without teacher.distributions: leave out either")
+        head = lm_head_of(servers, device or torch.device("cpu"))
     log(f"the teacher is {found.name} ({found.model}) at {', '.join(settings.urls)}")
     return RemoteTeacher(
         servers,
@@ -76,4 +80,13 @@ def connect_teacher(
         video=video,
         nonfinite=nonfinite,
         device=device,
+        head=head,
     )
+
+
+def lm_head_of(servers: Servers, device: torch.device) -> torch.nn.Linear:
+    """The ``lm_head`` of the servers' model, frozen, on ``device``."""
+    weight = bfloat16_or_float32(head_of_model(servers)).to(device)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer

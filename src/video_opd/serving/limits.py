@@ -17,6 +17,9 @@ class Refused(Exception):
         self.status = status
 
 
+HIDDEN = 8192  # of the widest model, for a bound
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What one request may ask for."""
@@ -26,7 +29,6 @@ class Limits:
     prompt_tokens: int = 131_072
     response_tokens: int = 32_768
     reply_bytes: int = 1 << 30
-
     rollouts: int = 1024  # of one request
 
     def check(self, request: ScoreRequest | SampleRequest) -> None:
@@ -50,8 +52,10 @@ class Limits:
             raise Refused(TOO_LARGE, f"{count} rollouts, above {self.rollouts}; ask for fewer at a time")
 
     def _check_reply(self, request: ScoreRequest, longest: int) -> None:
-        count = len(request.response_lengths)
-        numbers = 4 * count * longest * (request.vocabulary.size if request.full else 1)
+        if request.top_k > request.vocabulary.size:
+            raise Refused(BAD, f"top_k is {request.top_k}, of {request.vocabulary.size} tokens")
+        width = 1 + request.vocabulary.size * request.full + 2 * request.top_k + HIDDEN * request.hidden
+        numbers = 4 * len(request.response_lengths) * longest * width
         if numbers > self.reply_bytes:
             raise Refused(
                 TOO_LARGE,

@@ -6,7 +6,7 @@ any case: a server that sees other frames refuses. A reply holds log-probabiliti
 or rollouts.
 
 Shapes: ``T`` frames of ``H`` × ``W`` pixels, ``P`` prompt tokens, ``N`` responses, ``R`` tokens of the
-longest response, ``V`` vocabulary.
+longest response, ``V`` vocabulary, ``K`` likeliest tokens, ``D`` hidden size.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from video_opd.serving.reading import (
 from video_opd.types import Rollout
 
 PROTOCOL = 1
-SCORE, SAMPLE, MODEL, FILES = "/v1/score", "/v1/sample", "/v1/model", "/v1/files"
+SCORE, SAMPLE, MODEL, FILES, HEAD = "/v1/score", "/v1/sample", "/v1/model", "/v1/files", "/v1/head"
 HEALTH, METRICS = "/health", "/metrics"
 BODY = "application/octet-stream"
+DEFLATE = "deflate"  # HTTP's name of zlib's format
 _KEY = "video-opd"  # of the header's metadata, whose values are texts
 _MOST_RANGES = 1 << 16
 
@@ -104,14 +105,16 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest(Request):
-    """The prompts' responses are scored."""
+    """The prompts' responses are scored: log-probs, and what else is wanted at each of their tokens."""
 
-    full: bool = False
+    full: bool = False  # log-probs over the vocabulary
+    top_k: int = 0  # the likeliest tokens, this many; 0: none
+    hidden: bool = False  # what lm_head is applied to
     temperature: float = 1.0
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        return (*super().settings, self.full, self.temperature)
+        return (*super().settings, self.full, self.top_k, self.hidden, self.temperature)
 
     @property
     def response_lengths(self) -> list[int]:
@@ -136,10 +139,15 @@ class SampleRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReply:
-    """``logprobs`` [N, R] float32, 0 behind a response's end; ``full`` [N, R, V] where it was asked for."""
+    """``logprobs`` [N, R] float32, 0 behind a response's end; and what was asked for: ``full`` [N, R, V],
+    ``top_ids`` and ``top_logprobs`` [N, R, K], the likeliest first, and ``hidden`` [N, R, D], in float32 or
+    as the bits of bfloat16 (uint16)."""
 
     logprobs: np.ndarray
     full: np.ndarray | None = None
+    top_ids: np.ndarray | None = None  # int32
+    top_logprobs: np.ndarray | None = None  # float32
+    hidden: np.ndarray | None = None
     seconds: float = field(default=0.0, compare=False)  # that the server worked on it
 
 
@@ -182,7 +190,7 @@ def pack_request(request: ScoreRequest | SampleRequest) -> bytes:
         "prompts": prompts,
     }
     if isinstance(request, ScoreRequest):
-        head["full"] = request.full
+        head |= {"full": request.full, "top_k": request.top_k, "hidden": request.hidden}
     else:
         own = ("n", "max_new_tokens", "top_p", "top_k")
         head |= {name: getattr(request, name) for name in own}
@@ -196,7 +204,14 @@ def unpack_score_request(body: bytes) -> ScoreRequest:
     temperature = number_of(head, "temperature")
     if not temperature > 0:
         raise BadMessage(f"temperature is {temperature}; it must be above 0")
-    return ScoreRequest(**shared, full=switch_of(head, "full"), temperature=temperature)
+    wanted = {"full": False, "top_k": 0, "hidden": False} | head
+    return ScoreRequest(
+        **shared,
+        full=switch_of(wanted, "full"),
+        top_k=whole_of(wanted, "top_k"),
+        hidden=switch_of(wanted, "hidden"),
+        temperature=temperature,
+    )
 
 
 def unpack_sample_request(body: bytes) -> SampleRequest:
@@ -219,6 +234,11 @@ def pack_score_reply(reply: ScoreReply) -> bytes:
     arrays = {"logprobs": np.ascontiguousarray(reply.logprobs, dtype=np.float32)}
     if reply.full is not None:
         arrays["full"] = np.ascontiguousarray(reply.full, dtype=np.float32)
+    if reply.top_ids is not None and reply.top_logprobs is not None:
+        arrays["top_ids"] = np.ascontiguousarray(reply.top_ids, dtype=np.int32)
+        arrays["top_logprobs"] = np.ascontiguousarray(reply.top_logprobs, dtype=np.float32)
+    if reply.hidden is not None:
+        arrays["hidden"] = np.ascontiguousarray(reply.hidden)
     return _pack({"protocol": PROTOCOL, "seconds": reply.seconds}, arrays)
 
 
@@ -228,8 +248,15 @@ def unpack_score_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
     lengths = request.response_lengths
     shape = (len(lengths), max(lengths))
     logprobs = reader.take("logprobs", np.float32, shape)
-    full = reader.take("full", np.float32, (*shape, request.vocabulary.size)) if request.full else None
-    return ScoreReply(logprobs=logprobs, full=full, seconds=number_of(head, "seconds"))
+    top = (*shape, request.top_k)
+    return ScoreReply(
+        logprobs=logprobs,
+        full=reader.take("full", np.float32, (*shape, request.vocabulary.size)) if request.full else None,
+        top_ids=reader.take("top_ids", np.int32, top) if request.top_k else None,
+        top_logprobs=reader.take("top_logprobs", np.float32, top) if request.top_k else None,
+        hidden=reader.hidden((*shape, None)) if request.hidden else None,
+        seconds=number_of(head, "seconds"),
+    )
 
 
 def pack_sample_reply(reply: SampleReply) -> bytes:
@@ -313,6 +340,11 @@ class _Reader:
 
     def take(self, name: str, dtype: type, shape: Sequence[int | None]) -> np.ndarray:
         return take_array(self.arrays, name, dtype, shape)
+
+    def hidden(self, shape: Sequence[int | None]) -> np.ndarray:
+        found = self.arrays.get("hidden")
+        reduced = found is not None and found.dtype == np.uint16
+        return self.take("hidden", np.uint16 if reduced else np.float32, shape)
 
     def request(
         self, head: Mapping[str, Any], extra: Callable[[int, Mapping[str, Any]], dict[str, Any]]

@@ -18,7 +18,8 @@ from video_opd.data.budget import CELL_PX
 from video_opd.data.clip_cache import ClipCache
 from video_opd.data.encode import TIMESTAMP, PromptEncoder
 from video_opd.data.video import VideoError, clip_digest, load_clip
-from video_opd.errors import UserError
+from video_opd.errors import UserError, need
+from video_opd.models.interfaces import Responses
 from video_opd.models.policy import HFPolicy
 from video_opd.models.sampling import SamplingSettings
 from video_opd.models.vllm_policy import VLLMPolicy
@@ -86,6 +87,14 @@ class Scorer:
 
         self._make_policy = make_policy
 
+    def head(self) -> dict[str, np.ndarray]:
+        """``lm_head``'s rows, for clients that ask for hidden states. Raises :class:`Refused` where it has
+        another arithmetic than a product of matrices."""
+        layer = getattr(self.model, "lm_head", None)
+        if type(layer) is not torch.nn.Linear:
+            raise Refused(BAD, "this model's lm_head cannot be sent; ask for whole distributions")
+        return {"weight": _array(layer.weight)}
+
     def encode(self, request: ScoreRequest | SampleRequest) -> list[EncodedPrompt]:
         """The prompts of a request with their pixels. Raises :class:`Refused` for what cannot be answered."""
         if request.model != self.facts.fingerprint:
@@ -126,27 +135,25 @@ class Scorer:
 
     def _score(self, requests: Sequence[ScoreRequest], prompts: Sequence[EncodedPrompt]) -> list[ScoreReply]:
         began = time.perf_counter()
-        first = requests[0]
-        scores = self._policy(first.vocabulary).logprobs(
-            prompts,
-            [[r.tolist() for r in p.responses] for request in requests for p in request.prompts],
-            full=first.full,
-            temperature=first.temperature,
-        )
+        first, policy = requests[0], self._policy(requests[0].vocabulary)
+        responses = [[r.tolist() for r in p.responses] for request in requests for p in request.prompts]
+        wanted: dict[str, torch.Tensor] = {}
+        if first.hidden or first.top_k:
+            need(isinstance(policy, HFPolicy), "vLLM gives neither hidden states nor likeliest tokens")
+            assert isinstance(policy, HFPolicy)
+            wanted = _looked_into(policy, prompts, responses, first)
+        else:
+            scores = policy.logprobs(prompts, responses, full=first.full, temperature=first.temperature)
+            wanted["logprobs"] = scores.logprobs_BT.float()
+            if scores.full_BTV is not None:
+                wanted["full"] = scores.full_BTV.float()
         seconds, replies, start = time.perf_counter() - began, [], 0
         for request in requests:
             lengths = request.response_lengths
             rows = slice(start, start + len(lengths))
             start += len(lengths)
-            replies.append(
-                ScoreReply(
-                    logprobs=scores.logprobs_BT[rows, : max(lengths)].float().cpu().numpy(),
-                    full=None
-                    if scores.full_BTV is None
-                    else scores.full_BTV[rows, : max(lengths)].float().cpu().numpy(),
-                    seconds=seconds,
-                )
-            )
+            arrays = {name: _array(tensor[rows, : max(lengths)]) for name, tensor in wanted.items()}
+            replies.append(ScoreReply(**arrays, seconds=seconds))
         return replies
 
     def _sample(
@@ -282,6 +289,40 @@ class Scorer:
             tensors={**shown.tensors, "mm_token_type_ids": types},
             text="",
         )
+
+
+def _looked_into(
+    policy: HFPolicy, prompts: Sequence[EncodedPrompt], responses: Responses, wanted: ScoreRequest
+) -> dict[str, torch.Tensor]:
+    """The arrays of a reply, from the hidden states, which the log-probs are made of as ever."""
+    hidden_BRD, mask_BR = policy.hidden_states(prompts, responses)
+    tokens = [torch.tensor(response) for group in responses for response in group]
+    ids_N = torch.cat(tokens).to(hidden_BRD.device)
+    with torch.no_grad():
+        logprobs_N, full_NV = policy.head.score(
+            hidden_BRD[mask_BR], ids_N, temperature=wanted.temperature, full=wanted.full or wanted.top_k > 0
+        )
+
+    def scattered(x_N: torch.Tensor) -> torch.Tensor:
+        padded = x_N.new_zeros((*mask_BR.shape, *x_N.shape[1:]))
+        padded[mask_BR] = x_N
+        return padded
+
+    found = {"logprobs": scattered(logprobs_N.float())}
+    if full_NV is not None and wanted.full:
+        found["full"] = scattered(full_NV.float())
+    if full_NV is not None and wanted.top_k:
+        top = full_NV.float().topk(wanted.top_k, dim=-1)
+        found |= {"top_ids": scattered(top.indices.int()), "top_logprobs": scattered(top.values)}
+    if wanted.hidden:
+        found["hidden"] = hidden_BRD
+    return found
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """numpy has no bfloat16: its bits, as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _check_sampling(request: SampleRequest) -> None:

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import urllib3
 from safetensors import SafetensorError
 from safetensors.numpy import load
@@ -27,7 +28,7 @@ from safetensors.numpy import load
 from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.progress import log
-from video_opd.serving.messages import BODY, FILES, MODEL, PROTOCOL
+from video_opd.serving.messages import BODY, FILES, HEAD, MODEL, PROTOCOL
 from video_opd.serving.reading import BadMessage
 
 CONNECT_S, READ_S = 10.0, 900.0
@@ -102,10 +103,22 @@ class Servers:
         self._choosing = threading.Lock()
         self._said = -math.inf  # time.monotonic() of the last word about waiting
 
-    def ask(self, method: str, path: str, body: bytes | None, read: Callable[[bytes], Any]) -> Any:
-        """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``."""
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        read: Callable[[bytes], Any],
+        encoding: str | None = None,
+    ) -> Any:
+        """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``.
+
+        ``encoding`` is the body's Content-Encoding.
+        """
         began, pause = time.monotonic(), SHORTEST_PAUSE_S
         headers = {**self.headers, "Content-Type": BODY}
+        if encoding is not None:
+            headers["Content-Encoding"] = encoding
         while True:
             with self._least_loaded() as server:
                 try:
@@ -187,6 +200,22 @@ def files_of_model(servers: Servers) -> Iterator[Path]:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         yield Path(folder)
+
+
+def head_of_model(servers: Servers) -> np.ndarray:
+    """The rows of the model's ``lm_head``: float32, or the bits of bfloat16 (uint16)."""
+    found: np.ndarray = servers.ask("GET", HEAD, None, _read_head)
+    return found
+
+
+def _read_head(body: bytes) -> np.ndarray:
+    try:
+        weight: np.ndarray = load(body)["weight"]
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BadMessage("its head cannot be read") from error
+    if weight.ndim != 2 or weight.dtype not in (np.float32, np.uint16):
+        raise BadMessage(f"its head is {weight.dtype} of {weight.ndim} dimensions")
+    return weight
 
 
 def _read_description(body: bytes) -> Described:

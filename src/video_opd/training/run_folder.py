@@ -32,7 +32,7 @@ ROUNDS_ONLY = ("tvdf.", "rounds.")  # sections of a recipe that train ignores
 # Keys that say where weights are held and when they are exchanged, which changes no result.
 HOLDING = (
     *("model.sharding", "model.reduce", "model.gather", "optim.offload", "teacher.placement"),
-    *("teacher.urls", "teacher.send", "teacher.wait_s", "teacher.overlap"),
+    *("teacher.urls", "teacher.send", "teacher.wait_s", "teacher.receive", "teacher.overlap"),
 )
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 

@@ -46,9 +46,14 @@ def local(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
 def test_what_is_sampled_while_a_server_scores_does_not_matter(
     data: Path, service: Service, local: Weights, tmp_path: Path
 ) -> None:
-    """Each micro-batch by itself, the next one sampled meanwhile, or all of a step sampled before."""
+    """Each micro-batch by itself, the next one sampled meanwhile, or all of a step sampled before; and with
+    hidden states in place of distributions."""
     service.scorer.roots = []
-    ways: tuple[dict[str, Any], ...] = ({"teacher.overlap": False}, {"sampling.micro_batch_size": 3})
+    ways: tuple[dict[str, Any], ...] = (
+        {"teacher.overlap": False},
+        {"sampling.micro_batch_size": 3},
+        {"teacher.receive": "hidden"},
+    )
     for number, changes in enumerate(ways):
         with cases.serving(service.app()) as url:
             asked = recipe(data, tmp_path / f"run-{number}", **{"teacher.urls": (url,), **changes})

@@ -7,6 +7,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,19 @@ from video_opd.data.video import load_clip
 from video_opd.errors import Unavailable, UserError
 from video_opd.serving import client
 from video_opd.serving.app import ServiceSettings
+from video_opd.serving.connect import lm_head_of
 from video_opd.serving.limits import Limits
-from video_opd.serving.messages import HEALTH, METRICS, MODEL, SCORE, ScoreRequest
-from video_opd.types import Clip
+from video_opd.serving.messages import (
+    HEALTH,
+    METRICS,
+    MODEL,
+    SCORE,
+    ScoreRequest,
+    pack_request,
+    unpack_score_reply,
+)
+from video_opd.serving.servers import Servers
+from video_opd.types import Clip, EncodedPrompt
 from video_opd.world.make import make_world
 
 
@@ -93,6 +104,105 @@ def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any], message: str) 
     drawn: dict[str, Any] = {"n": 2, "max_new_tokens": 3, "seeds": [[1, 2]] * 4, **wrong}
     with cases.serving(cases.service().app()) as url, pytest.raises(UserError, match=message):
         cases.remote_teacher([url]).sample(cases.prompts(), **drawn)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_hidden_states_give_the_distributions_that_the_server_would(half: bool) -> None:
+    """The run applies the teacher's head; in bfloat16 both come as they are held."""
+    asked = cases.prompts()
+    service = cases.service()
+    if half:
+        service.scorer.model.to(torch.bfloat16)
+    with cases.serving(service.app()) as url:
+        whole = cases.remote_teacher([url]).logprobs(asked, cases.RESPONSES, full=True)
+        head = lm_head_of(Servers([url]), torch.device("cpu"))
+        assert head.weight.dtype == (torch.bfloat16 if half else torch.float32)
+        small = cases.remote_teacher([url], head=head)
+        found = small.logprobs(asked, cases.RESPONSES, full=True)
+        picked = small.logprobs(asked, cases.RESPONSES)
+    assert_same(found, whole)
+    assert picked.full_BTV is None and torch.allclose(picked.logprobs_BT, whole.logprobs_BT, atol=1e-5)
+
+
+def test_the_likeliest_tokens_are_given_on_request() -> None:
+    prompt = cases.prompts()[0]
+    whole = cases.local_teacher().logprobs([prompt], [[(5, 9, 3), (7, 2)]], full=True)
+    assert whole.full_BTV is not None
+    expected = whole.full_BTV.topk(4, dim=-1)
+    asked = sent_request(prompt, [(5, 9, 3), (7, 2)])
+    with cases.serving(cases.service().app()) as url:
+        request = replace(asked, top_k=4, hidden=True, full=True)
+        reply = Servers([url]).ask(
+            "POST", SCORE, pack_request(request), lambda body: unpack_score_reply(body, request)
+        )
+        too_many = replace(asked, top_k=10**6)
+        with pytest.raises(UserError, match="top_k is 1000000"):
+            Servers([url]).ask("POST", SCORE, pack_request(too_many), lambda body: body)
+    there = whole.mask_BT.numpy()
+    assert np.array_equal(reply.top_ids[there], expected.indices.numpy()[there])
+    for name, wanted in (("top_logprobs", expected.values), ("logprobs", whole.logprobs_BT)):
+        np.testing.assert_allclose(getattr(reply, name)[there], wanted.numpy()[there], atol=1e-5)
+    known = whole.full_BTV > -1e20
+    found = torch.from_numpy(reply.full)
+    torch.testing.assert_close(found[known], whole.full_BTV[known], atol=1e-5, rtol=0)
+    assert reply.hidden.shape[:2] == (2, 3) and not reply.top_logprobs[~there].any()
+
+
+def sent_request(prompt: EncodedPrompt, group: list[tuple[int, ...]]) -> ScoreRequest:
+    """What a client sends."""
+    sent: list[ScoreRequest] = []
+    with pytest.MonkeyPatch.context() as patch:
+        pack = client.pack_request
+
+        def note(request: ScoreRequest) -> bytes:
+            sent.append(request)
+            return pack(request)
+
+        patch.setattr(client, "pack_request", note)
+        with cases.serving(cases.service().app()) as url:
+            cases.remote_teacher([url]).logprobs([prompt], [group])
+    return sent[0]
+
+
+def test_a_body_is_compressed_if_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = cases.prompts()[0]
+    assert noise.clip is not None
+    still = cases.drawn_prompt()
+    encodings: list[str | None] = []
+    small = client.compressed
+
+    def note(body: bytes) -> tuple[bytes, str | None]:
+        sent, encoding = small(body)
+        encodings.append(encoding)
+        assert encoding is None or len(sent) < len(body) / 2
+        return sent, encoding
+
+    monkeypatch.setattr(client, "compressed", note)
+    expected = cases.local_teacher().logprobs([noise, still], [[(1, 2)], [(3,)]])
+    with cases.serving(cases.service().app()) as url:
+        teacher = cases.remote_teacher([url])
+        found = [teacher.logprobs([noise], [[(1, 2)]]), teacher.logprobs([still], [[(3,)]])]
+    assert encodings == [None, "deflate"]
+    assert found[0].logprobs_BT[0].tolist() == pytest.approx(expected.logprobs_BT[0].tolist(), abs=1e-5)
+    assert found[1].logprobs_BT[0, 0].item() == pytest.approx(expected.logprobs_BT[1, 0].item(), abs=1e-5)
+
+
+def test_compressed_bodies_are_bounded_and_checked() -> None:
+    service = cases.service(limits=Limits(body_bytes=1 << 20))
+    bomb = zlib.compress(bytes(64 << 20))
+    cases_of = [
+        (bomb, "deflate", 413, "above 1 MiB when it is expanded"),
+        (b"garbage", "deflate", 400, "not in deflate"),
+        (zlib.compress(b"x" * 1000)[:-8], "deflate", 400, "ends before"),
+        (b"x", "br", 400, "a body in 'br'"),
+    ]
+    with cases.serving(service.app()) as url:
+        for body, encoding, status, text in cases_of:
+            request = urllib.request.Request(url + SCORE, body, {"Content-Encoding": encoding})
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(request)
+            assert error.value.code == status and text in error.value.read().decode()
+    assert (service.held_bytes, service.in_flight) == (0, 0)
 
 
 def test_both_forms_around_a_video_are_scored() -> None:
