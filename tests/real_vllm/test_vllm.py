@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import threading
@@ -214,6 +215,33 @@ def test_score_asks_both_models(data: Path, tmp_path: Path) -> None:
         assert mine["student_responses"] == theirs["student_responses"]
         assert mine["teacher_responses"] == theirs["teacher_responses"]
         assert mine["reverse_kl"] == pytest.approx(theirs["reverse_kl"], abs=1e-4)
+
+
+def test_sampled_scores_are_of_the_same_distribution(tmp_path: Path) -> None:
+    """``score`` with k = 4 by both engines, on as many rows: a paired test of the rows' mean IoU, and the
+    two-sample test of Kolmogorov and Smirnov on where the answers begin."""
+    data = make_world(tmp_path / "world", videos={"train": 8}, seed=5, workers=1)["train"]
+    rows = {}
+    for engine in ("hf", "vllm"):
+        out = tmp_path / f"{engine}.jsonl"
+        words = ["score", "--student", BASE, "--teacher", TEACHER, "--data", str(data), "--out", str(out)]
+        assert main([*words, "--k", "4", "--engine", engine, "--vllm.max_tokens", "2048"]) == 0
+        rows[engine] = [row for _, row in read_jsonl(out)]
+    assert [row["id"] for row in rows["hf"]] == [row["id"] for row in rows["vllm"]] and len(rows["hf"]) > 25
+    for role in ("student", "teacher"):
+        pairs = zip(rows["hf"], rows["vllm"], strict=True)
+        off = torch.tensor([a[f"{role}_iou"] - b[f"{role}_iou"] for a, b in pairs], dtype=torch.float64)
+        assert off.abs().max() > 0  # other draws
+        assert abs(off.mean()) < 4 * off.std() / math.sqrt(len(off))
+        starts = [
+            sorted(span[0] for row in rows[engine] for span in row[f"{role}_spans"] if span)
+            for engine in ("hf", "vllm")
+        ]
+        places = sorted({*starts[0], *starts[1]})
+        shares = [[bisect.bisect_right(found, x) / len(found) for x in places] for found in starts]
+        largest = max(abs(a - b) for a, b in zip(*shares, strict=True))
+        n, m = map(len, starts)
+        assert largest < 1.95 * math.sqrt((n + m) / (n * m))  # one in a thousand is above
 
 
 def test_the_sampler_of_a_run_has_the_students_weights_of_the_moment(
