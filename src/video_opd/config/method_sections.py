@@ -89,6 +89,11 @@ class TeacherConfig(Settings):
         if not self.urls:
             need(self.fingerprint is None, "fingerprint belongs to urls: name the servers, or leave it out")
             return self
+        need(
+            self.named,
+            "urls without teacher.path: name the folder of their model, or its fingerprint in "
+            "teacher.fingerprint",
+        )
         for url in self.urls:
             need(
                 url.startswith(("http://", "https://")),

@@ -291,8 +291,7 @@ class DistillationRecipe(Recipe):
         teacher = self.teacher
         need(
             teacher.named,
-            f"teacher.path is missing: method {self.method} learns from a teacher; name its folder"
-            + (", or its fingerprint in teacher.fingerprint" if teacher.urls else ""),
+            f"teacher.path is missing: method {self.method} learns from a teacher; name its folder",
         )
         return self
 

@@ -232,7 +232,10 @@ class VLLMConfig(Settings):
         default=0.9, gt=0, le=1, description="share of a GPU's memory that it takes; two models share one GPU"
     )
     max_tokens: int | None = Field(
-        default=None, ge=1, description="longest prompt and response together; none: the model's own bound"
+        default=None,
+        ge=1,
+        description="longest prompt and response together; none: what the video budget allows and 4,096; of "
+        "a server, 32,768",
     )
     gpus: int = Field(default=1, ge=1, description="GPUs over which it divides the model")
     eager: bool = Field(default=False, description="no CUDA graphs, which take a minute to record")

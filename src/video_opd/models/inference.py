@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 
 EngineName = Literal["hf", "vllm"]  # whose forward passes: this package's own, on transformers, or vLLM's
+TEXT_AND_RESPONSE_TOKENS = 4096  # that vLLM makes room for, if --vllm.max_tokens says nothing else
 SETTINGS_FILE = "video_opd.json"  # in a model folder, it holds the video budget and prompt of its training
 
 
@@ -165,7 +166,12 @@ def read_inference_pair(
     """
     pair = _read(_PairConfig, student, overrides, None, device)
     own = InferenceConfig(model=pair.model, video=pair.video, prompt=pair.prompt)
-    if teacher is None and not (pair.teacher.urls and pair.teacher.fingerprint):
+    asked = pair.teacher
+    need(
+        bool(asked.urls) or asked.fingerprint is None,
+        "teacher.fingerprint belongs to teacher.urls: name the servers, or leave it out",
+    )
+    if teacher is None and not asked.urls:
         return own, None
     return own, teacher_config(own, teacher or "", pair.teacher)
 
@@ -204,16 +210,9 @@ def teacher_config(student: InferenceConfig, path: str, teacher: TeacherSettings
     shown = student.changed(**{"model.path": path or student.model.path, "model.dtype": dtype})
     served = None
     if teacher.urls:
-        served = TeacherConfig(
-            path=path,
-            dtype=dtype,
-            quantization=teacher.quantization,
-            other_template=teacher.other_template,
-            urls=tuple(teacher.urls),
-            fingerprint=teacher.fingerprint,
-            send=teacher.send,
-            wait_s=teacher.wait_s,
-        )
+        names = ("quantization", "other_template", "urls", "fingerprint", "send", "wait_s")
+        tree = {name: getattr(teacher, name) for name in names}
+        served = read_settings(TeacherConfig, {**tree, "path": path, "dtype": dtype})
     return TeacherInferenceConfig(
         **dict(shown),
         other_template=teacher.other_template,
@@ -425,15 +424,35 @@ def load_vllm_policy(
 
     path = config.model.path
     need(not is_adapter_folder(path), f"{path} is an adapter, and vLLM takes whole models: merge it first")
-    processor = load_processor(path)
+    need(
+        os.environ.get("WORLD_SIZE", "1") == "1",
+        "--engine vllm with several processes: start one, which divides the model by --vllm.gpus N",
+    )
+    need(
+        device in (None, "cpu", "cuda"),
+        f"--device {device} with --engine vllm: choose its GPUs by the variable CUDA_VISIBLE_DEVICES",
+    )
+    form, processor = read_model_configs(path), load_processor(path)
+    longest = config.vllm.max_tokens or _longest(config.video)
+    most = min(longest, form.config.text_config.max_position_embeddings)
+    settings = config.vllm.changed(max_tokens=most)
     return VLLMPolicy(
         path,
         processor,
-        vocabulary or Vocabulary.of(read_model_configs(path), processor),
+        vocabulary or Vocabulary.of(form, processor),
         dtype=config.model.dtype,
-        settings=config.vllm,
+        settings=settings,
         reference=lambda: _load_policy(config, device, vocabulary),
     )
+
+
+def _longest(video: VideoConfig) -> int:
+    """Tokens of the longest prompt that the budget allows, and of its text and response."""
+    pairs = -(-video.max_frames // 2)
+    tokens = video.max_video_tokens
+    if video.keep == "min_frame_tokens":
+        tokens = max(tokens, 2 * pairs * video.min_frame_tokens)
+    return tokens + 16 * pairs + TEXT_AND_RESPONSE_TOKENS
 
 
 def _load_policy(

@@ -114,6 +114,7 @@ class VLLMPolicy:
         if not asked:
             return []
         engine = self._started(asked[0])
+        self._check_lengths(engine, [(prompt, prompt.length + max_new_tokens) for prompt in asked])
 
         def how(seed: int | None) -> SamplingParams:
             return SamplingParams(
@@ -180,6 +181,7 @@ class VLLMPolicy:
             for prompt, group in zip(prompts, responses, strict=True)
             for response in group
         ]
+        self._check_lengths(engine, [(prompt, prompt.length + len(r) + 1) for prompt, r in pairs])
         way = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         answers = engine.generate(
             [self._request(prompt, response) for prompt, response in pairs], way, use_tqdm=False
@@ -193,6 +195,15 @@ class VLLMPolicy:
             logprobs_BT[row, : len(response)] = torch.tensor(values)
         mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return TokenLogprobs(logprobs_BT=logprobs_BT, mask_BT=mask_BT)
+
+    def _check_lengths(self, engine: LLM, lengths: Sequence[tuple[EncodedPrompt, int]]) -> None:
+        most = engine.llm_engine.model_config.max_model_len
+        for prompt, length in lengths:
+            need(
+                length <= most,
+                f"{prompt.sample_id}: {length} tokens of prompt and response, and vLLM was started for "
+                f"{most}: raise --vllm.max_tokens",
+            )
 
     def load_weights(self, folder: str | Path) -> None:
         """Gives the engine, if it runs, the weights of a model folder. What it kept of prompts is dropped."""

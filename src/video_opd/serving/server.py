@@ -26,6 +26,7 @@ from video_opd.serving.scorer import ModelFacts, Scorer
 
 OPEN_FILES = 65_536
 BACKLOG = 2048  # connections that wait to be taken
+SERVED_TOKENS = 32_768  # of a prompt and its response on vLLM, if --vllm.max_tokens says nothing else
 DRAIN_S = 600  # for requests that are in flight when the server is told to end
 
 
@@ -66,7 +67,10 @@ def serve(
     else:
         need(quantization is None, "--engine vllm runs a model in its own type: leave out --quantization")
         as_loaded = ModelConfig(path=str(model), dtype=dtype)
-        policy = load_vllm_policy(InferenceConfig(model=as_loaded, vllm=vllm or VLLMConfig()), device)
+        settings_of_vllm = vllm or VLLMConfig()
+        if settings_of_vllm.max_tokens is None:  # the students' budgets are not known here
+            settings_of_vllm = settings_of_vllm.changed(max_tokens=SERVED_TOKENS)
+        policy = load_vllm_policy(InferenceConfig(model=as_loaded, vllm=settings_of_vllm), device)
         loaded, make_policy = (read_model_configs(model), policy.processor), policy.with_vocabulary
     scorer = Scorer(
         *loaded,

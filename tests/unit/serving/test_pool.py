@@ -95,6 +95,13 @@ def test_the_command_names_servers(
         assert json.loads(capsys.readouterr().out)["scored"] > 4
         assert main([*shared, "--overwrite", *named[:2], "--teacher.fingerprint", "f" * 32]) == 2
     assert "holds the model tiny-teacher" in capsys.readouterr().err
+    for wrong, message in (
+        (named[:2], "urls without teacher.path"),
+        ([*named[2:], "--teacher", str(TEACHER)], "teacher.fingerprint belongs to teacher.urls"),
+        (["--teacher.urls", "[gpu7]", *named[2:]], "an address begins with http"),
+    ):
+        assert main([*shared, "--overwrite", *wrong]) == 2
+        assert message in capsys.readouterr().err
     assert main([*shared, "--overwrite", *named, "--teacher.wait_s", "0.1"]) == 1
     assert "no teacher has answered since" in capsys.readouterr().err
 
