@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from video_opd.cli.parser import Parser
+from video_opd.errors import UserError
 
 PROTOCOLS = ("paper", "timelens", "timelens-2026-02", "timelens-2025", "lmms-eval-timelens")
 
@@ -16,6 +17,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def check_engine(engine: str, overrides: Sequence[str]) -> None:
+    """Raises :class:`UserError` for settings of an engine that is not used."""
+    given = next((word for word in overrides if word.startswith("--vllm.")), None)
+    if engine != "vllm" and given is not None:
+        raise UserError(f"{given} belongs to --engine vllm: add that, or leave it out")
 
 
 SHARED: Mapping[str, Mapping[str, Any]] = {

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from video_opd.cli.arguments import PROTOCOLS, add_shared, positive
+from video_opd.cli.arguments import PROTOCOLS, add_shared, check_engine, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.models.inference import load_inference_model, load_vllm_model, read_inference_config
     from video_opd.processes import Processes
 
+    check_engine(arguments.engine, arguments.overrides)
     samples = read_samples(arguments.data, arguments.video_root)
     protocol = None if arguments.protocol is None else get_protocol(arguments.protocol)
     config = read_inference_config(arguments.model, arguments.overrides, protocol, arguments.device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from video_opd.cli.arguments import add_shared, positive
+from video_opd.cli.arguments import add_shared, check_engine, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
@@ -78,6 +80,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_engine(arguments.engine, arguments.overrides)
     for_topk = _for_topk(arguments)
     student, teacher, data, video_root = _inputs(arguments)
     from video_opd.curriculum.lazy_scores import TopKScoreResult
@@ -152,8 +155,12 @@ def _inputs(
     if arguments.recipe:
         from video_opd.curriculum.pool import inference_configs
 
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        return *inference_configs(recipe), recipe.data.train, recipe.data.video_root
+        of_vllm, others = _divided(arguments.overrides)
+        recipe = load_recipe(arguments.recipe, others)
+        student, teacher = inference_configs(recipe)
+        student = student.changed(**of_vllm)
+        teacher = None if teacher is None else teacher.changed(**of_vllm)
+        return student, teacher, recipe.data.train, recipe.data.video_root
     from video_opd.models.inference import read_inference_pair
 
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
@@ -162,3 +169,17 @@ def _inputs(
         raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
     pair = read_inference_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
     return *pair, arguments.data, None
+
+
+def _divided(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(vLLM's settings, which no recipe has; the others, as they are)."""
+    from video_opd.config.tree import apply_overrides
+
+    of_vllm: list[str] = []
+    others: list[str] = []
+    words = iter(overrides)
+    for word in words:
+        own = of_vllm if word.startswith("--vllm.") else others
+        own += [word] if "=" in word else [word, *itertools.islice(words, 1)]
+    found = apply_overrides({}, of_vllm).get("vllm", {})
+    return {f"vllm.{name}": value for name, value in found.items()}, others

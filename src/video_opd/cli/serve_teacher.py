@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from video_opd.cli.arguments import add_shared, positive
+from video_opd.cli.arguments import add_shared, check_engine, positive
 from video_opd.cli.parser import Parser
 from video_opd.errors import UserError
 from video_opd.files import read_text
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         certificate=arguments.tls_certificate,
         key=arguments.tls_key,
     )
+    check_engine(arguments.engine, arguments.overrides)
     check_address(address, token)  # before torch is imported
     for root in arguments.root:
         if not root.is_dir():

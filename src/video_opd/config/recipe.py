@@ -198,7 +198,7 @@ class Recipe(Settings):
     def check_rounds(self) -> None:
         """Raises :class:`UserError` for what ``rounds`` needs beyond ``train``."""
         need(
-            bool(self.teacher.path) or not self.tvdf.asks_teacher,
+            self.teacher.named or not self.tvdf.asks_teacher,
             f"teacher.path is missing: tvdf.strategy {self.tvdf.strategy} asks a teacher; name its folder, "
             "or use strategy gaussian without a gate, which needs none",
         )
@@ -259,6 +259,11 @@ class OnPolicyRecipe(Recipe):
                 self.loss.importance_limit is not None,
                 "sampling.engine vllm rounds otherwise than the trainer: give each token its weight, for "
                 "example loss.max_importance_weight 2",
+            )
+            need(
+                self.lora.base_quantization is None,
+                f"sampling.engine vllm with lora.base_quantization {self.lora.base_quantization}: it takes "
+                "whole weights; leave out one of them",
             )
             need(
                 self.model.sharding is None,

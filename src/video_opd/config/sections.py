@@ -225,8 +225,11 @@ class PromptConfig(Settings):
         return tree
 
 
+EngineName = Literal["hf", "vllm"]  # whose forward passes: this package's own, on transformers, or vLLM's
+
+
 class VLLMConfig(Settings):
-    """How vLLM runs a model (``--engine vllm``). Responses and scores do not depend on it."""
+    """How vLLM runs a model (``--engine vllm``). It changes no result but by rounding."""
 
     memory: Number = Field(
         default=0.9, gt=0, le=1, description="share of a GPU's memory that it takes; two models share one GPU"

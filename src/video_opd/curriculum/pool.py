@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from video_opd.config import Recipe
+from video_opd.config.sections import EngineName
 from video_opd.curriculum.lazy_scores import score_for_topk
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
 from video_opd.errors import UserError
@@ -17,7 +18,6 @@ from video_opd.locks import locked_file
 from video_opd.models.checkpoint_files import base_of
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import (
-    EngineName,
     InferenceConfig,
     TeacherInferenceConfig,
     chosen_device,
@@ -88,12 +88,13 @@ def score_pool(
     asked to, and as ``score`` does.
     """
     alone = processes is None or processes.count == 1
-    if teacher is not None and teacher.sharded and alone:
+    if teacher is not None and teacher.served is None and teacher.sharded and alone:
         raise UserError(
             "teacher.placement is sharded, and there is one process to hold the shards: start several with "
             "torchrun, or set it to whole"
         )
-    if engine == "vllm" and teacher is not None and (teacher.sharded or teacher.quantization):
+    here = teacher is not None and teacher.served is None  # not with servers
+    if engine == "vllm" and here and teacher is not None and (teacher.sharded or teacher.quantization):
         raise UserError(
             "--engine vllm holds a teacher whole and in its own type: leave out teacher.placement and "
             "teacher.quantization, or the engine"
@@ -119,6 +120,7 @@ def score_pool(
             # Notes of teachers that are not quantised stay as they were.
             **({"teacher_quantization": teacher.quantization} if teacher and teacher.quantization else {}),
             **({} if engine == "hf" else {"engine": engine}),
+            **_engine_of(teacher, distant, engine),
         },
         "settings": settings,
         "batch_size": batch_size,
@@ -154,6 +156,17 @@ def score_pool(
         if later is not None and not teacher_from:
             later.load()
         return score(policy, later, samples, inputs.prompts, out, **shared)
+
+
+def _engine_of(
+    teacher: TeacherInferenceConfig | None, distant: RemoteTeacher | None, engine: EngineName
+) -> dict[str, str]:
+    """The note of another engine than our own, which draws otherwise."""
+    if teacher is None:
+        return {}
+    if distant is not None:
+        engine = distant.engine
+    return {} if engine == "hf" else {"teacher_engine": engine}
 
 
 def _fingerprint(teacher: TeacherInferenceConfig | None, distant: RemoteTeacher | None) -> str | None:

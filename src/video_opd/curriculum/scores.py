@@ -35,7 +35,7 @@ K = 4  # responses of a model to a row; the paper leaves it open
 TEACHER_KEYS = ("teacher_iou", "teacher_spans", "teacher_rules", "teacher_responses")
 # What they depend on.
 TEACHER_PROVENANCE = (
-    *("teacher", "teacher_dtype", "teacher_quantization", "engine", "input", "teacher_answers"),
+    *("teacher", "teacher_dtype", "teacher_quantization", "teacher_engine", "input", "teacher_answers"),
 )
 
 

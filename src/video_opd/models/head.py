@@ -44,6 +44,15 @@ class ResponseHead:
             self._bias_V = self.vocabulary.logit_bias(logits_NV.device)
         return logits_NV + self._bias_V
 
+    def likeliest(
+        self, hidden_ND: torch.Tensor, k: int, *, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``k`` likeliest tokens, [N, k] ids and log-probabilities, the likeliest first."""
+        found = []
+        for hidden in hidden_ND.split(TOKENS_A_CHUNK):
+            found.append((self.logits(hidden) / temperature).log_softmax(-1).topk(k, dim=-1))
+        return torch.cat([top.indices for top in found]), torch.cat([top.values for top in found])
+
     def score(
         self, hidden_ND: torch.Tensor, ids_N: torch.Tensor, *, temperature: float, full: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -31,7 +31,7 @@ from video_opd.config import (
     read_settings,
 )
 from video_opd.config.method_sections import check_placement
-from video_opd.config.sections import Placement
+from video_opd.config.sections import EngineName, Placement
 from video_opd.config.settings import Number, Texts
 from video_opd.config.tree import apply_overrides
 from video_opd.errors import UserError, need
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from video_opd.types import EncodedPrompt, Sample
 
 
-EngineName = Literal["hf", "vllm"]  # whose forward passes: this package's own, on transformers, or vLLM's
 TEXT_AND_RESPONSE_TOKENS = 4096  # that vLLM makes room for, if --vllm.max_tokens says nothing else
 SETTINGS_FILE = "video_opd.json"  # in a model folder, it holds the video budget and prompt of its training
 
@@ -433,7 +432,7 @@ def load_vllm_policy(
         f"--device {device} with --engine vllm: choose its GPUs by the variable CUDA_VISIBLE_DEVICES",
     )
     form, processor = read_model_configs(path), load_processor(path)
-    longest = config.vllm.max_tokens or _longest(config.video)
+    longest = config.vllm.max_tokens or longest_tokens(config.video)
     most = min(longest, form.config.text_config.max_position_embeddings)
     settings = config.vllm.changed(max_tokens=most)
     return VLLMPolicy(
@@ -442,11 +441,11 @@ def load_vllm_policy(
         vocabulary or Vocabulary.of(form, processor),
         dtype=config.model.dtype,
         settings=settings,
-        reference=lambda: _load_policy(config, device, vocabulary),
+        reference=lambda writable: _load_policy(config, device, writable),
     )
 
 
-def _longest(video: VideoConfig) -> int:
+def longest_tokens(video: VideoConfig) -> int:
     """Tokens of the longest prompt that the budget allows, and of its text and response."""
     pairs = -(-video.max_frames // 2)
     tokens = video.max_video_tokens

@@ -143,13 +143,13 @@ def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None
         del model.peft_config
 
 
-def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the plain model that :func:`merge_adapters` would make, by its names; ``model`` stays as
-    it is. Weights that share their memory are there once."""
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the weights of the plain model that :func:`merge_adapters` would make, one after the other, by
+    its names; ``model`` stays as it is. Weights that share their memory come once."""
     layers = dict(adapted_layers(model))
-    state: dict[str, torch.Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in state_of(model).items():
+        held = (tensor.data_ptr(), tensor.shape)  # a sum of its own may lie where an earlier one was
         layer, _, rest = name.rpartition(".base_layer.")
         if layer in layers:
             if rest == "weight" and NAME in layers[layer].lora_A:
@@ -157,10 +157,9 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
             name = f"{layer}.{rest}"
         elif any(name.startswith(f"{other}.lora_") for other in layers):
             continue
-        if (key := (tensor.data_ptr(), tensor.shape)) not in seen:
-            seen.add(key)
-            state[name] = tensor.detach()
-    return state
+        if held not in seen:
+            seen.add(held)
+            yield name, tensor.detach()
 
 
 def save_adapter(model: nn.Module, folder: str | Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -8,6 +8,7 @@ come back with our own token ids, else it is refused.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from video_opd.config import VLLMConfig
-from video_opd.errors import UserError, need
+from video_opd.errors import Unavailable, UserError, need
 from video_opd.models.interfaces import Responses
 from video_opd.models.prefix import Unprefilled, prompts_of
 from video_opd.models.sampling import SamplingSettings
@@ -54,7 +55,8 @@ class VLLMPolicy:
     ``path`` is a model folder. Prompts must carry their clips (``PromptEncoder(keep_clips=True)``). The
     engine is started by the first prompt. Before that, with ``settings.check``, ``reference`` loads the same
     model on this package's own engine, which answers that prompt and is freed again; vLLM must score the
-    answer alike. Raises :class:`UserError` if it does not, and if vLLM is not installed.
+    answer alike. Raises :class:`UserError` if it does not, and if vLLM is not installed; an engine that dies
+    raises :class:`Unavailable`, and the next prompt starts another.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class VLLMPolicy:
         *,
         dtype: str,
         settings: VLLMConfig | None = None,
-        reference: Callable[[], HFPolicy] | None = None,
+        reference: Callable[[Vocabulary], HFPolicy] | None = None,
     ) -> None:
         try:
             import vllm  # noqa: F401
@@ -131,11 +133,8 @@ class VLLMPolicy:
 
         rows = seeds if seeds is not None and not settings.greedy else [[None] * n] * len(asked)
         requests = [(prompt, how(seed)) for prompt, row in zip(asked, rows, strict=True) for seed in row]
-        answers = engine.generate(
-            [self._request(prompt, ()) for prompt, _ in requests],
-            [way for _, way in requests],
-            use_tqdm=False,
-        )
+        given = [self._request(prompt, ()) for prompt, _ in requests]
+        answers = self._generate(engine, given, [way for _, way in requests])
         rollouts = []
         for (prompt, _), answer in zip(requests, answers, strict=True):
             check_ids(prompt, (), self.processor, answer.prompt_token_ids)
@@ -183,9 +182,8 @@ class VLLMPolicy:
         ]
         self._check_lengths(engine, [(prompt, prompt.length + len(r) + 1) for prompt, r in pairs])
         way = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        answers = engine.generate(
-            [self._request(prompt, response) for prompt, response in pairs], way, use_tqdm=False
-        )
+        given = [self._request(prompt, response) for prompt, response in pairs]
+        answers = self._generate(engine, given, [way] * len(pairs))
         lengths = [len(response) for _, response in pairs]
         logprobs_BT = torch.zeros(len(pairs), max(lengths))
         for row, ((prompt, response), answer) in enumerate(zip(pairs, answers, strict=True)):
@@ -202,15 +200,25 @@ class VLLMPolicy:
             need(
                 length <= most,
                 f"{prompt.sample_id}: {length} tokens of prompt and response, and vLLM was started for "
-                f"{most}: raise --vllm.max_tokens",
+                f"{most} (vllm.max_tokens): raise that, or shorten the query or the response",
             )
+
+    def _generate(self, engine: LLM, requests: Sequence[dict[str, Any]], ways: Sequence[Any]) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return engine.generate(list(requests), list(ways), use_tqdm=False)
+        except EngineDeadError as error:
+            self._running.engine = self._running.vocabulary = None
+            raise Unavailable("vLLM's engine died; its own output says why") from error
 
     def load_weights(self, folder: str | Path) -> None:
         """Gives the engine, if it runs, the weights of a model folder. What it kept of prompts is dropped."""
         if (engine := self._running.engine) is not None:
             engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             engine.llm_engine.reset_encoder_cache()
-            engine.reset_prefix_cache()
+            if not engine.reset_prefix_cache():
+                raise RuntimeError("vLLM kept prompts of the weights before (reset_prefix_cache)")
 
     def close(self) -> None:
         """Ends the engine and frees its memory; another prompt would start another."""
@@ -224,18 +232,22 @@ class VLLMPolicy:
         if running.engine is None:
             expected = None
             if self.settings.check and self.reference is not None:
-                expected = _answered(self.reference, prompt)
+                expected = _answered(self.reference(self.vocabulary), prompt)
             running.engine = self._start()
             self._allow_tokens(running)
-            if expected is not None:
-                self._compare(running.engine, prompt, expected)
+            try:
+                if expected is not None:
+                    self._compare(running.engine, prompt, expected)
+            except BaseException:  # what was found wrong once is not used the next time
+                self.close()
+                raise
         elif running.vocabulary != self.vocabulary:
             self._allow_tokens(running)
         return running.engine
 
     def _allow_tokens(self, running: _Running) -> None:
         assert running.engine is not None
-        given = (self.vocabulary.size, sorted(self.vocabulary.forbidden_ids), FORBIDDEN_LOGIT)
+        given = (self.vocabulary.size, sorted(self.vocabulary.forbidden_ids), FORBIDDEN_LOGIT, os.getpid())
         running.engine.collective_rpc("allow_tokens", args=given)
         running.vocabulary = self.vocabulary
 
@@ -294,10 +306,9 @@ class VLLMPolicy:
         log(f"check: vLLM's log-probs on {prompt.sample_id} are off by at most {off[place]:.1e} nats")
 
 
-def _answered(reference: Callable[[], HFPolicy], prompt: EncodedPrompt) -> Rollout:
+def _answered(policy: HFPolicy, prompt: EncodedPrompt) -> Rollout:
     from video_opd.models.loading import release_memory
 
-    policy = reference()
     ((rollout,),) = policy.sample([prompt], max_new_tokens=CHECKED_TOKENS, temperature=0.0)
     del policy
     release_memory()

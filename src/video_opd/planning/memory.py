@@ -83,7 +83,7 @@ def memory_of(
     estimate = _Estimate(student, teachers, setup, work, recompute, cuda)
     phases = {
         "prefill": estimate.prefill(),
-        "sampling": estimate.sampling() if work.sampled else Counter[str](),
+        "sampling": estimate.sampling() if work.sampled and not setup.vllm else Counter[str](),
         "teacher": estimate.teacher_turn() if setup.has_teacher or setup.reference else Counter[str](),
         "backward, responses": estimate.backward_starts(),
         "backward, last layer": estimate.backward_of_prompt() if setup.prefix else Counter[str](),
@@ -370,7 +370,7 @@ class _Estimate:
 
     def running(self) -> Counter[str]:
         parts = self.held() + self.weights() + self.accumulated() + self.following()
-        parts["casts"] = self.casts()
+        parts["casts"] += self.casts()
         return parts
 
     def following(self) -> Counter[str]:
@@ -380,7 +380,9 @@ class _Estimate:
         kept = setup.prefix and work.sampled and work.sampled_ahead is None and work.micro_batches > 1
         if not (setup.overlaps and kept):
             return Counter()
-        return Counter(vision=self.vision_graph(), decoder=self.decoder_graph(), caches=self.own_cache())
+        casts = 0 if self.recompute else self.casts()
+        graph = {"vision": self.vision_graph(), "decoder": self.decoder_graph(), "caches": self.own_cache()}
+        return Counter(**graph, casts=casts)
 
     def prefill(self) -> Counter[str]:
         parts = self.running()

@@ -108,13 +108,14 @@ def make_plan(
     processes: int = 1,
     memory_bytes: int | None = None,
     *,
+    total_bytes: int | None = None,
     samples: Sequence[Sample] | None = None,
     sizes: RecipeSizes | None = None,
     cuda: bool = True,
     rate_tflops: float = DEFAULT_RATE,
 ) -> Plan:
     """The plan of ``recipe`` on ``processes`` GPUs (or, without ``cuda``, processes on a CPU) of
-    ``memory_bytes`` each.
+    ``memory_bytes`` each, or with so much free of their ``total_bytes``.
 
     ``samples`` are the rows of the data file, if it is here; their durations bound the prompts. Raises
     :class:`UserError` for settings that cannot work and for a model whose sizes nobody knows.
@@ -126,7 +127,7 @@ def make_plan(
     share = recipe.vllm_share
     taken = [f"vLLM takes {share:g} of each GPU (sampling.vllm_memory)"] if share else []
     if memory_bytes is not None and cuda:
-        memory_bytes = round(memory_bytes * (1 - share))
+        memory_bytes -= round(share * (total_bytes or memory_bytes))
     sizes = sizes or RecipeSizes.of(recipe)
     setup, work = Setup.of(recipe, processes), Work.of(recipe, samples, processes)
     setup, memory, reasons = decide(setup, work, sizes, memory_bytes, cuda=cuda)

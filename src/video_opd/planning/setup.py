@@ -50,6 +50,7 @@ class Setup:
     reference: bool  # whether a step asks the initial student
     distributions: bool  # whether whole distributions are computed at response tokens
     overlaps: bool  # whether a micro-batch is sampled while servers score the one before
+    vllm: bool  # whether vLLM samples, in memory of its own
 
     @classmethod
     def of(cls, recipe: Recipe, processes: int = 1) -> Setup:
@@ -86,6 +87,7 @@ class Setup:
             reference=asks_reference(recipe),
             distributions=recipe.measures_analytic_kl or needs_distributions(recipe),
             overlaps=recipe.overlaps_servers and processes == 1,
+            vllm=recipe.samples_with_vllm,
         )
 
     @property

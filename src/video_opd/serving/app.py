@@ -58,6 +58,7 @@ from video_opd.serving.reading import BadMessage
 from video_opd.serving.scorer import Scorer
 
 UNAUTHORISED, TIMEOUT, FAILED, BUSY = 401, 408, 500, 503
+EXPANDED_AT_ONCE = 16 << 20  # bytes of a compressed body
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -80,6 +81,7 @@ class Service:
         self.scorer, self.scoring, self.model, self.settings = scorer, scoring, model, settings
         self.decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="clips")
         self.in_flight = self.held_bytes = 0
+        self.one_head = asyncio.Lock()
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "video_opd_requests", "Requests by status", ["status"], registry=self.registry
@@ -156,7 +158,7 @@ class Service:
             "model": self.scorer.facts.fingerprint,
             "dtype": self.scorer.facts.dtype,
             "quantization": self.scorer.facts.quantization,
-            "distributions": self.scorer.facts.distributions,
+            "engine": self.scorer.facts.engine,
             "name": self.model.name,
             "reads_files": bool(self.scorer.roots),
         }
@@ -175,7 +177,8 @@ class Service:
 
     async def head(self, request: Request) -> Response:
         """``lm_head``, for a client that asks for hidden states."""
-        content = await asyncio.to_thread(lambda: save(self.scorer.head()))
+        async with self.one_head:  # it is large, and asked for once a run
+            content = await asyncio.to_thread(lambda: save(self.scorer.head()))
         return Response(content, media_type=BODY)
 
     async def score(self, request: Request) -> Response:
@@ -268,35 +271,36 @@ class _Body:
         encoding = request.headers.get("content-encoding")
         if refused is not None or encoding is None:
             return refused
-        content = await asyncio.to_thread(_expanded, self.content, encoding, limits.body_bytes)
-        if isinstance(content, Refused):
-            return content
-        self._held += len(content)
-        self.service.held_bytes += len(content)
-        self.content = content
-        if self.service.held_bytes > limits.held_bytes:
-            return Refused(BUSY, "too many large requests are in flight; come back")
+        return await self._expand(encoding)
+
+    async def _expand(self, encoding: str) -> Refused | None:
+        """Expands a compressed body in pieces, within the same bounds. Why it is refused, if it is."""
+        limits = self.service.scorer.limits
+        if encoding != DEFLATE:
+            return Refused(BAD, f"a body in {encoding!r:.40}; it may be compressed by {DEFLATE}")
+        reader, rest, parts, length = zlib.decompressobj(), self.content, [], 0
+        while not reader.eof:
+            try:
+                part = await asyncio.to_thread(reader.decompress, rest, EXPANDED_AT_ONCE)
+            except zlib.error:
+                return Refused(BAD, f"a body that is not in {DEFLATE}")
+            rest = reader.unconsumed_tail
+            if not part and not reader.eof:
+                return Refused(BAD, f"a body that ends before its {DEFLATE} does")
+            parts.append(part)
+            length += len(part)
+            self._held += len(part)
+            self.service.held_bytes += len(part)
+            if length > limits.body_bytes:
+                return Refused(TOO_LARGE, f"a body above {limits.body_bytes >> 20} MiB when it is expanded")
+            if self.service.held_bytes > limits.held_bytes:
+                return Refused(BUSY, "too many large requests are in flight; come back")
+        self.content = b"".join(parts)
         return None
 
     def forget(self) -> None:
         self.service.held_bytes -= self._held
         self.content, self._held = b"", 0
-
-
-def _expanded(body: bytes, encoding: str, most: int) -> bytes | Refused:
-    """The body that was compressed, of at most ``most`` bytes; or why it is refused."""
-    if encoding != DEFLATE:
-        return Refused(BAD, f"a body in {encoding!r:.40}; it may be compressed by {DEFLATE}")
-    reader = zlib.decompressobj()
-    try:
-        content = reader.decompress(body, most + 1)
-    except zlib.error:
-        return Refused(BAD, f"a body that is not in {DEFLATE}")
-    if len(content) > most:
-        return Refused(TOO_LARGE, f"a body above {most >> 20} MiB when it is expanded")
-    if not reader.eof:
-        return Refused(BAD, f"a body that ends before its {DEFLATE} does")
-    return content
 
 
 def _text(status: int, text: str) -> Response:

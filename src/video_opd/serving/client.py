@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from video_opd.config import VideoConfig
+from video_opd.config.sections import EngineName
 from video_opd.models.head import ResponseHead
 from video_opd.models.interfaces import Responses
 from video_opd.models.prefix import Unprefilled, prompts_of
@@ -36,6 +37,7 @@ from video_opd.serving.servers import Servers
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 T = TypeVar("T")
+BYTES_A_REQUEST = 256 << 20  # of frames; half of what a server takes by default
 PROBE = 256 << 10  # bytes of a body that are compressed to find out whether that pays
 Send = Literal["value", "reference"]
 REQUESTS_A_SERVER = 2  # in flight at a time: the next one is there when a server has answered one
@@ -66,9 +68,11 @@ class RemoteTeacher:
         nonfinite: Nonfinite = "raise",
         device: torch.device | None = None,
         head: torch.nn.Linear | None = None,
+        engine: EngineName = "hf",
     ) -> None:
         assert send == "value" or video is not None, "a reference needs the video budget"
         self.servers, self.model, self.send, self.video = servers, model, send, video
+        self.engine = engine  # the servers'
         self.vocabulary = WritableTokens.of(vocabulary.size, vocabulary.forbidden_ids)
         self.nonfinite = nonfinite
         self.head = None if head is None else ResponseHead(head, vocabulary)
@@ -118,7 +122,7 @@ class RemoteTeacher:
             )
             return self._answer(SAMPLE, request, lambda body: unpack_sample_reply(body, request))
 
-        replies = [wait() for wait in self._divide(len(asked), sampled)]
+        replies = [wait() for wait in self._divide(asked, sampled)]
         rollouts = [rollout for reply in replies for rollout in reply.rollouts]
         return [rollouts[i * n : (i + 1) * n] for i in range(len(asked))]
 
@@ -165,7 +169,7 @@ class RemoteTeacher:
             reply = self._answer(SCORE, request, lambda body: unpack_score_reply(body, request))
             return reply, request
 
-        waits = self._divide(len(asked), scored)
+        waits = self._divide(asked, scored)
 
         def scores() -> TokenLogprobs:
             whole = join_logprobs([self._scores(*wait()) for wait in waits])
@@ -201,11 +205,24 @@ class RemoteTeacher:
         full_BTV[mask_BT] = full_NV
         return full_BTV
 
-    def _divide(self, count: int, work: Callable[[slice], T]) -> list[Callable[[], T]]:
-        """Begins ``work`` on ``count`` prompts in pieces of nearly equal size, as many as there are servers.
-        Returns what waits for each piece's result."""
-        size = -(-count // len(self.servers.servers))
-        pieces = [slice(start, start + size) for start in range(0, count, size)]
+    def _divide(self, prompts: Sequence[EncodedPrompt], work: Callable[[slice], T]) -> list[Callable[[], T]]:
+        """Begins ``work`` on the prompts in pieces of nearly equal size, as many as there are servers, and
+        more where frames are many bytes. Returns what waits for each piece's result."""
+        size = -(-len(prompts) // len(self.servers.servers))
+        pieces: list[slice] = []
+        start = held = 0
+        clips: set[str] = set()
+        for end, prompt in enumerate(prompts, 1):
+            new = self.send == "value" and prompt.clip_digest not in clips
+            bytes_of_clip = prompt.clip.frames.nbytes if new and prompt.clip is not None else 0
+            if end - 1 > start and (end - start > size or held + bytes_of_clip > BYTES_A_REQUEST):
+                pieces.append(slice(start, end - 1))
+                start, held, clips = end - 1, 0, set()
+                bytes_of_clip = prompt.clip.frames.nbytes if prompt.clip is not None else 0
+            held += bytes_of_clip
+            clips.add(prompt.clip_digest)
+        if start < len(prompts):
+            pieces.append(slice(start, len(prompts)))
         return [_in_background(work, piece) for piece in pieces]
 
     def _answer(self, path: str, request: ScoreRequest | SampleRequest, read: Callable[[bytes], T]) -> T:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from video_opd.config import DistillationTeacherConfig, TeacherConfig, VideoConfig
-from video_opd.errors import UserError, need
+from video_opd.errors import UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_processor, read_model_configs
 from video_opd.models.same_tokens import check_same_tokens
@@ -31,12 +31,15 @@ def connect_teacher(
     *,
     nonfinite: Nonfinite = "raise",
     device: torch.device | None = None,
+    distributions: bool = False,
 ) -> RemoteTeacher:
     """The teacher behind ``teacher.urls``.
 
     Raises :class:`UserError` if the servers hold another model than the recipe names, compute in another
     type, do not share the student's tokens, pixels and prompts, or read no files where ``teacher.send`` says
     so.
+
+    ``distributions``: the run asks for whole ones.
     """
     servers = Servers(settings.urls, os.environ.get(TOKEN), settings.wait_s)
     found = describe(servers)
@@ -53,11 +56,10 @@ def connect_teacher(
             f"recipe says teacher.dtype {settings.dtype}, teacher.quantization {settings.quantization}; "
             "change either"
         )
-    asks_distributions = isinstance(settings, DistillationTeacherConfig) and settings.distributions
-    if asks_distributions and not found.distributions:
+    if distributions and found.engine != "hf":
         raise UserError(
             f"{settings.urls[0]} gives no whole distributions (--engine vllm): set teacher.distributions to "
-            "false, and the estimator to sampled, or start it with --engine hf"
+            "false, with loss.estimator sampled, or start it with --engine hf"
         )
     if settings.send == "reference" and not found.reads_files:
         raise UserError(
@@ -68,8 +70,7 @@ def connect_teacher(
         teacher = (read_model_configs(folder), load_processor(folder))
         check_same_tokens(student, teacher, other_template=settings.other_template)
     head = None
-    if isinstance(settings, DistillationTeacherConfig) and settings.receive == "hidden":
-        need(asks_distributions, "teacher.receive hidden without teacher.distributions: leave out either")
+    if distributions and isinstance(settings, DistillationTeacherConfig) and settings.receive == "hidden":
         head = lm_head_of(servers, device or torch.device("cpu"))
     log(f"the teacher is {found.name} ({found.model}) at {', '.join(settings.urls)}")
     return RemoteTeacher(
@@ -81,6 +82,7 @@ def connect_teacher(
         nonfinite=nonfinite,
         device=device,
         head=head,
+        engine="vllm" if found.engine == "vllm" else "hf",
     )
 
 

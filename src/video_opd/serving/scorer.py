@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from video_opd.config import PromptConfig, Quantization, VideoConfig
+from video_opd.config.sections import EngineName
 from video_opd.config.settings import read_settings
 from video_opd.data.budget import CELL_PX
 from video_opd.data.clip_cache import ClipCache
@@ -44,7 +45,7 @@ class ModelFacts:
     fingerprint: str
     dtype: str = "float32"
     quantization: Quantization | None = None
-    distributions: bool = True  # whether it gives them over the whole vocabulary
+    engine: EngineName = "hf"  # vllm gives no distributions over the vocabulary
 
 
 class Scorer:
@@ -299,8 +300,9 @@ def _looked_into(
     tokens = [torch.tensor(response) for group in responses for response in group]
     ids_N = torch.cat(tokens).to(hidden_BRD.device)
     with torch.no_grad():
+        hidden_ND = hidden_BRD[mask_BR]
         logprobs_N, full_NV = policy.head.score(
-            hidden_BRD[mask_BR], ids_N, temperature=wanted.temperature, full=wanted.full or wanted.top_k > 0
+            hidden_ND, ids_N, temperature=wanted.temperature, full=wanted.full
         )
 
     def scattered(x_N: torch.Tensor) -> torch.Tensor:
@@ -309,11 +311,12 @@ def _looked_into(
         return padded
 
     found = {"logprobs": scattered(logprobs_N.float())}
-    if full_NV is not None and wanted.full:
+    if full_NV is not None:
         found["full"] = scattered(full_NV.float())
-    if full_NV is not None and wanted.top_k:
-        top = full_NV.float().topk(wanted.top_k, dim=-1)
-        found |= {"top_ids": scattered(top.indices.int()), "top_logprobs": scattered(top.values)}
+    if wanted.top_k:
+        with torch.no_grad():
+            ids_NK, values_NK = policy.head.likeliest(hidden_ND, wanted.top_k, temperature=wanted.temperature)
+        found |= {"top_ids": scattered(ids_NK.int()), "top_logprobs": scattered(values_NK.float())}
     if wanted.hidden:
         found["hidden"] = hidden_BRD
     return found

@@ -10,19 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from video_opd.config import Dtype, ModelConfig, Quantization, VLLMConfig
+from video_opd.config.sections import EngineName
+from video_opd.data.encode import PromptEncoder
+from video_opd.data.video import clip_digest
 from video_opd.errors import UserError, need
 from video_opd.models.fingerprint import model_fingerprint
-from video_opd.models.inference import EngineName, InferenceConfig, chosen_device, load_vllm_policy
+from video_opd.models.inference import InferenceConfig, chosen_device, load_vllm_policy
 from video_opd.models.loading import load_teacher, read_model_configs
+from video_opd.models.vllm_policy import VLLMPolicy
 from video_opd.progress import log
 from video_opd.serving.address import Address, check_address
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.limits import Limits
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.types import Clip
 
 OPEN_FILES = 65_536
 BACKLOG = 2048  # connections that wait to be taken
@@ -59,7 +65,7 @@ def serve(
         fingerprint=model_fingerprint(model),
         dtype=dtype,
         quantization=quantization,
-        distributions=engine == "hf",
+        engine=engine,
     )
     make_policy = None
     if engine == "hf":
@@ -72,6 +78,7 @@ def serve(
             settings_of_vllm = settings_of_vllm.changed(max_tokens=SERVED_TOKENS)
         policy = load_vllm_policy(InferenceConfig(model=as_loaded, vllm=settings_of_vllm), device)
         loaded, make_policy = (read_model_configs(model), policy.processor), policy.with_vocabulary
+        try_out(policy)
     scorer = Scorer(
         *loaded,
         facts=facts,
@@ -104,6 +111,24 @@ def serve(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     log("every request was answered")
+
+
+def try_out(policy: VLLMPolicy) -> None:
+    """Starts vLLM's engine on a prompt about noise, on which it is checked, before a request waits for it."""
+    frames = np.random.default_rng(0).integers(0, 256, size=(4, 64, 64, 3), dtype=np.uint8)
+    times_s = np.arange(4) / 2
+    clip = Clip(
+        path=Path("noise"),
+        frames=frames,
+        times_s=times_s,
+        frame_indices=np.arange(4),
+        source_fps=2.0,
+        duration_s=2.0,
+        source_size_px=(64, 64),
+        digest=clip_digest(frames, times_s),
+    )
+    prompt = PromptEncoder(policy.processor, keep_clips=True).encode(clip, "it moves", "noise")
+    policy.sample([prompt], max_new_tokens=1, temperature=0.0)
 
 
 def _allow_many_connections() -> None:

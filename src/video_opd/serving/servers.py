@@ -170,7 +170,7 @@ class Described:
     name: str
     dtype: str
     quantization: str | None
-    distributions: bool
+    engine: str
     reads_files: bool
 
 

@@ -41,7 +41,7 @@ from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, RoutedTeacher
 from video_opd.models.torchao import check_torchao
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.planning.setup import Place
+from video_opd.planning.setup import Place, needs_distributions
 from video_opd.progress import log
 from video_opd.serving.connect import connect_teacher
 from video_opd.training.masters import Masters
@@ -149,7 +149,7 @@ def build_components(
         reference=load_reference(recipe, policy, device, placement) if method.needs.reference else None,
         method=method,
         optimizer=optimizer,
-        sampler=make_sampler(recipe, samples, policy) if recipe.samples_with_vllm and not finished else None,
+        sampler=make_sampler(recipe, policy) if recipe.samples_with_vllm and not finished else None,
         masters=masters,
         recompute=recompute or by_layer,
         processor=processor,
@@ -292,7 +292,12 @@ def load_teachers(
     settings = recipe.teacher
     if settings.urls:
         return connect_teacher(
-            settings, recipe.video, student, nonfinite=recipe.loss.nonfinite, device=device
+            settings,
+            recipe.video,
+            student,
+            nonfinite=recipe.loss.nonfinite,
+            device=device,
+            distributions=needs_distributions(recipe) or recipe.measures_analytic_kl,
         )
     sources = {sample.id: sample.source for sample in samples}
     for source in settings.by_source:

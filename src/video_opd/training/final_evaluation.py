@@ -159,6 +159,8 @@ def _evaluate_served(recipe: Recipe, out: Path, processes: Processes) -> None:
     made_by = {"prompts_of": model_fingerprint(path)}
     if settings.quantization is not None:
         made_by["quantization"] = settings.quantization
+    if teacher.engine != "hf":
+        made_by["engine"] = teacher.engine
     _evaluate("teacher", as_teacher, teacher, loader, teacher.model, out, processes, made_by)
 
 

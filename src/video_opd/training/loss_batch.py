@@ -117,6 +117,26 @@ def without_nonfinite(batch: Trajectories, student: TokenLogprobs, mode: str) ->
     return replace(batch, mask_BT=batch.mask_BT & ~bad_BT)
 
 
+def check_sampler(
+    rows: Sequence[Row], groups: Sequence[Sequence[Rollout]], student: TokenLogprobs, tolerance: float
+) -> None:
+    """Raises :class:`RatioError` if another engine sampled with other weights than the student's: what it
+    recorded must be what the student gives, but for rounding, on the average over the tokens."""
+    scores = iter(student.logprobs_BT.detach().tolist())
+    for row, group in zip(rows, groups, strict=True):
+        off = [
+            abs(score - recorded)
+            for rollout in group
+            for score, recorded in zip(next(scores), rollout.recorded, strict=False)
+        ]
+        mean = sum(off) / len(off)
+        if not mean <= tolerance:
+            raise RatioError(
+                f"sample {row.sample.id!r}: the sampler's log-probs are off by {mean:.3g} nats a token from "
+                f"the student's, above {tolerance:g}: vLLM has other weights, or computes otherwise"
+            )
+
+
 def check_ratio(batch: Trajectories, student: TokenLogprobs, tolerance: float) -> None:
     """Raises :class:`RatioError` if a ratio is not 1 (but for rounding) right after sampling: that would be
     our own mistake."""

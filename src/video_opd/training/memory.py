@@ -34,7 +34,8 @@ def plan_of_run(recipe: Recipe, samples: Sequence[Sample], accelerator: Accelera
         return None
     cuda = device.type == "cuda"
     free, total = _least(free_bytes(device)), _least(total_bytes(device))
-    plan = make_plan(recipe, processes, free, samples=samples, sizes=sizes, cuda=cuda)
+    plan = make_plan(recipe, processes, free, total_bytes=total, samples=samples, sizes=sizes, cuda=cuda)
+    total -= round(recipe.vllm_share * total) if cuda else 0
     for reason in plan.reasons:
         log(reason)
     if plan.fits:

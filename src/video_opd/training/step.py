@@ -43,6 +43,7 @@ from video_opd.training.loss_batch import (
     MicroBatch,
     ScoredBatch,
     check_ratio,
+    check_sampler,
     make_trajectories,
     without_nonfinite,
 )
@@ -334,6 +335,8 @@ class Stepper:
             nonlocal prefix
             student, go_on = self._student_forward(prefix, responses)
             del prefix  # the graph keeps the keys and values that it needs
+            if self.components.sampler is not None:
+                check_sampler(micro.rows, groups, student, self.components.sampler.tolerance)
             trajectories = without_nonfinite(
                 make_trajectories(
                     micro.rows, groups, student, teacher, reference, settings.max_importance_weight
@@ -521,7 +524,7 @@ class Stepper:
                 turns.enter_context(scorer.turn())
             scores = [self._score(micro, token_ids(micro.groups or ())) for micro in batches]
         return [
-            replace(micro, teacher=teacher, reference=reference)
+            replace(micro, teacher=teacher, reference=reference, asked=None)
             for micro, (teacher, reference) in zip(batches, scores, strict=True)
         ]
 

@@ -34,7 +34,14 @@ from video_opd.config import LoraConfig, Recipe
 from video_opd.errors import UserError
 from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import load_model
-from video_opd.models.lora import adapters_off, add_adapters, load_adapter, merge_adapters, save_adapter
+from video_opd.models.lora import (
+    adapters_off,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    merged_weights,
+    save_adapter,
+)
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference, LocalTeacher
 from video_opd.training.checkpoint import find_checkpoints, save_model_folder
@@ -261,6 +268,24 @@ def test_the_merged_model_is_the_adapted_one(parts: tuple[str, ...], tmp_path: P
     assert loaded.state_dict().keys() == model().state_dict().keys()
     assert (scores(loaded) - expected).abs().max() < 1e-5
     assert torch.equal(scores(student), expected)  # the adapted model is unchanged
+
+
+@pytest.mark.parametrize("parts", [(), *EACH_AND_ALL], ids="+".join)
+def test_merged_weights_are_those_of_the_merged_model(parts: tuple[str, ...]) -> None:
+    """One after the other, so that no two need memory at once; weights that are one tensor come once."""
+    student = trained(parts) if parts else copy.deepcopy(model())
+    merged = copy.deepcopy(student)
+    merge_adapters(merged)
+    expected = merged.state_dict()
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in merged_weights(student):
+        assert name not in found
+        found[name] = tensor.clone()
+        del tensor
+    tied = {"lm_head.weight"} if merged.config.tie_word_embeddings else set()
+    assert set(found) | tied == set(expected)
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-7, rtol=1e-6)
 
 
 def test_a_merge_rounds_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_a_worker_restricts_its_model_again_and_again() -> None:
         assert logits is not None
         return (logits == -1e30).tolist()
 
-    worker.allow_tokens(6, [1, 2], -1e30)
+    worker.allow_tokens(6, [1, 2], -1e30, os.getpid())
     assert forbidden(2) == [[i in (1, 2, 6, 7) for i in range(8)]] * 2
-    worker.allow_tokens(8, [0], -1e30)  # not on top of the first
+    worker.allow_tokens(8, [0], -1e30, os.getpid())  # not on top of the first
     assert forbidden(1) == [[i == 0 for i in range(8)]]

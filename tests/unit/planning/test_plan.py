@@ -226,12 +226,14 @@ def test_what_vllm_takes_of_a_card_is_not_there_for_the_run() -> None:
     changes["model.sharding"] = None
     alone, shared = paper(), paper().changed(**changes)
     plans = [make_plan(recipe, 1, 100 * GIB, sizes=PAIR) for recipe in (alone, shared)]
+    assert "sampling" not in plans[1].memory.phases  # not by our own engine, of a whole batch at once
+    assert make_plan(shared, 1, 60 * GIB, total_bytes=100 * GIB, sizes=PAIR).limit == 35 * GIB
     assert [plan.limit for plan in plans] == [100 * GIB, 75 * GIB]
     assert "vLLM takes 0.25 of each GPU (sampling.vllm_memory)" in plans[1].reasons
 
 
 def test_the_graph_of_the_next_micro_batch_is_counted_while_servers_score() -> None:
-    served = paper(teacher={"urls": ["http://a"]})
+    served = paper(teacher={"urls": ["http://a"]}, model={"sharding": None})
     phases = [
         make_plan(recipe, 1, None, sizes=PAIR).memory.phases
         for recipe in (served, served.changed(**{"teacher.overlap": False}))
@@ -239,5 +241,5 @@ def test_the_graph_of_the_next_micro_batch_is_counted_while_servers_score() -> N
     for phase in ("prefill", "sampling", "backward, responses", "backward, last layer"):
         more = {part: phases[0][phase][part] - phases[1][phase].get(part, 0) for part in phases[0][phase]}
         assert more["decoder"] > 0 and more["vision"] > 0
-        assert {part for part, size in more.items() if size} <= {"decoder", "vision", "caches"}
+        assert {part for part, size in more.items() if size} <= {"decoder", "vision", "caches", "casts"}
     assert phases[0]["optimiser"] == phases[1]["optimiser"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from video_opd.cli import main
 from video_opd.curriculum.pool import inference_configs, score_pool
 from video_opd.curriculum.scores import ScoreSettings
 from video_opd.data.annotations import read_samples
+from video_opd.errors import UserError
 from video_opd.evaluation.resume import read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.models.fingerprint import model_fingerprint
@@ -65,6 +67,40 @@ def test_servers_score_a_pool_as_a_local_teacher_does(data: Path, service: Servi
         assert mine == theirs
     made_by = [read_provenance(tmp_path / f"{name}.jsonl") for name in ("local", "served")]
     assert made_by[0] == made_by[1]
+
+
+def test_answers_of_another_engine_are_not_continued(data: Path, service: Service, tmp_path: Path) -> None:
+    """vLLM draws others from the same distribution, so the notes name it."""
+    out = tmp_path / "scores.jsonl"
+    facts = service.scorer.facts
+    service.scorer.facts = replace(facts, engine="vllm")
+    try:
+        with cases.serving(service.app()) as url:
+            scored(data, out, url, settings=ScoreSettings(k=1, max_new_tokens=16))
+    finally:
+        service.scorer.facts = facts
+    with pytest.raises(UserError, match="teacher_engine"):
+        scored(data, out, None, settings=ScoreSettings(k=1, max_new_tokens=16))
+    with pytest.raises(UserError, match="teacher_engine"):
+        scored(data, tmp_path / "b.jsonl", None, settings=ScoreSettings(k=1), teacher_from=[out])
+
+
+def test_rounds_take_servers_and_a_fingerprint_for_a_folder(data: Path, tmp_path: Path) -> None:
+    named = {"teacher.urls": ("http://a",), "teacher.path": "", "teacher.fingerprint": "f" * 32}
+    recipe(data, tmp_path, **named).check_rounds()
+
+
+def test_settings_of_an_engine_that_is_not_used_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "x.jsonl"), "--vllm.gpus", "2"]
+    for words in (
+        ["predict", BASE, str(data), *out],
+        ["score", "--student", BASE, "--data", str(data), *out],
+        ["serve-teacher", BASE, "--vllm.gpus", "2"],
+    ):
+        assert main(words) == 2
+        assert "--vllm.gpus belongs to --engine vllm" in capsys.readouterr().err
 
 
 def test_a_pool_is_scored_by_servers_for_a_selection_and_goes_on_with_local_scores(

@@ -164,6 +164,25 @@ def sent_request(prompt: EncodedPrompt, group: list[tuple[int, ...]]) -> ScoreRe
     return sent[0]
 
 
+def test_pieces_are_cut_by_the_bytes_of_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = cases.prompts()  # on clips of 6 and 5 frames, 64 x 96 pixels: 110,592 and 92,160 bytes
+    expected = cases.local_teacher().logprobs(asked, cases.RESPONSES)
+    sizes = {1 << 30: [4], 210_000: [4], 200_000: [2, 1, 1], 1: [1] * 4}
+    for most, pieces in sizes.items():
+        monkeypatch.setattr(client, "BYTES_A_REQUEST", most)
+        sent: list[int] = []
+        pack = client.pack_request
+
+        def note(request: ScoreRequest, pack: Any = pack, sent: list[int] = sent) -> bytes:
+            sent.append(len(request.prompts))
+            return pack(request)
+
+        with pytest.MonkeyPatch.context() as patch, cases.serving(cases.service().app()) as url:
+            patch.setattr(client, "pack_request", note)
+            assert_same(cases.remote_teacher([url]).logprobs(asked, cases.RESPONSES), expected)
+        assert sorted(sent) == sorted(pieces)
+
+
 def test_a_body_is_compressed_if_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = cases.prompts()[0]
     assert noise.clip is not None

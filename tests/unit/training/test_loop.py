@@ -9,9 +9,10 @@ import random
 import shutil
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.loss_batch import RatioError
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import CheckError
+from video_opd.types import Rollout
 from video_opd.world.demo import shipped
 
 KILLS = int(os.environ.get("VIDEO_OPD_KILLS", "3"))
@@ -416,6 +418,52 @@ def test_a_ratio_that_is_not_one_stops_the_run(tmp_path: Path):
         run(tmp_path / "run", Spoilt("moves"))
     with pytest.raises(CheckError, match="check before the first step"):
         run(tmp_path / "checked", Spoilt("moves"), run={"dir": str(tmp_path / "checked"), "check": True})
+
+
+class OtherSampler:
+    """Stands in for vLLM. Its log-probs are ``shift`` nats from the student's."""
+
+    tolerance = 1e-3
+
+    def __init__(self, student: Any, shift: float) -> None:
+        self.student, self.shift, self.changed, self.closed = student, shift, 0, False
+
+    def sample(self, prompts: Any, **settings: Any) -> Any:
+        groups = self.student.sample(prompts, **settings)
+        return [[self.shifted(rollout) for rollout in group] for group in groups]
+
+    def shifted(self, rollout: Rollout) -> Rollout:
+        return replace(rollout, logprobs=tuple(x + self.shift for x in rollout.recorded))
+
+    def weights_changed(self) -> None:
+        self.changed += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class WithSampler(Build):
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def __call__(self, *arguments: Any) -> Any:
+        components = super().__call__(*arguments)
+        self.sampler = OtherSampler(components.policy, self.shift)
+        return replace(components, sampler=cast(Any, self.sampler))
+
+
+@pytest.mark.parametrize("shift", [0.0, 5e-4, 0.01])
+def test_a_sampler_with_other_weights_stops_the_run(tmp_path: Path, shift: float):
+    """Its importance weights would hide it: they are near 1 whatever the sampler's weights are."""
+    build, loss = WithSampler(shift), {"max_importance_weight": 2.0}
+    if shift < OtherSampler.tolerance:
+        result = run(tmp_path / "run", build, loss=loss)
+        assert build.sampler.changed == result.steps > 1
+    else:
+        with pytest.raises(RatioError, match=r"the sampler's log-probs are off by 0\.01 nats a token"):
+            run(tmp_path / "run", build, loss=loss)
+    assert build.sampler.closed
 
 
 def test_a_log_prob_that_is_not_finite_names_its_sample_or_is_masked(tmp_path: Path):
