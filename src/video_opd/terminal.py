@@ -90,8 +90,12 @@ class _VisibleRecord(logging.LogRecord):
 
 
 def escape_libraries() -> None:
-    """Makes what any library logs or warns of visible text: it quotes files and models of other people."""
-    logging.setLogRecordFactory(_VisibleRecord)
+    """Makes what any library logs or warns of visible text: it quotes files and models of other people.
+
+    A library that has put its own records around these keeps them.
+    """
+    if logging.getLogRecordFactory() is logging.LogRecord:
+        logging.setLogRecordFactory(_VisibleRecord)
     warnings.formatwarning = _visible_warning
 
 

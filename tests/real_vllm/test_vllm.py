@@ -42,6 +42,7 @@ from video_opd.world.make import make_world
 pytestmark = pytest.mark.vllm
 BASE, TEACHER = str(shipped("tiny-base")), str(shipped("tiny-teacher"))
 SETTINGS = VLLMConfig(max_tokens=2048)
+ENGINES = {"hf": [], "vllm": ["--engine", "vllm", "--vllm.max_tokens", "2048"]}
 
 
 def own_policy(path: str = BASE) -> HFPolicy:
@@ -185,7 +186,7 @@ def test_predict_gives_the_same_rows(data: Path, tmp_path: Path) -> None:
     rows = []
     for engine in ("hf", "vllm"):
         out = tmp_path / f"{engine}.jsonl"
-        words = ["--out", str(out), "--engine", engine, "--vllm.max_tokens", "2048", "--max-new-tokens", "16"]
+        words = ["--out", str(out), "--max-new-tokens", "16", *ENGINES[engine]]
         assert main(["predict", BASE, str(data), *words]) == 0
         rows.append([row for _, row in read_jsonl(out)])
     assert rows[0] == rows[1] and len(rows[0]) > 4
@@ -195,22 +196,11 @@ def test_predict_gives_the_same_rows(data: Path, tmp_path: Path) -> None:
 
 def test_score_asks_both_models(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
-    words = [
-        "score",
-        "--student",
-        BASE,
-        "--teacher",
-        TEACHER,
-        "--data",
-        str(data),
-        "--k",
-        "1",
-        "--reverse-kl",
-    ]
-    shared = ["--temperature", "0", "--vllm.max_tokens", "2048"]
+    words = ["score", "--student", BASE, "--teacher", TEACHER, "--data", str(data), "--k", "1"]
+    shared = ["--reverse-kl", "--temperature", "0"]
     rows = []
     for engine in ("hf", "vllm"):
-        assert main([*words, *shared, "--out", str(out), "--engine", engine, "--overwrite"]) == 0
+        assert main([*words, *shared, "--out", str(out), "--overwrite", *ENGINES[engine]]) == 0
         rows.append([row for _, row in read_jsonl(out)])
     for mine, theirs in zip(*rows, strict=True):
         assert mine["student_responses"] == theirs["student_responses"]
@@ -226,7 +216,7 @@ def test_sampled_scores_are_of_the_same_distribution(tmp_path: Path) -> None:
     for engine in ("hf", "vllm"):
         out = tmp_path / f"{engine}.jsonl"
         words = ["score", "--student", BASE, "--teacher", TEACHER, "--data", str(data), "--out", str(out)]
-        assert main([*words, "--k", "4", "--engine", engine, "--vllm.max_tokens", "2048"]) == 0
+        assert main([*words, "--k", "4", *ENGINES[engine]]) == 0
         rows[engine] = [row for _, row in read_jsonl(out)]
     assert [row["id"] for row in rows["hf"]] == [row["id"] for row in rows["vllm"]] and len(rows["hf"]) > 25
     for role in ("student", "teacher"):
