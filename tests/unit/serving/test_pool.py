@@ -25,6 +25,7 @@ from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
 from video_opd.training.final_evaluation import evaluate_teacher
+from video_opd.training.rounds import run_rounds
 from video_opd.types import ForTopK
 from video_opd.world.make import make_world
 
@@ -88,6 +89,32 @@ def test_answers_of_another_engine_are_not_continued(data: Path, service: Servic
 def test_rounds_take_servers_and_a_fingerprint_for_a_folder(data: Path, tmp_path: Path) -> None:
     named = {"teacher.urls": ("http://a",), "teacher.path": "", "teacher.fingerprint": "f" * 32}
     recipe(data, tmp_path, **named).check_rounds()
+
+
+def test_a_round_asks_servers_for_all_that_the_teacher_does(
+    data: Path, service: Service, tmp_path: Path
+) -> None:
+    """Its answers to the pool, its evaluation, and its scores while the student trains: the same round."""
+    shared = {
+        "rounds.count": 1,
+        "tvdf.k": 4,
+        "tvdf.teacher_k": 1,
+        "tvdf.min_teacher_iou": 0.0,
+        "optim.max_steps": 1,
+        "evaluate.data": (str(data),),
+        "evaluate.limit": 2,
+    }
+    known = {"teacher.path": "", "teacher.fingerprint": model_fingerprint(TEACHER)}
+    run_rounds(recipe(data, tmp_path / "local", **shared))
+    with cases.serving(service.app()) as url:
+        run_rounds(recipe(data, tmp_path / "served", **shared, **known, **{"teacher.urls": (url,)}))
+    selected = [
+        [row["id"] for _, row in read_jsonl(tmp_path / name / "round-1" / "selected.jsonl")]
+        for name in ("local", "served")
+    ]
+    assert selected[0] == selected[1] and len(selected[0]) == 4
+    models = [tmp_path / name / "round-1" / "model" for name in ("local", "served")]
+    cases.assert_same(models[1], cases.weights(models[0]))
 
 
 def test_settings_of_an_engine_that_is_not_used_are_refused(
