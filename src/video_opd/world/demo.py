@@ -45,8 +45,10 @@ def run_demo(
     recipe, by their keys. Raises :class:`~video_opd.errors.UserError` if ``out`` cannot be written, and if it
     holds another demo or run, or one that is going on.
     """
+    from video_opd.models.inference import with_video_form
+
     out = Path(out)
-    recipe = demo_recipe(out, seed, steps).changed(**(changes or {}))
+    recipe = with_video_form(demo_recipe(out, seed, steps).changed(**(changes or {})))  # as train writes it
     with locked_folder(out):
         _claim(out, recipe)
         _run(out, recipe)

@@ -9,6 +9,7 @@ import pytest
 from video_opd.cli import main
 from video_opd.config import dump_recipe
 from video_opd.files import write_text
+from video_opd.models.inference import with_video_form
 from video_opd.world.demo import demo_recipe
 
 
@@ -17,7 +18,8 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes the folder of a demo of 4 steps, seed 0, that was killed after its first step."""
     monkeypatch.chdir(tmp_path)
     out = Path("demo")
-    write_text(out / "recipe.yaml", dump_recipe(demo_recipe(out, 0, 4)))
+    recipe = with_video_form(demo_recipe(out, 0, 4))  # train knows the form in which the base sees a video
+    write_text(out / "recipe.yaml", dump_recipe(recipe))
     for name in ("metrics.jsonl", "scores.jsonl", "selected.jsonl", "select.json"):
         write_text(out / name, '{"step": 1}\n')
     return out
