@@ -17,7 +17,7 @@ from places import SRC
 from process_cases import wait_until
 from serving_cases import TEACHER, assert_same, recipe, weights
 
-from video_opd.serving import client
+from video_opd.serving import servers
 from video_opd.training.loop import train
 from video_opd.world.make import make_world
 
@@ -45,7 +45,7 @@ class Server:
 def test_a_server_that_is_killed_five_times_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(servers, "LONGEST_PAUSE_S", 0.5)
     data = make_world(tmp_path / "world", videos={"train": 4}, workers=1)["train"]
     expected = weights(train(recipe(data, tmp_path / "local", **{"optim.max_steps": STEPS})).model)
     server, killed = Server(), 0
