@@ -10,16 +10,16 @@ Overlap: a run of some steps with three servers in threads of this process, whic
 long as the student takes for a micro-batch (so a server is as on another card, and takes no CPU). Each
 micro-batch by itself, the next one sampled meanwhile, and all of a step sampled before.
 
-With ``--demo``, ``video-opd demo``'s run is made twice, with the teacher in its process and behind a server,
-and the largest difference of a weight is compared with the largest that training has moved one.
+Demo: ``video-opd demo`` is run twice, with the teacher in its process and behind a server, and the largest
+difference of a weight is compared with the largest that training has moved one.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +29,17 @@ from typing import Any
 
 import torch
 import uvicorn
-from common import BASE, TEACHER, machine, make_pools, parser, step_seconds, video_opd, write_result
+from common import (
+    BASE,
+    RESULTS,
+    TEACHER,
+    machine,
+    make_pools,
+    parser,
+    step_seconds,
+    video_opd,
+    write_result,
+)
 from safetensors.torch import load_file
 
 from video_opd.bench.work import prompts_of
@@ -49,6 +59,7 @@ from video_opd.world.demo import run_demo, shipped
 
 POOL_SEED = 2100
 RESPONSES, RESPONSE_TOKENS = 8, 12
+PARTS = ("throughput", "overlap", "demo")
 WAYS: dict[str, dict[str, Any]] = {
     "one after the other": {"teacher.overlap": False},
     "the next one sampled meanwhile": {},
@@ -58,30 +69,34 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     arguments = parse()
-    out = Path(arguments.out)
-    record: dict[str, Any] = {"command": sys.argv, "machine": machine()}
-    with server_process() as url:
-        record["throughput"] = {
-            "log-probs": throughput(url, arguments.tokens, arguments.turns, full=False),
-            "distributions": throughput(url, arguments.tokens, arguments.turns, full=True),
-        }
-    print(record["throughput"])
-    record["overlap"] = overlap(out, arguments.steps)
-    print(record["overlap"])
-    if arguments.demo:
-        with server_process() as url:
-            record["demo"] = demo(out, url)
-        print(record["demo"])
+    out, written = Path(arguments.out), RESULTS / "serving.json"
+    record: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}
+    record |= {"machine": machine()}
+    for part in arguments.parts:
+        if part == "throughput":
+            with server_process() as url:
+                record[part] = {
+                    "log-probs": throughput(url, arguments.tokens, arguments.turns, full=False),
+                    "distributions": throughput(url, arguments.tokens, arguments.turns, full=True),
+                }
+        elif part == "overlap":
+            record[part] = overlap(out, arguments.steps)
+        else:
+            with server_process() as url:
+                record[part] = demo(out, url)
+        print(part, record[part])
     write_result("serving", record)
 
 
 def parse() -> Any:
     arguments = parser(__doc__)
     arguments.add_argument("--out", default="runs/serving")
+    arguments.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="others stay as they were"
+    )
     arguments.add_argument("--tokens", type=int, default=1000, help="of a prompt")
     arguments.add_argument("--turns", type=int, default=12)
     arguments.add_argument("--steps", type=int, default=6)
-    arguments.add_argument("--demo", action="store_true")
     return arguments.parse_args()
 
 
