@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 LOOK_EVERY_S = 1.0
-EXTENSION = "video_opd.models.vllm_worker.WriteableTokens"
+EXTENSION = "video_opd.models.vllm_worker.RestrictedWorker"
 
 
-class WriteableTokens:
+class RestrictedWorker:
     """Restricts a worker's model to the tokens that a policy can write, when it samples and when it scores.
 
     vLLM adds its methods to the worker, whose ``model_runner`` holds the model.

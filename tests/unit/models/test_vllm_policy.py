@@ -16,7 +16,7 @@ from video_opd.config import PromptConfig
 from video_opd.data.encode import PromptEncoder
 from video_opd.errors import UserError
 from video_opd.models.vllm_policy import VLLMPolicy, check_ids, folded
-from video_opd.models.vllm_worker import WriteableTokens
+from video_opd.models.vllm_worker import RestrictedWorker
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.types import EncodedPrompt
 
@@ -80,7 +80,7 @@ def test_a_worker_restricts_its_model_again_and_again() -> None:
         def get_model(self) -> Model:
             return self.model
 
-    worker = WriteableTokens()
+    worker = RestrictedWorker()
     worker.model_runner = Runner()
 
     def forbidden(count: int) -> list[list[bool]]:
