@@ -37,7 +37,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--teacher",
         metavar="M",
-        help="the teacher's (its type: --teacher.dtype); left out, only the student is scored, for gaussian",
+        help="the teacher's (its type: --teacher.dtype), or its servers by --teacher.urls; without either, "
+        "only the student is scored, for gaussian",
     )
     parser.add_argument("--data", metavar="D.jsonl", help="the pool: rows to choose from later")
     parser.add_argument("--out", writes="file", required=True, metavar="S.jsonl", help="the scores file")
@@ -155,7 +156,7 @@ def _inputs(
     if arguments.recipe:
         from video_opd.curriculum.pool import inference_configs
 
-        of_vllm, others = _divided(arguments.overrides)
+        of_vllm, others = _without_vllm(arguments.overrides)
         recipe = load_recipe(arguments.recipe, others)
         student, teacher = inference_configs(recipe)
         student = student.changed(**of_vllm)
@@ -171,7 +172,7 @@ def _inputs(
     return *pair, arguments.data, None
 
 
-def _divided(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _without_vllm(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(vLLM's settings, which no recipe has; the others, as they are)."""
     from video_opd.config.tree import apply_overrides
 

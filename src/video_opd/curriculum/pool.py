@@ -88,28 +88,28 @@ def score_pool(
     asked to, and as ``score`` does.
     """
     alone = processes is None or processes.count == 1
-    if teacher is not None and teacher.served is None and teacher.sharded and alone:
+    local = teacher if teacher is not None and teacher.served is None else None
+    if local is not None and local.sharded and alone:
         raise UserError(
             "teacher.placement is sharded, and there is one process to hold the shards: start several with "
             "torchrun, or set it to whole"
         )
-    here = teacher is not None and teacher.served is None  # not with servers
-    if engine == "vllm" and here and teacher is not None and (teacher.sharded or teacher.quantization):
+    if engine == "vllm" and local is not None and (local.sharded or local.quantization):
         raise UserError(
             "--engine vllm holds a teacher whole and in its own type: leave out teacher.placement and "
             "teacher.quantization, or the engine"
         )
-    served = teacher is not None and teacher.served is not None
-    inputs = load_model_inputs(student, cache_dir, keep_clips=served, engine=engine)
+    served = None if teacher is None else teacher.served
+    inputs = load_model_inputs(student, cache_dir, keep_clips=served is not None, engine=engine)
     form = read_model_configs(student.model.path), inputs.encoder.processor
     distant = None
-    if teacher is not None and teacher.served is not None:
-        distant = connect_teacher(teacher.served, student.video, form)
-    elif teacher is not None:  # before minutes are spent on the student
-        check_teacher(teacher.model.path, teacher.quantization, chosen_device(device))
-        base = base_of(teacher.model.path)
+    if served is not None:  # before minutes are spent on the student
+        distant = connect_teacher(served, student.video, form)
+    elif local is not None:
+        check_teacher(local.model.path, local.quantization, chosen_device(device))
+        base = base_of(local.model.path)
         theirs = read_model_configs(base), load_processor(base)
-        check_same_tokens(form, theirs, other_template=teacher.other_template)
+        check_same_tokens(form, theirs, other_template=local.other_template)
     shared: dict[str, Any] = {
         "provenance": {
             "student": inputs.provenance()["model"],
@@ -130,9 +130,9 @@ def score_pool(
         "processes": processes,
     }
 
-    if for_topk is None and teacher is not None and distant is None:  # both are held together
+    if for_topk is None and local is not None:  # both are held together
         half = {"vllm.memory": student.vllm.memory / 2}
-        student, teacher = student.changed(**half), teacher.changed(**half)
+        student, local = student.changed(**half), local.changed(**half)
 
     def load_student() -> Policy:
         if engine == "vllm":
@@ -142,8 +142,8 @@ def score_pool(
     later = None
     if distant is not None:
         later = LazyPolicy(lambda: distant)
-    elif teacher is not None:
-        later = _lazy_teacher(teacher, Vocabulary.of(*form), device, engine)
+    elif local is not None:
+        later = _lazy_teacher(local, Vocabulary.of(*form), device, engine)
     with locked_file(out, processes):  # before the models are loaded
         if for_topk is not None:
             if later is None:

@@ -30,8 +30,8 @@ from video_opd.models.head import ResponseHead
 from video_opd.models.interfaces import Responses
 from video_opd.models.modes import call_through, computing_in, evaluating
 from video_opd.models.prefix import Prefix, prompts_of
-from video_opd.models.prompt_batch import pad_responses
-from video_opd.models.sampling import SamplingSettings, rollout_uniforms
+from video_opd.models.prompt_batch import pad_responses, scattered
+from video_opd.models.sampling import SamplingSettings, rollout_uniforms, seeds_of_rollouts
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
@@ -129,9 +129,7 @@ class HFPolicy:
         count = len(prompts)
         uniforms_BT = None
         if not settings.greedy:
-            if seeds is None or len(seeds) != count or any(len(row) != n for row in seeds):
-                raise ValueError(f"sampling needs seeds: {count} lists of {n} integers, one for each rollout")
-            flat = [seed for row in seeds for seed in row]
+            flat = [seed for row in seeds_of_rollouts(seeds, count, n) for seed in row]
             uniforms_BT = torch.from_numpy(rollout_uniforms(flat, max_new_tokens)).to(self.device)
         with self._state(grad=False):
             decoder = self._decoder(prompts, n)
@@ -181,9 +179,9 @@ class HFPolicy:
             else:
                 logprobs_N, full_NV = compute()
         return TokenLogprobs(
-            logprobs_BT=_scatter(logprobs_N, mask_BR),
+            logprobs_BT=scattered(logprobs_N, mask_BR),
             mask_BT=mask_BR,
-            full_BTV=None if full_NV is None else _scatter(full_NV, mask_BR),
+            full_BTV=None if full_NV is None else scattered(full_NV, mask_BR),
         )
 
     def hidden_states(
@@ -196,7 +194,7 @@ class HFPolicy:
         flat = [tokens for group in responses for tokens in group]
         ids_BR, mask_BR = pad_responses(flat, pad_id=self.vocabulary.pad_id, device=self.device)
         with self._state(grad=False):
-            return _scatter(self._hidden(prompts, repeats, ids_BR, mask_BR, False), mask_BR), mask_BR
+            return scattered(self._hidden(prompts, repeats, ids_BR, mask_BR, False), mask_BR), mask_BR
 
     def _hidden(
         self,
@@ -265,10 +263,3 @@ class HFPolicy:
                         f"sample {prompt.sample_id!r}: token {bad} of a response is a vision placeholder or "
                         "not in the tokenizer; no policy can write it"
                     )
-
-
-def _scatter(flat_N: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
-    """[N, ...] back to [B, R, ...], with 0 where the mask is False."""
-    padded = flat_N.new_zeros((*mask_BR.shape, *flat_N.shape[1:]))
-    padded[mask_BR] = flat_N
-    return padded

@@ -191,6 +191,13 @@ def pad_responses(
     return ids_BR.to(device), mask_BR.to(device)
 
 
+def scattered(flat_N: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
+    """[N, ...] back to [B, R, ...], with 0 where the mask is False."""
+    padded = flat_N.new_zeros((*mask_BR.shape, *flat_N.shape[1:]))
+    padded[mask_BR] = flat_N
+    return padded
+
+
 def row_index(repeats: Sequence[int]) -> torch.Tensor:
     """``[2, 1]`` → ``[0, 0, 1]``."""
     return torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats, dtype=torch.long))

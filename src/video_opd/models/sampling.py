@@ -38,6 +38,13 @@ class SamplingSettings:
         return self.temperature == 0
 
 
+def seeds_of_rollouts(seeds: Sequence[Sequence[int]] | None, prompts: int, n: int) -> Sequence[Sequence[int]]:
+    """The seeds. Raises ``ValueError`` unless there is one for each of ``n`` rollouts of each prompt."""
+    if seeds is None or [len(row) for row in seeds] != [n] * prompts:
+        raise ValueError(f"sampling needs seeds: {prompts} lists of {n} integers, one for each rollout")
+    return seeds
+
+
 def rollout_uniforms(seeds: Sequence[int], length: int) -> np.ndarray:
     """Float64 [B, length] in [0, 1): entry (b, t) is a function of ``(seeds[b], t)`` alone.
 

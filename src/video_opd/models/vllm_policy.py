@@ -21,7 +21,7 @@ from video_opd.config import VLLMConfig
 from video_opd.errors import Unavailable, UserError, need
 from video_opd.models.interfaces import Responses
 from video_opd.models.prefix import Unprefilled, prompts_of
-from video_opd.models.sampling import SamplingSettings
+from video_opd.models.sampling import SamplingSettings, seeds_of_rollouts
 from video_opd.models.vllm_worker import EXTENSION
 from video_opd.models.vocabulary import FORBIDDEN_LOGIT, Vocabulary
 from video_opd.progress import log
@@ -109,10 +109,9 @@ class VLLMPolicy:
         asked = prompts_of(prompts)
         if n < 1 or max_new_tokens < 1:
             raise ValueError(f"n is {n}, max_new_tokens is {max_new_tokens}; both must be at least 1")
-        if not settings.greedy and (seeds is None or [len(row) for row in seeds] != [n] * len(asked)):
-            raise ValueError(
-                f"sampling needs seeds: {len(asked)} lists of {n} integers, one for each rollout"
-            )
+        rows: Sequence[Sequence[int | None]] = [[None] * n] * len(asked)
+        if not settings.greedy:
+            rows = seeds_of_rollouts(seeds, len(asked), n)
         if not asked:
             return []
         engine = self._started(asked[0])
@@ -131,7 +130,6 @@ class VLLMPolicy:
                 detokenize=False,
             )
 
-        rows = seeds if seeds is not None and not settings.greedy else [[None] * n] * len(asked)
         requests = [(prompt, how(seed)) for prompt, row in zip(asked, rows, strict=True) for seed in row]
         given = [self._request(prompt, ()) for prompt, _ in requests]
         answers = self._generate(engine, given, [way for _, way in requests])

@@ -16,6 +16,8 @@ from video_opd.config.sections import EngineName
 from video_opd.models.head import ResponseHead
 from video_opd.models.interfaces import Responses
 from video_opd.models.prefix import Unprefilled, prompts_of
+from video_opd.models.prompt_batch import scattered
+from video_opd.models.sampling import seeds_of_rollouts
 from video_opd.models.teachers import Nonfinite, finite_scores, join_logprobs
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.messages import (
@@ -97,11 +99,7 @@ class RemoteTeacher:
     ) -> list[list[Rollout]]:
         """As :meth:`Policy.sample`."""
         asked = prompts_of(prompts)
-        if temperature != 0 and (seeds is None or [len(row) for row in seeds] != [n] * len(asked)):
-            raise ValueError(
-                f"sampling needs seeds: {len(asked)} lists of {n} integers, one for each rollout"
-            )
-        drawn = None if temperature == 0 else seeds
+        drawn = None if temperature == 0 else seeds_of_rollouts(seeds, len(asked), n)
 
         def sampled(piece: slice) -> SampleReply:
             own = asked[piece]
@@ -201,9 +199,7 @@ class RemoteTeacher:
                 full=True,
             )
         assert full_NV is not None
-        full_BTV = full_NV.new_zeros((*mask_BT.shape, full_NV.shape[-1]))
-        full_BTV[mask_BT] = full_NV
-        return full_BTV
+        return scattered(full_NV, mask_BT)
 
     def _divide(self, prompts: Sequence[EncodedPrompt], work: Callable[[slice], T]) -> list[Callable[[], T]]:
         """Begins ``work`` on the prompts in pieces of nearly equal size, as many as there are servers, and

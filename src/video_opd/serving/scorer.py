@@ -22,6 +22,7 @@ from video_opd.data.video import VideoError, clip_digest, load_clip
 from video_opd.errors import UserError, need
 from video_opd.models.interfaces import Responses
 from video_opd.models.policy import HFPolicy
+from video_opd.models.prompt_batch import scattered
 from video_opd.models.sampling import SamplingSettings
 from video_opd.models.vllm_policy import VLLMPolicy
 from video_opd.models.vocabulary import Vocabulary
@@ -305,18 +306,16 @@ def _looked_into(
             hidden_ND, ids_N, temperature=wanted.temperature, full=wanted.full
         )
 
-    def scattered(x_N: torch.Tensor) -> torch.Tensor:
-        padded = x_N.new_zeros((*mask_BR.shape, *x_N.shape[1:]))
-        padded[mask_BR] = x_N
-        return padded
-
-    found = {"logprobs": scattered(logprobs_N.float())}
+    found = {"logprobs": scattered(logprobs_N.float(), mask_BR)}
     if full_NV is not None:
-        found["full"] = scattered(full_NV.float())
+        found["full"] = scattered(full_NV.float(), mask_BR)
     if wanted.top_k:
         with torch.no_grad():
             ids_NK, values_NK = policy.head.likeliest(hidden_ND, wanted.top_k, temperature=wanted.temperature)
-        found |= {"top_ids": scattered(ids_NK.int()), "top_logprobs": scattered(values_NK.float())}
+        found |= {
+            "top_ids": scattered(ids_NK.int(), mask_BR),
+            "top_logprobs": scattered(values_NK.float(), mask_BR),
+        }
     if wanted.hidden:
         found["hidden"] = hidden_BRD
     return found
