@@ -48,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from video_opd.files import write_text
-    from video_opd.reproduce.document import document, read_results
+    from video_opd.reproduce.document import REPEATED, document, read_results
     from video_opd.reproduce.experiments import EXPERIMENTS, chosen, with_models
 
     experiments = chosen(arguments.suite)
@@ -57,7 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
 
         ready = with_models(experiments)
         reproduce(ready, arguments.out, arguments.results, seeds=arguments.seeds, jobs=arguments.jobs)
-    page = document(read_results(arguments.results, EXPERIMENTS), EXPERIMENTS)
+    results = Path(arguments.results)
+    page = document(
+        read_results(results, EXPERIMENTS), EXPERIMENTS, read_results(results / REPEATED, EXPERIMENTS)
+    )
     if arguments.page:
         log(f"wrote {write_text(Path(arguments.page), page)}")
     else:

@@ -32,7 +32,7 @@ from video_opd.reproduce.rates import (
     tuned,
     tuning_stage,
 )
-from video_opd.reproduce.table_1 import ARMS, leaders
+from video_opd.reproduce.table_1 import ARMS
 from video_opd.reproduce.tasks import Stage
 
 NAME = "distance"
@@ -82,8 +82,13 @@ def claims(record: Mapping[str, Any]) -> list[Claim]:
     return table_1.claims(record, ", nearer to the teacher")
 
 
+def leaders(record: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """As :func:`table_1.leaders`."""
+    return table_1.leaders(record, record["start"])
+
+
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
-    """Markdown: mean IoU of each arm, its rise from the start, and who leads where."""
+    """Markdown: mean IoU of each arm, and its rise from the start."""
     settings, levels = record["settings"], record["levels"]
     yield (
         f"The arms start from a student with mean IoU {spread(record['start']['all'])}, which Video-OPD made "
@@ -99,4 +104,3 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
         ]
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
-    yield from leaders(levels)

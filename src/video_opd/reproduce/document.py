@@ -1,4 +1,4 @@
-"""``docs/reproduction.md`` from the results: every claim with its figures, and who wins where. No torch."""
+"""``docs/reproduction.md`` from the results: who leads where, and every claim with its figures. No torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from video_opd.reproduce.claims import FAILS, HOLDS, OPEN, Claim
 Results = Mapping[str, Mapping[str, Any]]
 """The content of a result's file, by the experiment's name."""
 
+REPEATED = "repeated"  # the folder, inside that of the results, with results of the same from other machines
+
 
 def read_results(folder: str | Path, experiments: Mapping[str, ModuleType]) -> Results:
     """The results in a folder, ``NAME.json`` each. Raises UserError for a file that is not such a result."""
@@ -31,17 +33,61 @@ def read_results(folder: str | Path, experiments: Mapping[str, ModuleType]) -> R
     return found
 
 
-def document(results: Results, experiments: Mapping[str, ModuleType]) -> str:
-    """The page as Markdown."""
+def document(results: Results, experiments: Mapping[str, ModuleType], repeated: Results | None = None) -> str:
+    """The page as Markdown. ``repeated`` are results of the same experiments from other machines."""
     parts = [(resources.files("video_opd.reproduce") / "templates" / "head.md").read_text(encoding="utf-8")]
     made = {name: experiments[name].claims(record["result"]) for name, record in results.items()}
+    parts.append("\n".join(_map(results, experiments)))
     parts.append("\n".join(_claims(made)))
+    parts.append("\n".join(_repeated(made, repeated, experiments)))
     for name, record in results.items():
         parts.append("\n".join(_section(experiments[name], record)))
     missing = [experiment.TITLE for name, experiment in experiments.items() if name not in results]
     if missing:
         parts.append("## Not run\n\n" + "\n".join(f"* {title}" for title in missing) + "\n")
     return "\n".join(parts)
+
+
+def _map(results: Results, experiments: Mapping[str, ModuleType]) -> Iterator[str]:
+    """The method that leads at each level of annotation noise, from each start."""
+    rows = [
+        row
+        for name, record in results.items()
+        if hasattr(experiments[name], "leaders")
+        for row in experiments[name].leaders(record["result"])
+    ]
+    if rows:
+        yield "## Which method when\n"
+        yield (
+            "The method that leads, by the student's mean IoU before and by how loose the annotations are, "
+            "and the methods whose difference from it has an interval with 0 inside:\n"
+        )
+        yield "| student before | annotation noise | leads | its mean IoU | cannot be told from it |"
+        yield "|---|---|---|---|---|"
+        yield from (f"| {' | '.join(row)} |" for row in rows)
+        yield ""
+
+
+def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether each difference lies inside of the other's interval."""
+    return one["low"] <= other["rise"] <= one["high"] and other["low"] <= one["rise"] <= other["high"]
+
+
+def _repeated(
+    made: Mapping[str, Sequence[Claim]], repeated: Results | None, experiments: Mapping[str, ModuleType]
+) -> Iterator[str]:
+    """The claims of repeated experiments, beside those of the first time."""
+    again = {name: record for name, record in (repeated or {}).items() if name in made}
+    if again:
+        yield "## Repeated on another machine\n"
+        yield "The same seeds; two results agree if each difference lies in the other's interval.\n"
+        yield "| claim | where | first | again | agree |"
+        yield "|---|---|---|---|---|"
+        for name, record in again.items():
+            for first, second in zip(made[name], experiments[name].claims(record["result"]), strict=True):
+                word = "yes" if agree(first.difference, second.difference) else "no"
+                yield f"| {first.says} | {first.where} | {first.figures} | {second.figures} | {word} |"
+        yield ""
 
 
 def _claims(made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:

@@ -161,20 +161,19 @@ def best(level: Mapping[str, Any]) -> tuple[str, list[str]]:
     return first, sorted(near, key=mean, reverse=True)
 
 
-def leaders(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown: the best arm of each level, and the arms that its intervals do not tell from it."""
-    yield "Which method leads, and which cannot be told from it:\n"
-    yield "| annotation noise | best | not told from it |"
-    yield "|---|---|---|"
-    for level in levels:
+def leaders(record: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> Iterator[Sequence[str]]:
+    """A row of the map for each level: the student's mean IoU before, the level, the best arm, its mean IoU,
+    and the arms that its intervals do not tell from it. ``start`` is the student's record, if not the base's.
+    """
+    before = spread((start or record["shipped"][BASE])["all"])
+    for level in record["levels"]:
         first, near = best(level)
         others = "; ".join(ARMS[arm] for arm in near) or "none"
-        yield f"| {level['noise']:g} | {ARMS[first]} | {others} |"
-    yield ""
+        yield before, f"{level['noise']:g}", ARMS[first], spread(level["mIoU"][first]["all"]), others
 
 
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
-    """Markdown: mean IoU of each arm at each level, the rates that were chosen, and who leads where."""
+    """Markdown: mean IoU of each arm at each level, the rates that were chosen, by test set, too."""
     settings, levels = record["settings"], record["levels"]
     yield (
         f"{settings['videos']} training videos a seed, {settings['steps']} steps of "
@@ -205,4 +204,3 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
             cells = [spread(level["mIoU"][arm][testset]) for testset in sets]
             yield f"| {name} | {level['noise']:g} | " + " | ".join(cells) + " |"
     yield ""
-    yield from leaders(levels)

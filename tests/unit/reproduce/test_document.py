@@ -14,7 +14,7 @@ from places import ROOT
 from video_opd.errors import UserError
 from video_opd.reproduce import experiments
 from video_opd.reproduce.claims import Claim, verdict
-from video_opd.reproduce.document import document, read_results
+from video_opd.reproduce.document import REPEATED, agree, document, read_results
 from video_opd.reproduce.experiments import EXPERIMENTS, SUITES, chosen, with_models
 
 PAGE = ROOT / "docs" / "reproduction.md"
@@ -53,7 +53,7 @@ def check_page(text: str) -> int:
 
 def test_the_page_is_what_the_results_give() -> None:
     results = read_results(RESULTS, EXPERIMENTS)
-    text = document(results, EXPERIMENTS)
+    text = document(results, EXPERIMENTS, read_results(RESULTS / REPEATED, EXPERIMENTS))
     assert PAGE.read_text(encoding="utf-8") == text, "video-opd reproduce --no-runs --results … --page …"
     claims = sum(len(EXPERIMENTS[name].claims(record["result"])) for name, record in results.items())
     assert check_page(text) == claims
@@ -87,6 +87,36 @@ def test_a_page_of_made_up_results(tmp_path: Path) -> None:
     )
     assert "## Table 9\n\nSeeds 0, 1; commit unknown; 2 CPU cores, torch 2.\n\na table" in text
     assert "## Not run\n\n* Table 10" in text
+
+
+def test_two_results_agree_if_each_lies_in_the_others_interval() -> None:
+    one = difference(2, 1, 3)
+    assert agree(one, difference(2.9, 1.9, 3.9)) and agree(one, one)
+    assert not agree(one, difference(3.1, 1.9, 4.3)) and not agree(difference(3.1, 1.9, 4.3), one)
+    assert not agree(one, difference(2.9, 2.5, 3.3))  # its interval is too narrow to hold 2
+
+
+def test_a_repeated_result_stands_beside_the_first(tmp_path: Path) -> None:
+    experiment = SimpleNamespace(
+        TITLE="T", tables=lambda record: iter([]),
+        leaders=lambda record: iter([("45.6", "1", "SFT", "60.0", "none")]),
+        claims=lambda record: [
+            Claim(says="a beats b", source="s", where="here", difference=difference(*record["values"]))
+        ],
+    )  # fmt: skip
+    known = {"t": cast(ModuleType, experiment)}
+    for folder, values in ((tmp_path, (2, 1, 3)), (tmp_path / REPEATED, (3.5, 1, 6))):
+        folder.mkdir(exist_ok=True)
+        record = {"machine": {"cpus": 2, "torch": "2"}, "seeds": [0], "commit": None}
+        (folder / "t.json").write_text(json.dumps(record | {"result": {"values": values}}))
+    first, again = read_results(tmp_path, known), read_results(tmp_path / REPEATED, known)
+    text = document(first, known, again)
+    assert "| a beats b | here | +2.0 [+1.0, +3.0] | +3.5 [+1.0, +6.0] | no |" in text
+    assert "| a beats b | here | +2.0 [+1.0, +3.0] | +2.0 [+1.0, +3.0] | yes |" in document(
+        first, known, first
+    )
+    assert "Repeated" not in document(first, known)
+    assert "| 45.6 | 1 | SFT | 60.0 | none |" in text and check_page(text) == 1
 
 
 def difference(rise: float, low: float, high: float) -> dict[str, Any]:
