@@ -150,6 +150,11 @@ def test_paper_shows_what_is_closed(pages: dict[str, Path], browser: Page) -> No
     heights = f"{closed}.map((d) => d.lastElementChild.getBoundingClientRect().height)"
     assert browser.ask(f"{closed}.length") >= 3 and min(browser.ask(heights)) > 40
     assert browser.ask(f"{closed}.every((d) => d.querySelector('pre, td, .lane').checkVisibility())")
+    # How to operate the page is for the screen alone.
+    operate = "[...document.querySelectorAll('.operate')].map((e) => [e.textContent, e.checkVisibility()])"
+    told = browser.ask(operate)
+    assert any("Hover" in text for text, _ in told) and any("Point at a token" in text for text, _ in told)
+    assert not any(visible for _, visible in told)
     browser.ask("dispatchEvent(new Event('beforeprint'))")  # browsers that do not know that rule
     assert browser.ask(f"{closed}.every((d) => d.open)")
     browser.ask("dispatchEvent(new Event('afterprint'))")
