@@ -16,7 +16,7 @@ from video_opd.models.teachers import Nonfinite
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.progress import log
 from video_opd.serving.client import RemoteTeacher, bfloat16_or_float32
-from video_opd.serving.servers import Servers, describe, files_of_model, head_of_model
+from video_opd.serving.servers import Described, Servers, describe, files_of_model, head_of_model
 
 if TYPE_CHECKING:
     from transformers import Qwen3VLProcessor
@@ -33,13 +33,34 @@ def connect_teacher(
     device: torch.device | None = None,
     distributions: bool = False,
 ) -> RemoteTeacher:
-    """The teacher behind ``teacher.urls``.
+    """The teacher behind ``teacher.urls``; it raises as :func:`check_servers` does."""
+    servers, found = check_servers(settings, student, distributions=distributions)
+    head = None
+    if distributions and isinstance(settings, DistillationTeacherConfig) and settings.receive == "hidden":
+        head = lm_head_of(servers, device or torch.device("cpu"))
+    log(f"the teacher is {found.name} ({found.model}) at {', '.join(settings.urls)}")
+    return RemoteTeacher(
+        servers,
+        Vocabulary.of(*student),
+        found.model,
+        send=settings.send,
+        video=video,
+        nonfinite=nonfinite,
+        device=device,
+        head=head,
+        engine="vllm" if found.engine == "vllm" else "hf",
+    )
 
-    Raises :class:`UserError` if the servers hold another model than the recipe names, compute in another
-    type, do not share the student's tokens, pixels and prompts, or read no files where ``teacher.send`` says
-    so.
 
-    ``distributions``: the run asks for whole ones.
+def check_servers(
+    settings: TeacherConfig, student: tuple[Any, Qwen3VLProcessor], *, distributions: bool = False
+) -> tuple[Servers, Described]:
+    """The servers of ``teacher.urls``, and what the first that answers says of its model.
+
+    Of the student, its configs are enough, so this is asked before its weights are loaded. ``distributions``
+    says that the run asks for whole ones. Raises :class:`UserError` if the servers hold another model than
+    the recipe names, compute in another type, give no distributions, do not share the student's tokens,
+    pixels and prompts, or read no files where ``teacher.send`` says so.
     """
     servers = Servers(settings.urls, os.environ.get(TOKEN), settings.wait_s)
     found = describe(servers)
@@ -69,21 +90,7 @@ def connect_teacher(
     with files_of_model(servers) as folder:
         teacher = (read_model_configs(folder), load_processor(folder))
         check_same_tokens(student, teacher, other_template=settings.other_template)
-    head = None
-    if distributions and isinstance(settings, DistillationTeacherConfig) and settings.receive == "hidden":
-        head = lm_head_of(servers, device or torch.device("cpu"))
-    log(f"the teacher is {found.name} ({found.model}) at {', '.join(settings.urls)}")
-    return RemoteTeacher(
-        servers,
-        Vocabulary.of(*student),
-        found.model,
-        send=settings.send,
-        video=video,
-        nonfinite=nonfinite,
-        device=device,
-        head=head,
-        engine="vllm" if found.engine == "vllm" else "hf",
-    )
+    return servers, found
 
 
 def lm_head_of(servers: Servers, device: torch.device) -> torch.nn.Linear:

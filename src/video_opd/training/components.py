@@ -16,16 +16,18 @@ from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError, need
-from video_opd.models.checkpoint_files import adapter_base, has_full_weights, is_adapter_folder
+from video_opd.models.checkpoint_files import adapter_base, base_of, has_full_weights, is_adapter_folder
 from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
 from video_opd.models.loading import (
     DTYPES,
     check_teacher,
     load_model,
+    load_processor,
     load_teacher,
     no_library_warnings,
     read_config,
+    read_model_configs,
 )
 from video_opd.models.lora import (
     add_adapters,
@@ -43,7 +45,7 @@ from video_opd.models.torchao import check_torchao
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.planning.setup import Place, needs_distributions
 from video_opd.progress import log
-from video_opd.serving.connect import connect_teacher
+from video_opd.serving.connect import check_servers, connect_teacher
 from video_opd.training.masters import Masters
 from video_opd.training.memory import plan_of_run
 from video_opd.training.optimizers import make_optimizer
@@ -104,6 +106,8 @@ def build_components(
     device = accelerator.device
     for path in recipe.teacher.local_paths:  # finds a missing one before minutes are spent on the student
         check_teacher(path, recipe.teacher.quantization, device)
+    if recipe.asks_servers:
+        check_served_teacher(recipe, weights)
     plan = plan_of_run(recipe, samples, accelerator)
     placement = plan.teacher_placement if plan is not None else placement_asked(recipe)
     finished = Path(weights) == folder.model
@@ -297,7 +301,7 @@ def load_teachers(
             student,
             nonfinite=recipe.loss.nonfinite,
             device=device,
-            distributions=needs_distributions(recipe) or recipe.measures_analytic_kl,
+            distributions=_asks_for_distributions(recipe),
         )
     sources = {sample.id: sample.source for sample in samples}
     for source in settings.by_source:
@@ -329,6 +333,19 @@ def load_teachers(
         return settings.by_source.get(sources[prompt.sample_id] or "", settings.path)
 
     return RoutedTeacher(teachers, route)
+
+
+def check_served_teacher(recipe: Recipe, student: str | Path) -> None:
+    """Raises :class:`UserError`, before any weights are loaded, for servers of ``teacher.urls`` that
+    :func:`load_teachers` would refuse. ``student`` is its folder, or its adapter's."""
+    base = base_of(student)
+    form = read_model_configs(base), load_processor(base)
+    check_servers(recipe.teacher, form, distributions=_asks_for_distributions(recipe))
+
+
+def _asks_for_distributions(recipe: Recipe) -> bool:
+    """Whether the training asks its teacher for whole distributions."""
+    return recipe.asks_servers and (needs_distributions(recipe) or recipe.measures_analytic_kl)
 
 
 def why_not_shared(recipe: DistillationRecipe, path: str, student: torch.nn.Module) -> str | None:

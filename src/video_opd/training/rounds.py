@@ -35,7 +35,7 @@ from video_opd.models.inference import with_video_form
 from video_opd.models.loading import release_memory
 from video_opd.processes import Processes
 from video_opd.progress import log
-from video_opd.training.components import build_components
+from video_opd.training.components import build_components, check_served_teacher
 from video_opd.training.digests import file_digest, sealed
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
@@ -142,6 +142,8 @@ class Rounds:
         check_trackers(recipe)
         if isinstance(recipe, GRPORecipe):
             make_reward(recipe)
+        if recipe.teacher.urls:  # before the pool is scored
+            check_served_teacher(recipe, recipe.model.path)
 
     def _prepare(self, number: int) -> tuple[str | None, bool]:
         """Returns (why a round has nothing to train on, whether it was trained before)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from video_opd.serving import servers
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
+from video_opd.training import components, rounds
 from video_opd.training.loop import train
+from video_opd.training.rounds import run_rounds
 from video_opd.training.run_folder import RunFolder
 from video_opd.world.make import make_world
 
@@ -150,8 +153,15 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def test_a_server_of_another_model_is_refused(data: Path, service: Service, tmp_path: Path) -> None:
+def no_models(*given: Any, **settings: Any) -> Any:
+    raise AssertionError("a model is loaded, or rows are scored, before the servers are asked")
+
+
+def test_a_server_of_another_model_is_refused_before_the_student_is_loaded(
+    data: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service.scorer.roots = []
+    monkeypatch.setattr(components, "load_student", no_models)
     with cases.serving(service.app()) as url:
         wrong: dict[str, dict[str, Any]] = {
             r"holds the model tiny-teacher .* and teacher\.path .*tiny-base is": {"teacher.path": BASE},
@@ -162,6 +172,23 @@ def test_a_server_of_another_model_is_refused(data: Path, service: Service, tmp_
         for message, changes in wrong.items():
             with pytest.raises(UserError, match=message):
                 train(recipe(data, tmp_path / "run", **{"teacher.urls": (url,), **changes}))
+
+
+def test_a_server_without_distributions_is_refused_before_a_pool_is_scored(
+    data: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.scorer.roots = []
+    monkeypatch.setattr(service.scorer, "facts", replace(service.scorer.facts, engine="vllm"))
+    monkeypatch.setattr(components, "load_student", no_models)
+    monkeypatch.setattr(rounds, "score_pool", no_models)
+    with cases.serving(service.app()) as url:
+        asked = {"teacher.urls": (url,), "rounds.count": 2, "tvdf.k": 2}
+        for run in (train, run_rounds):
+            with pytest.raises(UserError, match="gives no whole distributions"):
+                run(recipe(data, tmp_path / run.__name__, **asked))
+        sampled = {"loss.estimator": "sampled", "teacher.distributions": False, "run.analytic_kl": False}
+        with pytest.raises(AssertionError, match="before the servers are asked"):
+            run_rounds(recipe(data, tmp_path / "sampled", **asked, **sampled))
 
 
 def test_a_fingerprint_stands_for_a_folder_that_is_not_here(
