@@ -30,6 +30,7 @@ POOL_SEED = 300  # + the run's seed; no test set and no tiny model has a video o
 VALIDATION_SEED = 50
 VALIDATION_VIDEOS = {split: count // 2 for split, count in TEST_VIDEOS.items()}
 TUNING = 99  # the seed of the pool on which learning rates are chosen
+START_SECONDS = 8.0  # until a command has imported what it needs
 EVALUATION_SECONDS = 0.1  # for a row, on one thread
 QUERIES = 4  # on a video, about
 STEP_SECONDS = {  # for 32 prompts of the generated world, on one thread
@@ -131,7 +132,9 @@ def train_task(
         name=f"{folder.parent.name}-{folder.name}",
         words=lambda: ["train", recipe(name), *settings_words(fixed | asked(changes or {}))],
         done=lambda: is_finished(folder, evaluate),
-        seconds=steps * STEP_SECONDS[name] + EVALUATION_SECONDS * QUERIES * sum(TEST_VIDEOS.values()),
+        seconds=START_SECONDS
+        + steps * STEP_SECONDS[name]
+        + EVALUATION_SECONDS * QUERIES * sum(TEST_VIDEOS.values()),
     )
 
 
@@ -191,7 +194,9 @@ def rounds_task(
         name=f"{folder.parent.name}-{folder.name}",
         words=lambda: ["rounds", recipe(name), *settings_words(fixed | asked(changes))],
         done=lambda: are_finished(folder),
-        seconds=(2 + rounds) * EVALUATION_SECONDS * rows + rounds * steps * STEP_SECONDS[name],
+        seconds=START_SECONDS
+        + (2 + rounds) * EVALUATION_SECONDS * rows
+        + rounds * steps * STEP_SECONDS[name],
     )
 
 
@@ -210,7 +215,8 @@ def predict_task(folder: Path, model: Path, data: Path, flags: Sequence[Any] = (
         name=f"{folder.parent.name}-{folder.name}-{data.stem}",
         words=lambda: [*words, *flags],
         done=lambda: has_all_rows(out, data),
-        seconds=EVALUATION_SECONDS * QUERIES * TEST_VIDEOS.get(data.stem, sum(TEST_VIDEOS.values())),
+        seconds=START_SECONDS
+        + EVALUATION_SECONDS * QUERIES * TEST_VIDEOS.get(data.stem, sum(TEST_VIDEOS.values())),
     )
 
 

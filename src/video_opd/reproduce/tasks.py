@@ -64,6 +64,8 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         PARENT: str(os.getpid()),  # they end with this process
     }
+    # Container images often set it, and each of these commands would compile torch and transformers again.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     total_s, done_s, began = expected_seconds(stages, jobs), 0.0, time.monotonic()
     for number, stage in enumerate(stages):
         todo = [task for task in stage if not task.done()]

@@ -61,6 +61,18 @@ def test_a_command_that_leaves_its_work_undone_is_a_failure(tmp_path: Path) -> N
         run_stages([[Notes().task("short", works=False)]], tmp_path, 1)
 
 
+def test_commands_keep_the_bytecode_of_what_they_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "imported.py").touch()
+    (tmp_path / "imports.py").write_text("import imported")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kept = tmp_path / "__pycache__"
+    task = Task(name="t", words=list, done=kept.exists, seconds=1, module="imports")
+    run_stages([[task]], tmp_path / "logs", 1)  # it raises if the command leaves this undone
+
+
 def test_settings_are_the_words_of_a_recipe() -> None:
     assert list(settings_words({"optim.lr": 3e-4, "run.dir": Path("a b")})) == [
         "--optim.lr", "0.0003", "--run.dir", "a b",
