@@ -193,19 +193,45 @@ def unquantised_name(path: str | Path) -> str:
 def _check_length(path: str | Path, file: Path) -> None:
     """A safetensors file begins with the length of a header, which says where the last tensor ends."""
     size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        try:
-            header = json.loads(handle.read(length)) if 8 + length <= size else {}
-            ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
-            expected = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            return  # no safetensors file; the library says so
+    try:
+        length, header = _header(file)
+        expected = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
+    except _NO_HEADER:
+        return  # no safetensors file; the library says so
     if size < expected:
         raise UserError(
             f"{path}: {file.name} is cut off ({size:,} bytes, and its header needs {expected:,} or more); "
             "download it again"
         )
+
+
+# What reading a header, and what it should say, raises if the file is another.
+_NO_HEADER = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """(its length in bytes, what it says of each weight) of a safetensors file."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        found = json.loads(handle.read(length)) if 8 + length <= file.stat().st_size else {}
+    return length, {name: value for name, value in found.items() if name != "__metadata__"}
+
+
+def stored_type(path: str | Path) -> str | None:
+    """The type of all weights of a checkpoint, as safetensors names it (``BF16``, ``F32``).
+
+    None if there are several, if the files are of another kind, and if a hub's are not here yet.
+    """
+    config = find_file(path, "config.json")
+    if config is None:
+        return None
+    index = _object(config.parent / "model.safetensors.index.json").get("weight_map", {})
+    files = [config.parent / name for name in set(index.values())] or _weight_files(config.parent)
+    try:
+        types = {weight["dtype"] for file in files for weight in _header(file)[1].values()}
+    except (OSError, *_NO_HEADER):
+        return None
+    return types.pop() if len(types) == 1 else None
 
 
 def _object(file: Path) -> dict[str, Any]:

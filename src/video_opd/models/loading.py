@@ -21,6 +21,7 @@ from video_opd.models.checkpoint_files import (
     check_processor_files,
     is_adapter_folder,
     quantisation_of,
+    stored_type,
     unquantised_name,
 )
 from video_opd.models.folder_trial import try_prompt
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}  # float32 holds every number of these
 # transformers' class for each ``model_type``. The second differs only in its decoder layers, with experts.
 FAMILIES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -49,6 +51,7 @@ def load_model(
     attn: str = "sdpa",
     *,
     trained: bool = False,
+    as_stored: bool = False,
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen3VLProcessor]:
     """A Qwen3-VL model, dense or with experts, in evaluation mode, and the processor of its folder.
 
@@ -60,6 +63,10 @@ def load_model(
     FP8 weights are dequantised into ``dtype`` while they are read; other quantised weights are refused.
     ``trained`` says that the weights will be, and then FP8 is refused, too.
 
+    A float32 model of a checkpoint in 16 bits is read as it is stored, which takes no memory of the host's:
+    processes share the pages of the file. Its weights are widened one by one, on ``device``. With
+    ``as_stored`` they are not, and the caller widens them.
+
     Raises :class:`UserError` when something is missing, broken, or not Qwen3-VL.
     """
     import transformers
@@ -69,6 +76,8 @@ def load_model(
     target = _usable_device(device)
     config = read_config(path)
     quantised = _check_quantisation(path, config, trained)
+    wanted = DTYPES[dtype]
+    narrow = _NARROW.get(stored_type(path) or "") if wanted is torch.float32 and not quantised else None
     processor = load_processor(path)
     _check_patches(path, config, processor)
     with no_library_bars(), no_library_warnings():  # a table of all names; see _check_names
@@ -77,18 +86,23 @@ def load_model(
             "the weights",
             getattr(transformers, FAMILIES[config.model_type]).from_pretrained,
             config=config,
-            dtype=DTYPES[dtype],
+            dtype=narrow or wanted,
             attn_implementation=attn,
             output_loading_info=True,
             weights_only=True,  # of a pytorch_model.bin, which is a pickle: nothing but tensors
         )
     _check_names(path, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]))
     if quantised:
-        cast_weights(model, DTYPES[dtype])  # what was quantised is bfloat16 until here
+        cast_weights(model, wanted)  # what was quantised is bfloat16 until here
         log(f"{path}: its {quantised} weights are dequantised into {dtype}")
     _note_unfollowed(path, model.generation_config)
     use_batched_frames(model)
     use_linear_patches(model)
+    if narrow:
+        for part in (model.config, model.config.text_config, model.config.vision_config):
+            part.dtype = wanted
+        if not as_stored:
+            cast_weights(model, wanted, device=target)
     return model.to(target).eval(), processor
 
 

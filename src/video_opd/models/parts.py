@@ -26,15 +26,22 @@ def part_modules(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
     return {part: [(name, model.get_submodule(name)) for name in found] for part, found in names.items()}
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype, *, frozen_only: bool = False) -> None:
-    """Casts the weights (or only those that are not trained) to ``dtype``.
+def cast_weights(
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    frozen_only: bool = False,
+    device: torch.device | None = None,
+) -> None:
+    """Casts the weights (or only those that are not trained) to ``dtype``, one after the other, on ``device``
+    if it is given.
 
     ``model.to(dtype)`` would cast buffers, too, and rotary frequencies in bfloat16 are wrong by many radians
     after some thousand positions.
     """
     for parameter in model.parameters():
         if not (frozen_only and parameter.requires_grad):
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(device=device).to(dtype)
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

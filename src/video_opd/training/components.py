@@ -52,7 +52,7 @@ from video_opd.training.optimizers import make_optimizer
 from video_opd.training.placement import loading_device, place, placement_asked
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.sampler import VLLMSampler, make_sampler
-from video_opd.training.sharding import gathers_by_layer, is_sharded, shard, sharding_asked
+from video_opd.training.sharding import gathers_by_layer, hold, is_sharded, shard, sharding_asked
 from video_opd.types import EncodedPrompt, Sample
 
 if TYPE_CHECKING:
@@ -198,10 +198,17 @@ def prepare(
     if recipe.optim.offload:
         processes = accelerator.num_processes if sharded else 1
         masters = Masters(model, dtype, rank=accelerator.process_index, processes=processes)
+
+    def held(weight: torch.nn.Parameter) -> torch.dtype:
+        given = recipe.lora.parts or (masters is not None and weight.requires_grad)
+        return weight.dtype if given else DTYPES[recipe.model.weights]
+
     if sharded:
-        shard(model, dtype, accelerator.device)
-    elif recipe.model.sharding is not None:
-        log(f"model.sharding is {recipe.model.sharding}, but there is one process: nothing is sharded")
+        shard(model, dtype, accelerator.device, held)
+    else:
+        hold(model.parameters(), held)
+        if recipe.model.sharding is not None:
+            log(f"model.sharding is {recipe.model.sharding}, but there is one process: nothing is sharded")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if masters is not None:
         masters.bind(model)
@@ -221,20 +228,28 @@ def load_student(
     With LoRA, ``weights`` is the base or a checkpoint's ``adapter/``. ``merged`` says that it is a finished
     model, which needs no adapters.
     """
-    if gathers_by_layer(recipe) and not merged:
+    by_layer = gathers_by_layer(recipe) and not merged
+    if by_layer:
         device = CPU  # whole, it may have no room on the device; its shards are moved there
     if not recipe.lora.parts or merged:
         dtype = recipe.run.save_dtype if merged else recipe.model.weights  # what the run would hold
         model, processor = load_model(
-            weights, dtype=dtype, device=device, attn=recipe.model.attn, trained=True
+            weights,
+            dtype=dtype,
+            device=device,
+            attn=recipe.model.attn,
+            trained=True,
+            as_stored=by_layer or (recipe.optim.offload and not merged),  # :func:`prepare` widens it
         )
         freeze(model, recipe.model)
         return model, processor
     if recipe.lora.base_quantization is not None:
         model_type = read_config(recipe.model.path).model_type
         check_quantisation(recipe.lora.base_quantization, "lora.base_quantization", device, model_type)
-    # The base stays on the CPU in float32 until its frozen weights are cast: the device may have no room.
-    model, processor = load_model(recipe.model.path, dtype="float32", attn=recipe.model.attn, trained=True)
+    # The base stays on the CPU until its frozen weights are cast: the device may have no room for float32.
+    model, processor = load_model(
+        recipe.model.path, dtype="float32", attn=recipe.model.attn, trained=True, as_stored=True
+    )
     adapt(model, recipe, weights, device)
     return model.to(device), processor
 
@@ -243,8 +258,13 @@ def adapt(model: torch.nn.Module, recipe: Recipe, weights: str | Path, device: t
     """Puts adapters on the base: a checkpoint's if ``weights`` is its ``adapter/``, otherwise new ones.
 
     Weights that are not trained are then held in ``model.dtype``: they need not represent small updates. With
-    ``lora.base_quantization``, their linear layers are quantised, one at a time on ``device``.
+    ``lora.base_quantization``, their linear layers are quantised, one at a time on ``device``. Weights that
+    are trained are float32, in whichever type the base was read.
     """
+    for part, modules in part_modules(model).items():
+        if part not in recipe.lora.parts and part not in recipe.model.freeze:
+            for _, module in modules:
+                cast_weights(module, torch.float32)
     if is_adapter_folder(weights):
         load_adapter(model, weights)
     else:

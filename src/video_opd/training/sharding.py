@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,19 +40,33 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 
-def shard(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+HeldType = Callable[[nn.Parameter], torch.dtype]
+"""The type that a weight is held in; it may have been read in a narrower one."""
+
+
+def hold(weights: Iterable[nn.Parameter], held: HeldType) -> None:
+    """Gives weights the types that they are held in."""
+    for weight in weights:
+        weight.data = weight.data.to(held(weight))
+
+
+def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, held: HeldType) -> None:
     """Puts the weights into shards over all processes, in place; the model computes in ``dtype``.
 
-    Gradients are reduced in float32. ``fully_shard`` replaces the parameters, so create the optimiser
-    afterwards. It is called directly because Accelerate offers FSDP2 on accelerators only.
+    A layer's weights get the types that they are ``held`` in just before it is divided, so no process ever
+    has the whole model in a wider one. Gradients are reduced in float32. ``fully_shard`` replaces the
+    parameters, so create the optimiser afterwards. It is called directly because Accelerate offers FSDP2 on
+    accelerators only.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # Autocast casts the inputs.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*units_of(model), model):
+        hold((weight for weight in module.parameters() if not isinstance(weight, DTensor)), held)
         fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 

@@ -66,7 +66,7 @@ def compare(folder: Path, frozen: str) -> None:
     for each in range(2):
         work_of(each, alone, cut=False)
     expected = {name: weight.grad for name, weight in alone.model.named_parameters()}
-    shard(student, torch.float32, CPU)
+    shard(student, torch.float32, CPU, lambda weight: weight.dtype)
     shards = Shards(student, by_layer=True)
     layers, watched = shards.gathered_layers(), WholeLayers(student)
     assert layers is not None
@@ -106,7 +106,7 @@ def test_a_pass_outside_of_together_is_refused(tmp_path: Path):
 def refused(folder: Path) -> None:
     distributed.init_process_group("gloo")
     student = model(0)
-    shard(student, torch.float32, CPU)
+    shard(student, torch.float32, CPU, lambda weight: weight.dtype)
     assert Shards(student, by_layer=True).gathered_layers() is not None
     with pytest.raises(AssertionError, match="inside of together"):
         HFPolicy(student, processor()).prefill([prompt(0)])

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from model_cases import encode, model, processor
+from process_cases import needs_proc
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
 from video_opd.errors import UserError
 from video_opd.models import checkpoint_files
 from video_opd.models.checkpoint_files import check_model_files
 from video_opd.models.inference import read_inference_config, read_saved_settings, trained_video_form
 from video_opd.models.loading import load_model, load_teacher, read_config
+from video_opd.models.parts import cast_weights
+from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.vision_attention import NAME
@@ -46,6 +49,72 @@ def test_a_saved_folder_loads_as_it_was(saved: Path) -> None:
     got = HFPolicy(loaded, loaded_processor).logprobs([prompt], responses).logprobs_BT
     expected = HFPolicy(model(), processor(), "plain").logprobs([prompt], responses).logprobs_BT
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_a_checkpoint_in_16_bits_is_widened_to_what_the_library_reads(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
+    made = model(0, sharpness=8.0)
+    cast_weights(made, stored)
+    made.save_pretrained(tmp_path)
+    processor().save_pretrained(tmp_path)
+    assert checkpoint_files.stored_type(tmp_path) == {torch.bfloat16: "BF16", torch.float16: "F16"}[stored]
+    expected = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    use_linear_patches(expected)
+    loaded, _ = load_model(tmp_path, dtype="float32")
+    as_stored, _ = load_model(tmp_path, dtype="float32", as_stored=True)
+    for each, dtype in ((loaded, torch.float32), (as_stored, stored)):
+        assert {weight.dtype for weight in each.parameters()} == {dtype}
+        for kind in ("named_parameters", "named_buffers"):
+            theirs, ours = dict(getattr(expected, kind)()), dict(getattr(each, kind)())
+            assert theirs.keys() == ours.keys() and theirs
+            for name, tensor in theirs.items():
+                assert torch.equal(ours[name].to(tensor.dtype), tensor), name
+                assert kind == "named_parameters" or ours[name].dtype == tensor.dtype, name
+        for of in (lambda m: m.config, lambda m: m.config.text_config, lambda m: m.config.vision_config):
+            assert of(each).dtype == of(expected).dtype  # what becomes of them
+
+
+@needs_proc
+def test_what_is_read_as_it_is_stored_stays_in_the_file(tmp_path: Path) -> None:
+    """Processes share the pages of a file; what was copied, each has for itself."""
+    made = model()
+    cast_weights(made, torch.bfloat16)
+    made.save_pretrained(tmp_path)
+    processor().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, dtype="float32", as_stored=True)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    file = str(tmp_path / "model.safetensors")
+    ranges = [[int(end, 16) for end in row[0].split("-")] for row in maps if row[-1] == file]
+    copied = [
+        name
+        for name, weight in loaded.named_parameters()
+        if not any(first <= weight.data_ptr() < last for first, last in ranges)
+    ]
+    assert copied == []
+
+
+def test_the_type_of_a_checkpoint_with_several_files(folder: Path) -> None:
+    assert checkpoint_files.stored_type(folder) == "F32"
+    weights = load_file(folder / "model.safetensors")
+    first, *others = weights
+    (folder / "model.safetensors").unlink()
+    parts = {"a.safetensors": {first: weights[first]}, "b.safetensors": {n: weights[n] for n in others}}
+    for name, tensors in parts.items():
+        save_file(tensors, folder / name)
+    index = {"weight_map": {n: name for name, tensors in parts.items() for n in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checkpoint_files.stored_type(folder) == "F32"
+    save_file({first: weights[first].bfloat16()}, folder / "a.safetensors")
+    assert checkpoint_files.stored_type(folder) is None  # two types
+    (folder / "a.safetensors").unlink()
+    assert checkpoint_files.stored_type(folder) is None
+    for text in ("[]", "{", ""):
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        assert checkpoint_files.stored_type(folder) is None
+    assert checkpoint_files.stored_type("nobody/nothing") is None
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, 10**9, 10**400])

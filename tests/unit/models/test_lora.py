@@ -33,7 +33,7 @@ from training_cases import (
 from video_opd.config import LoraConfig, Recipe
 from video_opd.errors import UserError
 from video_opd.models.interfaces import Teacher
-from video_opd.models.loading import load_model
+from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import (
     adapters_off,
     add_adapters,
@@ -42,6 +42,7 @@ from video_opd.models.lora import (
     merged_weights,
     save_adapter,
 )
+from video_opd.models.parts import cast_weights
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference, LocalTeacher
 from video_opd.training.checkpoint import find_checkpoints, save_model_folder
@@ -76,6 +77,25 @@ def adapted(parts: Any = PARTS, **sections: dict[str, Any]) -> Any:
     made = model(0, sharpness=8.0)
     adapt(made, lora_recipe("run", parts, **sections), "base")
     return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_was_read_in_16_bits_gives_the_same_student(dtype: str) -> None:
+    """Adapters on the language model, a merger that is trained in full, a vision tower that is frozen."""
+    recipe = make_recipe(
+        Path("run"), lora={"parts": ["language"], "rank": 4}, model={"freeze": ["vision"], "dtype": dtype}
+    )
+    narrow, wide = model(0, sharpness=8.0), model(0, sharpness=8.0)
+    for each in (narrow, wide):
+        cast_weights(each, torch.bfloat16)
+    cast_weights(wide, torch.float32)
+    for each in (narrow, wide):
+        adapt(each, recipe, "base")
+    expected, got = dict(wide.named_parameters()), dict(narrow.named_parameters())
+    assert expected.keys() == got.keys() and {w.requires_grad for w in got.values()} == {True, False}
+    for name, weight in expected.items():
+        assert got[name].dtype == (torch.float32 if weight.requires_grad else DTYPES[dtype]), name
+        assert torch.equal(got[name], weight) and got[name].requires_grad == weight.requires_grad, name
 
 
 def trained(parts: Any = PARTS, **sections: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from training_cases import Build, TwoForks, assert_equal_to_rounding, launched, 
 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
+from video_opd.models.parts import cast_weights
 from video_opd.training.components import Components
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
@@ -57,6 +58,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": {"gradient_checkpointing": True},
     },
     "sft": {},
+    "sft 16 bits": {},
+    "video-opd 16 bits frozen vision": {"model": {"freeze": ["vision"]}},
     "video-opd experts": {},
     "grpo experts recompute": {
         "sampling": {"rollouts": 3},
@@ -78,6 +81,7 @@ MODES: dict[str, dict[str, Any]] = {
     "video-opd frozen vision": {"model": {"reduce": "micro_batch"}, "optim": {"offload": True}},
     "video-opd adapters": {"optim": {"offload": True}},
     "grpo": {"teacher": {"placement": "sharded"}, "model": {"reduce": "micro_batch"}},
+    "sft 16 bits": {"optim": {"offload": True}},
     "video-opd experts": {"teacher": {"placement": "sharded"}, "optim": {"offload": True}},
     "sft bfloat16 adapters": {"model": {"reduce": "micro_batch"}},
 }
@@ -91,6 +95,8 @@ BY_LAYER: dict[str, dict[str, Any]] = {
     "grpo": {"teacher": {"placement": "sharded"}, "model": {"reduce": "micro_batch"}},
     "grpo adapters": {},
     "sft": {"optim": {"offload": True}},
+    "sft 16 bits": {},
+    "video-opd 16 bits frozen vision": {"optim": {"offload": True}},
     "grpo experts recompute": {},
     "sft bfloat16": {},
 }
@@ -186,8 +192,15 @@ class Recording(Build):
 BROKEN = {"video-opd full": ("s3", "s8", "s11", "s10")}
 
 
+def stored_in_16_bits(seed: int, *, sharpness: float) -> Any:
+    """A student that was read as it is stored, and not widened yet."""
+    made = model(seed, sharpness=sharpness)
+    cast_weights(made, torch.bfloat16)
+    return made
+
+
 def build_of(name: str, engine: str = "prefix") -> Recording:
-    student = mixture if "experts" in name else model
+    student = mixture if "experts" in name else stored_in_16_bits if "16 bits" in name else model
     return Recording(rows=12, engine=engine, student=student, broken=BROKEN.get(name, ()))
 
 
