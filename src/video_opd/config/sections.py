@@ -136,7 +136,7 @@ class DataConfig(Settings):
     prefetch: int | None = Field(
         default=None,
         ge=1,
-        description="videos that are decoded ahead; none: those of a batch, so that the next one is ready",
+        description="videos that a process decodes ahead; none: its share of a batch, which is then ready",
     )
     max_failed_share: Number = Field(
         default=0.05,

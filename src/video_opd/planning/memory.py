@@ -80,7 +80,7 @@ def memory_of(
 ) -> Memory:
     """The memory of a step from the second on: moments exist from the end of the first. ``cuda`` adds what a
     GPU's libraries take."""
-    estimate = _Estimate(student, teachers, setup, work, recompute, cuda)
+    estimate = Estimate(student, teachers, setup, work, recompute, cuda)
     phases = {
         "prefill": estimate.prefill(),
         "sampling": estimate.sampling() if work.sampled and not setup.vllm else Counter[str](),
@@ -114,7 +114,7 @@ def held_bytes(weights: ModelSizes, number: int, quantization: str | None) -> in
     return number * kept + quantised
 
 
-class _Estimate:
+class Estimate:
     """The bytes of each part, for one set of models and settings."""
 
     def __init__(
@@ -164,11 +164,10 @@ class _Estimate:
         if setup.sharded or setup.offload:
             parts["masters"] = self._masters()
         if not self.away:
-            moments = 8 if setup.moments == "float32" else 2 + 2 * 4 / SCALED_TOGETHER
-            parts["moments"] = round(moments * self.all_trained) // shards
+            parts["moments"] = self.moments // shards
         if setup.has_teacher:
             parts["teacher"] = self._teacher_held()
-        if setup.reference and not self._only_adapters:
+        if self.holds_reference:
             parts["reference"] = self._placed(held_bytes(self.student, setup.number, None))
         parts["pixels"] = 4 * self.patches * self.vision.patch_numbers
         if self.cuda:
@@ -179,6 +178,17 @@ class _Estimate:
     def away(self) -> bool:
         """Whether masters and moments are on the CPU, beside a GPU."""
         return self.setup.offload and self.cuda
+
+    @property
+    def moments(self) -> int:
+        """The optimiser's moments of all trained weights, over all processes."""
+        bytes_each = 8 if self.setup.moments == "float32" else 2 + 2 * 4 / SCALED_TOGETHER
+        return round(bytes_each * self.all_trained)
+
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the reference has weights of its own: not if it is the student without its adapters."""
+        return self.setup.reference and not self._only_adapters
 
     def _masters(self) -> int:
         """What the optimiser updates, where that is not what the student computes with. If the masters are

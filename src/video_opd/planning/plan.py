@@ -9,6 +9,7 @@ from typing import Any
 from video_opd.config import Recipe
 from video_opd.errors import need
 from video_opd.models.checkpoint_files import base_of
+from video_opd.planning.host import HostMemory, host_memory_of
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.setup import Place, Setup, Work
 from video_opd.planning.sizes import ModelSizes, read_sizes
@@ -50,6 +51,7 @@ class Plan:
     setup: Setup
     work: Work
     memory: Memory
+    host: HostMemory | None  # None: the plan is for a CPU, whose memory is the host's
     times: Times
     limit: int | None
     rate_tflops: float
@@ -81,6 +83,14 @@ class Plan:
             "phase": self.memory.fullest,
             "parts": dict(self.memory.parts),
             "phases": {phase: dict(parts) for phase, parts in self.memory.phases.items()},
+            "host": None
+            if self.host is None
+            else {
+                "each_process_bytes": self.host.each,
+                "parts": dict(self.host.parts),
+                "saving_bytes": self.host.saving,
+                "pages_bytes": self.host.pages,
+            },
             "student": {"model": self.sizes.student.name, "weights": self.sizes.student.weights},
             "teachers": [{"model": t.name, "weights": t.weights} for t in self.sizes.teachers],
             "decided": {
@@ -136,6 +146,7 @@ def make_plan(
         setup=setup,
         work=work,
         memory=memory,
+        host=host_memory_of(sizes.student, sizes.teachers, setup, work) if cuda else None,
         times=times_of(
             recipe,
             sizes.student,

@@ -141,6 +141,7 @@ class Work:
     prompts_a_step: int  # of a process
     steps: int  # optimiser steps of a run
     updates_a_batch: int
+    videos_ahead: int  # that a process has decoded and not used yet
     rows: int
     rows_assumed: bool  # the data file is not here
     sampled: bool  # responses are sampled, not taken from the annotation
@@ -168,6 +169,7 @@ class Work:
             prompts_a_step=a_process,
             steps=optim.max_steps or steps,
             updates_a_batch=optim.updates_per_batch,
+            videos_ahead=videos_ahead(recipe, processes),
             rows=rows,
             rows_assumed=samples is None,
             sampled=recipe.method in ("video-opd", "grpo"),
@@ -177,6 +179,13 @@ class Work:
     def micro_batches(self) -> int:
         """Micro-batches of a process in a step."""
         return math.ceil(self.prompts_a_step / self.micro_batch)
+
+
+def videos_ahead(recipe: Recipe, processes: int) -> int:
+    """How many videos a process decodes ahead: as ``data.prefetch`` says, or those of its share of a batch or
+    of a batch that it evaluates."""
+    share = math.ceil(recipe.optim.batch_size / processes)
+    return recipe.data.prefetch or max(share, recipe.evaluate.batch_size)
 
 
 def asks_reference(recipe: Recipe) -> bool:

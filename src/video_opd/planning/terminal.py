@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from video_opd.planning.host import HOST_PARTS, HostMemory
 from video_opd.planning.memory import GIB
 from video_opd.planning.plan import Plan, table_of
 from video_opd.planning.suggest import Suggestion
@@ -31,6 +32,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"  {line}  {what}"
     yield f"  {numbers[-1]}  {_verdict(plan)}"
     yield ""
+    if plan.host is not None:
+        yield from _host_lines(plan.host, setup.processes)
+        yield ""
     yield f"time at {plan.rate_tflops:g} TFLOP/s, for the longest prompts and without waiting:"
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in plan.times.stages_s.items() if seconds)
     yield f"  a step {plan.times.step_s:.1f} s ({stages})"
@@ -40,6 +44,19 @@ def plan_lines(plan: Plan) -> Iterator[str]:
             f"  scoring a candidate {plan.times.candidate_s:.1f} s on one GPU, "
             f"all {work.rows:,} rows on {_gpus(setup.processes)}: {duration(plan.times.scoring_s)}"
         )
+
+
+def _host_lines(host: HostMemory, processes: int) -> Iterator[str]:
+    yield f"GiB of the host's memory, beside Python's own and {host.pages / GIB:.1f} of files' pages:"
+    for line, part in zip(
+        columns([(part, f"{size / GIB:.1f}") for part, size in host.parts.items()]), host.parts, strict=True
+    ):
+        yield f"  {line}  {HOST_PARTS[part]}"
+    each = f"{host.each / GIB:.1f} in each process, " if processes > 1 else ""
+    yield (
+        f"  {each}{processes * host.each / GIB:.1f} in all, and {host.saving / GIB:.1f} more in the first "
+        "process while it writes a checkpoint"
+    )
 
 
 def suggestion_lines(suggestion: Suggestion, larger: int | None) -> Iterator[str]:

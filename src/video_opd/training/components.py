@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, RoutedTeacher
 from video_opd.models.torchao import check_torchao
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.planning.setup import Place, needs_distributions
+from video_opd.planning.setup import Place, needs_distributions, videos_ahead
 from video_opd.progress import log
 from video_opd.serving.connect import check_servers, connect_teacher
 from video_opd.training.masters import Masters
@@ -435,7 +436,7 @@ def prompt_loader(
     data, prompt = recipe.data, with_video_form(recipe).prompt
     keep_clips = recipe.keeps_clips if keep_clips is None else keep_clips
     encoder = PromptEncoder(processor, prompt, keep_clips=keep_clips)
-    a_batch = max(recipe.optim.batch_size, recipe.evaluate.batch_size)
+    ahead = videos_ahead(recipe, int(os.environ.get("WORLD_SIZE", "1")))
 
     def load(samples: Sequence[Sample]) -> PromptLoader:
         return PromptLoader(
@@ -443,7 +444,7 @@ def prompt_loader(
             encoder,
             recipe.video,
             workers=data.workers,
-            prefetch=data.prefetch or a_batch,
+            prefetch=ahead,
             skipped_path=skipped_path,
             max_failed_share=max_failed_share,
             backend=recipe.video.backend,

@@ -29,10 +29,13 @@ def plan(capsys, *words: str) -> tuple[int, str]:
 def test_a_plan_is_a_table_and_a_record(capsys) -> None:
     code, text = plan(capsys, *PAPER, "--gpus", "8", "--gpu-memory", "60")
     assert code == 1 and "does not fit" in text and "8.77 billion weights" in text
+    assert "GiB of the host's memory, beside Python's own and 78.5 of files' pages:" in text
+    assert "more in the first process while it writes a checkpoint" in text
     code, printed = plan(capsys, *PAPER, "--gpus", "8", "--gpu-memory", "400", "--json")
     record = json.loads(printed)
     assert code == 0 and record["fits"] and set(record["parts"]) <= set(PARTS)
     assert record["peak_bytes"] == sum(record["parts"].values())
+    assert record["host"]["each_process_bytes"] == sum(record["host"]["parts"].values()) > 0
     assert record["gpu_memory_bytes"] - record["peak_bytes"] == record["spare_bytes"]
     assert record["teachers"] == [{"model": "Qwen3-VL-32B", "weights": 33_357_390_064}]
     for part, size in record["parts"].items():
