@@ -68,7 +68,8 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     total_s, done_s, began = expected_seconds(stages, jobs), 0.0, time.monotonic()
     for number, stage in enumerate(stages):
-        todo = [task for task in stage if not task.done()]
+        # The longest first, so that no core waits long for the last one.
+        todo = sorted((task for task in stage if not task.done()), key=lambda task: -task.seconds)
         for done, task in enumerate(_completed(todo, logs, jobs, environment), start=1):
             done_s += task.seconds / jobs
             left_s = (total_s - done_s) * (time.monotonic() - began) / done_s  # at this machine's pace

@@ -48,6 +48,12 @@ def test_stages_follow_one_another_and_done_tasks_are_not_run_again(tmp_path: Pa
     assert "video-opd" in (tmp_path / "a.log").read_text()
 
 
+def test_the_longest_tasks_of_a_stage_are_started_first(tmp_path: Path) -> None:
+    notes = Notes()
+    run_stages([[notes.task(f"{s} s", seconds=s) for s in (1, 30, 20)], [notes.task("next")]], tmp_path, 1)
+    assert notes.started == ["30 s", "20 s", "1 s", "next"]
+
+
 def test_a_task_that_fails_says_why_and_what_follows_is_not_started(tmp_path: Path) -> None:
     notes = Notes()
     stages = [[notes.task("good"), notes.task("bad", "evaluat"), notes.task("late")], [notes.task("next")]]
