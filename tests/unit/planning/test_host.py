@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_masters_moments_and_what_is_saved_of_them(case: str, dtype: str, tmp_path: Path) -> None:
-    sections = {key: dict(value) for key, value in CASES[case].items()}
+    sections: dict[str, Any] = {key: dict(value) for key, value in CASES[case].items()}
     sections["model"] = sections.get("model", {}) | {"dtype": dtype}
     recipe = make_recipe(tmp_path, optim={"offload": True}, **sections)
     student = model()
