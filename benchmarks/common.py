@@ -19,7 +19,6 @@ import torch
 from video_opd.jsonl import read_jsonl
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
-from video_opd.world.measure import evaluate_model
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,27 +112,6 @@ def make_pools(out: Path, seeds: Sequence[int], first_seed: int, videos: int) ->
     }
 
 
-def shipped_scores(tests: Mapping[str, Path], out: Path) -> dict[str, list[dict[str, dict[str, Any]]]]:
-    """Returns the results of the base and the teacher, which have no seeds."""
-    return {
-        name: [
-            {
-                split: scores(evaluate_model(name, shipped(name), split, data, out))
-                for split, data in tests.items()
-            }
-        ]
-        for name in (BASE, TEACHER)
-    }
-
-
-def student_scores(run: Path, tests: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    records = {
-        split: json.loads((run / "eval" / f"student-{data.stem}.json").read_text())
-        for split, data in tests.items()
-    }
-    return {split: scores(record) for split, record in records.items()}
-
-
 def scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of an evaluation that a table shows."""
     return {
@@ -144,10 +122,6 @@ def scores(record: Mapping[str, Any]) -> dict[str, Any]:
         "best_constant": record["best_constant"]["mIoU"],
         "query_swap": record["query_swap"]["share"],
     }
-
-
-def mean_miou(found: Scores) -> float:
-    return statistics.fmean(found[split]["mIoU"] for split in SPLITS)
 
 
 def table(
@@ -169,7 +143,7 @@ def table(
             mean = statistics.fmean(seed[split]["mIoU"] for seed in seeds)
             low, high = (statistics.fmean(seed[split]["ci95"][i] for seed in seeds) for i in (0, 1))
             cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
-        means = [mean_miou(seed) for seed in seeds]
+        means = [statistics.fmean(seed[split]["mIoU"] for split in SPLITS) for seed in seeds]
         spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
         cells.append(f"{statistics.fmean(means):.1f}{spread}")
         if header:
