@@ -16,7 +16,7 @@ from video_opd.reproduce.claims import FAILS, HOLDS, OPEN, Claim
 Results = Mapping[str, Mapping[str, Any]]
 """The content of a result's file, by the experiment's name."""
 
-REPEATED = "repeated"  # the folder, inside that of the results, with results of the same from other machines
+REPEATED = "repeated"  # the folder, inside that of the results, with results of the same that were made again
 
 
 def read_results(folder: str | Path, experiments: Mapping[str, ModuleType]) -> Results:
@@ -34,12 +34,12 @@ def read_results(folder: str | Path, experiments: Mapping[str, ModuleType]) -> R
 
 
 def document(results: Results, experiments: Mapping[str, ModuleType], repeated: Results | None = None) -> str:
-    """The page as Markdown. ``repeated`` are results of the same experiments from other machines."""
+    """The page as Markdown. ``repeated`` are results of the same experiments, made again."""
     parts = [(resources.files("video_opd.reproduce") / "templates" / "head.md").read_text(encoding="utf-8")]
     made = {name: experiments[name].claims(record["result"]) for name, record in results.items()}
     parts.append("\n".join(_map(results, experiments)))
     parts.append("\n".join(_claims(made)))
-    parts.append("\n".join(_repeated(made, repeated, experiments)))
+    parts.append("\n".join(_repeated(results, made, repeated, experiments)))
     for name, record in results.items():
         parts.append("\n".join(_section(experiments[name], record)))
     missing = [experiment.TITLE for name, experiment in experiments.items() if name not in results]
@@ -74,13 +74,22 @@ def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _repeated(
-    made: Mapping[str, Sequence[Claim]], repeated: Results | None, experiments: Mapping[str, ModuleType]
+    results: Results,
+    made: Mapping[str, Sequence[Claim]],
+    repeated: Results | None,
+    experiments: Mapping[str, ModuleType],
 ) -> Iterator[str]:
     """The claims of repeated experiments, beside those of the first time."""
     again = {name: record for name, record in (repeated or {}).items() if name in made}
     if again:
-        yield "## Repeated on another machine\n"
-        yield "The same seeds; two results agree if each difference lies in the other's interval.\n"
+        yield "## Repeated\n"
+        yield (
+            "Runs of the same seeds, made again from nothing. Two results agree if each difference lies in "
+            "the other's interval:\n"
+        )
+        for name, record in again.items():
+            yield f"* {experiments[name].TITLE}: first {_made_by(results[name])}; again {_made_by(record)}"
+        yield ""
         yield "| claim | where | first | again | agree |"
         yield "|---|---|---|---|---|"
         for name, record in again.items():
@@ -108,6 +117,12 @@ def _claims(made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:
         cells = (claim.says, claim.source, claim.where, claim.score, claim.figures, seeds, claim.verdict)
         yield f"| {' | '.join(cells)} | `video-opd reproduce --suite {name}` |"
     yield ""
+
+
+def _made_by(record: Mapping[str, Any]) -> str:
+    machine = record["machine"]
+    where = ", ".join(str(machine[key]) for key in ("processor", "platform") if machine.get(key))
+    return f"commit {(record['commit'] or 'unknown')[:7]} on {where or 'a machine without a name'}"
 
 
 def _section(experiment: ModuleType, record: Mapping[str, Any]) -> Iterator[str]:
