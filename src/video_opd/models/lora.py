@@ -316,6 +316,8 @@ def _inject(model: nn.Module, config: Any) -> None:
     with torch.random.fork_rng(devices=[]):  # peft draws random weights, which are then replaced
         inject_adapter_in_model(config, model, adapter_name=NAME)
     cast_adapter_dtype(model, NAME)  # peft creates adapters in the precision of the base
+    for _, layer in adapted_layers(model):
+        layer._cast_input_dtype = _input_for_adapter
     of_adapted_parts = {
         id(parameter)
         for part in part_modules(model).values()
@@ -325,6 +327,15 @@ def _inject(model: nn.Module, config: Any) -> None:
     }
     for parameter in trained:  # a tensor that two parts share is frozen if one of them has adapters
         parameter.requires_grad_(id(parameter) not in of_adapted_parts)
+
+
+def _input_for_adapter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The input of A, in place of peft's own cast to the dtype of A.
+
+    Autocast casts the input and A to its own dtype, so it is left alone there: a cast to float32 before would
+    change no number, and takes a copy of twice the size for every layer.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def _pattern(names: list[str]) -> str:

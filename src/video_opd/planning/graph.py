@@ -31,9 +31,8 @@ def layer_bytes(text: TextSizes, mode: Mode, role: Role, *, experts: bool = Fals
     """What autograd keeps of a token in one decoder layer: of the norms and the residual stream (D), of the
     queries (A) and keys and values (C), and of the feed-forward layer (F).
 
-    In bfloat16 trained linear layers that read the same input keep it once, and an adapted one keeps a
-    float32 copy for its adapter; under autocast every linear layer keeps a cast of its input. A norm keeps
-    its input in float32.
+    In bfloat16 trained or adapted linear layers that read the same input keep it once; under autocast every
+    linear layer keeps a cast of its input. A norm keeps its input in float32.
     """
     D, F, A, C = text.hidden, text.feed_forward, text.queries, text.keys
     of_d, of_a, of_c, of_f = {
@@ -44,7 +43,7 @@ def layer_bytes(text: TextSizes, mode: Mode, role: Role, *, experts: bool = Fals
         ("autocast", "adapters"): (18, 10, 8, 8),
         ("autocast", "passed"): (8, 8, 8, 6),
         ("bfloat16", "full"): (16, 10, 10, 8),
-        ("bfloat16", "adapters"): (18, 10, 8, 8),
+        ("bfloat16", "adapters"): (12, 8, 8, 8),
         ("bfloat16", "passed"): (8, 8, 8, 6),
     }[mode, role]
     kept = of_d * D + of_a * A + of_c * C

@@ -35,6 +35,7 @@ from video_opd.errors import UserError
 from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import (
+    adapted_layers,
     adapters_off,
     add_adapters,
     load_adapter,
@@ -411,6 +412,36 @@ def test_added_to_a_base_in_bfloat16_they_are_float32() -> None:
     assert {p.dtype for name, p in student.named_parameters() if ".lora_" in name} == {torch.float32}
     expected = factors(adapted())
     assert all(torch.equal(expected[name], a) for name, a in factors(student).items())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_under_autocast_their_input_is_not_copied_in_float32(recompute: bool) -> None:
+    """Loss and gradients are, bit by bit, those with peft's own cast, which holds twice as much."""
+    student = trained(**{"model": {"dtype": "bfloat16"}})
+    layers = [layer for _, layer in adapted_layers(student)]
+    given: set[torch.dtype] = set()
+    for layer in layers:
+        layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: given.add(inputs[0].dtype))
+    policy = HFPolicy(student, processor(), compute_dtype=torch.bfloat16, recompute=recompute)
+
+    def found() -> tuple[set[torch.dtype], torch.Tensor, dict[str, torch.Tensor]]:
+        given.clear()
+        student.zero_grad()
+        scored = policy.logprobs(mixed_prompts(), RESPONSES, grad=True).logprobs_BT
+        scored.sum().backward()
+        named = student.named_parameters()
+        return {*given}, scored.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    dtypes, scored, gradients = found()
+    assert dtypes == {torch.bfloat16}
+    for layer in layers:
+        del layer._cast_input_dtype
+    with_cast, expected, of_peft = found()
+    assert with_cast == {torch.float32}
+    assert torch.equal(scored, expected) and gradients.keys() == of_peft.keys()
+    assert all(torch.equal(gradient, of_peft[name]) for name, gradient in gradients.items())
+    plain = HFPolicy(student, processor())  # without autocast A is given what it can multiply
+    plain.logprobs(mixed_prompts(), RESPONSES)
 
 
 # -------------------------------------------------------------------------------------------- the reference
