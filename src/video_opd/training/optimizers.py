@@ -3,13 +3,17 @@
 A step at lr 1e-6 is far below the rounding step of a bfloat16 weight: rounded to the nearest, the weight
 would never move. Stochastic rounding goes up or down with probabilities that make the mean exact, so many
 steps add up to what float32 would have done. Moments in 8 bits are blocks of 256 numbers with a scale each
-(Dettmers et al., arXiv 2110.02861).
+(Dettmers et al., arXiv 2110.02861). Of the second moment the root is held: it spans as many orders of
+magnitude as the first. The square of a gradient below 1/1900 of its block's largest would be held as 0, and
+the first moment, divided by next to nothing, could move the weight by a thousand learning rates (Li et al.,
+arXiv 2309.01507, call this the zero-point problem).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +26,9 @@ from video_opd.seeds import derive_seed
 BLOCK = 256  # numbers that share a scale
 SMALLEST = 4096  # a tensor with fewer numbers keeps float32 moments, as in bitsandbytes and torchao
 SLICE = 1 << 24  # weights that are updated at once: temporaries take some fifty bytes for each
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # torch's name of each moment: whether it can be negative
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
+# In 8 bits: the name of what is held of each moment.
+HELD = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq_root"}
 
 
 def make_optimizer(
@@ -50,9 +56,10 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     It runs ``torchao.optim.adam.single_param_adam``, which ``torchao.optim.AdamW8bit`` compiles: here it runs
     as it is, slice by slice of each tensor, so that no compiler is needed and its float32 temporaries stay
-    small. Two things differ from ``AdamW8bit``. Moments that are not in 8 bits are float32: in the weight's
-    bfloat16 a second moment would stop growing. And moments are plain tensors in ``state`` (codes and
-    scales), so they are saved and loaded like any others.
+    small. Three things differ from ``AdamW8bit``. The root of the second moment is held, where it is in 8
+    bits. Moments that are not in 8 bits are float32: in the weight's bfloat16 a second moment would stop
+    growing. And moments are plain tensors in ``state`` (codes and scales), so they are saved and loaded like
+    any others.
 
     The draws of stochastic rounding are a function of (seed, number of the weight, its step), so a resume
     makes the same ones. bfloat16 weights accumulate their gradients in float32.
@@ -96,26 +103,27 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             torch.manual_seed(derive_seed(self.seed, "rounding", number, int(state["step"])))
             for start in range(0, weight.numel(), SLICE):
                 part = slice(start, start + SLICE)
-                single_param_adam(
-                    weight[part],
-                    gradient[part],
-                    state["step"],
-                    *(_part_of(state, name, part) for name in MOMENTS),
-                    None,  # no AMSGrad
-                    lr,
-                    *group["betas"],
-                    group["weight_decay"],
-                    group["eps"],
-                    True,  # the decay is AdamW's
-                    parameter.dtype == torch.bfloat16,
-                )
+                with ExitStack() as held:
+                    single_param_adam(
+                        weight[part],
+                        gradient[part],
+                        state["step"],
+                        *(held.enter_context(_in_float32(state, name, part)) for name in MOMENTS),
+                        None,  # no AMSGrad
+                        lr,
+                        *group["betas"],
+                        group["weight_decay"],
+                        group["eps"],
+                        True,  # the decay is AdamW's
+                        parameter.dtype == torch.bfloat16,
+                    )
 
     def _zeros(self, parameter: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
         if not self.eight_bits or parameter.numel() < SMALLEST or parameter.numel() % BLOCK:
             return {name: torch.zeros_like(parameter, dtype=torch.float32)}
         scales = torch.zeros(parameter.numel() // BLOCK, device=parameter.device)
         codes = torch.zeros_like(parameter, dtype=torch.uint8)
-        return {name: codes, f"{name}_scale": scales}
+        return {HELD[name]: codes, f"{HELD[name]}_scale": scales}
 
     def named_state(self, names: Mapping[torch.Tensor, str]) -> dict[str, Any]:
         """The state by the weights' names, on the CPU; :meth:`load_named_state` reads it.
@@ -166,21 +174,26 @@ def accumulate_in_float32(parameter: torch.nn.Parameter) -> None:
     parameter.grad_dtype = torch.float32
 
 
-def _part_of(state: Mapping[str, torch.Tensor], name: str, part: slice) -> torch.Tensor:
-    """A slice of a moment; one in 8 bits as torchao's tensor, which writes to the same memory."""
-    codes = state[name].view(-1)[part]
-    scales = state.get(f"{name}_scale")
-    if scales is None:
-        return codes
+@contextmanager
+def _in_float32(state: Mapping[str, torch.Tensor], name: str, part: slice) -> Iterator[torch.Tensor]:
+    """A slice of a moment. What is written to it inside is kept, in 8 bits if it is held so."""
+    if f"{HELD[name]}_scale" not in state:
+        yield state[name].view(-1)[part]
+        return
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    blocks = scales[part.start // BLOCK : part.stop // BLOCK]
-    return OptimState8bit(codes, blocks, _map(MOMENTS[name], codes.device), MOMENTS[name], torch.float32)
+    first = name == "exp_avg"
+    codes = state[HELD[name]].view(-1)[part]
+    scales = state[f"{HELD[name]}_scale"][part.start // BLOCK : part.stop // BLOCK]
+    held = OptimState8bit(codes, scales, _map(first, codes.device), first, torch.float32)
+    moment = held.dequantize() if first else held.dequantize().square()
+    yield moment
+    held.copy_(moment if first else moment.sqrt())
 
 
 @functools.cache
 def _map(signed: bool, device: torch.device) -> torch.Tensor:
-    """The number that each of the 256 codes stands for."""
+    """The number that each of the 256 codes stands for, as a share of the largest of its block."""
     from torchao.optim.quant_utils import create_dynamic_map
 
     return torch.tensor(create_dynamic_map(signed), device=device)

@@ -133,6 +133,32 @@ def test_slices_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_torchao
+@pytest.mark.parametrize("each_step", [True, False])
+def test_gradients_of_many_sizes_move_weights_as_float32_moments_do(each_step: bool) -> None:
+    """The sizes of a block's gradients span orders of magnitude, each step anew or weight by weight.
+
+    Whatever the gradients were, the third step of AdamW moves a weight by at most 1.005 learning rates (by
+    Cauchy-Schwarz: the weights of the moments are 0.081, 0.09, 0.1 over 0.271, and a third each).
+    """
+    generator = torch.Generator().manual_seed(3)
+    size = 64 * 1024
+    spread = torch.exp(2 * torch.randn(3 if each_step else 1, size, generator=generator))
+    given = 1e-5 * spread * torch.randn(3, size, generator=generator)
+    found = {}
+    for moments in ("float32", "int8"):
+        weight = nn.Parameter(torch.zeros(size // 256, 256))
+        optim = OptimConfig(moments=moments, weight_decay=0.0, betas=(0.9, 0.999))
+        optimizer = make_optimizer([weight], optim)
+        before = stepped(weight, optimizer, given[:2].view(2, *weight.shape))
+        last = stepped(weight, optimizer, given[2:].view(1, *weight.shape))
+        found[moments] = before + last, last.abs().max().item() / optim.lr
+    assert found["float32"][1] <= 1.005
+    assert found["int8"][1] <= 2.0
+    exact, rounded = found["float32"][0], found["int8"][0]
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+@needs_torchao
 def test_moments_take_a_byte_each() -> None:
     large, small = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64, 63))
     optimizer = make_optimizer([large, small], OptimConfig(moments="int8"))
@@ -140,8 +166,8 @@ def test_moments_take_a_byte_each() -> None:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     held = {name: (value.dtype, value.numel()) for name, value in optimizer.state[large].items()}
-    assert held["exp_avg"] == held["exp_avg_sq"] == (torch.uint8, 4096)
-    assert held["exp_avg_scale"] == held["exp_avg_sq_scale"] == (torch.float32, 16)
+    assert held["exp_avg"] == held["exp_avg_sq_root"] == (torch.uint8, 4096)
+    assert held["exp_avg_scale"] == held["exp_avg_sq_root_scale"] == (torch.float32, 16)
     assert {value.dtype for value in optimizer.state[small].values()} == {torch.float32}
 
 
