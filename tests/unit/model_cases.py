@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
-from video_opd.types import EncodedPrompt
+from video_opd.types import EncodedPrompt, Rollout
 from video_opd.world.tiny import build_model, build_processor
 
 QUERIES = (
@@ -144,3 +144,12 @@ def mixed_prompts() -> tuple[EncodedPrompt, ...]:
 
 
 SEEDS = [[10 * i + j for j in range(3)] for i in range(3)]
+
+
+def tokens_of(rollouts: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
+    return [[r.token_ids for r in group] for group in rollouts]
+
+
+def old_logprobs(rollouts: list[list[Rollout]], width: int) -> torch.Tensor:
+    rows = [r.recorded for group in rollouts for r in group]
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 
 class ForwardPasses:
-    """``compute_dtype`` is the dtype of autocast; None computes in the weights' own precision."""
+    """``compute_dtype`` is the dtype of autocast; None computes in the weights' own precision. ``capture``:
+    sampling may use CUDA graphs (:mod:`~video_opd.models.captured_decoding`), until one of them fails."""
 
     def __init__(
         self, model: Qwen3VLForConditionalGeneration, pad_id: int, compute_dtype: torch.dtype | None
     ) -> None:
         self.model, self.pad_id, self.compute_dtype = model, pad_id, compute_dtype
+        self.capture = True
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +99,12 @@ class ForwardPasses:
         ).last_hidden_state[:, -1]
 
     def extend(
-        self, prefix: Prefix, ids_BQ: torch.Tensor, mask: torch.Tensor, first: int, width: int = 1
+        self,
+        prefix: Prefix,
+        ids_BQ: torch.Tensor,
+        mask: torch.Tensor,
+        first: int | torch.Tensor,
+        width: int = 1,
     ) -> torch.Tensor:
         """Hidden states [B, Q, D] of the response tokens from number ``first`` on. Writes to the cache of
         ``prefix``.
@@ -115,9 +122,12 @@ class ForwardPasses:
             use_cache=True,
         ).last_hidden_state
 
-    def response_mask(self, prefix: Prefix, width: int, first: int, steps: int) -> torch.Tensor:
-        """The attention mask for ``steps`` tokens, from number ``first`` on, of ``width`` responses."""
-        mask_B1QK = response_attention_mask(prefix.attention_mask_BP, width, first, steps)
+    def response_mask(
+        self, prefix: Prefix, width: int, first: int | torch.Tensor, steps: int, room: int | None = None
+    ) -> torch.Tensor:
+        """The attention mask for ``steps`` tokens, from number ``first`` on, of ``width`` responses, as
+        :func:`response_attention_mask` describes it."""
+        mask_B1QK = response_attention_mask(prefix.attention_mask_BP, width, first, steps, room)
         dtype = prefix.last_hidden_BD.dtype if self.compute_dtype is None else self.compute_dtype
         return mask_for(mask_B1QK, self._attention, dtype)
 

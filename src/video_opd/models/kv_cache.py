@@ -42,6 +42,29 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class FixedLayer(DynamicLayer):
+    """Keys and values [B, heads, L, d] of which every forward is given all columns, also those that no token
+    has written yet, which its mask has to hide. Not for gradients.
+
+    ``columns`` says where the next tokens go. So a forward is the same sequence of operations on the same
+    memory for every token, which a CUDA graph can repeat.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values, self.columns = keys, values, columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert not torch.is_grad_enabled(), "a buffer that is written in place cannot be differentiated"
+        # Under autocast a cache that was concatenated is in the wider of two types.
+        self.keys.index_copy_(2, self.columns, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.columns, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+
 class ReadOnlyLayer(DynamicLayer):
     """Keys and values that are extended for one forward but do not grow. Gradients flow through them."""
 
@@ -68,3 +91,12 @@ def grow_in_place(cache: DynamicCache, width: int = 1) -> None:
     same tensors are not changed."""
     assert all(type(layer) is DynamicLayer for layer in cache.layers), "Qwen3-VL has plain layers only"
     cache.layers = [GrowingLayer(layer.keys, layer.values, ROOM * width) for layer in cache.layers]
+
+
+def lengthen(cache: DynamicCache, room: int, columns: torch.Tensor) -> None:
+    """Gives the layers of ``cache`` a fixed length, which is ``room`` columns more than they have; new tokens
+    go to ``columns``. Other caches that hold the same tensors are not changed."""
+    cache.layers = [
+        FixedLayer(pad(layer.keys, (0, 0, 0, room)), pad(layer.values, (0, 0, 0, room)), columns)
+        for layer in cache.layers
+    ]

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from video_opd.errors import UserError
+from video_opd.models.captured_decoding import FEWEST_TOKENS, CapturedDecoder, can_capture
 from video_opd.models.decoding import Decoder, PlainDecoder, PrefixDecoder, decode
 from video_opd.models.forward_passes import ForwardPasses
 from video_opd.models.head import ResponseHead
@@ -132,7 +133,7 @@ class HFPolicy:
             flat = [seed for row in seeds_of_rollouts(seeds, count, n) for seed in row]
             uniforms_BT = torch.from_numpy(rollout_uniforms(flat, max_new_tokens)).to(self.device)
         with self._state(grad=False):
-            decoder = self._decoder(prompts, n)
+            decoder = self._decoder(prompts, n, max_new_tokens)
             rows = decode(decoder, self.head, settings, max_new_tokens, uniforms_BT)
         rollouts = [self._rollout(ids, logprobs) for ids, logprobs in rows]
         return [rollouts[i * n : (i + 1) * n] for i in range(count)]
@@ -214,10 +215,15 @@ class HFPolicy:
             hidden_BRD = read[:, :-1]
         return hidden_BRD[mask_BR]
 
-    def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int) -> Decoder:
+    def _decoder(self, prompts: Sequence[EncodedPrompt] | Prefix, n: int, tokens: int) -> Decoder:
+        """For responses of at most ``tokens`` tokens."""
         if self.engine == "plain":
             return PlainDecoder(self.passes, prompts_of(prompts), n)
-        return PrefixDecoder(self.passes, self.passes.prefix_of(prompts), n)
+        prefix = self.passes.prefix_of(prompts)
+        capture = self.passes.capture and self.passes.side_by_side and tokens >= FEWEST_TOKENS
+        if capture and can_capture(self.model):
+            return CapturedDecoder(self.passes, prefix, n)
+        return PrefixDecoder(self.passes, prefix, n)
 
     def _rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
         return Rollout(

@@ -20,14 +20,21 @@ import torch
 from video_opd.models.prompt_batch import row_index
 
 
-def response_attention_mask(prompt_mask_BP: torch.Tensor, width: int, first: int, steps: int) -> torch.Tensor:
+def response_attention_mask(
+    prompt_mask_BP: torch.Tensor, width: int, first: int | torch.Tensor, steps: int, room: int | None = None
+) -> torch.Tensor:
     """Bool [B, 1, Q, K]: the columns that each of the ``steps`` tokens from token ``first`` on attends to.
 
-    ``width`` is G. Q is ``steps * width``, and K is ``P + (first + steps) * width``.
+    ``width`` is G. Q is ``steps * width``, and K is ``P + room * width``: the cache has columns for ``room``
+    tokens of a response, by default for those until the last query. With a room, ``first`` may be a tensor on
+    the device, whose number the host need not know.
     """
+    if room is None:
+        assert isinstance(first, int)
+        room = first + steps
     device = prompt_mask_BP.device
-    query_Q = torch.arange(first * width, (first + steps) * width, device=device)
-    key_K = torch.arange((first + steps) * width, device=device)
+    query_Q = torch.arange(steps * width, device=device) + first * width
+    key_K = torch.arange(room * width, device=device)
     same_response_QK = (query_Q[:, None] - key_K) % width == 0
     own_QK = same_response_QK & (key_K <= query_Q[:, None])
     rows, columns = prompt_mask_BP.shape

@@ -17,8 +17,10 @@ from model_cases import (
     mixed_prompts,
     mixture,
     model,
+    old_logprobs,
     processor,
     stock_logprobs,
+    tokens_of,
 )
 
 from video_opd.errors import UserError
@@ -27,20 +29,10 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.vision_attention import use_batched_frames
 from video_opd.planning.graph import graph_bytes
 from video_opd.planning.sizes import sizes_of
-from video_opd.types import Rollout
 
 
 def policy(engine: Any = "prefix", **options: Any) -> HFPolicy:
     return HFPolicy(model(sharpness=20), processor(), engine, **options)
-
-
-def tokens_of(rollouts: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
-    return [[r.token_ids for r in group] for group in rollouts]
-
-
-def old_logprobs(rollouts: list[list[Rollout]], width: int) -> torch.Tensor:
-    rows = [r.recorded for group in rollouts for r in group]
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
 
 
 # -------------------------------------------------------------------------------------------------- sampling

@@ -1,0 +1,109 @@
+"""Decoding by a CUDA graph. A recording is replaced by one that runs the same work again and, as a graph
+does, gives every result in the same memory; the GPU check records real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model_cases import SEEDS, mixed_prompts, model, old_logprobs, processor, tokens_of
+
+from video_opd.models import captured_decoding, kv_cache
+from video_opd.models import policy as policies
+from video_opd.models.policy import HFPolicy
+
+Work = Callable[[], torch.Tensor]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.recordings = self.replays = 0
+
+    def __call__(self, work: Work, device: torch.device) -> Work:
+        assert device == torch.device("cpu")
+        self.recordings += 1
+        memory: list[torch.Tensor] = []
+
+        def replay() -> torch.Tensor:
+            self.replays += 1
+            found = work()
+            memory[:] = memory or [torch.empty_like(found)]
+            return memory[0].copy_(found)
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    monkeypatch.setattr(captured_decoding, "record", made)
+    monkeypatch.setattr(policies, "can_capture", lambda model: True)
+    return made
+
+
+def policy(attn: str = "sdpa", capture: bool = True, **options: Any) -> HFPolicy:
+    made = model(sharpness=20)
+    made.set_attn_implementation({"text_config": attn})
+    found = HFPolicy(made, processor(), "prefix", **options)
+    found.passes.capture = capture
+    return found
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_rollouts_are_those_of_the_growing_cache(
+    n: int, attn: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "ROOM", 5)
+    seeds = [row[:n] for row in SEEDS]
+    plain = policy(attn, capture=False).sample(mixed_prompts(), n=n, max_new_tokens=13, seeds=seeds)
+    assert recorder.recordings == 0
+    student = policy(attn)
+    prefix = student.prefill(mixed_prompts())
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]
+    found = student.sample(prefix, n=n, max_new_tokens=13, seeds=seeds)
+    assert tokens_of(found) == tokens_of(plain)
+    torch.testing.assert_close(old_logprobs(found, 13), old_logprobs(plain, 13), atol=1e-5, rtol=0)
+    # 12 tokens go on top of the prefix, 5 of them in each room: one warms up, the others are repetitions.
+    assert (recorder.recordings, recorder.replays) == (3, 9)
+    for layer, (keys, values) in zip(prefix.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+def test_under_autocast_they_are_those_of_the_growing_cache(recorder: Recorder) -> None:
+    """Float32 weights: keys and values are held in float32, and computed in bfloat16."""
+    found, plain = (
+        policy(capture=capture, compute_dtype=torch.bfloat16).sample(
+            mixed_prompts(), n=3, max_new_tokens=8, seeds=SEEDS
+        )
+        for capture in (True, False)
+    )
+    assert recorder.replays and tokens_of(found) == tokens_of(plain)
+    torch.testing.assert_close(old_logprobs(found, 8), old_logprobs(plain, 8), atol=1e-2, rtol=0)
+
+
+def test_short_responses_and_the_plain_engine_record_nothing(recorder: Recorder) -> None:
+    policy().sample(mixed_prompts(), n=3, max_new_tokens=3, seeds=SEEDS)
+    HFPolicy(model(), processor(), "plain").sample(mixed_prompts(), n=3, max_new_tokens=6, seeds=SEEDS)
+    assert recorder.recordings == 0
+
+
+def test_a_model_on_a_cpu_is_not_recorded() -> None:
+    assert not captured_decoding.can_capture(model())
+
+
+def test_a_recording_that_fails_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(work: Work, device: torch.device) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(captured_decoding, "record", fail)
+    student = policy()
+    found = [student.sample(mixed_prompts(), n=3, max_new_tokens=8, seeds=SEEDS) for _ in range(2)]
+    plain = policy(capture=False).sample(mixed_prompts(), n=3, max_new_tokens=8, seeds=SEEDS)
+    assert [tokens_of(rollouts) for rollouts in found] == [tokens_of(plain)] * 2
+    [warning] = caplog.messages
+    assert "not permitted when stream is capturing)" in warning and "more" not in warning
