@@ -33,6 +33,7 @@ def run_demo(report: Report, tiny: bool) -> None:
 def add_results(report: Report, out: Path, steps: int, took_s: float) -> None:
     rows = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    del environment["command"]  # it names folders of the machine
     report.add("steps", f"{len(rows)}, the last took {rows[-1]['time/step_s']:.2f} s", len(rows) == steps)
     for name in ("base", "student", "teacher"):
         found = json.loads((out / "eval" / f"{name}-short.json").read_text(encoding="utf-8"))

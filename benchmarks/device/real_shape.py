@@ -2,14 +2,15 @@
 
 The student is held in bfloat16 and trained through adapters, which is what fits on 80 GB beside a teacher of
 its size; then some of its decoder layers are trained in full, in float32 with autocast, which is what fits of
-that. Each way is warmed up by one step and measured in the next. Shares are of the rate at which this card
-multiplies two large matrices, measured first.
+that. Each way is warmed up by one step; the second is timed as a whole, and the third stage by stage, with
+a wait between stages. Shares are of the rate at which this card multiplies large matrices, measured first.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -160,16 +161,17 @@ class Bench:
             free()
 
     def measure(self, way: Way) -> None:
-        """A row for the second of two steps. Where the memory is too small, the row says so."""
+        """A row for the second and third of three steps. Where the memory is too small, the row says so."""
         try:
-            watch, result, before = self.two_steps(way)
+            watch, result, before, whole_s = self.three_steps(way)
         except torch.cuda.OutOfMemoryError as error:
             self.report.add(str(way), "out of memory", message=str(error)[:300])
             return
-        self.add(way, watch, result, before)
+        self.add(way, watch, result, before, whole_s)
 
-    def two_steps(self, way: Way) -> tuple[StageWatch, StepResult, int]:
-        """(watch on the second step, its result, bytes that were allocated before it)."""
+    def three_steps(self, way: Way) -> tuple[StageWatch, StepResult, int, float]:
+        """(watch on the third step, its result, bytes that were allocated before it, seconds of the second
+        step, in which nobody waits between stages)."""
         steps = Steps(
             self.student,
             self.processor,
@@ -186,14 +188,18 @@ class Bench:
         any_ratio(steps)
         steps()
         settle(self.device)
+        began_s = time.perf_counter()
+        steps()
+        settle(self.device)
+        whole_s = time.perf_counter() - began_s
         before = allocated(self.device)
         watch = watched(steps, self.device)
-        return watch, steps(), before
+        return watch, steps(), before, whole_s
 
     def prompts_of(self, way: Way) -> list[EncodedPrompt]:
         return self.prompts[self.plan.long if way.long else self.plan.short][: way.prompts]
 
-    def add(self, way: Way, watch: StageWatch, result: StepResult, before: int) -> None:
+    def add(self, way: Way, watch: StageWatch, result: StepResult, before: int, whole_s: float) -> None:
         prompt = self.prompts_of(way)[0]
         longest = max(map(len, result.responses))
         work = StepWork(
@@ -211,7 +217,7 @@ class Bench:
             stage: way.prompts * count
             for stage, count in work.operations(self.costs["student"], teacher).items()
         }
-        seconds, total_s = watch.seconds, sum(watch.seconds.values())
+        seconds = watch.seconds
         share = {
             stage: count / seconds[stage] / self.rate
             for stage, count in operations.items()
@@ -219,8 +225,8 @@ class Bench:
         }
         peaks = {stage: peak - before for stage, peak in watch.peaks.items()}
         planned = self.planned_bytes(way)
-        whole = sum(operations.values()) / total_s / self.rate
-        figure = f"{total_s:.2f} s, {whole:.0%} of the matrix rate: " + ", ".join(
+        whole = sum(operations.values()) / whole_s / self.rate
+        figure = f"{whole_s:.2f} s, {whole:.0%} of the matrix rate: " + ", ".join(
             f"{stage} {seconds[stage]:.2f}" + (f" ({share[stage]:.0%})" if share.get(stage) else "")
             for stage in STAGES
             if stage in seconds
@@ -237,7 +243,8 @@ class Bench:
             video_tokens=prompt.video_tokens,
             answer_tokens=longest,
             seconds=seconds,
-            seconds_a_prompt=total_s / way.prompts,
+            seconds_whole=whole_s,
+            seconds_a_prompt=whole_s / way.prompts,
             seconds_a_sampled_token=seconds["sample"] / max(1, longest - 1) if work.shared else None,
             operations=operations,
             share_of_matrix_rate=share,

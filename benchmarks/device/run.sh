@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The check on the machine with the card, in at most seven minutes; arguments go to check.py. Results go to the
+# The check on the machine with the card, a half in at most seven minutes; arguments go to check.py. Results go to the
 # folder $OUT, by default benchmarks/results/device.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

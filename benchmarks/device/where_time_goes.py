@@ -96,6 +96,7 @@ class Student:
         self.optimizer = make_optimizer(trained, OptimConfig())
         self.prefix: Any = None
         self.responses: list[list[tuple[int, ...]]] = []
+        self.recorded: list[float] = []  # log-probs of all their tokens
 
     def prefill(self) -> None:
         self.prefix = self.policy.prefill(self.prompts, grad=True)
@@ -108,6 +109,7 @@ class Student:
             seeds=seeds_of(self.prompts, rollouts),
         )
         self.responses = [[tuple(rollout.token_ids) for rollout in group] for group in groups]
+        self.recorded = [value for group in groups for rollout in group for value in rollout.recorded]
 
     def sample_many(self) -> None:
         self.sample(self.plan.rollouts)

@@ -112,9 +112,10 @@ def test_no_section_begins_when_the_time_of_all_is_used_up(tmp_path: Path) -> No
     assert "| late | no time left |" in (tmp_path / "device.md").read_text()
 
 
-def test_the_limits_leave_time_for_a_second_try() -> None:
-    before_the_demo = sum(p.limit_s for p in (check.MACHINE, *check.SECTIONS) if p.name != "demo")
-    assert before_the_demo <= check.TOTAL_S <= 7 * 60
+def test_both_halves_fit_into_a_quarter_of_an_hour() -> None:
+    assert 2 * check.HALF_S <= 15 * 60
+    for half in check.HALVES:
+        assert sum(p.limit_s for p in (check.MACHINE, *half)) <= check.HALF_S
     for p in (check.MACHINE, *check.SECTIONS):
         assert Path(p.command[-1]).is_file(), p.name
 
