@@ -35,9 +35,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--matrix-rate",
         type=_rate,
-        default=400.0,
+        default=200.0,
         metavar="TFLOPS",
-        help="what a GPU attains on large matrix products; default: %(default)g, an H100 in bfloat16",
+        help="what a GPU attains over a whole step; default: %(default)g, an H200 in bfloat16",
     )
     add_shared(parser, "--json")
 
@@ -84,7 +84,7 @@ def _gib(text: str) -> float:
 
 
 def _rate(text: str) -> float:
-    return _between(text, 0.001, 1_000_000, "TFLOP/s, such as 400")
+    return _between(text, 0.001, 1_000_000, "TFLOP/s, such as 200")
 
 
 def _between(text: str, least: float, most: float, what: str) -> float:

@@ -20,7 +20,7 @@ from video_opd.types import Sample
 FITS = 0.95
 # A plan surely does not fit where even this share of its sum is more than the memory.
 SURE = 0.9
-DEFAULT_RATE = 400.0  # TFLOP/s that an H100 attains on large products in bfloat16; ours
+DEFAULT_RATE = 200.0  # TFLOP/s that steps of Qwen3-VL-8B's shape attained on an H200 (docs/performance.md)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The seconds of a step, a run and of scoring: operations by the cost model, at a stated rate.
 
-The rate is what the card attains on large matrix products, not what it is sold with. Waiting for videos,
-launching operations, the exchange between GPUs and the optimiser are not counted.
+The rate is what the card attains over a whole step, a third of what it attains on large matrix products:
+between them lie norms, copies, the optimiser and the launching of operations. Waiting for videos and the
+exchange between GPUs are not counted.
 """
 
 from __future__ import annotations
