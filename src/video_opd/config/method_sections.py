@@ -220,7 +220,10 @@ class LossConfig(Settings):
         default="raise", description="what happens to a log-prob that is nan or inf"
     )
     ratio_tolerance: Number | None = Field(
-        default=None, gt=0, description="largest |ratio - 1|; none: 1e-3 in float32, 0.1 in bfloat16"
+        default=None,
+        gt=0,
+        description="nats by which a log-prob may be off right after sampling, in bfloat16 on the average; "
+        "none: 1e-3 in float32, 0.1 in bfloat16",
     )
 
     @property

@@ -190,10 +190,16 @@ class Recipe(Settings):
 
     @property
     def ratio_tolerance(self) -> float:
-        """Largest |π_θ/π_old − 1| on the update that follows sampling, where it is 1 but for rounding."""
+        """Largest |log π_θ − log π_old| in nats on the update that follows sampling, where it is 0 but for
+        rounding: of each token or, with :attr:`ratio_on_average`, of a sample's tokens on the average."""
         if self.loss.ratio_tolerance is not None:
             return self.loss.ratio_tolerance
         return RATIO_TOLERANCE[self.model.dtype]
+
+    @property
+    def ratio_on_average(self) -> bool:
+        """In low precision single tokens may be far off."""
+        return self.model.dtype != "float32"
 
     def check_rounds(self) -> None:
         """Raises :class:`UserError` for what ``rounds`` needs beyond ``train``."""

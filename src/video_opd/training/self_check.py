@@ -12,6 +12,7 @@ from video_opd.progress import log
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
 from video_opd.training.components import Components
+from video_opd.training.loss_batch import distance
 from video_opd.training.step import Stepper, token_ids
 from video_opd.types import Rollout
 
@@ -35,7 +36,8 @@ def check_first_prompts(
     that one forward, and draws no random number.
 
     ``rows`` are this process's rows of the first batch, of ``planned`` prompts. Returns the largest
-    deviations; raises :class:`CheckError` for one above the tolerance.
+    deviations, as :func:`~video_opd.training.loss_batch.distance` takes them; raises :class:`CheckError` for
+    one above the tolerance.
     """
     groups = _sampled(recipe, components, rows[:PROMPTS])
     measured: dict[str, float] = {}
@@ -83,19 +85,25 @@ def _compare(
     recipe: Recipe,
     remedy: str,
 ) -> None:
-    """Notes the largest gap between ``logprobs_BT`` and what was recorded while sampling, and judges it."""
-    rollouts = [rollout for group in groups for rollout in group]
+    """Notes how far ``logprobs_BT`` are from what was recorded while sampling, and judges it."""
+    scores, on_average = iter(logprobs_BT.tolist()), recipe.ratio_on_average
     gaps = [
-        (logprobs_BT[row, : len(rollout.recorded)].cpu() - torch.tensor(rollout.recorded)).abs().max().item()
-        for row, rollout in enumerate(rollouts)
+        [
+            abs(score - recorded)
+            for rollout in group
+            for score, recorded in zip(next(scores), rollout.recorded, strict=False)
+        ]
+        for group in groups
     ]
-    measured[name] = max(gaps)
-    if not measured[name] <= recipe.ratio_tolerance:
+    found = measured[name] = max(distance(of_prompt, on_average=on_average) for of_prompt in gaps)
+    unit = "nats a token" if on_average else "nats"
+    if not found <= recipe.ratio_tolerance:
         raise CheckError(
-            f"check before the first step: {name} is {measured[name]:.3g} nats, above "
+            f"check before the first step: {name} is {found:.3g} {unit}, above "
             f"{recipe.ratio_tolerance:g}; {remedy}, or (low precision) a larger loss.ratio_tolerance"
         )
     log(
-        f"check: {name} at most {measured[name]:.1e} nats on {len(rollouts)} responses "
+        f"check: {name} at most {found:.1e} {unit} on {sum(map(len, groups))} responses "
         f"({recipe.ratio_tolerance:g} is allowed)"
+        + (f"; of a single token at most {max(map(max, gaps)):.1e}" if on_average else "")
     )

@@ -119,9 +119,24 @@ def test_numbers_that_are_not_finite(which: str, who: str, value: float):
 def test_a_ratio_off_one_names_the_token():
     student = scores([[-1.0, -2.5], [-0.5, 0.0]], [2, 1])
     batch: Trajectories = make_trajectories(ROWS, GROUPS, student, None)
-    with pytest.raises(AssertionError, match=r"sample 's0', response token 1: .* is 0\.393"):
-        check_ratio(batch, student, 0.3)
-    check_ratio(batch, student, 0.4)
+    with pytest.raises(AssertionError, match=r"sample 's0': .* is 0\.5 nats at response token 1 right"):
+        check_ratio(batch, student, 0.4)
+    check_ratio(batch, student, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("off", "mean"),
+    [([0.9] + [0.0] * 11, 0.075), ([0.15] * 12, 0.15), ([0.7], 0.7 / 8), ([3.0] + [0.0] * 11, 0.25)],
+)
+def test_in_low_precision_a_samples_tokens_are_judged_together(off: list[float], mean: float):
+    """Rounding puts single tokens far off; a mistake shifts many of them, or one by nats."""
+    length = len(off)
+    student = scores([[-1.0 - by for by in off], [-2.0] * length], [length, length])
+    groups = [[rollout(*[-1.0] * length)], [rollout(*[-2.0] * length)]]
+    batch = make_trajectories(ROWS, groups, student, None)
+    check_ratio(batch, student, mean + 1e-6, on_average=True)
+    with pytest.raises(AssertionError, match=r"sample 's0': .* nats a token right after sampling"):
+        check_ratio(batch, student, mean - 1e-6, on_average=True)
 
 
 def test_a_method_without_a_teacher_says_so():
