@@ -9,6 +9,8 @@ from model_cases import SEEDS, mixed_prompts, model, processor
 from pretended_gpu import GPU, PretendedGpu, put_there
 from training_cases import Build, make_recipe, rows_of
 
+from video_opd.models import captured_decoding
+from video_opd.models import policy as policies
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.training.components import Components
@@ -58,6 +60,23 @@ def test_sampling_scoring_and_gradients_stay_on_the_device(engine: str, recomput
             ((scored.logprobs_BT - taught.logprobs_BT) * scored.mask_BT).sum().backward()
         for prefix in student.prefill_chunks(mixed_prompts(), 2) if engine == "prefix" else ():
             student.sample(prefix, n=2, max_new_tokens=3, temperature=0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_graph_repeats_stays_on_the_device(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[torch.device] = []
+
+    def record(work: Any, device: torch.device) -> Any:
+        recorded.append(device)
+        return work
+
+    monkeypatch.setattr(captured_decoding, "record", record)
+    monkeypatch.setattr(policies, "can_capture", lambda model: True)
+    student = policy()
+    with PretendedGpu():
+        seeds = [row[:count] for row in SEEDS]
+        student.sample(mixed_prompts(), n=count, max_new_tokens=6, seeds=seeds)
+    assert recorded == [GPU] and student.passes.capture
 
 
 class BuildThere(Build):
