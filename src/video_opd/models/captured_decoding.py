@@ -92,12 +92,18 @@ class CapturedDecoder:
 
 
 def can_capture(model: torch.nn.Module) -> bool:
-    """Whether this process holds the model whole, on one GPU. Weights in shards are gathered by the host."""
-    from torch.distributed.tensor import DTensor
-
+    """Whether this process alone holds the model, on one GPU, and no recording has failed."""
     weights = list(model.parameters())
-    whole = all(weight.is_cuda and not isinstance(weight, DTensor) for weight in weights)
-    return whole and len({weight.device for weight in weights}) == 1 and not _failed
+    on_gpu = all(weight.is_cuda for weight in weights) and len({weight.device for weight in weights}) == 1
+    return on_gpu and not in_shards(model) and not _failed
+
+
+def in_shards(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 manages a part of the model, be it whole at the moment: its hooks make other streams wait
+    for this one, and a recording ends with an error if they do not come back."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def record(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:

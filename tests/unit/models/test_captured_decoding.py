@@ -94,6 +94,24 @@ def test_a_model_on_a_cpu_is_not_recorded() -> None:
     assert not captured_decoding.can_capture(model())
 
 
+def test_a_model_that_fsdp_manages_is_not_recorded_while_it_is_whole() -> None:
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    made = model()
+    assert not captured_decoding.in_shards(made)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        layer = fully_shard(made.model.language_model.layers[0], mesh=mesh, reshard_after_forward=False)
+        layer.unshard()
+        assert not any(isinstance(weight, DTensor) for weight in made.parameters())
+        assert captured_decoding.in_shards(made)
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_recording_that_fails_is_told_once(
     monkeypatch: pytest.MonkeyPatch, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
