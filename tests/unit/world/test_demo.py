@@ -54,7 +54,7 @@ def test_a_folder_with_another_run_is_named_by_the_option(
     begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = begun / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("lr: 0.00045", "lr: 0.1"))
+    recipe.write_text(recipe.read_text().replace("lr: 0.0006", "lr: 0.1"))
     before = bytes_of(begun)
     assert main(["demo", "--out", str(begun), "--steps", "4"]) == 2
     err = capsys.readouterr().err
