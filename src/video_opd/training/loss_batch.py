@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from video_opd.algorithms.losses import truncated_weights
@@ -129,7 +130,7 @@ def distance(gaps: Sequence[float], *, on_average: bool) -> float:
     shifts them by more. Fewer than ``FEWEST_TOKENS`` tokens count as so many, so that one of them is not all.
     """
     if not on_average:
-        return max(gaps, default=0.0)
+        return float(np.max(gaps, initial=0.0))  # Python's max would pass over nan
     return sum(gaps) / max(len(gaps), FEWEST_TOKENS)
 
 
@@ -166,7 +167,7 @@ def check_ratio(
     for name, of_sample in gaps.items():
         found = distance(of_sample, on_average=on_average)
         if not found <= tolerance:
-            unit = "nats a token" if on_average else f"nats at response token {of_sample.index(found)}"
+            unit = "nats a token" if on_average else f"nats at response token {int(np.argmax(of_sample))}"
             raise RatioError(
                 f"sample {name!r}: |log π_θ − log π_old| is {found:.3g} {unit} right after sampling, above "
                 f"loss.ratio_tolerance {tolerance:g}; the sampler and the trainer do not compute the same "

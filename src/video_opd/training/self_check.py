@@ -95,7 +95,8 @@ def _compare(
         ]
         for group in groups
     ]
-    found = measured[name] = max(distance(of_prompt, on_average=on_average) for of_prompt in gaps)
+    of_prompts = [distance(of_prompt, on_average=on_average) for of_prompt in gaps]
+    found = measured[name] = distance(of_prompts, on_average=False)
     unit = "nats a token" if on_average else "nats"
     if not found <= recipe.ratio_tolerance:
         raise CheckError(

@@ -17,7 +17,7 @@ from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
 from video_opd.training.batches import Row
-from video_opd.training.loss_batch import check_ratio, make_trajectories, without_nonfinite
+from video_opd.training.loss_batch import check_ratio, distance, make_trajectories, without_nonfinite
 from video_opd.types import Rollout, TokenLogprobs
 
 
@@ -137,6 +137,12 @@ def test_in_low_precision_a_samples_tokens_are_judged_together(off: list[float],
     check_ratio(batch, student, mean + 1e-6, on_average=True)
     with pytest.raises(AssertionError, match=r"sample 's0': .* nats a token right after sampling"):
         check_ratio(batch, student, mean - 1e-6, on_average=True)
+
+
+@pytest.mark.parametrize("gaps", [[0.0, math.nan], [math.nan, 0.0]])
+@pytest.mark.parametrize("on_average", [False, True])
+def test_a_gap_that_is_no_number_is_not_passed_over(gaps: list[float], on_average: bool):
+    assert math.isnan(distance(gaps, on_average=on_average))
 
 
 def test_a_method_without_a_teacher_says_so():

@@ -413,6 +413,30 @@ class Spoilt(Build):
         return components
 
 
+class OneTokenOff(Build):
+    """What was recorded of the first token of each prompt is 0.6 nats too much."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        components = super().__call__(*arguments)
+        sample = components.policy.sample
+
+        def off(*args: Any, **kwargs: Any) -> Any:
+            groups = sample(*args, **kwargs)
+            return [
+                [replace(first, logprobs=(first.logprobs[0] + 0.6, *first.logprobs[1:])), *others]
+                for first, *others in groups
+            ]
+
+        components.policy.sample = off  # type: ignore[method-assign]
+        return components
+
+
+def test_a_single_token_off_stops_a_run_in_float32_alone(tmp_path: Path):
+    with pytest.raises(RatioError, match=r"0\.6 nats at response token 0"):
+        run(tmp_path / "float32", OneTokenOff())
+    run(tmp_path / "bfloat16", OneTokenOff(), model={"dtype": "bfloat16"})
+
+
 def test_a_ratio_that_is_not_one_stops_the_run(tmp_path: Path):
     with pytest.raises(RatioError, match="right after sampling"):
         run(tmp_path / "run", Spoilt("moves"))

@@ -70,6 +70,27 @@ def test_a_broken_path_is_named_before_the_first_step(name: str, tmp_path: Path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_log_prob_that_is_no_number_fails_the_check(tmp_path: Path) -> None:
+    """One of the last prompt's, behind gaps that are numbers."""
+
+    class Spoilt(Build):
+        def __call__(self, *arguments: Any) -> Any:
+            components = super().__call__(*arguments)
+            logprobs = components.policy.logprobs
+
+            def nan(*given: Any, **options: Any) -> Any:
+                scores = logprobs(*given, **options)
+                with torch.no_grad():
+                    scores.logprobs_BT[-1, 1] = torch.nan
+                return scores
+
+            components.policy.logprobs = nan  # type: ignore[method-assign]
+            return components
+
+    with pytest.raises(CheckError, match="is nan nats"):
+        run(tmp_path / "run", Spoilt(rows=3), check=True)
+
+
 def test_annotations_do_not_hide_a_broken_forward(tmp_path: Path) -> None:
     """Their first step checks no ratio, because nothing was sampled."""
     with pytest.raises(CheckError, match=UPDATE):
