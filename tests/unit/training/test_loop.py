@@ -423,7 +423,7 @@ class OneTokenOff(Build):
         def off(*args: Any, **kwargs: Any) -> Any:
             groups = sample(*args, **kwargs)
             return [
-                [replace(first, logprobs=(first.logprobs[0] + 0.6, *first.logprobs[1:])), *others]
+                [replace(first, logprobs=(first.recorded[0] + 0.6, *first.recorded[1:])), *others]
                 for first, *others in groups
             ]
 
