@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEWEST_TOKENS = 4  # of responses at most: recording takes as long as about two tokens
+WORTH_RECORDING = 4  # tokens of a response at most: recording takes as long as about two
 
 
 class CapturedDecoder:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from video_opd.errors import UserError
-from video_opd.models.captured_decoding import FEWEST_TOKENS, CapturedDecoder, can_capture
+from video_opd.models.captured_decoding import WORTH_RECORDING, CapturedDecoder, can_capture
 from video_opd.models.decoding import Decoder, PlainDecoder, PrefixDecoder, decode
 from video_opd.models.forward_passes import ForwardPasses
 from video_opd.models.head import ResponseHead
@@ -220,7 +220,7 @@ class HFPolicy:
         if self.engine == "plain":
             return PlainDecoder(self.passes, prompts_of(prompts), n)
         prefix = self.passes.prefix_of(prompts)
-        capture = self.passes.capture and self.passes.side_by_side and tokens >= FEWEST_TOKENS
+        capture = self.passes.capture and self.passes.side_by_side and tokens >= WORTH_RECORDING
         if capture and can_capture(self.model):
             return CapturedDecoder(self.passes, prefix, n)
         return PrefixDecoder(self.passes, prefix, n)

@@ -21,7 +21,7 @@ from video_opd.errors import UserError
 from video_opd.training.batches import Row
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
-FEWEST_TOKENS = 8
+TOKENS_OF_A_MEAN = 8  # at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +127,12 @@ def distance(gaps: Sequence[float], *, on_average: bool) -> float:
 
     Rounding in bfloat16 has a long tail: of 96 tokens that Qwen3-VL-8B's shape wrote to prompts of 8,493
     tokens, one was off by 0.1 nats. A mistake (another position, other weights) is not that of one token, and
-    shifts them by more. Fewer than ``FEWEST_TOKENS`` tokens count as so many, so that one of them is not all.
+    shifts them by more. Fewer than ``TOKENS_OF_A_MEAN`` tokens count as so many, so that one of them is not
+    all.
     """
     if not on_average:
         return float(np.max(gaps, initial=0.0))  # Python's max would pass over nan
-    return sum(gaps) / max(len(gaps), FEWEST_TOKENS)
+    return sum(gaps) / max(len(gaps), TOKENS_OF_A_MEAN)
 
 
 def check_sampler(
