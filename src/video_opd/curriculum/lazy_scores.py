@@ -30,12 +30,11 @@ from video_opd.curriculum.scores import (
     known_teacher_scores,
     score,
     scores_of,
-    with_teacher,
 )
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import BLOCK_BATCHES, Item, MakeLoader
 from video_opd.evaluation.output import Output, append_blocks
-from video_opd.evaluation.predict import generate_responses, samples_without_rows
+from video_opd.evaluation.predict import generate_responses, samples_without_rows, use_together
 from video_opd.evaluation.resume import (
     known_rows,
     merge_process_files,
@@ -233,11 +232,8 @@ def _ask(
             mine.clear()
             share = output.share([samples[row] for row in stage])
             answer = partial(append_blocks, output, share, make_loader, batch_size, rows_of)
-            with_teacher(
-                teacher,
-                partial(answer, partial(bar.advance, note=note)),
-                asked=any(row not in found for row in stage),
-            )
+            asked = any(row not in found for row in stage)
+            use_together(teacher if asked else None, partial(answer, partial(bar.advance, note=note)))
             for answers in processes.gather(dict(mine)):
                 found |= answers
             for row in stage:  # a row whose video failed has no answer

@@ -9,7 +9,7 @@ another threshold, ranking or parser needs no model. Rows are appended as soon a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum
 from pathlib import Path
@@ -19,7 +19,12 @@ from video_opd.curriculum.score_files import judged
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader
 from video_opd.evaluation.output import Output, append_batches
-from video_opd.evaluation.predict import GenerationSettings, generate_responses, samples_without_rows
+from video_opd.evaluation.predict import (
+    GenerationSettings,
+    generate_responses,
+    samples_without_rows,
+    use_together,
+)
 from video_opd.evaluation.resume import changed_since_written, read_provenance
 from video_opd.jsonl import read_jsonl
 from video_opd.locks import locked_file
@@ -132,10 +137,10 @@ def score(
             return _score_batch(student, teacher, batch, settings, reused)
 
         title = "scoring" if teacher is not None else "student answering"
-        with_teacher(
-            teacher,
+        asked = any(settings.reverse_kl or sample.id not in reused for sample in todo)
+        use_together(
+            teacher if asked else None,
             lambda: append_batches(output, wanted, make_loader, batch_size, rows_of, title),
-            asked=any(settings.reverse_kl or sample.id not in reused for sample in todo),
         )
         output.finish(samples)
     scored = [sample for sample in todo if sample.id in output.ids]
@@ -146,17 +151,6 @@ def score(
         unannotated=len(samples) - len(wanted),
         reused=sum(sample.id in reused for sample in scored),
     )
-
-
-def with_teacher(teacher: Policy | None, work: Callable[[], None], *, asked: bool) -> None:
-    """Does ``work``, in which this process asks the teacher if it has rows. ``asked`` says whether any
-    process may ask it, and is the same in all of them."""
-    from video_opd.models.interfaces import CollectivePolicy
-
-    if asked and isinstance(teacher, CollectivePolicy):
-        teacher.together(work)
-    else:
-        work()
 
 
 def full_provenance(provenance: Mapping[str, Any], settings: ScoreSettings) -> dict[str, Any]:

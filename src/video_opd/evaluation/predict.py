@@ -54,6 +54,17 @@ class GenerationSettings:
 MakeRow: TypeAlias = Callable[[Sample, Sequence[Rollout], GenerationSettings], dict[str, Any]]
 
 
+def use_together(policy: Policy | None, work: Callable[[], None]) -> None:
+    """Does ``work``, in which this process uses ``policy`` if it has rows. All processes call this, because
+    they may hold the policy together."""
+    from video_opd.models.interfaces import CollectivePolicy
+
+    if isinstance(policy, CollectivePolicy):
+        policy.together(work)
+    else:
+        work()
+
+
 @dataclass(frozen=True, kw_only=True)
 class PredictResult:
     """Counts rows of the data file, of all processes together.
@@ -142,7 +153,10 @@ def _predict(
         groups = generate_responses(policy, [prompt for _, prompt in batch], settings, "predict")
         return [make_row(sample, group, settings) for (sample, _), group in zip(batch, groups, strict=True)]
 
-    append_batches(output, samples, make_loader, batch_size, make_rows, "answering")
+    use_together(
+        policy if todo else None,
+        lambda: append_batches(output, samples, make_loader, batch_size, make_rows, "answering"),
+    )
     output.finish(samples)
     answered = sum(sample.id in output.ids for sample in todo)
     return PredictResult(kept=kept, answered=answered, failed=len(todo) - answered)

@@ -27,6 +27,7 @@ from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.inference import chosen_device, with_video_form
 from video_opd.models.interfaces import CollectiveTeacher, Policy
 from video_opd.models.loading import DTYPES, load_processor, load_teacher, read_model_configs
+from video_opd.models.placed_teachers import ShardedPolicy
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference
 from video_opd.processes import Processes
@@ -111,7 +112,8 @@ def evaluate_teacher(recipe: Recipe, out: Path, processes: Processes) -> None:
     """The same for the teacher, ``teacher-<data>.json``.
 
     A teacher of another chat template (``teacher.other_template``), and one that servers hold, answers the
-    student's prompts: these are what it is asked wherever a run uses it.
+    student's prompts: these are what it is asked wherever a run uses it. Where ``teacher.placement`` is
+    sharded, the processes hold it together here, too.
     """
     student, teacher = recipe.model.path, recipe.teacher
     if teacher.urls:
@@ -121,8 +123,9 @@ def evaluate_teacher(recipe: Recipe, out: Path, processes: Processes) -> None:
         recipe = with_video_form(recipe)
     as_student = recipe.changed(**{"model.path": teacher.path, "model.dtype": teacher.dtype})
     prompts_of = student if teacher.other_template else None
+    sharded = teacher.placement == "sharded" and processes.count > 1
     _evaluate_frozen(
-        "teacher", as_student, teacher.dtype, None, out, processes, prompts_of, teacher.quantization
+        "teacher", as_student, teacher.dtype, None, out, processes, prompts_of, teacher.quantization, sharded
     )
 
 
@@ -135,12 +138,17 @@ def _evaluate_frozen(
     processes: Processes,
     prompts_of: str | None = None,
     quantization: Quantization | None = None,
+    sharded: bool = False,
 ) -> None:
     """``prompts_of`` is the model whose prompts are answered; None: the evaluated model's own."""
     model = recipe.model
     device = chosen_device(None)
-    loaded, processor = load_teacher(model.path, weights_dtype, device, model.attn, quantization)
-    policy = HFPolicy(loaded, processor, model.engine, compute_dtype=compute_dtype)
+    first = "cpu" if sharded else device
+    loaded, processor = load_teacher(model.path, weights_dtype, first, model.attn, quantization)
+    if sharded:
+        policy: HFPolicy = ShardedPolicy(loaded, processor, model.engine, device=torch.device(device))
+    else:
+        policy = HFPolicy(loaded, processor, model.engine, compute_dtype=compute_dtype)
     asking = processor if prompts_of is None else load_processor(prompts_of)
     loader = prompt_loader(recipe, asking, skipped_path=None, max_failed_share=1.0)
     made_by = {"prompts_of": model_fingerprint(prompts_of)} if prompts_of else {}

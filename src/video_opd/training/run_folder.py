@@ -101,11 +101,11 @@ class RunFolder:
         write_text(self.recipe, dump_recipe(recipe))
 
     def claim_for_rounds(self, recipe: Recipe) -> None:
-        """The same for several rounds; a start that failed before its first score leaves the folder free."""
+        """The same for several rounds; a start that failed before its first answer leaves the folder free."""
         self._refuse_pipes()
         if self.metrics.exists() or self.model.exists():
             raise FolderInUse(self.path, "a run of video-opd train")
-        if self.round(1).exists():
+        if self.round(1).exists() or self._has_answers():  # base and teacher answer before there is a round
             if not self.recipe.exists():
                 raise FolderInUse(self.path, f"rounds whose {self.recipe.name} is gone")
             self._check_same(recipe, self._parsed(partial(load_recipe, self.recipe)))
@@ -122,6 +122,9 @@ class RunFolder:
     def round(self, number: int) -> Path:
         """The folder of round ``number`` (from 1), which is a run folder itself."""
         return self.path / f"round-{number}"
+
+    def _has_answers(self) -> bool:
+        return self.evaluations.is_dir() and any(self.evaluations.glob("*.jsonl"))
 
     def _has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))

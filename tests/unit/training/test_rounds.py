@@ -34,7 +34,7 @@ from video_opd.reports.runs import read_run
 from video_opd.training import rounds as rounds_module
 from video_opd.training.loop import train
 from video_opd.training.rounds import run_rounds
-from video_opd.training.run_folder import RunFolder
+from video_opd.training.run_folder import FolderInUse, RunFolder
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 
@@ -646,6 +646,21 @@ def test_the_defaults_are_the_papers() -> None:
         {"teacher": {"path": "t"}, "data": {"train": "d"}, "tvdf": {"strategy": "random"}}
     )
     assert ungated.tvdf.min_teacher_iou == 0.0
+
+
+@pytest.mark.parametrize("name", ["base", "teacher"])
+def test_answers_of_another_models_are_not_taken_for_these(world: Path, tmp_path: Path, name: str) -> None:
+    """Base and teacher answer before the first round begins: their answers belong to the recipe, too."""
+    folder = RunFolder(tmp_path / "run")
+    recipe = make_recipe(world, folder.path)
+    folder.claim_for_rounds(recipe)
+    other = recipe.changed(**{"optim.lr": 0.5})
+    folder.claim_for_rounds(other)  # nothing was answered yet
+    folder.evaluations.mkdir()
+    (folder.evaluations / f"{name}-short.jsonl").write_text("")
+    folder.claim_for_rounds(other.changed(**{"teacher.placement": "whole"}))  # changes no answer
+    with pytest.raises(FolderInUse, match=r"optim\.lr = 0\.5"):
+        folder.claim_for_rounds(recipe)
 
 
 @pytest.mark.parametrize("fault", ["another recipe", "no pool"])
