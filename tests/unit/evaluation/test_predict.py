@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from itertools import chain, groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ from video_opd.evaluation.metrics import evaluate
 from video_opd.evaluation.predict import GenerationSettings, PredictResult, predict
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.resume import provenance_path, read_provenance, write_provenance
+from video_opd.models import fingerprint
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.types import Sample
 
@@ -251,17 +253,53 @@ def test_a_fingerprint_is_of_content(tmp_path: Path) -> None:
     assert model_fingerprint("org/name") == "name:org/name"
 
 
-def test_large_weights_are_known_by_time_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from video_opd.models import fingerprint
+TENSORS = {"lm_head": [0, 400], "layers.0.norm": [400, 406], "layers.0.up": [406, 1400]}
 
+
+def large_weights(changed: int | None = None) -> bytes:
+    """A file of tensors, with another byte at one place of its data."""
+    header = {
+        name: {"dtype": "U8", "shape": [e - b], "data_offsets": [b, e]} for name, (b, e) in TENSORS.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    data = bytearray(range(200)) * 7
+    if changed is not None:
+        data[changed] ^= 1
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_large_weights_are_known_by_parts_of_every_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: bool
+) -> None:
+    """Copies on other machines, and at other times, are the same model. Another training changes the begin,
+    the middle and the end of all tensors. A file that names none is read at many places."""
     monkeypatch.setattr(fingerprint, "_FULL_READ_BYTES", 10)
-    monkeypatch.setattr(fingerprint, "_END_BYTES", 4)
-    folder = write_model(tmp_path / "m", b"aaaa" + b"middle" + b"zzzz")
-    os.utime(folder / "model.safetensors", (5, 5))
-    before = model_fingerprint(folder)
-    assert model_fingerprint(folder) == before
-    os.utime(folder / "model.safetensors", (6, 6))
-    retrained = model_fingerprint(folder)
-    (folder / "model.safetensors").write_bytes(b"aaaa" + b"middle" + b"zzzy")
-    os.utime(folder / "model.safetensors", (5, 5))
-    assert len({before, retrained, model_fingerprint(folder)}) == 3
+    monkeypatch.setattr(fingerprint, "_SAMPLE_BYTES", 4)
+    monkeypatch.setattr(fingerprint, "_SAMPLES", 20)
+
+    def found(name: str, weights: bytes, time_s: float) -> str:
+        folder = write_model(tmp_path / name, weights if tensors else b"\xff" * 8 + weights)
+        os.utime(folder / "model.safetensors", (time_s, time_s))
+        return model_fingerprint(folder)
+
+    before = found("m", large_weights(), 5)
+    assert found("copy", large_weights(), 6) == before
+    places = [0, 198, 399, 400, 403, 405, 406, 902, 1399] if tensors else [1399]
+    changed = [found("m", large_weights(place), 5) for place in places]
+    assert len({before, *changed}) == 1 + len(places)
+    assert found("m", large_weights() + b"!", 5) != before
+    if tensors:
+        other = large_weights().replace(b"lm_head", b"lm_tail")
+        assert found("m", other, 5) != before
+    assert found("m", large_weights(), 9) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"short", (3).to_bytes(8, "little") + b"[1]", b"\0" * 64])
+def test_a_damaged_large_file_has_a_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    """Whoever loads it says what is wrong with it."""
+    monkeypatch.setattr(fingerprint, "_FULL_READ_BYTES", -1)
+    folder = write_model(tmp_path / "m", content)
+    assert model_fingerprint(folder) == model_fingerprint(folder)
