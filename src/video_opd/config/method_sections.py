@@ -222,8 +222,9 @@ class LossConfig(Settings):
     ratio_tolerance: Number | None = Field(
         default=None,
         gt=0,
-        description="nats by which a log-prob may be off right after sampling, in bfloat16 on the average; "
-        "none: 1e-3 in float32, 0.1 in bfloat16",
+        description="nats by which a log-prob may be off right after sampling, in bfloat16 those of a "
+        "response on the average, and a single one by five times as much; none: 1e-3 in float32, 0.1 in "
+        "bfloat16",
     )
 
     @property

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 MethodName = Literal["video-opd", "grpo", "sft", "op-rkd", "op-fkd"]
 
 
-# Largest |ratio - 1| that rounding is allowed. In bfloat16 it is four times the largest that was measured
+# Nats that rounding is allowed: in float32 of every token, in bfloat16 of a response's tokens on the average
 # (docs/models.md, "Precision and wrappers").
 RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
@@ -191,14 +191,14 @@ class Recipe(Settings):
     @property
     def ratio_tolerance(self) -> float:
         """Largest |log π_θ − log π_old| in nats on the update that follows sampling, where it is 0 but for
-        rounding: of each token or, with :attr:`ratio_on_average`, of a sample's tokens on the average."""
+        rounding: of each token or, in low precision, of a response's tokens on the average."""
         if self.loss.ratio_tolerance is not None:
             return self.loss.ratio_tolerance
         return RATIO_TOLERANCE[self.model.dtype]
 
     @property
-    def ratio_on_average(self) -> bool:
-        """In low precision single tokens may be far off."""
+    def low_precision(self) -> bool:
+        """Whether the student computes in fewer bits than float32."""
         return self.model.dtype != "float32"
 
     def check_rounds(self) -> None:

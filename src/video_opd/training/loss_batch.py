@@ -22,6 +22,7 @@ from video_opd.training.batches import Row
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 TOKENS_OF_A_MEAN = 8  # at least
+SINGLE_TOKEN = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +122,19 @@ def without_nonfinite(batch: Trajectories, student: TokenLogprobs, mode: str) ->
     return replace(batch, mask_BT=batch.mask_BT & ~bad_BT)
 
 
-def distance(gaps: Sequence[float], *, on_average: bool) -> float:
-    """How far the log-probs of a sample's tokens are from those that they should equal, in nats: the largest
-    gap or, in low precision, the mean.
+def distance(gaps: Sequence[float], *, low_precision: bool) -> float:
+    """How far the log-probs of a rollout's tokens are from those that they should equal, in nats: the largest
+    gap or, in low precision, the mean or a part of the largest, whichever is more.
 
-    Rounding in bfloat16 has a long tail: of 96 tokens that Qwen3-VL-8B's shape wrote to prompts of 8,493
-    tokens, one was off by 0.1 nats. A mistake (another position, other weights) is not that of one token, and
-    shifts them by more. Fewer than ``TOKENS_OF_A_MEAN`` tokens count as so many, so that one of them is not
-    all.
+    Rounding in bfloat16 has a long tail: of 96 tokens that Qwen3-VL-8B's shape wrote to prompts of 8,491
+    tokens, one was off by 0.1 nats. A mistake (another position, other weights) shifts many tokens by more,
+    or one by nats (the first, the last). So one token may be ``SINGLE_TOKEN`` times as far off as the mean.
+    Fewer than ``TOKENS_OF_A_MEAN`` tokens count as so many, so that one of them is not all.
     """
-    if not on_average:
-        return float(np.max(gaps, initial=0.0))  # Python's max would pass over nan
-    return sum(gaps) / max(len(gaps), TOKENS_OF_A_MEAN)
+    largest = float(np.max(gaps, initial=0.0))  # Python's max would pass over nan
+    if not low_precision:
+        return largest
+    return float(np.max([sum(gaps) / max(len(gaps), TOKENS_OF_A_MEAN), largest / SINGLE_TOKEN]))
 
 
 def check_sampler(
@@ -157,20 +159,19 @@ def check_sampler(
 
 
 def check_ratio(
-    batch: Trajectories, student: TokenLogprobs, tolerance: float, *, on_average: bool = False
+    batch: Trajectories, student: TokenLogprobs, tolerance: float, *, low_precision: bool = False
 ) -> None:
-    """Raises :class:`RatioError` if a ratio is not 1 (but for rounding) right after sampling: that would be
-    our own mistake. ``on_average``: of a sample's tokens together (:func:`distance`)."""
+    """Raises :class:`RatioError` if a rollout's ratios are not 1 (but for rounding) right after sampling,
+    which would be our own mistake. :func:`distance` says how far they are."""
     off_BT = torch.where(batch.mask_BT, (student.logprobs_BT.detach() - batch.old_BT).abs(), 0.0)
-    gaps: dict[str, list[float]] = {}
-    for sample, off_T, mask_T in zip(batch.samples, off_BT, batch.mask_BT, strict=True):
-        gaps.setdefault(sample.id, []).extend(off_T[mask_T].tolist())
-    for name, of_sample in gaps.items():
-        found = distance(of_sample, on_average=on_average)
+    for sample, off_T, mask_T in zip(batch.samples, off_BT.cpu(), batch.mask_BT.cpu(), strict=True):
+        gaps = off_T[mask_T].tolist()
+        found = distance(gaps, low_precision=low_precision)
         if not found <= tolerance:
-            unit = "nats a token" if on_average else f"nats at response token {int(np.argmax(of_sample))}"
+            worst = int(np.argmax(gaps))
+            mean = f", {sum(gaps) / len(gaps):.3g} on the average of {len(gaps)}" if low_precision else ""
             raise RatioError(
-                f"sample {name!r}: |log π_θ − log π_old| is {found:.3g} {unit} right after sampling, above "
-                f"loss.ratio_tolerance {tolerance:g}; the sampler and the trainer do not compute the same "
-                "probabilities"
+                f"sample {sample.id!r}: |log π_θ − log π_old| is {gaps[worst]:.3g} nats at response token "
+                f"{worst}{mean} right after sampling, above loss.ratio_tolerance {tolerance:g}; the sampler "
+                "and the trainer do not compute the same probabilities"
             )

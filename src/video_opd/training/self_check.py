@@ -86,25 +86,22 @@ def _compare(
     remedy: str,
 ) -> None:
     """Notes how far ``logprobs_BT`` are from what was recorded while sampling, and judges it."""
-    scores, on_average = iter(logprobs_BT.tolist()), recipe.ratio_on_average
+    scores, low_precision = iter(logprobs_BT.tolist()), recipe.low_precision
     gaps = [
-        [
-            abs(score - recorded)
-            for rollout in group
-            for score, recorded in zip(next(scores), rollout.recorded, strict=False)
-        ]
+        [abs(score - recorded) for score, recorded in zip(next(scores), rollout.recorded, strict=False)]
         for group in groups
+        for rollout in group
     ]
-    of_prompts = [distance(of_prompt, on_average=on_average) for of_prompt in gaps]
-    found = measured[name] = distance(of_prompts, on_average=False)
-    unit = "nats a token" if on_average else "nats"
+    of_rollouts = [distance(of_rollout, low_precision=low_precision) for of_rollout in gaps]
+    found = measured[name] = distance(of_rollouts, low_precision=False)
+    unit = "nats of a response's tokens" if low_precision else "nats"
     if not found <= recipe.ratio_tolerance:
         raise CheckError(
             f"check before the first step: {name} is {found:.3g} {unit}, above "
             f"{recipe.ratio_tolerance:g}; {remedy}, or (low precision) a larger loss.ratio_tolerance"
         )
     log(
-        f"check: {name} at most {found:.1e} {unit} on {sum(map(len, groups))} responses "
+        f"check: {name} at most {found:.1e} {unit} on {len(gaps)} responses "
         f"({recipe.ratio_tolerance:g} is allowed)"
-        + (f"; of a single token at most {max(map(max, gaps)):.1e}" if on_average else "")
+        + (f"; of a single token at most {max(map(max, gaps)):.1e}" if low_precision else "")
     )

@@ -80,7 +80,7 @@ class StepSettings:
     clip: tuple[float, float] | None
     max_importance_weight: float | None
     ratio_tolerance: float
-    ratio_on_average: bool
+    low_precision: bool
     max_grad_norm: float
     thinking: bool
     shown_rollouts: int  # rollouts of a step that are recorded in full
@@ -105,7 +105,7 @@ class StepSettings:
             clip=recipe.loss.clip,
             max_importance_weight=recipe.loss.importance_limit,
             ratio_tolerance=recipe.ratio_tolerance,
-            ratio_on_average=recipe.ratio_on_average,
+            low_precision=recipe.low_precision,
             max_grad_norm=recipe.optim.max_grad_norm,
             thinking=recipe.prompt.thinking,
             shown_rollouts=recipe.run.log_rollouts,
@@ -347,7 +347,7 @@ class Stepper:
                 settings.nonfinite,
             )
             signal = self.method.signal(trajectories)
-            check_ratio(trajectories, student, settings.ratio_tolerance, on_average=settings.ratio_on_average)
+            check_ratio(trajectories, student, settings.ratio_tolerance, low_precision=settings.low_precision)
             scored = ScoredBatch(rows=micro.rows, groups=groups, trajectories=trajectories, signal=signal)
             return self._differentiate(scored, student, go_on, assumed, shown)
 

@@ -125,24 +125,32 @@ def test_a_ratio_off_one_names_the_token():
 
 
 @pytest.mark.parametrize(
-    ("off", "mean"),
-    [([0.9] + [0.0] * 11, 0.075), ([0.15] * 12, 0.15), ([0.7], 0.7 / 8), ([3.0] + [0.0] * 11, 0.25)],
+    ("off", "found"),
+    [
+        ([0.45] + [0.0] * 11, 0.09),  # a fifth of the largest
+        ([0.15] * 12, 0.15),  # the mean
+        ([0.2, 0.2, 0.2], 0.6 / 8),  # the mean of at least eight
+        ([3.0] + [0.0] * 11, 0.6),
+    ],
 )
-def test_in_low_precision_a_samples_tokens_are_judged_together(off: list[float], mean: float):
-    """Rounding puts single tokens far off; a mistake shifts many of them, or one by nats."""
+def test_in_low_precision_a_responses_tokens_are_judged_together(off: list[float], found: float):
+    """Rounding puts single tokens far off; a mistake shifts many of them, or one by nats. Another response of
+    the same sample, which is right, makes up for nothing."""
     length = len(off)
-    student = scores([[-1.0 - by for by in off], [-2.0] * length], [length, length])
-    groups = [[rollout(*[-1.0] * length)], [rollout(*[-2.0] * length)]]
-    batch = make_trajectories(ROWS, groups, student, None)
-    check_ratio(batch, student, mean + 1e-6, on_average=True)
-    with pytest.raises(AssertionError, match=r"sample 's0': .* nats a token right after sampling"):
-        check_ratio(batch, student, mean - 1e-6, on_average=True)
+    student = scores([[-2.0] * length, [-1.0 - by for by in off]], [length, length])
+    groups = [[rollout(*[-2.0] * length), rollout(*[-1.0] * length)]]
+    batch = make_trajectories(ROWS[:1], groups, student, None)
+    check_ratio(batch, student, found + 1e-6, low_precision=True)
+    with pytest.raises(
+        AssertionError, match=rf"sample 's0': .* is {max(off):g} nats at response token 0, .* on the average"
+    ):
+        check_ratio(batch, student, found - 1e-6, low_precision=True)
 
 
 @pytest.mark.parametrize("gaps", [[0.0, math.nan], [math.nan, 0.0]])
-@pytest.mark.parametrize("on_average", [False, True])
-def test_a_gap_that_is_no_number_is_not_passed_over(gaps: list[float], on_average: bool):
-    assert math.isnan(distance(gaps, on_average=on_average))
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_a_gap_that_is_no_number_is_not_passed_over(gaps: list[float], low_precision: bool):
+    assert math.isnan(distance(gaps, low_precision=low_precision))
 
 
 def test_a_method_without_a_teacher_says_so():
