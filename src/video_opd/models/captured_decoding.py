@@ -11,6 +11,7 @@ attention.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class CapturedDecoder:
 
     The first token warms up (libraries choose their kernels), the second is recorded, and all that follow are
     repetitions. Where responses outgrow the cache (``ROOM`` tokens), it is lengthened and recorded anew. If
-    the recording fails, each token is computed on its own.
+    the recording fails, or memory does not suffice for it, each token is computed on its own.
     """
 
     def __init__(self, passes: ForwardPasses, prefix: Prefix, n: int) -> None:
@@ -46,7 +47,7 @@ class CapturedDecoder:
         self.columns_G = torch.zeros(n, dtype=torch.long, device=device)
         self.written = self.room = 0  # tokens of each response: in the cache, and those it has columns for
         self._replay: Callable[[], torch.Tensor] | None = None
-        self._warm = False
+        self._warm = self._full = False
 
     def first(self) -> torch.Tensor:
         return self.prefix.last_hidden_BD.repeat_interleave(self.width, 0)
@@ -55,7 +56,7 @@ class CapturedDecoder:
         if self.written == self.room:
             self._lengthen()
         self.ids_BG.copy_(token_B.view(-1, self.width))
-        if self._replay is None and self._warm and self.passes.capture:
+        if self._replay is None and self._warm and self.passes.capture and not self._full:
             self._record()
         hidden_BGD = self._forward() if self._replay is None else self._replay()
         self._warm = True
@@ -81,13 +82,19 @@ class CapturedDecoder:
 
     def _record(self) -> None:
         try:
-            self._replay = record(self._forward, self.done.device)
+            try:
+                self._replay = record(self._forward, self.done.device)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # while it records, torch gives back nothing that it keeps unused
+                self._replay = record(self._forward, self.done.device)
+        except torch.OutOfMemoryError:
+            self._full = True  # other responses may need less
         except RuntimeError as error:
             self.passes.capture = False
             logger.warning(
                 "the forward of a token cannot be recorded as a CUDA graph (%s): sampling computes every "
                 "token on its own, which is slower",
-                str(error).strip().splitlines()[0],
+                str(error).strip().partition("\n")[0],
             )
 
 
@@ -95,7 +102,14 @@ def can_capture(model: torch.nn.Module) -> bool:
     """Whether this process alone holds the model, on one GPU, and no recording has failed."""
     weights = list(model.parameters())
     on_gpu = all(weight.is_cuda for weight in weights) and len({weight.device for weight in weights}) == 1
-    return on_gpu and not in_shards(model) and not _failed
+    return on_gpu and not in_shards(model) and not asks_host(model) and not _failed
+
+
+def asks_host(model: torch.nn.Module) -> bool:
+    """Whether a forward asks the GPU for numbers on the way: experts in float32 ask how many tokens each has,
+    because grouped products are of 16-bit numbers. That cannot be recorded."""
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
+    return any(weight.dtype == torch.float32 for weight in experts)
 
 
 def in_shards(model: torch.nn.Module) -> bool:
@@ -114,8 +128,8 @@ def record(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[
     unused memory back to the GPU first, for every graph.
     """
     with torch.cuda.device(device):
-        stream, keeper = _stream_and_keeper(device)
-        graph, result = _recorded(work, stream, keeper.pool())
+        stream, pool, _ = _kept(device)
+        graph, result = _recorded(work, stream, pool)
 
     def replay() -> torch.Tensor:
         graph.replay()
@@ -144,8 +158,14 @@ def _recorded(work: Callable[[], torch.Tensor], stream: Any, pool: Any) -> tuple
                 result = work()
             finally:
                 graph.capture_end()
+    except torch.OutOfMemoryError:
+        raise  # the recording has ended as others do
     except RuntimeError:
         _failed.append(graph)
+        # Versions of torch whose ``capture_end`` fails leave the allocator recording, in which it gives back
+        # nothing for the rest of the process. Others have ended it, and say so.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise
     finally:
         generator.graphsafe_set_state(usual)
@@ -154,9 +174,9 @@ def _recorded(work: Callable[[], torch.Tensor], stream: Any, pool: Any) -> tuple
 
 
 @functools.cache
-def _stream_and_keeper(device: torch.device) -> tuple[Any, Any]:
-    """(the stream on which graphs of this device, the current one, are recorded, a graph that keeps their
-    pool: with the last graph of a pool, the pool would go)."""
-    stream = torch.cuda.Stream()
-    keeper, _ = _recorded(lambda: torch.zeros(1, device=device), stream, None)
-    return stream, keeper
+def _kept(device: torch.device) -> tuple[Any, Any, Any]:
+    """(the stream on which graphs of this device, the current one, are recorded, their pool of memory, a
+    graph that keeps it: with the last graph of a pool, the pool would go)."""
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    keeper, _ = _recorded(lambda: torch.zeros(1, device=device), stream, pool)
+    return stream, pool, keeper

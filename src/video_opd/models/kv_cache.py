@@ -95,8 +95,9 @@ def grow_in_place(cache: DynamicCache, width: int = 1) -> None:
 
 def lengthen(cache: DynamicCache, room: int, columns: torch.Tensor) -> None:
     """Gives the layers of ``cache`` a fixed length, which is ``room`` columns more than they have; new tokens
-    go to ``columns``. Other caches that hold the same tensors are not changed."""
-    cache.layers = [
-        FixedLayer(pad(layer.keys, (0, 0, 0, room)), pad(layer.values, (0, 0, 0, room)), columns)
-        for layer in cache.layers
-    ]
+    go to ``columns``. Other caches that hold the same tensors are not changed. One layer after the other lets
+    go of what it had, so that no second cache is held."""
+    cache.layers = list(cache.layers)
+    for number, layer in enumerate(cache.layers):
+        keys, values = pad(layer.keys, (0, 0, 0, room)), pad(layer.values, (0, 0, 0, room))
+        cache.layers[number] = FixedLayer(keys, values, columns)

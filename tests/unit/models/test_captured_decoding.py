@@ -3,12 +3,13 @@ does, gives every result in the same memory; the GPU check records real ones."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from model_cases import SEEDS, mixed_prompts, model, old_logprobs, processor, tokens_of
+from model_cases import SEEDS, mixed_prompts, mixture, model, old_logprobs, processor, tokens_of
 
 from video_opd.models import captured_decoding, kv_cache
 from video_opd.models import policy as policies
@@ -125,3 +126,50 @@ def test_a_recording_that_fails_is_told_once(
     assert [tokens_of(rollouts) for rollouts in found] == [tokens_of(plain)] * 2
     [warning] = caplog.messages
     assert "not permitted when stream is capturing)" in warning and "more" not in warning
+
+
+def test_a_full_gpu_is_cleared_once_and_other_responses_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory for a recording may be there again for the next prompts, unlike what cannot be recorded."""
+    failures, cleared = [2, 1, 0], []
+
+    def fail(work: Work, device: torch.device) -> Work:
+        if failures[0]:
+            failures[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recorder(work, device)
+
+    monkeypatch.setattr(captured_decoding, "record", fail)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
+    plain = policy(capture=False).sample(mixed_prompts(), n=3, max_new_tokens=8, seeds=SEEDS)
+    student = policy()
+    for recordings in (0, 1, 2):  # it failed twice, once, not at all
+        found = student.sample(mixed_prompts(), n=3, max_new_tokens=8, seeds=SEEDS)
+        assert tokens_of(found) == tokens_of(plain) and recorder.recordings == recordings
+        failures.pop(0)
+    assert len(cleared) == 2 and not caplog.messages
+
+
+def test_experts_in_float32_are_not_recorded() -> None:
+    """transformers reads on the host how many tokens each of them has."""
+    experts = mixture()
+    assert captured_decoding.asks_host(experts) and not captured_decoding.asks_host(model())
+    assert not captured_decoding.asks_host(experts.bfloat16())
+
+
+def test_a_cache_that_is_lengthened_is_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = policy().prefill(mixed_prompts()).cache
+    columns = torch.zeros(4, dtype=torch.long)
+    kv_cache.lengthen(cache, 4, columns)  # from now on the layers are this cache's own
+    before = weakref.WeakSet(cache.layers)
+    held = []
+
+    def pad(tensor: torch.Tensor, widths: Any) -> torch.Tensor:
+        held.append(len(before))
+        return torch.nn.functional.pad(tensor, widths)
+
+    monkeypatch.setattr(kv_cache, "pad", pad)
+    kv_cache.lengthen(cache, 4, columns)
+    count = len(cache.layers)
+    assert count > 1 and held == [count - done for done in range(count) for _ in ("keys", "values")]
