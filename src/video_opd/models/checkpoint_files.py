@@ -225,8 +225,10 @@ def stored_type(path: str | Path) -> str | None:
     config = find_file(path, "config.json")
     if config is None:
         return None
+    whole = config.parent / "model.safetensors"  # if it is there, transformers reads no index
     index = _object(config.parent / "model.safetensors.index.json").get("weight_map", {})
-    files = [config.parent / name for name in set(index.values())] or _weight_files(config.parent)
+    parts = [config.parent / name for name in set(index.values())] or _weight_files(config.parent)
+    files = [whole] if whole.is_file() else parts
     try:
         types = {weight["dtype"] for file in files for weight in _header(file)[1].values()}
     except (OSError, *_NO_HEADER):

@@ -1,10 +1,11 @@
 """Checkpoints that are either intact or not used, and model folders that anyone can load.
 
-``checkpoints/step-N/`` holds ``model/`` (a ``from_pretrained`` folder, float32), ``training.pt`` (optimiser
-and random states, tensors and numbers only) and ``state.json`` (the step, the recipe, the size and digest of
-every file, and the seals of the run's rows). With LoRA, ``adapter/`` stands in place of ``model/``: it holds
-what is trained, and nothing of the base. Folders are replaced whole or not at all (:mod:`video_opd.files`),
-so a kill or a full disk leaves the earlier checkpoints. Nothing that is read here can run code.
+``checkpoints/step-N/`` holds ``model/`` (a ``from_pretrained`` folder, in ``model.weights``), ``training.pt``
+(optimiser and random states, tensors and numbers only) and ``state.json`` (the step, the recipe, the size and
+digest of every file, the seals of the run's rows, and digests of what the run reads). With LoRA, ``adapter/``
+stands in place of ``model/``: it holds what is trained, and nothing of the base. Folders are replaced whole
+or not at all (:mod:`video_opd.files`), so a kill or a full disk leaves the earlier checkpoints. Nothing that
+is read here can run code.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Checkpoint:
 
     ``recipe`` is that of its run, as :meth:`Recipe.to_dict` gives it; None in those that an earlier version
     wrote. ``files`` has (size, digest) by name; the digest is None in those. ``rows`` has the seals of the
-    run's files of rows as of that step, by name; earlier versions wrote none.
+    run's files of rows as of that step, by name; ``inputs`` has the digests of what the run reads
+    (:mod:`~video_opd.training.inputs`). Earlier versions wrote none of both.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Checkpoint:
     recipe: Mapping[str, Any] | None = None
     files: Mapping[str, tuple[int, str | None]] = field(default_factory=dict, repr=False)
     rows: Mapping[str, Seal] = field(default_factory=dict, repr=False)
+    inputs: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Path:
@@ -112,11 +115,13 @@ def save_checkpoint(
     recipe: Recipe,
     weights: dict[str, torch.Tensor] | None = None,
     rows: Mapping[str, Seal] | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Writes ``root/step-N`` and deletes all but the newest ``run.keep_checkpoints``.
 
     ``training`` goes into ``training.pt``. ``weights`` is the model's state dict if the model does not hold
-    it itself. ``rows`` are the seals of the run's files of rows, by name.
+    it itself. ``rows`` are the seals of the run's files of rows, by name, and ``inputs`` the digests of what
+    it reads.
 
     Raises :class:`UserError` when the disk is full; earlier checkpoints are then untouched.
     """
@@ -128,7 +133,8 @@ def save_checkpoint(
             _fill_model_folder(model, processor, folder / "model", recipe, weights)
         torch.save(dict(training), folder / "training.pt")
         sealed = {name: seal.to_json() for name, seal in (rows or {}).items()}
-        write_list(folder, STATE, {"step": step, "recipe": recipe.to_dict(), "rows": sealed})
+        facts = {"step": step, "recipe": recipe.to_dict(), "rows": sealed, "inputs": dict(inputs or {})}
+        write_list(folder, STATE, facts)
     # Later ones are there only if they were found damaged, and this run will replace them.
     earlier = [found for found in find_checkpoints(root) if found.step <= step]
     for old in earlier[recipe.run.keep_checkpoints :]:
@@ -341,6 +347,7 @@ def _read_state(path: Path) -> Checkpoint:
         files = {name: (size, None) if old else tuple(size) for name, size in state["files"].items()}
         step, recipe = state["step"], state.get("recipe")
         rows = {name: Seal.read(seal) for name, seal in state.get("rows", {}).items()}
+        inputs = dict(state.get("inputs", {}))
         if not all(len(file) == 2 for file in files.values()) or not files:
             raise Damage(f"{STATE} holds no list of files")
         if recipe is not None and not isinstance(recipe, dict):
@@ -354,4 +361,4 @@ def _read_state(path: Path) -> Checkpoint:
     if type(step) is not int or path.name != f"{_PREFIX}{step}":
         raise Damage(f"{STATE} is that of step {step}")
     known = {name: seal for name, seal in rows.items() if seal is not None}
-    return Checkpoint(path=path, step=step, recipe=recipe, files=files, rows=known)
+    return Checkpoint(path=path, step=step, recipe=recipe, files=files, rows=known, inputs=inputs)

@@ -42,6 +42,7 @@ from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream, Row
 from video_opd.training.components import Components, build_components, restore_base
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model, record_failures
+from video_opd.training.inputs import check_same_inputs, input_digests
 from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
 from video_opd.training.run_folder import RunFolder
@@ -95,12 +96,13 @@ def _train(recipe: Recipe, accelerator: Accelerator, processes: Processes, build
     if folder.model.is_dir():  # trained, but not yet evaluated
         components = build(recipe, accelerator, folder, folder.model)
         return _finish(recipe, processes, folder, components)
-    saved = processes.on_first(lambda: _checkpoint_to_continue(folder))
+    found = processes.on_first(lambda: input_digests(recipe))
+    saved = processes.on_first(lambda: _beginning(folder, found))
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
     processes.on_first(lambda: _begin(folder, saved, _machine(accelerator, recipe)))
     with _trackers(recipe, accelerator, start), _sampler_of(components):
-        Run(recipe, accelerator, processes, folder, components).steps(start)
+        Run(recipe, accelerator, processes, folder, components, found).steps(start)
     return _finish(recipe, processes, folder, components)
 
 
@@ -108,6 +110,13 @@ def _open(folder: RunFolder, recipe: Recipe) -> None:
     folder.claim(recipe)
     folder.discard_unfinished()
     folder.put_damage_aside()
+
+
+def _beginning(folder: RunFolder, found: Mapping[str, str]) -> checkpoints.Checkpoint | None:
+    saved = _checkpoint_to_continue(folder)
+    if saved is not None:
+        check_same_inputs(saved.inputs, found, folder.path)
+    return saved
 
 
 def _begin(folder: RunFolder, saved: checkpoints.Checkpoint | None, machine: Mapping[str, Any]) -> None:
@@ -126,9 +135,10 @@ class Run:
         processes: Processes,
         folder: RunFolder,
         components: Components,
+        inputs: Mapping[str, str],
     ) -> None:
         self.recipe, self.accelerator, self.processes = recipe, accelerator, processes
-        self.folder, self.components = folder, components
+        self.folder, self.components, self.inputs = folder, components, inputs
         self.plan = BatchPlan.of(recipe, components.samples)
         self.sealers = [Sealer(path) for path in folder.rows]  # the first process's
         self.watch = Stopwatch(settle=_settle(accelerator.device))
@@ -247,6 +257,7 @@ class Run:
             recipe=self.recipe,
             weights=weights,
             rows={sealer.path.name: sealer.seal() for sealer in self.sealers},
+            inputs=self.inputs,
         )
 
 
@@ -382,8 +393,8 @@ def _resume(saved: checkpoints.Checkpoint | None, components: Components, accele
         checkpoints.restore_random_state(states[accelerator.process_index % len(states)])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{saved.path}: its training state does not fit the model ({error!r}); delete the folder to "
-            "continue from the checkpoint before it"
+            f"{saved.path}: its training state does not fit the model ({error!r}); if this one alone is "
+            "damaged, delete the folder to continue from the checkpoint before it"
         ) from error
     log(f"continuing after step {saved.step} ({saved.path})")
     return saved.step

@@ -142,7 +142,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         }
 
     def load_named_state(self, names: Mapping[torch.Tensor, str], saved: Mapping[str, Any]) -> None:
-        """Raises ``ValueError`` for a state that was made with other moments."""
+        """Raises ``ValueError`` for a state that was made with other moments, or by a version that held the
+        second moment itself in 8 bits."""
         for parameter in self.weights():
             held = saved["state"].get(names[parameter])
             if held is None:  # it has had no gradient yet
@@ -153,7 +154,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 held[key].dtype != value.dtype or held[key].shape != value.shape
                 for key, value in fresh.items()
             ):
-                raise ValueError(f"the moments of {names[parameter]} are not those of optim.moments")
+                kinds = [", ".join(sorted(keys)) for keys in (held.keys() - {"step"}, fresh)]
+                raise ValueError(
+                    f"the moments of {names[parameter]} are not those of optim.moments, as this version "
+                    f"holds them: {kinds[0]} in place of {kinds[1]}"
+                )
             self.state[parameter] = {
                 "step": held["step"].clone(),
                 **{key: value.copy_(held[key]) for key, value in fresh.items()},

@@ -29,7 +29,8 @@ from video_opd.training.checkpoint import check_model_folder, stated_recipes
 from video_opd.training.digests import Damage, is_intact
 
 ROUNDS_ONLY = ("tvdf.", "rounds.")  # sections of a recipe that train ignores
-# Keys that say where weights are held and when they are exchanged, which changes no result.
+# Keys that say where weights are held and when they are exchanged. That changes no result, but for rounding
+# where another engine answers in the teacher's place.
 HOLDING = (
     *("model.sharding", "model.reduce", "model.gather", "optim.offload", "teacher.placement"),
     *("teacher.urls", "teacher.send", "teacher.wait_s", "teacher.receive", "teacher.overlap"),

@@ -110,6 +110,11 @@ def test_the_type_of_a_checkpoint_with_several_files(folder: Path) -> None:
     assert checkpoint_files.stored_type(folder) == "F32"
     save_file({first: weights[first].bfloat16()}, folder / "a.safetensors")
     assert checkpoint_files.stored_type(folder) is None  # two types
+    save_file({n: 2 * weight.half() for n, weight in weights.items()}, folder / "model.safetensors")
+    assert checkpoint_files.stored_type(folder) == "F16"
+    read = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float16)
+    assert torch.equal(read.lm_head.weight, 2 * weights["lm_head.weight"].half())  # the library reads it, too
+    (folder / "model.safetensors").unlink()
     (folder / "a.safetensors").unlink()
     assert checkpoint_files.stored_type(folder) is None
     for text in ("[]", "{", ""):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from model_cases import processor
+from model_cases import model, processor
 from places import ROOT
 from training_cases import (
     Build,
@@ -43,6 +43,7 @@ from video_opd.locks import locked_folder
 from video_opd.models.loading import load_model
 from video_opd.training import loop
 from video_opd.training.batches import BatchPlan
+from video_opd.training.checkpoint import find_checkpoints
 from video_opd.training.components import prompt_loader
 from video_opd.training.loop import RunResult, learning_rate, train
 from video_opd.training.loss_batch import RatioError
@@ -411,6 +412,32 @@ class Spoilt(Build):
         else:
             components.policy.logprobs = nan  # type: ignore[method-assign]
         return components
+
+
+@pytest.mark.parametrize("changed", ["data.train", "model.path", "teacher.path"])
+def test_a_run_is_not_continued_with_what_it_was_not_begun_with(tmp_path: Path, changed: str):
+    """Something else may stand behind a path by the time a killed run is repeated."""
+    places = {key: str(tmp_path / key) for key in ("data.train", "model.path", "teacher.path")}
+    for key in ("model.path", "teacher.path"):
+        model().save_pretrained(tmp_path / key)
+        processor().save_pretrained(tmp_path / key)
+    rows = tmp_path / "data.train"
+    rows.write_text("one row\n")
+    recipe = make_recipe(tmp_path / "run", optim={"max_steps": 4}).changed(**places)
+    folder = train(recipe, Build()).path
+    shutil.rmtree(folder / "model")
+    (folder / "done.json").unlink()
+    found = find_checkpoints(folder / "checkpoints")
+    assert [checkpoint.step for checkpoint in found] == [4, 2]
+    assert {name.split()[0] for name in found[0].inputs} == set(places)
+    shutil.rmtree(found[0].path)
+    file = rows if changed == "data.train" else tmp_path / changed / "config.json"
+    before = file.read_bytes()
+    file.write_bytes(before + b" ")
+    with pytest.raises(UserError, match=rf"{changed} .* has changed since .*run was begun: put back"):
+        train(recipe, Build())
+    file.write_bytes(before)
+    assert train(recipe, Build()).steps == 4
 
 
 class OneTokenOff(Build):
