@@ -90,7 +90,10 @@ def known_rows(
             f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
         )
     trees = read_provenance(out), json.loads(json.dumps(provenance))
-    _check_same(out, *({key: tree[key] for key in tree if key not in ignored} for tree in trees))
+    before, now = ({key: tree[key] for key in tree if key not in ignored} for tree in trees)
+    # The commands that make repeatable outputs name them by themselves.
+    begin_again = f"delete it and {written.name} to make it again"
+    _check_same(out, before, now, begin_again if repeatable else _BEGIN_AGAIN)
     _check_seal(out, repeatable)
     return _all_rows(out)
 
@@ -201,11 +204,13 @@ def block_size(window: Path) -> int | None:
         return None
 
 
-def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+_BEGIN_AGAIN = "choose another --out, or repeat with --overwrite to begin again"
+
+
+def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
     old, new = dict(flatten(before)), dict(flatten(now))
     for key in [*new, *(key for key in old if key not in new)]:
         if old.get(key) != new.get(key):
             raise UserError(
-                f"{out} was made with {key} = {old.get(key)!r}, this is {new.get(key)!r}: "
-                "choose another --out, or repeat with --overwrite to begin again"
+                f"{out} was made with {key} = {old.get(key)!r}, this is {new.get(key)!r}: {remedy}"
             )

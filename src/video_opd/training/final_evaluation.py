@@ -164,7 +164,8 @@ def _evaluate_served(recipe: Recipe, out: Path, processes: Processes) -> None:
     teacher = connect_teacher(settings, recipe.video, student)
     loader = prompt_loader(recipe, student[1], skipped_path=None, max_failed_share=1.0, keep_clips=True)
     as_teacher = recipe.changed(**{"model.dtype": settings.dtype})
-    made_by = {"prompts_of": model_fingerprint(path)}
+    # Unless the recipe says otherwise, servers hold a model of the same template: its own prompts are these.
+    made_by = {"prompts_of": model_fingerprint(path)} if settings.other_template else {}
     if settings.quantization is not None:
         made_by["quantization"] = settings.quantization
     if teacher.engine != "hf":

@@ -142,8 +142,17 @@ class Rounds:
         check_trackers(recipe)
         if isinstance(recipe, GRPORecipe):
             make_reward(recipe)
-        if recipe.teacher.urls:  # before the pool is scored
+        if recipe.teacher.urls and self._asks_teacher:  # before the pool is scored
             check_served_teacher(recipe, recipe.model.path)
+
+    @property
+    def _asks_teacher(self) -> bool:
+        """Whether a part of the rounds that is still to do may ask the teacher."""
+        recipe = self.recipe
+        evaluated = not recipe.evaluate.data or is_evaluated("teacher", recipe, self.folder.evaluations)
+        last = RunFolder(self.folder.round(recipe.rounds.count))
+        selected = not recipe.tvdf.asks_teacher or _selection(last) is not None
+        return recipe.asks_servers or not (evaluated and selected)
 
     def _prepare(self, number: int) -> tuple[str | None, bool]:
         """Returns (why a round has nothing to train on, whether it was trained before)."""
@@ -205,7 +214,7 @@ class Rounds:
         wanted = [s for s in self.samples if s.id not in used and (s.spans or not tvdf.gated)]
         log(f"round {number} of {recipe.rounds.count}: scoring {len(wanted)} rows of the pool")
         student, teacher = inference_configs(self.round_recipe(number))
-        score_pool(
+        scored = score_pool(
             student,
             teacher if tvdf.asks_teacher else None,
             wanted,
@@ -229,7 +238,18 @@ class Rounds:
             processes=self.processes,
         )
         release_memory()
+        self.processes.on_first(partial(self._check_failed_share, scored.failed, len(wanted)))
         self.processes.on_first(partial(self._choose, number, used))
+
+    def _check_failed_share(self, failed: int, rows: int) -> None:
+        """A selection is final. A disk that is away for some minutes must not decide it."""
+        share = self.recipe.data.max_failed_share
+        if failed > share * rows:
+            raise UserError(
+                f"the videos of {failed} of the {rows} rows that were to be scored cannot be read, more than "
+                f"{share:.0%}: video-opd data check says why; repeat the command, which scores the missing "
+                "rows, or raise data.max_failed_share"
+            )
 
     def _choose(self, number: int, used: set[str]) -> None:
         """Selects by the scores."""

@@ -113,6 +113,10 @@ def test_a_round_asks_servers_for_all_that_the_teacher_does(
         for name in ("local", "served")
     ]
     assert selected[0] == selected[1] and len(selected[0]) == 4
+    # One that was killed may go on with the other.
+    answers = [tmp_path / name / "eval" / f"teacher-{data.stem}.jsonl" for name in ("local", "served")]
+    notes = [read_provenance(path) for path in answers]
+    assert notes[0] == notes[1]
     models = [tmp_path / name / "round-1" / "model" for name in ("local", "served")]
     cases.assert_same(models[1], cases.weights(models[0]))
 

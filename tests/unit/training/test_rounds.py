@@ -27,11 +27,14 @@ from video_opd.curriculum import pool
 from video_opd.curriculum.scores import ScoreSettings
 from video_opd.curriculum.tvdf import select_file
 from video_opd.errors import UserError
+from video_opd.jsonl import write_jsonl
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.policy import HFPolicy
+from video_opd.processes import Processes
 from video_opd.reports.html import write_report
 from video_opd.reports.runs import read_run
 from video_opd.training import rounds as rounds_module
+from video_opd.training.components import build_components
 from video_opd.training.loop import train
 from video_opd.training.rounds import run_rounds
 from video_opd.training.run_folder import FolderInUse, RunFolder
@@ -570,6 +573,31 @@ def test_a_pool_that_is_used_up_ends_the_rounds(
     assert main(["rounds", str(path), "--rounds.count", "4"]) == 2
 
 
+@pytest.mark.parametrize("left", ["nothing", "the teacher's evaluation", "the last selection"])
+def test_servers_are_asked_where_a_part_that_is_left_needs_them(
+    three: tuple[Path, Recipe, Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Training by a method that learns from annotations asks no teacher."""
+    folder, recipe, _ = three
+    asked: list[Any] = []
+    monkeypatch.setattr(rounds_module, "check_served_teacher", lambda *_: asked.append(1))
+    shutil.copytree(folder, tmp_path / "run", ignore=lambda *_: ["model", "checkpoints"])
+    tree = yaml.safe_load(dump_recipe(recipe))
+    run = {**tree["run"], "dir": str(tmp_path / "run")}
+    for method in ("video-opd", "sft"):
+        keys = {key: value for key, value in tree.items() if key not in ("sampling", "loss")}
+        teacher = {"path": tree["teacher"]["path"], "urls": ["http://a"]}
+        changed = recipe_from_dict({**keys, "run": run, "teacher": teacher, "method": method})
+        rounds = rounds_module.Rounds(changed, build_components, Processes())
+        if left == "the teacher's evaluation":
+            (tmp_path / "run" / "eval" / "teacher-short.json").unlink(missing_ok=True)
+        if left == "the last selection":
+            (tmp_path / "run" / "round-3" / "select.json").unlink(missing_ok=True)
+        rounds._check()
+        assert bool(asked) is (method == "video-opd" or left != "nothing")
+        asked.clear()
+
+
 def test_a_first_round_without_a_single_row_is_an_error(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -581,6 +609,29 @@ def test_a_first_round_without_a_single_row_is_an_error(
     assert main(["rounds", str(path), "--data.train", str(tmp_path / "bare.jsonl")]) == 2
     assert "of the pool's 3 rows, 3 have no spans" in capsys.readouterr().err
     assert not (tmp_path / "run" / "round-1" / "recipe.yaml").exists()
+
+
+def test_videos_that_are_away_for_a_while_do_not_decide_a_selection(world: Path, tmp_path: Path) -> None:
+    """A selection is final; the rows that could not be scored are scored when the rounds are repeated."""
+    videos = tmp_path / "videos"
+    shutil.copytree(world / "videos", videos)
+    rows = [{**row, "video": str(videos / Path(row["video"]).name)} for row in rows_of(world / "pool.jsonl")]
+    write_jsonl(tmp_path / "pool.jsonl", rows)
+    sections: dict[str, Any] = {
+        "data": {"train": str(tmp_path / "pool.jsonl"), "cache_dir": None},
+        "evaluate": {"data": []},
+        "tvdf": {"min_teacher_iou": 0},
+        "rounds": {"count": 1},
+    }
+    recipe = make_recipe(world, tmp_path / "run", **sections)
+    gone = Path(rows[0]["video"])
+    gone.rename(tmp_path / gone.name)
+    with pytest.raises(UserError, match=r"videos of \d+ of the \d+ rows .* cannot be read, more than 5%"):
+        run_rounds(recipe)
+    assert not (tmp_path / "run" / "round-1" / "select.json").exists()
+    (tmp_path / gone.name).rename(gone)
+    run_rounds(recipe)
+    assert read(tmp_path / "run" / "round-1" / "select.json")["unscored"] == UNANNOTATED
 
 
 def test_gaussian_needs_no_teacher(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
