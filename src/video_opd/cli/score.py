@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from video_opd.cli.arguments import add_shared, check_engine, positive
@@ -17,6 +17,7 @@ from video_opd.terminal import print_line
 from video_opd.types import MIN_TEACHER_IOU, ForTopK
 
 if TYPE_CHECKING:
+    from video_opd.curriculum.scores import ScoreSettings
     from video_opd.models.inference import InferenceConfig, TeacherInferenceConfig
 
 HELP = "TVDF scores: how well teacher and student answer each row; repeated, it continues"
@@ -28,11 +29,14 @@ SETTINGS = (
     *("teacher.dtype", "teacher.quantization", "teacher.placement", "teacher.other_template"),
     "vllm.",
     *("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s"),
+    *("teacher.path", "data.train", "data.video_root", "data.limit", "data.cache_dir"),  # of a RECIPE
+    *("tvdf.teacher_k", "tvdf.student_k", "tvdf.temperature", "tvdf.rank_by", "tvdf.min_teacher_iou"),
+    *("tvdf.batch_size", "sampling.max_new_tokens", "run.seed"),
 )
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names student, teacher and data")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names models, data, and how to answer")
     parser.add_argument("--student", metavar="M", help="the student's model folder")
     parser.add_argument(
         "--teacher",
@@ -42,9 +46,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--data", metavar="D.jsonl", help="the pool: rows to choose from later")
     parser.add_argument("--out", writes="file", required=True, metavar="S.jsonl", help="the scores file")
-    parser.add_argument("--k", type=positive, default=4, metavar="K", help="responses a model; default: 4")
+    parser.add_argument("--k", type=positive, metavar="K", help="responses a model; default: the recipe's, 4")
     parser.add_argument("--student-k", type=positive, metavar="K", help="the student's; default: as --k")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default: the recipe's, 1")
     parser.add_argument(
         "--reverse-kl", action="store_true", help="also measure it along the student's responses"
     )
@@ -65,51 +69,36 @@ def add_arguments(parser: Parser) -> None:
         "--min-teacher-iou",
         type=float,
         metavar="X",
-        help=f"with --for-topk: the gate of that selection (or a lower one); default: {MIN_TEACHER_IOU:g}",
+        help="with --for-topk: the gate of that selection (or a lower one); default: the recipe's, "
+        f"{MIN_TEACHER_IOU:g}",
     )
-    add_shared(
-        parser,
-        "--device",
-        "--engine",
-        "--max-new-tokens",
-        "--seed",
-        "--overwrite",
-        "--batch-size",
-        "--video-root",
-        "--json",
-    )
+    add_shared(parser, "--device", "--engine", "--overwrite", "--video-root", "--json")
+    add_shared(parser, "--max-new-tokens", default=None, help="default: the recipe's, 64")
+    add_shared(parser, "--seed", default=None, help="default: the recipe's, 0")
+    add_shared(parser, "--batch-size", default=None, help="responses at once; default: the recipe's, 8")
 
 
 def run(arguments: argparse.Namespace) -> None:
     check_engine(arguments.engine, arguments.overrides)
-    for_topk = _for_topk(arguments)
-    student, teacher, data, video_root = _inputs(arguments)
+    work = _from_recipe(arguments) if arguments.recipe else _from_flags(arguments)
+    for_topk = _for_topk(arguments, work)
     from video_opd.curriculum.lazy_scores import TopKScoreResult
     from video_opd.curriculum.pool import score_pool
-    from video_opd.curriculum.scores import ScoreSettings
     from video_opd.data.annotations import read_samples
     from video_opd.processes import Processes
 
-    samples = read_samples(data, arguments.video_root or video_root)
-    settings = ScoreSettings(
-        k=arguments.k,
-        student_k=arguments.student_k,
-        temperature=arguments.temperature,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        thinking=student.prompt.thinking,
-        reverse_kl=arguments.reverse_kl,
-    )
+    samples = read_samples(work.data, arguments.video_root or work.video_root)[: work.limit]
     result = score_pool(
-        student,
-        teacher,
+        work.student,
+        work.teacher,
         samples,
         arguments.out,
-        settings=settings,
+        settings=work.settings,
         for_topk=for_topk,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or work.batch_size,
         device=arguments.device,
         engine=arguments.engine,
+        cache_dir=work.cache_dir,
         teacher_from=arguments.teacher_from,
         overwrite=arguments.overwrite,
         processes=Processes.of_environment(),
@@ -125,51 +114,124 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def _for_topk(arguments: argparse.Namespace) -> ForTopK | None:
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is scored, and how. The teacher is shown what the student is shown; None: none is named."""
+
+    student: InferenceConfig
+    teacher: TeacherInferenceConfig | None
+    data: str
+    settings: ScoreSettings
+    min_teacher_iou: float = MIN_TEACHER_IOU
+    video_root: str | None = None
+    limit: int | None = None
+    cache_dir: str | None = None
+    batch_size: int = 8
+
+
+def _from_recipe(arguments: argparse.Namespace) -> _Work:
+    """As ``rounds`` would score the recipe's pool, but for the flags that are given."""
+    if any((arguments.student, arguments.teacher, arguments.data)):
+        raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
+    from video_opd.config import load_recipe
+    from video_opd.curriculum.pool import inference_configs
+
+    of_vllm, others = _without_vllm(arguments.overrides)
+    recipe = load_recipe(arguments.recipe, others)
+    if getattr(recipe.teacher, "by_source", None):
+        raise UserError(
+            "teacher.by_source: one teacher scores a pool; score the rows of each source with its own "
+            "teacher.path, and without by_source"
+        )
+    student, teacher = inference_configs(recipe)
+    tvdf, of_topk = recipe.tvdf, arguments.for_topk is not None
+    return _Work(
+        student=student.changed(**of_vllm),
+        teacher=None if teacher is None else teacher.changed(**of_vllm),
+        data=recipe.data.train,
+        settings=_settings(
+            arguments,
+            k=tvdf.teacher_k,
+            student_k=tvdf.responses_of_student or None,
+            temperature=tvdf.temperature,
+            max_new_tokens=recipe.sampling.max_new_tokens,
+            seed=recipe.run.seed,
+            thinking=recipe.prompt.thinking,
+            reverse_kl=tvdf.rank_by == "reverse_kl" and teacher is not None and not of_topk,
+        ),
+        min_teacher_iou=tvdf.min_teacher_iou,
+        video_root=recipe.data.video_root,
+        limit=recipe.data.limit,
+        cache_dir=recipe.data.cache_dir,
+        batch_size=tvdf.batch_size,
+    )
+
+
+def _from_flags(arguments: argparse.Namespace) -> _Work:
+    if not (arguments.student and arguments.data):
+        raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
+    from video_opd.models.inference import read_inference_pair
+
+    of_recipes = [word for word in arguments.overrides[::2] if word.startswith(_OF_RECIPES)]
+    if of_recipes:
+        raise UserError(f"{of_recipes[0]} is a setting of a RECIPE; without one, give the flag of that name")
+    of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
+    served = "--teacher.urls" in of_teacher
+    if "--teacher.path" in of_teacher or (of_teacher and not (arguments.teacher or served)):
+        raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
+    student, teacher = read_inference_pair(
+        arguments.student, arguments.teacher, arguments.overrides, arguments.device
+    )
+    thinking = student.prompt.thinking
+    if thinking and arguments.max_new_tokens is None:
+        raise UserError(
+            "the student thinks before it answers, and reasoning has no natural end: give --max-new-tokens"
+        )
+    settings = _settings(
+        arguments,
+        k=4,
+        student_k=None,
+        temperature=1.0,
+        max_new_tokens=64,
+        seed=0,
+        thinking=thinking,
+        reverse_kl=False,
+    )
+    return _Work(student=student, teacher=teacher, data=arguments.data, settings=settings)
+
+
+_OF_RECIPES = ("--data.", "--tvdf.", "--sampling.", "--run.")
+
+
+def _settings(
+    arguments: argparse.Namespace, *, k: int, student_k: int | None, reverse_kl: bool, **others: Any
+) -> ScoreSettings:
+    """The settings of the flags, and these where no flag is given."""
+    from video_opd.curriculum.scores import ScoreSettings
+
+    given = {name: getattr(arguments, name) for name in ("temperature", "max_new_tokens", "seed")}
+    return ScoreSettings(
+        k=arguments.k or k,
+        student_k=arguments.student_k or (None if arguments.k else student_k),
+        reverse_kl=arguments.reverse_kl or reverse_kl,
+        **{**others, **{name: value for name, value in given.items() if value is not None}},
+    )
+
+
+def _for_topk(arguments: argparse.Namespace, work: _Work) -> ForTopK | None:
     gate = arguments.min_teacher_iou
     if arguments.for_topk is None:
         if gate is not None:
             raise UserError("--min-teacher-iou belongs to --for-topk; full scores leave the gate to select")
         return None
-    if arguments.reverse_kl:
+    if work.settings.reverse_kl:
         raise UserError(
             "--reverse-kl asks the teacher about every row, --for-topk does not: leave out either"
         )
-    if gate is not None and not gate <= 1:
+    gate = work.min_teacher_iou if gate is None else gate
+    if not gate <= 1:
         raise UserError(f"--min-teacher-iou is {gate:g}, and a mean IoU is at most 1")
-    return ForTopK(k=arguments.for_topk, min_teacher_iou=MIN_TEACHER_IOU if gate is None else max(gate, 0.0))
-
-
-def _inputs(
-    arguments: argparse.Namespace,
-) -> tuple[InferenceConfig, TeacherInferenceConfig | None, str, str | None]:
-    """``(student, teacher, data file, video root)``, from the recipe or from the options.
-
-    The teacher is shown what the student is shown. It is None where no teacher is named.
-    """
-    if arguments.recipe and any((arguments.student, arguments.teacher, arguments.data)):
-        raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
-    if not arguments.recipe and not (arguments.student and arguments.data):
-        raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
-    from video_opd.config import load_recipe
-
-    if arguments.recipe:
-        from video_opd.curriculum.pool import inference_configs
-
-        of_vllm, others = _without_vllm(arguments.overrides)
-        recipe = load_recipe(arguments.recipe, others)
-        student, teacher = inference_configs(recipe)
-        student = student.changed(**of_vllm)
-        teacher = None if teacher is None else teacher.changed(**of_vllm)
-        return student, teacher, recipe.data.train, recipe.data.video_root
-    from video_opd.models.inference import read_inference_pair
-
-    of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
-    served = "--teacher.urls" in of_teacher
-    if "--teacher.path" in of_teacher or (of_teacher and not (arguments.teacher or served)):
-        raise UserError(f"{of_teacher[0]}: without a RECIPE the teacher is named by --teacher M")
-    pair = read_inference_pair(arguments.student, arguments.teacher, arguments.overrides, arguments.device)
-    return *pair, arguments.data, None
+    return ForTopK(k=arguments.for_topk, min_teacher_iou=max(gate, 0.0))
 
 
 def _without_vllm(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

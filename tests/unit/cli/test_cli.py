@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -541,6 +542,60 @@ def test_the_teacher_of_score_has_a_type_of_its_own(tmp_path, asked_of, capsys) 
         capsys.readouterr()
         assert main([*words, *more]) == 2 and not asked_of
         assert said in capsys.readouterr().err
+
+
+def test_score_does_what_a_recipe_says(tmp_path, monkeypatch, capsys) -> None:
+    """A flag is stronger than the recipe; nothing that the recipe says of answers is dropped."""
+    from video_opd.curriculum import pool
+    from video_opd.curriculum.scores import ScoreResult, ScoreSettings
+    from video_opd.types import ForTopK
+
+    calls: list = []
+
+    def noted(student, teacher, samples, out, **given) -> ScoreResult:
+        calls.append((student, teacher, [sample.id for sample in samples], given))
+        return ScoreResult(kept=0, scored=0, failed=0, unannotated=0, reused=0)
+
+    monkeypatch.setattr(pool, "score_pool", noted)
+    rows = [{"id": name, "video": "v", "query": "q", "spans": [[0, 1]]} for name in "abc"]
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{path: s}}\nteacher: {{path: t}}\ndata: {{train: {data}, limit: 2, cache_dir: clips}}\n"
+        "prompt: {thinking: true}\nsampling: {max_new_tokens: 1024}\nrun: {seed: 7}\n"
+        "tvdf: {teacher_k: 8, student_k: 2, temperature: 0.7, batch_size: 32, rank_by: reverse_kl, "
+        "min_teacher_iou: 0.3}\n"
+    )
+    words = ["score", str(recipe), "--out", str(tmp_path / "o.jsonl")]
+    assert main(words) == 0
+    student, teacher, ids, given = calls.pop()
+    assert (student.model.path, teacher.model.path, ids) == ("s", "t", ["a", "b"])
+    assert (given["batch_size"], given["cache_dir"], given["for_topk"]) == (32, "clips", None)
+    of_recipe = ScoreSettings(
+        k=8, student_k=2, temperature=0.7, max_new_tokens=1024, seed=7, thinking=True, reverse_kl=True
+    )
+    assert given["settings"] == of_recipe
+    assert main([*words, "--k", "3", "--seed", "0", "--batch-size", "4", "--tvdf.temperature", "0.9"]) == 0
+    _, _, _, given = calls.pop()
+    assert given["settings"] == replace(of_recipe, k=3, student_k=None, seed=0, temperature=0.9)
+    assert given["batch_size"] == 4
+    assert main([*words, "--for-topk", "5", "--data.limit", "1"]) == 0
+    _, _, ids, given = calls.pop()
+    assert given["for_topk"] == ForTopK(k=5, min_teacher_iou=0.3) and ids == ["a"]
+    assert not given["settings"].reverse_kl
+    for more, said in (
+        (["--teacher.by_source", "{web: w}"], "one teacher scores a pool"),
+        (["--for-topk", "5", "--reverse-kl"], "leave out either"),
+    ):
+        assert main([*words, *more]) == 2 and not calls
+        assert said in capsys.readouterr().err
+    named = ["score", "--student", "s", "--data", str(data), "--out", str(tmp_path / "o.jsonl")]
+    assert main([*named, "--tvdf.teacher_k", "3"]) == 2
+    assert "--tvdf.teacher_k is a setting of a RECIPE" in capsys.readouterr().err
+    assert main([*named, "--prompt.thinking", "true"]) == 2
+    assert "no natural end: give --max-new-tokens" in capsys.readouterr().err and not calls
+    assert main([*named, "--prompt.thinking", "true", "--max-new-tokens", "512"]) == 0
+    assert calls.pop()[3]["settings"] == ScoreSettings(max_new_tokens=512, thinking=True)
 
 
 # What torchrun starts: ``python -m video_opd`` with the words of one command after another. Starting two
