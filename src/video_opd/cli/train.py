@@ -26,12 +26,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch is imported
     with locked_outputs([Place(recipe.run.dir, "folder")]):
+        from video_opd.reports.html import write_report
         from video_opd.training.loop import train
 
         result = train(recipe)
+        report = result.path / "report.html"
+        if is_first_process():
+            write_report([result.path], report)
     if not is_first_process():
         return
     if arguments.json:
-        print_json(asdict(result))
+        print_json({**asdict(result), "report": report})
     else:
-        print_line(f"{result.steps} steps; model: {result.model}")
+        print_line(f"{result.steps} steps; model: {result.model}; report: {report}")

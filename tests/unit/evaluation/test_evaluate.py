@@ -311,3 +311,13 @@ def test_kept_answers_are_named_by_what_they_depend_on(tmp_path, monkeypatch) ->
         cached_predictions_path(provenance, [*rows, Sample(id="b", video=Path("a.mp4"), query="q")]),
     ]
     assert len({path, *others}) == 5
+
+
+def test_a_video_that_was_replaced_has_predictions_of_its_own(tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    rows = [Sample(id="a", video=video, query="q")]
+    found = [cached_predictions_path({}, rows)]
+    for content in (b"pictures", b"other pictures"):
+        video.write_bytes(content)
+        found += [cached_predictions_path({}, rows) for _ in range(2)]
+    assert found[1] == found[2] and found[3] == found[4] and len(set(found)) == 3

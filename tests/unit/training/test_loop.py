@@ -35,6 +35,7 @@ from training_cases import (
     train_on_two,
 )
 
+from video_opd.cli import main
 from video_opd.config import OptimConfig, dump_recipe
 from video_opd.data.annotations import write_rows
 from video_opd.data.loader import PromptLoader
@@ -412,6 +413,22 @@ class Spoilt(Build):
         else:
             components.policy.logprobs = nan  # type: ignore[method-assign]
         return components
+
+
+def test_the_command_writes_a_report_into_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(loop, "train", partial(train, build=Build()))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(make_recipe(tmp_path / "run", optim={"max_steps": 1})))
+    report = tmp_path / "run" / "report.html"
+    assert main(["train", str(recipe), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["report"] == str(report)
+    written = report.read_text()
+    assert "<html" in written and "step" in written
+    report.unlink()
+    assert main(["train", str(recipe)]) == 0  # finished, but the report was lost
+    assert f"report: {report}" in capsys.readouterr().out and report.exists()
 
 
 @pytest.mark.parametrize("changed", ["data.train", "model.path", "teacher.path"])
