@@ -13,6 +13,7 @@ from video_opd.reproduce import (
     estimators,
     figure_4,
     figure_6,
+    long_rounds,
     table_1,
     table_2,
     table_3,
@@ -20,7 +21,8 @@ from video_opd.reproduce import (
 )
 from video_opd.world.demo import shipped
 
-_MODULES = (table_1, table_2, table_3, table_8, figure_4, figure_6, appendix_a, distance, estimators)
+_TABLES_AND_FIGURES = (table_1, table_2, table_3, table_8, figure_4, figure_6, appendix_a)
+_MODULES = (*_TABLES_AND_FIGURES, distance, estimators, long_rounds)
 EXPERIMENTS: Mapping[str, ModuleType] = {module.NAME: module for module in _MODULES}
 SUITES = tuple(dict.fromkeys(module.SUITE for module in EXPERIMENTS.values()))
 
