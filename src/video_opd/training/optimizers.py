@@ -4,7 +4,7 @@ A step at lr 1e-6 is far below the rounding step of a bfloat16 weight: rounded t
 would never move. Stochastic rounding goes up or down with probabilities that make the mean exact, so many
 steps add up to what float32 would have done. Moments in 8 bits are blocks of 256 numbers with a scale each
 (Dettmers et al., arXiv 2110.02861). Of the second moment the root is held: it spans as many orders of
-magnitude as the first. The square of a gradient below 1/1900 of its block's largest would be held as 0, and
+magnitude as the first. The square of a gradient below 1/2480 of its block's largest would be held as 0, and
 the first moment, divided by next to nothing, could move the weight by a thousand learning rates (Li et al.,
 arXiv 2309.01507, call this the zero-point problem).
 """
