@@ -26,6 +26,7 @@ from video_opd.config import (
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.video import clip_digest
 from video_opd.models.policy import HFPolicy
+from video_opd.models.recompute import let_library_recompute
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
@@ -210,10 +211,8 @@ def checkpointed(model: Any, engine: Engine) -> Any:
     It shares its weights with ``model``: a second model of eight billion weights would not fit beside it.
     """
     model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    module = model.model.visual if engine == "prefix" else model
-    old_name = module.gradient_checkpointing_enable  # before transformers 5.23
-    getattr(module, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-    return model.train()
+    let_library_recompute(model, engine)
+    return model
 
 
 def _sample(prompt: EncodedPrompt) -> Sample:

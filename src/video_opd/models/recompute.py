@@ -23,6 +23,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from video_opd.models.loading import no_library_warnings
+
+
+def let_library_recompute(model: Any, engine: str) -> None:
+    """Lets transformers checkpoint the layers of ``model`` that the engine does not checkpoint itself: the
+    prefix engine needs the cache of its decoder layers, and leaves the vision tower."""
+    checkpointed = model.model.visual if engine == "prefix" else model
+    old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
+    # It warns of a vision tower without token embeddings. Gradients reach all weights without them, because
+    # checkpointing that is not reentrant needs no input that requires gradients.
+    with no_library_warnings():
+        getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    model.train()  # transformers checkpoints in training mode only
+
 
 @contextmanager
 def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:

@@ -26,7 +26,6 @@ from video_opd.models.loading import (
     load_model,
     load_processor,
     load_teacher,
-    no_library_warnings,
     read_config,
     read_model_configs,
 )
@@ -40,6 +39,7 @@ from video_opd.models.lora import (
 from video_opd.models.parts import cast_weights, part_modules
 from video_opd.models.policy import HFPolicy
 from video_opd.models.quantisation import check_quantisation, quantise_frozen_layers, restore_layers
+from video_opd.models.recompute import let_library_recompute
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, RoutedTeacher
 from video_opd.models.torchao import check_torchao
@@ -123,14 +123,7 @@ def build_components(
     recompute = bool(recipe.model.gradient_checkpointing) if plan is None else plan.recompute
     by_layer = gathers_by_layer(recipe)
     if recompute and not by_layer:
-        # The prefix engine needs the cache of its decoder layers, and checkpoints them itself.
-        checkpointed = model.model.visual if recipe.model.engine == "prefix" else model
-        old_name = checkpointed.gradient_checkpointing_enable  # before transformers 5.23
-        # It warns of a vision tower without token embeddings. Gradients reach all weights without them,
-        # because checkpointing that is not reentrant needs no input that requires gradients.
-        with no_library_warnings():
-            getattr(checkpointed, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only
+        let_library_recompute(model, recipe.model.engine)
     if finished:  # nothing is trained, so nothing is wrapped or divided, and the optimiser is never asked
         forward_module, masters = model, None
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())

@@ -34,6 +34,7 @@ from video_opd.processes import Processes
 from video_opd.progress import log
 from video_opd.serving.connect import connect_teacher
 from video_opd.training.components import Components, Loader, prompt_loader
+from video_opd.training.digests import file_digest
 from video_opd.training.run_folder import RunFolder, read_record
 from video_opd.types import Sample
 
@@ -52,9 +53,13 @@ def check_evaluation_files(recipe: Recipe) -> None:
 
 
 def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
-    """Whether all evaluations of ``name`` (``base``, ``teacher``) are written."""
-    records = (read_record(out / f"{name}-{Path(path).stem}.json") for path in recipe.evaluate.data)
-    return all(record is not None for record in records)
+    """Whether all evaluations of ``name`` (``base``, ``teacher``) are written, of the files as they are."""
+    for path in recipe.evaluate.data:
+        record = read_record(out / f"{name}-{Path(path).stem}.json")
+        # Earlier versions noted no digest.
+        if record is None or record.get("data_sha256", digest := file_digest(path)) != digest:
+            return False
+    return True
 
 
 def evaluate_model(
@@ -213,5 +218,6 @@ def _write_figures(samples: Sequence[Sample], predictions: Path, protocol: str, 
     write_annotations(samples, predictions.with_name(f"annotations-{Path(data).stem}.jsonl"))
     record = evaluate_file(samples, predictions, protocol)
     written = predictions.with_suffix(".json")
-    write_text(written, json.dumps({**record, "data": data}, indent=2) + "\n")
+    facts = {"data": data, "data_sha256": file_digest(data)}
+    write_text(written, json.dumps({**record, **facts}, indent=2) + "\n")
     log(f"{data}: mIoU {record['mIoU']:.1f} (wrote {written})")

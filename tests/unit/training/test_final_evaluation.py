@@ -18,7 +18,7 @@ from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.models.interfaces import CollectivePolicy
 from video_opd.processes import Processes
 from video_opd.training import final_evaluation
-from video_opd.training.final_evaluation import evaluate_teacher
+from video_opd.training.final_evaluation import evaluate_teacher, is_evaluated
 
 
 def thinking_processor() -> Any:
@@ -125,3 +125,22 @@ def test_a_teacher_is_evaluated_as_it_is_placed(
     sharded = placement == "sharded"
     for found, together, device in in_processes(2, work, tmp_path):
         assert found == expected and together is sharded and device == ("cpu" if sharded else "cpu:0")
+
+
+def test_an_evaluation_is_of_the_file_as_it_is(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Rounds compare their students with base and teacher: on the same rows."""
+    recipe, out = teacher_recipe(tmp_path), tmp_path / "out"
+    assert not is_evaluated("teacher", recipe, out)
+    evaluate_teacher(recipe.changed(**{"teacher.other_template": True}), out, Processes())
+    assert is_evaluated("teacher", recipe, out) and not is_evaluated("base", recipe, out)
+    data = Path(recipe.evaluate.data[0])
+    row = data.read_text()
+    data.write_text(row.replace("[0, 1]", "[1, 2]"))
+    assert not is_evaluated("teacher", recipe, out)
+    data.write_text(row)
+    assert is_evaluated("teacher", recipe, out)
+    figures = out / "teacher-bench.json"
+    record = json.loads(figures.read_text())
+    del record["data_sha256"]
+    figures.write_text(json.dumps(record))  # of an earlier version
+    assert is_evaluated("teacher", recipe, out)
