@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from video_opd.config import VideoConfig
+from video_opd.config.largest_video import FLOOR_SLACK
 
 VideoBudget = VideoConfig  # the former name of the settings; scripts import it from here
 CELL_PX = 32  # side of a video token
 PAIR = 2  # frames that a temporal patch merges
-# qwen-vl-utils: a frame may cost this much more than the floor before the total is looked at.
-_FLOOR_SLACK = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +121,7 @@ def _library_cells(n_frames: int, height_px: int, width_px: int, budget: VideoCo
     area_px = CELL_PX * CELL_PX
     min_px = budget.min_frame_tokens * area_px
     share_px = budget.max_video_tokens * area_px / n_frames * PAIR
-    max_px = max(min(budget.max_frame_tokens * area_px, share_px), int(min_px * _FLOOR_SLACK))
+    max_px = max(min(budget.max_frame_tokens * area_px, share_px), int(min_px * FLOOR_SLACK))
     height = max(1, round(height_px / CELL_PX))
     width = max(1, round(width_px / CELL_PX))
     if height * width * area_px > max_px:

@@ -30,6 +30,7 @@ from video_opd.config import (
     VLLMConfig,
     read_settings,
 )
+from video_opd.config.largest_video import largest_video
 from video_opd.config.method_sections import check_placement
 from video_opd.config.sections import EngineName, Placement
 from video_opd.config.settings import Number, Texts
@@ -447,11 +448,7 @@ def load_vllm_policy(
 
 def longest_tokens(video: VideoConfig) -> int:
     """Tokens of the longest prompt that the budget allows, and of its text and response."""
-    pairs = -(-video.max_frames // 2)
-    tokens = video.max_video_tokens
-    if video.keep == "min_frame_tokens":
-        tokens = max(tokens, 2 * pairs * video.min_frame_tokens)
-    return tokens + 16 * pairs + TEXT_AND_RESPONSE_TOKENS
+    return largest_video(video).prompt_tokens + TEXT_AND_RESPONSE_TOKENS
 
 
 def _load_policy(

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from video_opd.config import WITH_TEACHER, GRPORecipe, OPFKDRecipe, OPRKDRecipe, Recipe, VideoOPDRecipe
+from video_opd.config import (
+    WITH_TEACHER,
+    GRPORecipe,
+    OPFKDRecipe,
+    OPRKDRecipe,
+    Recipe,
+    VideoConfig,
+    VideoOPDRecipe,
+)
+from video_opd.config.largest_video import largest_video
 from video_opd.errors import need
 from video_opd.models.checkpoint_files import base_of, has_full_weights, is_adapter_folder
 from video_opd.planning.graph import Mode, Role
@@ -20,7 +29,6 @@ from video_opd.types import Sample
 
 Place = Literal["whole", "sharded", "cpu"]
 TEXT_TOKENS = 256  # tokens of a prompt beside video and time stamps: an upper bound for most prompts
-STAMP_TOKENS = 10  # tokens of the time stamp before each frame pair, "<12.3 seconds>" with its borders
 PAPER_ROWS = 2500  # sec. 4.1
 
 
@@ -126,7 +134,8 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How much goes through the models: upper bounds for a prompt, and the number of prompts."""
+    """How much goes through the models: upper bounds for a prompt (of frames that are not too elongated, see
+    :func:`~video_opd.config.largest_video.largest_video`), and the number of prompts."""
 
     prompt_tokens: int
     video_tokens: int
@@ -148,19 +157,19 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe, samples: Sequence[Sample] | None, processes: int = 1) -> Work:
-        """``samples`` are the rows of the data file; None: it is not here, so videos of any length are
-        assumed, and as many rows as the paper trains on."""
+        """``samples`` are the rows of the data file; None: it is not here, so videos that fill the budget's
+        frames are assumed, and as many rows as the paper trains on."""
         optim, count = recipe.optim, PAPER_ROWS if samples is None else len(samples)
         rows = min(count, recipe.data.limit or count)
         steps = optim.updates_per_batch * optim.epochs * -(-rows // optim.batch_size)
         a_process = math.ceil(min(optim.batch_size, max(1, rows)) / processes)
         micro = min(optim.micro_batch_size, a_process)
-        tokens, pairs = video_tokens(recipe, samples or ())
+        largest = largest_video(recipe.video, _longest_s(recipe.video, samples))
         ahead = recipe.sampling_micro_batch_size
         return cls(
-            prompt_tokens=tokens + pairs * STAMP_TOKENS + TEXT_TOKENS,
-            video_tokens=tokens,
-            frame_pairs=pairs,
+            prompt_tokens=largest.prompt_tokens + TEXT_TOKENS,
+            video_tokens=largest.tokens,
+            frame_pairs=largest.pairs,
             response_tokens=recipe.sampling.max_new_tokens,
             rollouts=recipe.rollouts,
             micro_batch=micro,
@@ -202,17 +211,11 @@ def needs_distributions(recipe: Recipe) -> bool:
     return isinstance(recipe, OPFKDRecipe)
 
 
-def video_tokens(recipe: Recipe, samples: Sequence[Sample]) -> tuple[int, int]:
-    """Upper bounds for the longest video: (its tokens, its frame pairs), from the budget and the rows'
-    durations."""
-    video = recipe.video
-    longest_s = max((math.inf if s.duration_s is None else s.duration_s for s in samples), default=math.inf)
-    frames = max(video.min_frames, min(longest_s * video.fps, video.max_frames))
-    pairs = math.ceil(frames / 2)
-    most = video.max_video_tokens
-    if video.keep == "min_frame_tokens":
-        most = max(most, pairs * math.ceil(1.05 * video.min_frame_tokens))  # qwen-vl-utils' slack
-    return min(pairs * video.max_frame_tokens, most), min(pairs, most)
+def _longest_s(video: VideoConfig, samples: Sequence[Sample] | None) -> float:
+    """The duration of the longest video. One whose duration is not known is assumed to fill the budget's
+    frames."""
+    full_s = video.max_frames / video.fps
+    return max((full_s if s.duration_s is None else s.duration_s for s in samples or ()), default=full_s)
 
 
 def shares_base(recipe: Recipe) -> bool:

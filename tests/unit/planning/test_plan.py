@@ -14,7 +14,7 @@ from video_opd.errors import UserError
 from video_opd.planning import teacher_placement
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, decide, make_plan
-from video_opd.planning.setup import Place, Setup, Work, video_tokens
+from video_opd.planning.setup import Place, Setup, Work
 from video_opd.types import Sample
 
 GB = 1e9
@@ -176,12 +176,13 @@ def test_more_processes_need_no_more_memory_each() -> None:
 
 def test_prompts_are_bounded_by_the_budget_and_by_the_longest_video() -> None:
     recipe = paper()
-    assert video_tokens(recipe, ()) == (8192, 384)
+    unknown = Work.of(recipe, None, 8)
+    assert (unknown.video_tokens, unknown.frame_pairs) == (8192, 384)
+    assert unknown.rows_assumed and unknown.steps == 79
     short = [Sample(id="a", video="a.mp4", query="q", duration_s=4.0)]  # type: ignore[arg-type]
-    assert video_tokens(recipe, short) == (4 * 768, 4)
     work = Work.of(recipe, short, 8)
+    assert (work.video_tokens, work.frame_pairs) == (4 * 768, 4)
     assert work.prompt_tokens > 4 * 768 and work.rows == 1 and work.steps == 1 and not work.rows_assumed
-    assert Work.of(recipe, None, 8).rows_assumed and Work.of(recipe, None, 8).steps == 79
 
 
 def test_time_is_operations_over_the_rate() -> None:
