@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from video_opd.evaluation.bootstrap import DRAWS
-from video_opd.reproduce.claims import COVARIANCE_SHARE, NOISE, Claim
+from video_opd.reproduce.claims import COVARIANCE_SHARE, NOISE, Claim, Difference
 from video_opd.reproduce.places import Place, make_videos
 from video_opd.reproduce.tasks import Stage, Task
 
@@ -90,13 +90,14 @@ def _difference(values: Sequence[float]) -> dict[str, Any]:
     known = np.array([value for value in values if math.isfinite(value)])
     drawn = np.random.default_rng(0).integers(len(known), size=(DRAWS, len(known)))
     low, high = np.percentile(known[drawn].mean(axis=1), [2.5, 97.5])
-    return {
-        "rise": float(known.mean()),
-        "low": float(low),
-        "high": float(high),
-        "seeds_above": int((known > 0).sum()),
-        "seeds": len(known),
-    }
+    return Difference(
+        rise=float(known.mean()),
+        low=float(low),
+        high=float(high),
+        above=int((known > 0).sum()),
+        among=len(known),
+        unit="prompts",
+    ).to_json()
 
 
 def claims(record: Mapping[str, Any]) -> list[Claim]:
@@ -106,7 +107,7 @@ def claims(record: Mapping[str, Any]) -> list[Claim]:
             says=f"The gradient of {ESTIMATORS[e]} is less noisy than GRPO's",
             source="appendix A",
             where=where,
-            difference=found,
+            difference=Difference.read(found),
             score=NOISE,
         )
         for e, found in record["less_noise"].items()
@@ -115,7 +116,7 @@ def claims(record: Mapping[str, Any]) -> list[Claim]:
         says="GRPO's noise comes from covariances between tokens, Video-OPD's does not",
         source="eq 10",
         where=where,
-        difference=record["less_covariance"]["video-opd"],
+        difference=Difference.read(record["less_covariance"]["video-opd"]),
         score=COVARIANCE_SHARE,
     )
     return [*less_noise, less_covariance]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce import table_1
-from video_opd.reproduce.claims import Claim, interval
+from video_opd.reproduce.claims import Claim
 from video_opd.reproduce.measurements import find, spread
 from video_opd.reproduce.places import (
     TEACHER,
@@ -99,8 +99,6 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield "| | " + " | ".join(f"noise {level['noise']:g} | rise [95%]" for level in levels) + " |"
     yield "|---|" + "---|---|" * len(levels)
     for arm, name in ARMS.items():
-        cells = [
-            f"{spread(level['mIoU'][arm]['all'])} | {interval(find(level, arm, START))}" for level in levels
-        ]
+        cells = [f"{spread(level['mIoU'][arm]['all'])} | {find(level, arm, START)}" for level in levels]
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.files import read_text
-from video_opd.reproduce.claims import FAILS, HOLDS, OPEN, Claim
+from video_opd.reproduce.claims import FAILS, HOLDS, OPEN, Claim, Difference
 
 Results = Mapping[str, Mapping[str, Any]]
 """The content of a result's file, by the experiment's name."""
@@ -68,9 +68,9 @@ def _map(results: Results, experiments: Mapping[str, ModuleType]) -> Iterator[st
         yield ""
 
 
-def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def agree(one: Difference, other: Difference) -> bool:
     """Whether each difference lies inside of the other's interval."""
-    return one["low"] <= other["rise"] <= one["high"] and other["low"] <= one["rise"] <= other["high"]
+    return one.low <= other.rise <= one.high and other.low <= one.rise <= other.high
 
 
 def _repeated(
@@ -95,7 +95,7 @@ def _repeated(
         for name, record in again.items():
             for first, second in zip(made[name], experiments[name].claims(record["result"]), strict=True):
                 word = "yes" if agree(first.difference, second.difference) else "no"
-                yield f"| {first.says} | {first.where} | {first.figures} | {second.figures} | {word} |"
+                yield f"| {first.says} | {first.where} | {first.difference} | {second.difference} | {word} |"
         yield ""
 
 
@@ -110,11 +110,12 @@ def _claims(made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:
         ", ".join(f"{count} {'claim' if count == 1 else 'claims'}: {word}" for word, count in counts.items())
         + ".\n"
     )
-    yield "| claim | source | where | of | rise [95%] | seeds above | verdict | command |"
+    yield "| claim | source | where | of | rise [95%] | above 0 | verdict | command |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, claim in claims:
-        seeds = f"{claim.difference['seeds_above']} of {claim.difference['seeds']}"
-        cells = (claim.says, claim.source, claim.where, claim.score, claim.figures, seeds, claim.verdict)
+        found = claim.difference
+        said = (claim.says, claim.source, claim.where, claim.score)
+        cells = (*said, str(found), found.count_above, claim.verdict)
         yield f"| {' | '.join(cells)} | `video-opd reproduce --suite {name}` |"
     yield ""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.jsonl import read_jsonl
-from video_opd.reproduce.claims import Claim, interval
+from video_opd.reproduce.claims import Claim
 from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
@@ -162,7 +162,7 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
                 name,
                 spread(cell["start"]),
                 spread(cell["mIoU"][arm]["all"]),
-                interval(find(cell, arm, "start")),
+                str(find(cell, arm, "start")),
                 f"{cell['seconds'][arm]:.0f}",
             )
             yield f"| {' | '.join(cells)} |"

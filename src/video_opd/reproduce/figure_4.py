@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.reproduce.claims import ACCURACY, Claim, interval
+from video_opd.reproduce.claims import ACCURACY, Claim
 from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     GENERAL_BASE,
@@ -143,7 +143,7 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     for arm, name in ({GENERAL_BASE: "base", GENERAL_TEACHER: "teacher"} | ARMS).items():
         accuracy = record["accuracy"][arm]
         cells = [spread(accuracy[ability]) for ability in (*abilities, "all")]
-        cells.append(interval(find(record, arm, GENERAL_BASE)) if arm in ARMS else "")
+        cells.append(str(find(record, arm, GENERAL_BASE)) if arm in ARMS else "")
         cells.append(spread(record["mIoU"][arm]["all"]))
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from video_opd.evaluation.bootstrap import DRAWS, draws_of_means
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.rows import PERCENT, score_rows, videos_of
+from video_opd.reproduce.claims import Difference
 from video_opd.types import Sample
 from video_opd.world.questions import right_answers
 
@@ -41,20 +42,6 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         return {name: self.means(name) for name in (*dict.fromkeys(self.sets_N), POOLED)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """The rise of the pooled mean score from one arm to another, in points, and its 95% interval."""
-
-    rise: float
-    low: float
-    high: float
-    seeds_above: int
-    seeds: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure(sets: Mapping[str, Sequence[Sample]], predictions: Sequence[Mapping[str, Path]]) -> Measured:
@@ -84,7 +71,8 @@ def measure_answers(questions: Sequence[Sample], predictions: Sequence[Path]) ->
 
 
 def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """The paired difference of two arms with the same rows and seeds.
+    """The rise of the pooled mean score from one arm to another, in points: paired, because both have the
+    same rows and seeds.
 
     The bootstrap draws videos, with all their rows in both arms, and seeds, each with replacement: a seed
     changes the training rows and the rollouts, so it is a second source of chance. An arm without seeds (one
@@ -102,8 +90,9 @@ def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int =
         rise=float(by_seed_S.mean()),
         low=float(low),
         high=float(high),
-        seeds_above=int((by_seed_S > 0).sum()),
-        seeds=seeds,
+        above=int((by_seed_S > 0).sum()),
+        among=seeds,
+        unit="seeds",
     )
 
 
@@ -117,10 +106,10 @@ def differences(
     ]
 
 
-def find(record: Mapping[str, Any], to: str, since: str) -> Mapping[str, Any]:
+def find(record: Mapping[str, Any], to: str, since: str) -> Difference:
     """The difference of arm ``to`` against ``since`` in a record that has ``differences``."""
     (found,) = (d for d in record["differences"] if (d["of"], d["against"]) == (to, since))
-    return found
+    return Difference.read(found)
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -157,7 +157,7 @@ def best(level: Mapping[str, Any]) -> tuple[str, list[str]]:
         return sum(found) / len(found)
 
     first = max(ARMS, key=mean)
-    near = [arm for arm in ARMS if arm != first and find(level, first, arm)["low"] <= 0]
+    near = [arm for arm in ARMS if arm != first and find(level, first, arm).low <= 0]
     return first, sorted(near, key=mean, reverse=True)
 
 

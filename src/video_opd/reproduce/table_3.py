@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from video_opd.reproduce.claims import Claim, interval
+from video_opd.reproduce.claims import Claim
 from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
@@ -219,6 +219,6 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
         yield row(f"teacher, {size}", teacher)
         for n in range(1, settings["rounds"] + 1):
             arm = arm_of(teacher, n)
-            yield row(f"… its student, round {n}", arm, interval(find(record, arm, teacher)))
+            yield row(f"… its student, round {n}", arm, str(find(record, arm, teacher)))
     yield row("SFT, then GRPO", SFT_GRPO)
     yield ""

@@ -75,9 +75,10 @@ def test_the_result_and_its_claims(tmp_path: Path) -> None:
         path.write_text(json.dumps({"prompts": prompts}))
     record = json.loads(json.dumps(appendix_a.result(place, [0, 1])))
     sampled, _, full, covariances = appendix_a.claims(record)
-    assert sampled.verdict == "holds" and sampled.difference["rise"] == pytest.approx(1)
+    assert sampled.verdict == "holds" and sampled.difference.rise == pytest.approx(1)
+    assert sampled.difference.count_above == "8 of 8 prompts"
     assert full.verdict == "cannot be told at this size"
-    assert covariances.verdict == "does not hold" and covariances.difference["rise"] == pytest.approx(-1)
+    assert covariances.verdict == "does not hold" and covariances.difference.rise == pytest.approx(-1)
     assert "| GRPO | 11.50 [10.00, 13.00] | 0% [0%, 0%] |" in "\n".join(appendix_a.tables(record))
 
 

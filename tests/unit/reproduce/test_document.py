@@ -6,14 +6,14 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from places import ROOT
 
 from video_opd.errors import UserError
 from video_opd.reproduce import experiments
-from video_opd.reproduce.claims import Claim, verdict
+from video_opd.reproduce.claims import Claim, Difference, verdict
 from video_opd.reproduce.document import REPEATED, agree, document, read_results
 from video_opd.reproduce.experiments import EXPERIMENTS, SUITES, chosen, with_models
 
@@ -67,6 +67,7 @@ def test_a_page_of_made_up_results(tmp_path: Path) -> None:
         Claim(says="a beats b", source="table 9", where="here", difference=difference(2, 1, 3)),
         Claim(says="b beats c", source="table 9", where="there", difference=difference(-2, -3, -1)),
         Claim(says="c beats d", source="table 9", where="there", difference=difference(0.5, -1, 2)),
+        Claim(says="d < e", source="table 9", where="now", difference=Difference.exact(3), score="grams"),
     ]
     experiment = cast(
         ModuleType,
@@ -76,15 +77,16 @@ def test_a_page_of_made_up_results(tmp_path: Path) -> None:
         ),
     )  # fmt: skip
     experiments = {"t": experiment, "u": cast(ModuleType, SimpleNamespace(TITLE="Table 10"))}
-    record = {"machine": {"cpus": 2, "torch": "2"}, "seeds": [0, 1], "commit": None, "result": {"count": 3}}
+    record = {"machine": {"cpus": 2, "torch": "2"}, "seeds": [0, 1], "commit": None, "result": {"count": 4}}
     (tmp_path / "t.json").write_text(json.dumps(record))
     text = document(read_results(tmp_path, experiments), experiments)
-    assert check_page(text) == 3
-    assert "1 claim: holds, 1 claim: does not hold, 1 claim: cannot be told at this size." in text
+    assert check_page(text) == 4
+    assert "2 claims: holds, 1 claim: does not hold, 1 claim: cannot be told at this size." in text
     assert (
-        "| a beats b | table 9 | here | mean IoU | +2.0 [+1.0, +3.0] | 1 of 2 | holds | `video-opd reproduce"
+        "| a beats b | table 9 | here | mean IoU | +2.0 [+1.0, +3.0] | 1 of 2 seeds | holds | `video-opd"
         in text
     )
+    assert "| d < e | table 9 | now | grams | +3.0 [+3.0, +3.0] | exact | holds | `video-opd" in text
     assert "## Table 9\n\nSeeds 0, 1; commit unknown; 2 CPU cores, torch 2.\n\na table" in text
     assert "## Not run\n\n* Table 10" in text
 
@@ -119,8 +121,8 @@ def test_a_repeated_result_stands_beside_the_first(tmp_path: Path) -> None:
     assert "| 45.6 | 1 | SFT | 60.0 | none |" in text and check_page(text) == 1
 
 
-def difference(rise: float, low: float, high: float) -> dict[str, Any]:
-    return {"rise": rise, "low": low, "high": high, "seeds_above": 1, "seeds": 2}
+def difference(rise: float, low: float, high: float) -> Difference:
+    return Difference(rise=rise, low=low, high=high, above=1, among=2, unit="seeds")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"result": {}}', '{"result": {"levels": [1]}}'])

@@ -78,7 +78,8 @@ def test_the_result_and_its_claims(place: Place) -> None:
         counted["video-opd"]["plain update"]["counted"]
         / counted["grpo, 8 rollouts"]["plain update"]["counted"]
     )
-    assert plain.verdict == "holds" and plain.difference["rise"] == pytest.approx(100 - 100 * ratio)
+    assert plain.verdict == "holds" and plain.difference.rise == pytest.approx(100 - 100 * ratio)
+    assert plain.difference.low == plain.difference.high and plain.difference.count_above == "exact"
     assert claims[costs, "prefix engine, prompts of 1,001 tokens"].verdict == "does not hold"
     text = "\n".join(figure_6.tables(record))
     assert "| 60 | " in text and "| 1,001 | plain | 117.5 | 24.9 | 79% |" in text

@@ -47,7 +47,7 @@ def test_the_interval_is_that_of_videos_and_seeds_drawn_again():
     rises += np.array([-2, 0, 2])
     found = difference(measured(since + rises), measured(since))
     assert found.rise == pytest.approx(rises.mean())
-    assert (found.seeds_above, found.seeds) == (sum(rises.mean(axis=0) > 0), 3)
+    assert found.count_above == f"{sum(rises.mean(axis=0) > 0)} of 3 seeds"
     low, high = plain_interval(rises, 4000)
     assert found.low == pytest.approx(low, abs=0.08 * (high - low))
     assert found.high == pytest.approx(high, abs=0.08 * (high - low))
@@ -64,7 +64,7 @@ def test_seeds_that_differ_widen_the_interval_and_rows_of_both_arms_are_paired()
 def test_a_model_without_seeds_is_compared_with_every_seed():
     base = np.random.default_rng(2).uniform(0, 100, size=(60, 1))
     found = difference(measured(base + np.array([1, 2, 3])), measured(base))
-    assert found.rise == pytest.approx(2) and found.seeds == 3 and found.seeds_above == 3
+    assert found.rise == pytest.approx(2) and found.count_above == "3 of 3 seeds"
 
 
 def test_arms_on_other_rows_are_not_compared():

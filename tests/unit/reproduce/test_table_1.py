@@ -92,6 +92,6 @@ def test_the_result_and_its_claims(place: Place) -> None:
     assert (
         claims["Video-OPD is better than GRPO", "annotation noise 0"].verdict == "cannot be told at this size"
     )
-    assert find(exact, "tiny-base", "sft")["rise"] < 0 < find(exact, "sft", "tiny-base")["rise"]
+    assert find(exact, "tiny-base", "sft").rise < 0 < find(exact, "sft", "tiny-base").rise
     assert table_1.best(noisy)[0] == "op-rkd" and table_1.best(exact)[0] == "sft"
     assert table_1.best(exact)[1] == ["op-rkd"]
