@@ -81,11 +81,13 @@ def forbidden(rows: int) -> list[int]:
     return [*ids, *range(len(processor().tokenizer), rows)]
 
 
-def stock_logprobs(stock: Any, prompt: EncodedPrompt, tokens: tuple[int, ...]) -> torch.Tensor:
+def stock_logprobs(
+    stock: Any, prompt: EncodedPrompt, tokens: tuple[int, ...], *, grad: bool = False
+) -> torch.Tensor:
     """[R, V] of one response by one unpadded forward of the stock model, without any code of the project."""
     response = torch.tensor([tokens])
     types = torch.cat([prompt.tensors["mm_token_type_ids"], torch.zeros_like(response)], dim=1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         logits = stock(
             input_ids=torch.cat([prompt.input_ids, response], dim=1),
             **{**prompt.tensors, "mm_token_type_ids": types},

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from video_opd.errors import need
 from video_opd.evaluation.bootstrap import DRAWS
 from video_opd.reproduce.claims import COVARIANCE_SHARE, NOISE, Claim, Difference
 from video_opd.reproduce.places import Place, make_videos
@@ -60,42 +61,52 @@ def result(place: Place, seeds: Sequence[int]) -> dict[str, Any]:
     prompts = [row["estimators"] for rows in found for row in rows]
     return {
         "settings": {"prompts": len(prompts), "rollouts": ROLLOUTS},
-        "noise_to_signal": {e: _spread([p[e]["noise_to_signal"] for p in prompts]) for e in ESTIMATORS},
-        "covariance_share": {e: _spread([p[e]["covariance_share"] for p in prompts]) for e in ESTIMATORS},
+        "noise_to_signal": {e: _spread(prompts, e, "noise_to_signal") for e in ESTIMATORS},
+        "covariance_share": {e: _spread(prompts, e, "covariance_share") for e in ESTIMATORS},
         "less_noise": {
-            e: _difference([_log_ratio(p["grpo"], p[e]) for p in prompts]) for e in ESTIMATORS if e != "grpo"
+            e: _mean([math.log10(grpo / ours) for grpo, ours in _pairs(prompts, e, "noise_to_signal")])
+            for e in ESTIMATORS
+            if e != "grpo"
         },
         "less_covariance": {
-            e: _difference([_less_covariance(p["grpo"], p[e]) for p in prompts])
+            e: _mean([100 * (grpo - ours) for grpo, ours in _pairs(prompts, e, "covariance_share")])
             for e in ESTIMATORS
             if e != "grpo"
         },
     }
 
 
-def _log_ratio(grpo: Mapping[str, float], ours: Mapping[str, float]) -> float:
-    return math.log10(grpo["noise_to_signal"] / ours["noise_to_signal"])
+Prompts = Sequence[Mapping[str, Mapping[str, float | None]]]
+"""The figures of each prompt by estimator; None is a figure that its gradients do not have."""
 
 
-def _less_covariance(grpo: Mapping[str, float], ours: Mapping[str, float]) -> float:
-    return 100 * (grpo["covariance_share"] - ours["covariance_share"])
+def _spread(prompts: Prompts, estimator: str, figure: str) -> dict[str, float]:
+    """Over the prompts that have the figure, and how many these are."""
+    found = [value for prompt in prompts if (value := prompt[estimator][figure]) is not None]
+    need(bool(found), f"no prompt has a {figure} of {estimator}: take more prompts or rollouts")
+    return {"median": statistics.median(found), "min": min(found), "max": max(found), "prompts": len(found)}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def _pairs(prompts: Prompts, estimator: str, figure: str) -> Iterator[tuple[float, float]]:
+    """GRPO's figure and the estimator's, of each prompt that has both."""
+    for prompt in prompts:
+        grpo, ours = prompt["grpo"][figure], prompt[estimator][figure]
+        if grpo is not None and ours is not None:
+            yield grpo, ours
 
 
-def _difference(values: Sequence[float]) -> dict[str, Any]:
+def _mean(differences: Sequence[float]) -> dict[str, Any]:
     """The mean over prompts, with a 95% interval of the bootstrap over them."""
-    known = np.array([value for value in values if math.isfinite(value)])
-    drawn = np.random.default_rng(0).integers(len(known), size=(DRAWS, len(known)))
-    low, high = np.percentile(known[drawn].mean(axis=1), [2.5, 97.5])
+    need(bool(differences), "no prompt has figures of both estimators: take more prompts or rollouts")
+    each = np.array(differences)
+    drawn = np.random.default_rng(0).integers(len(each), size=(DRAWS, len(each)))
+    low, high = np.percentile(each[drawn].mean(axis=1), [2.5, 97.5])
     return Difference(
-        rise=float(known.mean()),
+        rise=float(each.mean()),
         low=float(low),
         high=float(high),
-        above=int((known > 0).sum()),
-        among=len(known),
+        above=int((each > 0).sum()),
+        among=len(each),
         unit="prompts",
     ).to_json()
 
@@ -128,14 +139,17 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"The gradient of every token of {settings['rollouts']} rollouts of the base to each of "
         f"{settings['prompts']} prompts. Noise is the variance of the mean over eight rollouts, signal the "
-        "squared norm of the expected gradient: median [least, most] over prompts:\n"
+        "squared norm of the expected gradient: median [least, most] over prompts. A prompt is without "
+        "signal if the estimate of the signal is not above 0; it is left out where the ratio is compared:\n"
     )
-    yield "| estimator | noise / signal | share of the variance from covariances between tokens |"
-    yield "|---|---|---|"
+    covariances = "share of the variance from covariances between tokens"
+    yield f"| estimator | noise / signal | without signal | {covariances} |"
+    yield "|---|---|---|---|"
     for estimator, name in ESTIMATORS.items():
         noise, share = record["noise_to_signal"][estimator], record["covariance_share"][estimator]
         yield (
             f"| {name} | {noise['median']:.2f} [{noise['min']:.2f}, {noise['max']:.2f}] "
+            f"| {settings['prompts'] - noise['prompts']} of {settings['prompts']} "
             f"| {share['median']:.0%} [{share['min']:.0%}, {share['max']:.0%}] |"
         )
     yield ""

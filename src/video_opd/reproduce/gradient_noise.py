@@ -133,8 +133,12 @@ def _places(responses: list[Any]) -> Iterator[tuple[int, int]]:
     return ((b, t) for b, response in enumerate(responses) for t in range(len(response)))
 
 
-def decompose(g_BTS: torch.Tensor, grouped: bool) -> dict[str, float]:
-    """eq 10 over rollouts, and the noise of the mean of eight relative to the signal."""
+def decompose(g_BTS: torch.Tensor, grouped: bool) -> dict[str, float | None]:
+    """eq 10 over rollouts, and the noise of the mean of eight relative to the signal.
+
+    ``covariance_share`` is None if there is no variance (GRPO gives equal rewards no advantage), and
+    ``noise_to_signal`` is None if the estimate of the signal is not above 0.
+    """
     g_BTS = g_BTS.double()
     count = len(g_BTS)
     centred = g_BTS - g_BTS.mean(0)
@@ -148,10 +152,10 @@ def decompose(g_BTS: torch.Tensor, grouped: bool) -> dict[str, float]:
     return {
         "variance": total,
         "variance_of_tokens": tokens,
-        "covariance_share": (total - tokens) / total,
+        "covariance_share": (total - tokens) / total if total > 0 else None,
         "noise_of_mean": of_mean,
         "signal": signal,
-        "noise_to_signal": of_mean / signal if signal > 0 else float("inf"),
+        "noise_to_signal": of_mean / signal if signal > 0 else None,
     }
 
 
