@@ -217,21 +217,6 @@ def _reasons(
     return tuple(reasons)
 
 
-def teacher_placement(
-    recipe: Recipe, sizes: RecipeSizes | None, processes: int, memory_bytes: int | None, *, cuda: bool = True
-) -> tuple[Place, str]:
-    """(where the teacher, or the reference, is held, why) under ``teacher.placement``; ``auto`` takes the
-    first of whole, sharded and cpu that fits into ``memory_bytes`` of each process. A quantised teacher is
-    whole.
-
-    ``sizes`` None reads them from the models' folders. Raises :class:`UserError` for a teacher in shards with
-    a single process.
-    """
-    plan = make_plan(recipe, processes, memory_bytes, sizes=sizes, cuda=cuda)
-    why = [reason.partition(": ")[2] for reason in plan.reasons if reason.startswith("teacher.placement")]
-    return plan.teacher_placement, why[0] if why else "the recipe says so"
-
-
 def table_of(plan: Plan) -> list[tuple[str, int, str]]:
     """(part, bytes, what it is) of each part that takes memory, in the order of ``PARTS``."""
     return [(part, plan.memory.parts[part], PARTS[part]) for part in PARTS if part in plan.memory.parts]

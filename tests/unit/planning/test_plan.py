@@ -11,7 +11,6 @@ from plan_cases import ADAPTERS, PAIR, paper
 
 from video_opd.config import Recipe, load_recipe
 from video_opd.errors import UserError
-from video_opd.planning import teacher_placement
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, decide, make_plan
 from video_opd.planning.setup import Place, Setup, Work
@@ -104,16 +103,17 @@ def test_where_nothing_fits_the_least_is_taken_and_said() -> None:
     assert plan.to_json()["spare_bytes"] < 0
 
 
-def test_the_placement_of_a_recipe_is_kept() -> None:
-    place, why = teacher_placement(paper(), PAIR, 8, 80 * GIB)
-    assert place in ("whole", "sharded", "cpu") and why
+@pytest.mark.parametrize("place", ["whole", "sharded", "cpu"])
+def test_the_placement_of_a_recipe_is_kept(place: Place) -> None:
+    """Also where the plan would choose another: into 20 GiB no teacher fits, and into 1,000 a whole one."""
+    for size in (20, 1000):
+        plan = make_plan(paper(teacher={"placement": place}), 8, size * GIB, sizes=PAIR)
+        assert plan.teacher_placement == place
+        assert not [reason for reason in plan.reasons if reason.startswith("teacher.placement")]
 
 
 def test_a_sharded_teacher_needs_several_processes() -> None:
-    recipe = paper()
-    if not hasattr(recipe.teacher, "placement"):
-        pytest.skip("the recipe cannot ask for it yet")
-    sharded = recipe.changed(**{"teacher.placement": "sharded"})
+    sharded = paper(teacher={"placement": "sharded"})
     assert Setup.of(sharded, 2).teacher_placement == "sharded"
     with pytest.raises(UserError, match=r"teacher\.placement is sharded"):
         make_plan(sharded, 1, 80 * GIB, sizes=PAIR)
@@ -196,9 +196,9 @@ def test_time_is_operations_over_the_rate() -> None:
 
 def test_a_quantised_teacher_is_planned_whole_because_it_is_held_whole() -> None:
     free, tight = paper(teacher={"placement": "auto"}), 60 * GIB
-    assert teacher_placement(free, PAIR, 8, tight)[0] == "sharded"
+    assert make_plan(free, 8, tight, sizes=PAIR).teacher_placement == "sharded"
     quantised = free.changed(**{"teacher.quantization": "int8"})
-    assert teacher_placement(quantised, PAIR, 8, tight)[0] == "whole"
+    assert make_plan(quantised, 8, tight, sizes=PAIR).teacher_placement == "whole"
 
 
 def test_the_table_of_scale_holds_what_a_plan_says() -> None:
