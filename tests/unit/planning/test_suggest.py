@@ -8,12 +8,12 @@ import pytest
 import yaml
 from plan_cases import ADAPTERS, PAIR, paper
 
-from video_opd.config import load_recipe, recipe_from_dict
+from video_opd.config import METHODS, WITH_TEACHER, load_recipe, recipe_from_dict
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.planning import suggest as module
 from video_opd.planning.memory import GIB
-from video_opd.planning.plan import make_plan
+from video_opd.planning.plan import RecipeSizes, make_plan
 from video_opd.planning.suggest import CHANGES, gpus_needed, suggest
 
 
@@ -69,8 +69,10 @@ def test_the_least_is_given_where_nothing_fits_and_every_line_of_it_saves() -> N
 
 def test_more_gpus_are_named_only_if_they_would_do() -> None:
     assert gpus_needed(paper(), 1, GIB, sizes=PAIR) is None
-    count = gpus_needed(paper(teacher={"path": "Qwen3-VL-2B"}), 2, 60 * GIB)
-    assert count is None or count > 2
+    recipe = paper(teacher={"path": "Qwen3-VL-2B"})
+    sizes = RecipeSizes.of(recipe)
+    assert gpus_needed(recipe, 2, 20 * GIB, sizes=sizes) == 16
+    assert [suggest(recipe, count, 20 * GIB, sizes=sizes).plan.fits for count in (8, 16)] == [False, True]
 
 
 def test_parts_that_the_recipe_freezes_get_no_adapters() -> None:
@@ -82,12 +84,21 @@ def test_parts_that_the_recipe_freezes_get_no_adapters() -> None:
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: ",".join(change.settings))
 def test_every_change_is_one_that_a_recipe_accepts(change) -> None:
-    recipe = paper()
-    present = dict(flatten(recipe.to_dict()))
-    if not all(key in present for key in change.settings):
-        pytest.skip("not a key of a recipe yet")
-    base = recipe.changed(**ADAPTERS_FLAT) if "lora.base_quantization" in change.settings else recipe
-    assert base.changed(**change.settings) is not None
+    adapters = ADAPTERS_FLAT if "lora.base_quantization" in change.settings else {}
+    changed = dict(flatten(paper().changed(**adapters).changed(**change.settings).to_dict()))
+    assert {key: changed[key] for key in change.settings} == change.settings
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_keys_of_all_changes(method) -> None:
+    recipe = paper(method, **({} if method in WITH_TEACHER else {"teacher": {"path": ""}}))
+    assert {key for change in CHANGES for key in change.settings} <= set(flatten(recipe.to_dict()))
+
+
+def test_changes_are_in_the_order_of_their_price_and_behind_what_they_rest_on() -> None:
+    *others, quantised = CHANGES
+    assert [change.price for change in others] == sorted(change.price for change in others)
+    assert "lora.base_quantization" in quantised.settings and "lora.parts" in others[-1].settings
 
 
 ADAPTERS_FLAT = {"lora.parts": ["vision", "merger", "language"], "model.freeze": ["lm_head"]}
