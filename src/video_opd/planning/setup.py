@@ -1,7 +1,7 @@
 """What a plan reads from a recipe: how the models are held and computed, and how much goes through them.
 
-Memory and times are computed from these two records. Beside this module, only
-:mod:`~video_opd.planning.suggest` names keys of a recipe.
+Memory and the time of a step are computed from these two records and the sizes of the models; the time of
+scoring asks the recipe itself how many responses it wants.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from video_opd.reproduce.tasks import Stage
 RATES = (1.5e-4, 3e-4, 6e-4)
 NOISE = 0.5  # of the rows on which they are tried
 VIDEOS = 100  # of a pool, with about 430 rows
-STEPS, BATCH_SIZE = 30, 32  # of every run
+STEPS, BATCH_SIZE = 30, 32  # of a run, where an experiment says nothing else
 BATCH = {"optim.batch_size": BATCH_SIZE}
 WITHOUT_ANNOTATIONS = ("video-opd", "video-opd-baseline", "video-opd-full")  # recipes whose signal needs none
 

@@ -22,12 +22,11 @@ from video_opd.evaluation.notes import deviation_lines, protocol_line
 from video_opd.evaluation.rows import METRICS
 from video_opd.models.checkpoint_files import is_hub_name
 from video_opd.terminal import visible
+from video_opd.training.run_folder import RunFolder, read_record
 from video_opd.types import Sample
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-    from video_opd.training.run_folder import RunFolder
 
 OURS = "this model"
 METHODS = {
@@ -167,8 +166,6 @@ def _named(value: Any) -> Any:
 
 def _evaluations(recipe: Recipe, folder: RunFolder) -> list[dict[str, Any]]:
     """The records of ``eval/MODEL-DATA.json``, each with ``model`` and ``data``; the run's own come first."""
-    from video_opd.training.run_folder import read_record  # which imports this module
-
     found = []
     for who in ("student", "base", "teacher"):
         for data in [Path(path).stem for path in recipe.evaluate.data]:

@@ -32,7 +32,7 @@ OPTIONS = {"optim.max_steps": "--steps", "run.seed": "--seed"}  # the demo's opt
 
 
 def shipped(name: str) -> Path:
-    """The folder of a shipped model: ``"tiny-base"``, ``"tiny-teacher"`` or ``"tiny-teacher-small"``."""
+    """The folder of a shipped model, such as ``"tiny-base"``. docs/world.md says what each of them is."""
     return Path(str(resources.files("video_opd.world") / "checkpoints" / name))
 
 
