@@ -9,12 +9,15 @@ from pathlib import Path
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import ALL_SETTINGS, Parser
+from video_opd.planning.rate import DEFAULT_RATE
+from video_opd.progress import log
 from video_opd.terminal import print_line
 
 HELP = "the memory and time that a recipe needs, before it is started"
 EXAMPLE = "video-opd plan recipes/qwen3-vl-8b/video-opd.yaml --gpus 8 --gpu-memory 80 --suggest"
 SETTINGS = ALL_SETTINGS
 MOST_GPUS = 4096
+FORMER_RATE = "--matrix-rate"  # the former name of --rate
 
 
 def add_arguments(parser: Parser) -> None:
@@ -33,12 +36,13 @@ def add_arguments(parser: Parser) -> None:
         help="also say what to change if it does not fit, as lines of a recipe",
     )
     parser.add_argument(
-        "--matrix-rate",
+        "--rate",
         type=_rate,
-        default=200.0,
+        default=DEFAULT_RATE,
         metavar="TFLOPS",
         help="what a GPU attains over a whole step; default: %(default)g, an H200 in bfloat16",
     )
+    parser.add_argument(FORMER_RATE, type=_rate, help=argparse.SUPPRESS)
     add_shared(parser, "--json")
 
 
@@ -55,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     if Path(recipe.data.train).is_file():
         samples = read_annotations(recipe.data.train, recipe.data.video_root).samples
     memory_bytes = int(arguments.gpu_memory * 2**30)
-    plan = make_plan(recipe, arguments.gpus, memory_bytes, samples=samples, rate_tflops=arguments.matrix_rate)
+    rate_tflops = arguments.rate
+    if arguments.matrix_rate is not None:
+        log(f"{FORMER_RATE} is called --rate now")
+        rate_tflops = arguments.matrix_rate
+    plan = make_plan(recipe, arguments.gpus, memory_bytes, samples=samples, rate_tflops=rate_tflops)
     record, lines = plan.to_json(), list(plan_lines(plan))
     if arguments.suggest:
         found = suggest(recipe, arguments.gpus, memory_bytes, samples=samples, sizes=plan.sizes)

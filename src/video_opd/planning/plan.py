@@ -11,6 +11,7 @@ from video_opd.errors import need
 from video_opd.models.checkpoint_files import base_of
 from video_opd.planning.host import HostMemory, host_memory_of
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
+from video_opd.planning.rate import DEFAULT_RATE
 from video_opd.planning.setup import Place, Setup, Work
 from video_opd.planning.sizes import ModelSizes, read_sizes
 from video_opd.planning.times import Times, times_of
@@ -20,7 +21,6 @@ from video_opd.types import Sample
 FITS = 0.95
 # A plan surely does not fit where even this share of its sum is more than the memory.
 SURE = 0.9
-DEFAULT_RATE = 200.0  # TFLOP/s that steps of Qwen3-VL-8B's shape attained on an H200 (docs/performance.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,8 @@ class Plan:
             "rows": work.rows,
             "rows_assumed": work.rows_assumed,
             "steps": work.steps,
-            "matrix_rate_tflops": self.rate_tflops,
+            "rate_tflops": self.rate_tflops,
+            "matrix_rate_tflops": self.rate_tflops,  # the former name, which scripts may read
             "stages_s": dict(times.stages_s),
             "step_s": times.step_s,
             "run_s": times.run_s,

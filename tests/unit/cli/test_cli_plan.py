@@ -65,6 +65,20 @@ def test_a_data_file_that_is_here_bounds_the_prompts(capsys, tmp_path: Path) -> 
     assert json.loads(printed)["rows_assumed"]
 
 
+def test_the_rate_also_goes_by_its_former_names(capsys) -> None:
+    def record(*words: str) -> dict[str, float]:
+        assert main(["plan", TINY, "--gpu-memory", "16", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    default, half = record(), record("--rate", "100")
+    assert (default["rate_tflops"], half["rate_tflops"]) == (200, 100)
+    assert half["run_s"] == pytest.approx(2 * default["run_s"])
+    assert half["matrix_rate_tflops"] == 100
+    assert main(["plan", TINY, "--gpu-memory", "16", "--json", "--matrix-rate", "100"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == half and "--matrix-rate is called --rate now" in printed.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -77,8 +91,8 @@ def test_a_data_file_that_is_here_bounds_the_prompts(capsys, tmp_path: Path) -> 
         (["--gpu-memory", "nan"], "--gpu-memory"),
         (["--gpu-memory", "inf"], "--gpu-memory"),
         (["--gpu-memory", "80GB"], "--gpu-memory"),
-        (["--gpu-memory", "80", "--matrix-rate", "0"], "--matrix-rate"),
-        (["--gpu-memory", "80", "--matrix-rate", "fast"], "--matrix-rate"),
+        (["--gpu-memory", "80", "--rate", "0"], "--rate"),
+        (["--gpu-memory", "80", "--rate", "fast"], "--rate"),
         (["--gpu-memory", "80", "--model.path", "nobody/nothing"], "nobody/nothing"),
         (["--gpu-memory", "80", "--model.path", "."], "config.json"),
         (["--gpu-memory", "80", "--model.sharding", "fsdp3"], "model.sharding"),
