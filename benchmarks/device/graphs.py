@@ -32,10 +32,10 @@ def compare_all(report: Report, tiny: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     without_tf32()
     report.note(summary="nothing compared yet")
-    usual, kv_cache.ROOM = kv_cache.ROOM, ROOM
+    usual, kv_cache.CACHE_ROOM = kv_cache.CACHE_ROOM, ROOM
     for rollouts in (1, 4):
         report.attempt("the tiny model", lambda: compare_tokens(report, device, rollouts))  # noqa: B023
-    kv_cache.ROOM = usual
+    kv_cache.CACHE_ROOM = usual
     student = Student(TINY if tiny else REAL, device)
     for rollouts in (1, student.plan.rollouts):
         report.attempt("the paper's shape", lambda: compare_seconds(report, student, device, rollouts))  # noqa: B023

@@ -33,8 +33,9 @@ class CapturedDecoder:
     """A :class:`~video_opd.models.decoding.Decoder` on a cache of its own, which starts as ``prefix``.
 
     The first token warms up (libraries choose their kernels), the second is recorded, and all that follow are
-    repetitions. Where responses outgrow the cache (``ROOM`` tokens), it is lengthened and recorded anew. If
-    the recording fails, or memory does not suffice for it, each token is computed on its own.
+    repetitions. Where responses outgrow the cache (``CACHE_ROOM`` tokens), it is lengthened, and a token is
+    recorded anew. If the recording fails, or memory does not suffice for it, each token is computed on its
+    own.
     """
 
     def __init__(self, passes: ForwardPasses, prefix: Prefix, n: int) -> None:
@@ -64,11 +65,11 @@ class CapturedDecoder:
         return hidden_BGD.flatten(0, 1)
 
     def _lengthen(self) -> None:
-        from video_opd.models.kv_cache import ROOM, lengthen
+        from video_opd.models.kv_cache import CACHE_ROOM, lengthen
 
         self._replay, self._warm = None, False
-        lengthen(self.prefix.cache, ROOM * self.width, self.columns_G)
-        self.room += ROOM
+        lengthen(self.prefix.cache, CACHE_ROOM * self.width, self.columns_G)
+        self.room += CACHE_ROOM
 
     def _forward(self) -> torch.Tensor:
         """The hidden states [B, G, D] of ``ids_BG``, and one token more in the cache."""

@@ -15,6 +15,12 @@ from typing import Any
 from video_opd.errors import UserError
 from video_opd.files import read_text
 
+# transformers' class for each ``model_type`` of a config. The second differs only in its decoder layers, with
+# experts.
+FAMILIES = {
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_TEXT_BYTES = 100 << 20  # of a file that is read whole; the largest tokenizers have 40 MiB
 # The weights of parts that are trained in full beside an adapter: peft's format has no place for them.

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from video_opd.models.chunk_sizes import ROWS_A_CHUNK, TOKENS_A_CHUNK
 from video_opd.models.vocabulary import Vocabulary
-
-# The number of response tokens whose logits are held at once: 512 over 152k tokens take 0.3 GiB in float32.
-TOKENS_A_CHUNK = 512
-# The number of rows of a 16-bit lm_head that are converted to float32 at once.
-ROWS_A_CHUNK = 16384
 
 
 class ResponseHead:

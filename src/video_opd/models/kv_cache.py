@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-ROOM = 64  # tokens of each response; a longer response copies the buffers once every ROOM tokens
+from video_opd.models.chunk_sizes import CACHE_ROOM
 
 
 class GrowingLayer(DynamicLayer):
@@ -90,7 +90,7 @@ def grow_in_place(cache: DynamicCache, width: int = 1) -> None:
     """Lets the layers of ``cache`` grow in place by ``width`` tokens at a time. Other caches that hold the
     same tensors are not changed."""
     assert all(type(layer) is DynamicLayer for layer in cache.layers), "Qwen3-VL has plain layers only"
-    cache.layers = [GrowingLayer(layer.keys, layer.values, ROOM * width) for layer in cache.layers]
+    cache.layers = [GrowingLayer(layer.keys, layer.values, CACHE_ROOM * width) for layer in cache.layers]
 
 
 def lengthen(cache: DynamicCache, room: int, columns: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from video_opd.config import Quantization
 from video_opd.errors import UserError
 from video_opd.models.checkpoint_files import (
+    FAMILIES,
     adapter_base,
     check_model_files,
     check_processor_files,
@@ -37,11 +38,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}  # float32 holds every number of these
-# transformers' class for each ``model_type``. The second differs only in its decoder layers, with experts.
-FAMILIES = {
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-}
 
 
 def load_model(

@@ -14,6 +14,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from video_opd.models.chunk_sizes import (
+    CACHE_ROOM,
+    MOMENTS_A_SCALE,
+    ROWS_A_CHUNK,
+    TOKENS_A_CHUNK,
+    WEIGHTS_A_CHUNK,
+)
 from video_opd.planning import graph
 from video_opd.planning.setup import Setup, Work
 from video_opd.planning.sizes import ModelSizes
@@ -38,11 +45,7 @@ PARTS: Mapping[str, str] = {
     "pixels": "the frames of a micro-batch",
     "runtime": "the device's own: context, libraries, buffers of the exchange",
 }
-LM_HEAD_ROWS = 16384  # of a 16-bit lm_head are converted to float32 at once
-CACHE_ROOM = 64  # tokens by which a cache grows
-SCALED_TOGETHER = 256  # moments in 8 bits that share a float32 scale
-SLICE = 1 << 24  # weights that our optimiser, for weights and moments in fewer bits, updates at once
-SLICE_WORK = 56  # temporary bytes for each of these weights
+CHUNK_WORK = 56  # temporary bytes for each weight that the optimiser for fewer bits updates at once
 GIB = 2**30
 CUDA_RUNTIME = GIB  # context, cuBLAS and cuDNN workspaces
 CUDA_EXCHANGE = GIB  # NCCL's buffers and channels
@@ -182,7 +185,7 @@ class Estimate:
     @property
     def moments(self) -> int:
         """The optimiser's moments of all trained weights, over all processes."""
-        bytes_each = 8 if self.setup.moments == "float32" else 2 + 2 * 4 / SCALED_TOGETHER
+        bytes_each = 8 if self.setup.moments == "float32" else 2 + 2 * 4 / MOMENTS_A_SCALE
         return round(bytes_each * self.all_trained)
 
     @property
@@ -333,7 +336,7 @@ class Estimate:
         """Logits and log-probabilities in float32, and ``lm_head`` in float32 where its weights are not."""
         text, setup = self.text, self.setup
         copies = (6 if setup.distributions else 3) + (2 if backward else 0)
-        logits = 4 * text.vocabulary * min(self.R, 512) * copies
+        logits = 4 * text.vocabulary * min(self.R, TOKENS_A_CHUNK) * copies
         sixteen_bit = self.setup.mode("lm_head") == "bfloat16"
         converted = 4 * self.student.embedding if sixteen_bit else 0
         if backward and sixteen_bit and self.roles["lm_head"] == "full":
@@ -425,7 +428,7 @@ class Estimate:
             parts["decoder"] += round(share * read)
         sixteen_bit = self.setup.mode("lm_head") == "bfloat16"
         parts["responses"] += 4 * 4 * self.text.vocabulary * rows
-        parts["responses"] += 4 * LM_HEAD_ROWS * self.text.hidden if sixteen_bit else 0
+        parts["responses"] += 4 * ROWS_A_CHUNK * self.text.hidden if sixteen_bit else 0
         return parts
 
     def teacher_turn(self) -> Counter[str]:
@@ -478,7 +481,7 @@ class Estimate:
         logits = (
             4 * copies * text.vocabulary * work.teacher_micro_batch * work.rollouts * work.response_tokens
         )
-        logits += 0 if number == 4 else 4 * LM_HEAD_ROWS * text.hidden
+        logits += 0 if number == 4 else 4 * ROWS_A_CHUNK * text.hidden
         layer = max(tokens * graph.layer_work_bytes(text, number), logits)
         return max(seen, features + cache + layer)
 
@@ -563,7 +566,7 @@ class Estimate:
 
     def optimiser(self) -> Counter[str]:
         """torch's optimiser works on all weights at once on a GPU, and on one at a time on a CPU; ours, for
-        weights and moments in fewer bits, on slices."""
+        weights and moments in fewer bits, on chunks."""
         setup = self.setup
         shards = setup.processes if setup.sharded else 1
         parts = self.held()
@@ -575,7 +578,7 @@ class Estimate:
         parts["buckets"] += 4 * self.all_trained * setup.ddp
         largest = min(self._largest_weight, self.all_trained)
         if setup.weights == "bfloat16" or setup.moments == "int8":
-            parts["optimiser"] += SLICE_WORK * min(SLICE, largest)
+            parts["optimiser"] += CHUNK_WORK * min(WEIGHTS_A_CHUNK, largest)
         else:
             parts["optimiser"] += 4 * (self.all_trained if self.cuda else 2 * largest) // shards
         return parts

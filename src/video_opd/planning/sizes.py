@@ -17,8 +17,8 @@ from typing import Any
 
 from video_opd.errors import UserError, need
 from video_opd.files import read_text
+from video_opd.models.checkpoint_files import FAMILIES, is_hub_name
 
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
 KNOWN = Path(__file__).parent / "known_models.yaml"
 _SIZE_IN_NAME = re.compile(r"qwen3-vl-(30b-a3b|32b|8b|4b|2b)(?![0-9a-z])", re.IGNORECASE)
 
@@ -320,7 +320,7 @@ def known_models() -> Mapping[str, Any]:
 
 def _downloaded(name: str) -> Path | None:
     """The folder to which a hub's model was downloaded before; nobody is asked."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not is_hub_name(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 

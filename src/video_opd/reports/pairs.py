@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from video_opd.evaluation.metrics import Difference, paired_difference
+from video_opd.reports.records import METRICS
 from video_opd.reports.runs import Run
 from video_opd.types import Sample
 
@@ -78,7 +79,7 @@ def differences(runs: Sequence[Run]) -> list[DifferenceRow]:
                     value=found.miou.value,
                     low=low,
                     high=high,
-                    cells=[signed(found.of[name]) for name in ("mIoU", "R@0.3", "R@0.5", "R@0.7")],
+                    cells=[signed(found.of[name]) for name in METRICS],
                     verdict=verdict(found.miou),
                 )
             )

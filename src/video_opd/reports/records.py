@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from video_opd.evaluation import rows
 from video_opd.reports.run_files import Note
 from video_opd.terminal import visible
 
@@ -21,7 +22,7 @@ MOST_TEXT = 10_000  # characters
 MOST_NAME = 200
 MOST_FRAMES = 100
 MOST_VALUES, MOST_LEVELS = 10_000, 30  # values and levels of a tree
-METRICS = ("mIoU", "R@0.3", "R@0.5", "R@0.7")
+METRICS = tuple(sorted(rows.METRICS, key=lambda name: name != "mIoU"))  # mIoU first
 _PICTURE = re.compile(r"(data:image/(jpeg|png|gif|webp);base64,)?[A-Za-z0-9+/=]+")
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.evaluation.protocols import Protocol, get_protocol, is_thinking
-from video_opd.evaluation.rows import score_rows
+from video_opd.evaluation.rows import PERCENT, score_rows
 from video_opd.reports import row_records
 from video_opd.reports.run_files import RunFiles
 from video_opd.types import Prediction, Sample
 
-PERCENT = 100.0
 SAME_MIOU = 0.05  # points by which the rows' mIoU may differ from the record's, which may be rounded
 
 

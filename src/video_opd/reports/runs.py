@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from video_opd.errors import UserError
 from video_opd.reports import records, row_records
-from video_opd.reports.records import METRICS as METRICS
+from video_opd.reports.records import METRICS
 from video_opd.reports.rows import EvaluatedRows, known_protocol, read_rows, with_predictions
 from video_opd.reports.run_files import Note, RunFiles
 from video_opd.terminal import visible

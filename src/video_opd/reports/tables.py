@@ -11,7 +11,8 @@ from video_opd.config import recipe_from_dict
 from video_opd.config.tree import flatten
 from video_opd.errors import UserError
 from video_opd.reports.charts import number
-from video_opd.reports.runs import METRICS, ROLES, Evaluation, Run, round_number
+from video_opd.reports.records import METRICS
+from video_opd.reports.runs import ROLES, Evaluation, Run, round_number
 from video_opd.reports.story import METHODS, REVERSE_KL, STEP_S, interval, score
 from video_opd.terminal import visible
 

@@ -20,12 +20,11 @@ import torch
 
 from video_opd.config import Dtype, OptimConfig
 from video_opd.errors import UserError
+from video_opd.models.chunk_sizes import MOMENTS_A_SCALE, WEIGHTS_A_CHUNK
 from video_opd.models.torchao import check_torchao
 from video_opd.seeds import derive_seed
 
-BLOCK = 256  # numbers that share a scale
 SMALLEST = 4096  # a tensor with fewer numbers keeps float32 moments, as in bitsandbytes and torchao
-SLICE = 1 << 24  # weights that are updated at once: temporaries take some fifty bytes for each
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
 # In 8 bits: the name of what is held of each moment.
 HELD = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq_root"}
@@ -101,8 +100,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         devices = [parameter.device] if parameter.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # torchao draws from the global generator
             torch.manual_seed(derive_seed(self.seed, "rounding", number, int(state["step"])))
-            for start in range(0, weight.numel(), SLICE):
-                part = slice(start, start + SLICE)
+            for start in range(0, weight.numel(), WEIGHTS_A_CHUNK):
+                part = slice(start, start + WEIGHTS_A_CHUNK)
                 with ExitStack() as held:
                     single_param_adam(
                         weight[part],
@@ -119,9 +118,9 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                     )
 
     def _zeros(self, parameter: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
-        if not self.eight_bits or parameter.numel() < SMALLEST or parameter.numel() % BLOCK:
+        if not self.eight_bits or parameter.numel() < SMALLEST or parameter.numel() % MOMENTS_A_SCALE:
             return {name: torch.zeros_like(parameter, dtype=torch.float32)}
-        scales = torch.zeros(parameter.numel() // BLOCK, device=parameter.device)
+        scales = torch.zeros(parameter.numel() // MOMENTS_A_SCALE, device=parameter.device)
         codes = torch.zeros_like(parameter, dtype=torch.uint8)
         return {HELD[name]: codes, f"{HELD[name]}_scale": scales}
 
@@ -189,7 +188,7 @@ def _in_float32(state: Mapping[str, torch.Tensor], name: str, part: slice) -> It
 
     first = name == "exp_avg"
     codes = state[HELD[name]].view(-1)[part]
-    scales = state[f"{HELD[name]}_scale"][part.start // BLOCK : part.stop // BLOCK]
+    scales = state[f"{HELD[name]}_scale"][part.start // MOMENTS_A_SCALE : part.stop // MOMENTS_A_SCALE]
     held = OptimState8bit(codes, scales, _map(first, codes.device), first, torch.float32)
     moment = held.dequantize() if first else held.dequantize().square()
     yield moment

@@ -57,7 +57,7 @@ def policy(attn: str = "sdpa", capture: bool = True, **options: Any) -> HFPolicy
 def test_rollouts_are_those_of_the_growing_cache(
     n: int, attn: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "ROOM", 5)
+    monkeypatch.setattr(kv_cache, "CACHE_ROOM", 5)
     seeds = [row[:n] for row in SEEDS]
     plain = policy(attn, capture=False).sample(mixed_prompts(), n=n, max_new_tokens=13, seeds=seeds)
     assert recorder.recordings == 0

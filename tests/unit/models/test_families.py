@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from training_cases import Build, make_recipe, rows_of
 
 from video_opd.config import LoraConfig
-from video_opd.models.loading import FAMILIES, load_model
+from video_opd.models.checkpoint_files import FAMILIES
+from video_opd.models.loading import load_model
 from video_opd.models.lora import add_adapters
 from video_opd.models.patch_embedding import PatchProjection
 from video_opd.models.policy import HFPolicy

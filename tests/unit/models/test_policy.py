@@ -167,8 +167,8 @@ def test_a_prefix_serves_many_times() -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_responses_grow_in_place_and_the_prefix_stays(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A response longer than ROOM makes the buffers grow; no single token copies the cache."""
-    monkeypatch.setattr("video_opd.models.kv_cache.ROOM", 4)
+    """A response longer than CACHE_ROOM makes the buffers grow; no single token copies the cache."""
+    monkeypatch.setattr("video_opd.models.kv_cache.CACHE_ROOM", 4)
     student = policy()
     prefix = student.prefill(mixed_prompts())
     before = [(layer.keys.clone(), layer.values.clone()) for layer in prefix.cache.layers]

@@ -128,7 +128,7 @@ def test_slices_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) ->
         return stepped(weight, make_optimizer([weight], OptimConfig(moments="int8")), gradients()[:5])
 
     whole = moved()
-    monkeypatch.setattr(optimizers, "SLICE", 1024)
+    monkeypatch.setattr(optimizers, "WEIGHTS_A_CHUNK", 1024)
     assert torch.equal(moved(), whole)
 
 
