@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from video_opd.config import (
     WITH_TEACHER,
     GRPORecipe,
+    ModelPart,
     OPFKDRecipe,
     OPRKDRecipe,
     Recipe,
@@ -23,7 +24,7 @@ from video_opd.config import (
 )
 from video_opd.config.largest_video import largest_video
 from video_opd.errors import need
-from video_opd.models.checkpoint_files import base_of, has_full_weights, is_adapter_folder
+from video_opd.models.checkpoint_files import adapter_base, has_full_weights, is_adapter_folder
 from video_opd.planning.graph import Mode, Role
 from video_opd.types import Sample
 
@@ -54,7 +55,7 @@ class Setup:
     teacher_dtype: str
     teacher_placement: Place | Literal["auto"]
     teacher_quantization: str | None
-    teacher_is_adapter: bool  # on the student's base
+    teacher_is_adapter: bool  # on the student's base, which serves both; of several teachers, all are
     reference: bool  # whether a step asks the initial student
     distributions: bool  # whether whole distributions are computed at response tokens
     overlaps: bool  # whether a micro-batch is sampled while servers score the one before
@@ -91,7 +92,11 @@ class Setup:
             teacher_dtype=teacher.dtype,
             teacher_placement=placement,
             teacher_quantization=teacher.quantization,
-            teacher_is_adapter=has_teacher and shares_base(recipe),
+            teacher_is_adapter=has_teacher
+            and all(
+                is_adapter_folder(path) and why_not_shared(recipe, path) is None
+                for path in recipe.teacher.local_paths
+            ),
             reference=asks_reference(recipe),
             distributions=recipe.measures_analytic_kl or needs_distributions(recipe),
             overlaps=recipe.overlaps_servers and processes == 1,
@@ -218,18 +223,23 @@ def _longest_s(video: VideoConfig, samples: Sequence[Sample] | None) -> float:
     return max((full_s if s.duration_s is None else s.duration_s for s in samples or ()), default=full_s)
 
 
-def shares_base(recipe: Recipe) -> bool:
-    """Whether the teacher is an adapter on the student's own base, which is then in memory once: the student
-    trains adapters only, and both hold the base alike."""
-    path, base = recipe.teacher.path, str(base_of(recipe.teacher.path))
-    trained = {"vision", "merger", "language", "lm_head"} - set(recipe.model.freeze)
-    return (
-        is_adapter_folder(path)
-        and not has_full_weights(path)
-        and recipe.model.sharding is None
-        and recipe.teacher.placement in ("auto", "whole")
-        and trained <= set(recipe.lora.parts)
-        and (base == recipe.model.path or Path(base).resolve() == Path(recipe.model.path).resolve())
-        and recipe.teacher.dtype == recipe.model.dtype
-        and recipe.teacher.quantization == recipe.lora.base_quantization
-    )
+def why_not_shared(recipe: Recipe, path: str) -> str | None:
+    """Why the adapter ``path`` needs a base of its own as teacher; None if the student's base, which is then
+    in memory once, serves both: the student trains adapters only, and both hold the base alike."""
+    base, settings = str(adapter_base(path)), recipe.teacher
+    trained = set(get_args(ModelPart)) - set(recipe.model.freeze)
+    if not recipe.lora.parts or not trained <= set(recipe.lora.parts):
+        return "the student's base is trained"
+    if recipe.model.sharding is not None:
+        return "the student's base is in shards"
+    if settings.placement in ("sharded", "cpu"):
+        return f"teacher.placement is {settings.placement}"
+    if base != recipe.model.path and Path(base).resolve() != Path(recipe.model.path).resolve():
+        return f"it belongs to {base}, and the student to {recipe.model.path}"
+    if has_full_weights(path):
+        return "it has weights that were trained in full"
+    if settings.dtype != recipe.model.dtype:
+        return f"teacher.dtype is {settings.dtype}, and model.dtype {recipe.model.dtype}"
+    if settings.quantization != recipe.lora.base_quantization:
+        return "teacher.quantization is not lora.base_quantization"
+    return None

@@ -17,7 +17,7 @@ from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError, need
-from video_opd.models.checkpoint_files import adapter_base, base_of, has_full_weights, is_adapter_folder
+from video_opd.models.checkpoint_files import base_of, is_adapter_folder
 from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
 from video_opd.models.loading import (
@@ -44,7 +44,7 @@ from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, RoutedTeacher
 from video_opd.models.torchao import check_torchao
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.planning.setup import Place, needs_distributions, videos_ahead
+from video_opd.planning.setup import Place, needs_distributions, videos_ahead, why_not_shared
 from video_opd.progress import log
 from video_opd.serving.connect import check_servers, connect_teacher
 from video_opd.training.masters import Masters
@@ -329,7 +329,8 @@ def load_teachers(
     def load(number: int, path: str) -> Teacher:
         log_other_video_form(with_video_form(recipe).prompt.video_form, path)
         if is_adapter_folder(path):
-            reason = why_not_shared(recipe, path, student[0])
+            merged = None if has_adapters(student[0]) else "the student's adapters are merged"
+            reason = why_not_shared(recipe, path) or merged
             if reason is None:
                 return adapter_teacher(recipe, path, f"teacher{number}", student)
             log(f"teacher {path}: an adapter, merged into a base of its own, because {reason}")
@@ -362,31 +363,12 @@ def _asks_for_distributions(recipe: Recipe) -> bool:
     return recipe.asks_servers and (needs_distributions(recipe) or recipe.measures_analytic_kl)
 
 
-def why_not_shared(recipe: DistillationRecipe, path: str, student: torch.nn.Module) -> str | None:
-    """Why the adapter ``path`` needs a base of its own as teacher; None if it shares the student's."""
-    base, settings = str(adapter_base(path)), recipe.teacher
-    if not has_adapters(student) or trained_in_full(student):
-        return "the student's base is trained"
-    if recipe.model.sharding is not None:
-        return "the student's base is in shards"
-    if settings.placement in ("sharded", "cpu"):
-        return f"teacher.placement is {settings.placement}"
-    if base != recipe.model.path and Path(base).resolve() != Path(recipe.model.path).resolve():
-        return f"it belongs to {base}, and the student to {recipe.model.path}"
-    if has_full_weights(path):
-        return "it has weights that were trained in full"
-    if settings.dtype != recipe.model.dtype:
-        return f"teacher.dtype is {settings.dtype}, and model.dtype {recipe.model.dtype}"
-    if settings.quantization != recipe.lora.base_quantization:
-        return "teacher.quantization is not lora.base_quantization"
-    return None
-
-
 def adapter_teacher(
     recipe: DistillationRecipe, path: str, name: str, student: tuple[Any, Any]
 ) -> AdapterTeacher:
     """The adapter ``path`` on the student's base, which computes as it does for the student."""
     model, processor = student
+    assert not trained_in_full(model), "the teacher would change with the student"
     add_frozen_adapter(model, path, name)
     log(f"teacher {path}: an adapter on the student's base, whose weights serve both")
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]

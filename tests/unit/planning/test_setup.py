@@ -14,7 +14,7 @@ from plan_cases import PAIR, paper
 from video_opd.algorithms.registry import make_method
 from video_opd.models.checkpoint_files import FULL_WEIGHTS
 from video_opd.planning.memory import Memory, memory_of
-from video_opd.planning.setup import Setup, Work, shares_base
+from video_opd.planning.setup import Setup, Work, why_not_shared
 
 ALONE = {"run": {"analytic_kl": False}}  # the metrics, too, need whole distributions
 
@@ -76,17 +76,19 @@ def test_a_teacher_and_a_reference_that_visit_the_device_are_there_together() ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "shared"),
+    ("changes", "reason"),
     [
-        ({}, True),
-        ({"model.sharding": "fsdp2"}, False),
-        ({"teacher.placement": "cpu"}, False),
-        ({"teacher.dtype": "float32"}, False),
-        ({"teacher.quantization": "int8"}, False),
+        ({}, None),
+        ({"model.freeze": []}, "base is trained"),
+        ({"model.sharding": "fsdp2"}, "in shards"),
+        ({"model.path": "Qwen/Qwen3-VL-4B-Instruct"}, "belongs to Qwen/Qwen3-VL-8B-Instruct"),
+        ({"teacher.placement": "cpu"}, "teacher.placement is cpu"),
+        ({"teacher.dtype": "float32"}, "teacher.dtype is float32"),
+        ({"teacher.quantization": "int8"}, "teacher.quantization"),
     ],
 )
-def test_an_adapter_shares_the_base_in_the_plan_where_it_does_in_training(
-    changes: dict[str, Any], shared: bool, tmp_path: Path
+def test_an_adapter_shares_the_students_base_or_there_is_a_reason(
+    changes: dict[str, Any], reason: str | None, tmp_path: Path
 ) -> None:
     config = {"base_model_name_or_path": "Qwen/Qwen3-VL-8B-Instruct", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -95,9 +97,15 @@ def test_an_adapter_shares_the_base_in_the_plan_where_it_does_in_training(
         model={"freeze": ["lm_head"], "sharding": None},
         teacher={"path": str(tmp_path)},
     ).changed(**changes)
-    assert shares_base(recipe) is shared
-    (tmp_path / FULL_WEIGHTS).touch()  # weights that were trained in full need a base of their own
-    assert not shares_base(recipe)
+    found = why_not_shared(recipe, str(tmp_path))
+    assert found is None if reason is None else reason in str(found)
+    assert Setup.of(recipe).teacher_is_adapter is (reason is None)
+    other = recipe.changed(**{"teacher.by_source": {"a": "Qwen/Qwen3-VL-8B-Instruct"}})
+    assert not Setup.of(other).teacher_is_adapter  # a second teacher has weights of its own
+    (tmp_path / FULL_WEIGHTS).touch()
+    if reason is None:
+        assert "trained in full" in str(why_not_shared(recipe, str(tmp_path)))
+    assert not Setup.of(recipe).teacher_is_adapter
 
 
 def test_gradients_of_the_responses_wait_where_the_backward_is_not_cut() -> None:

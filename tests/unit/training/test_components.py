@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from training_cases import make_recipe
 from video_opd.config import LoraConfig, ModelConfig, Recipe
 from video_opd.errors import UserError
 from video_opd.models.loading import check_teacher, load_teacher
-from video_opd.models.lora import adapter_weights, add_adapters, merge_adapters, save_adapter
+from video_opd.models.lora import (
+    adapter_weights,
+    add_adapters,
+    has_adapters,
+    merge_adapters,
+    save_adapter,
+    trained_in_full,
+)
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdapterTeacher, LocalTeacher
+from video_opd.planning.setup import why_not_shared
 from video_opd.training.components import freeze, load_student, load_teachers
 
 CPU = torch.device("cpu")
@@ -98,6 +107,21 @@ def test_an_adapter_shares_the_base_of_a_student_that_trains_adapters(folders: t
     assert isinstance(merged, LocalTeacher) and merged.policy.model is not other
     torch.testing.assert_close(scores(shared), scores(merged), atol=1e-4, rtol=0)
     assert (scores(merged) - scores(HFPolicy(student, processor()))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("frozen", [("merger", "language", "lm_head"), ("merger", "lm_head"), ()])
+@pytest.mark.parametrize("adapted", [(), ("vision",), ("vision", "language")])
+def test_the_rule_for_sharing_a_base_is_true_of_the_student(
+    folders: tuple[Path, Path], frozen: Sequence[str], adapted: Sequence[str]
+) -> None:
+    """The rule reads the recipe alone: it says that the base is frozen exactly where the student's is."""
+    base, adapter = folders
+    settings = {"path": str(base), "freeze": [part for part in frozen if part not in adapted]}
+    teacher = {"path": str(adapter)}
+    recipe = make_recipe(Path("run"), model=settings, lora={"parts": list(adapted)}, teacher=teacher)
+    student, _ = load_student(recipe, base, CPU)
+    is_frozen = has_adapters(student) and not trained_in_full(student)
+    assert (why_not_shared(recipe, str(adapter)) is None) == is_frozen
 
 
 def test_an_adapter_of_another_precision_has_a_base_of_its_own(
