@@ -30,11 +30,6 @@ def is_proper(span: Interval | None) -> bool:
     return span is not None and math.isfinite(span[0]) and math.isfinite(span[1]) and span[0] < span[1]
 
 
-def length_s(span: Interval) -> float:
-    """The length of an interval in seconds; 0 for a pair that is no interval."""
-    return span[1] - span[0] if is_proper(span) else 0.0
-
-
 def centre_s(span: Interval) -> float:
     """The middle of an interval in seconds."""
     return (span[0] + span[1]) / 2

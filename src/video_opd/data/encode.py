@@ -234,24 +234,6 @@ class PromptEncoder:
         return pads
 
 
-def collate(prompts: Sequence[EncodedPrompt], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Makes a batch for ``forward``: ids, mask and types left-padded [B, P], videos concatenated."""
-    assert prompts, "an empty batch"
-    longest = max(prompt.length for prompt in prompts)
-
-    def left_pad(row_P: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(row_P, (longest - len(row_P), 0), value=value)
-
-    batch = {
-        "input_ids": torch.stack([left_pad(p.input_ids[0], pad_token_id) for p in prompts]),
-        "attention_mask": torch.stack([left_pad(torch.ones_like(p.input_ids[0]), 0) for p in prompts]),
-        "mm_token_type_ids": torch.stack([left_pad(p.tensors["mm_token_type_ids"][0], 0) for p in prompts]),
-    }
-    for key in ("pixel_values_videos", "video_grid_thw"):
-        batch[key] = torch.cat([p.tensors[key] for p in prompts])
-    return batch
-
-
 def _whole_pairs(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     """Returns frames and times; the last frame is repeated if their number is odd."""
     frames, times_s = clip.frames, clip.times_s

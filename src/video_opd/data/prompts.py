@@ -102,12 +102,6 @@ STYLES: dict[str, PromptStyle] = {
 }
 
 
-def register_style(name: str, style: PromptStyle) -> None:
-    """Adds a style. A name cannot be given to a second style, so that results stay comparable."""
-    assert STYLES.get(name, style) == style, f"the name {name!r} already belongs to another prompt style"
-    STYLES[name] = style
-
-
 def build_messages(query: str, style: str = "paper", thinking: bool = False) -> list[dict[str, Any]]:
     """Returns the chat messages for one query: the system instruction, then the video, then the text.
 

@@ -32,7 +32,6 @@ from video_opd.evaluation.published import (
 from video_opd.evaluation.rows import METRICS
 from video_opd.terminal import visible
 
-FORMATS = ("text", "markdown", "latex", "json")
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".json": "json", ".txt": "text"}
 DAGGER = "†"
 NONE = "–"

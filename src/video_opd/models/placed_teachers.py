@@ -13,7 +13,6 @@ from torch import nn
 from video_opd.models.collective_passes import CollectivePasses
 from video_opd.models.interfaces import Responses
 from video_opd.models.policy import HFPolicy
-from video_opd.models.prefix import Prefix
 from video_opd.models.teachers import LocalTeacher, Nonfinite
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.types import EncodedPrompt, TokenLogprobs
@@ -59,7 +58,7 @@ class ShardedTeacher(LocalTeacher):
 
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt] | Prefix,
+        prompts: Sequence[EncodedPrompt],
         responses: Responses,
         *,
         full: bool = False,
@@ -109,13 +108,9 @@ class OffloadedTeacher(LocalTeacher):
             for parameter, weight in self._at_home:
                 parameter.data = weight
 
-    def prefill(self, prompts: Sequence[EncodedPrompt]) -> Prefix:
-        with self.turn():
-            return super().prefill(prompts)
-
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt] | Prefix,
+        prompts: Sequence[EncodedPrompt],
         responses: Responses,
         *,
         full: bool = False,

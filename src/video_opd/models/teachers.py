@@ -12,7 +12,6 @@ from video_opd.errors import UserError
 from video_opd.models.interfaces import CollectiveTeacher, Responses, Teacher
 from video_opd.models.lora import adapter_on, adapters_off, trained_in_full
 from video_opd.models.policy import HFPolicy
-from video_opd.models.prefix import Prefix
 from video_opd.types import EncodedPrompt, TokenLogprobs
 
 Nonfinite = Literal["raise", "mask"]
@@ -36,19 +35,15 @@ class LocalTeacher:
         policy.model.requires_grad_(False)
         policy.model.eval()
 
-    def prefill(self, prompts: Sequence[EncodedPrompt]) -> Prefix:
-        """The prefix of ``prompts``, for several calls of :meth:`logprobs`."""
-        return self.policy.prefill(prompts)
-
     def logprobs(
         self,
-        prompts: Sequence[EncodedPrompt] | Prefix,
+        prompts: Sequence[EncodedPrompt],
         responses: Responses,
         *,
         full: bool = False,
         temperature: float = 1.0,
     ) -> TokenLogprobs:
-        """As :meth:`Teacher.logprobs`; takes a prefix of this teacher, too."""
+        """As :meth:`Teacher.logprobs`."""
         scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
         return finite_scores(scores, prompts, responses, self.nonfinite)
 
@@ -154,7 +149,7 @@ class RoutedTeacher:
 
 def finite_scores(
     scores: TokenLogprobs,
-    prompts: Sequence[EncodedPrompt] | Prefix,
+    prompts: Sequence[EncodedPrompt],
     responses: Responses,
     nonfinite: Nonfinite,
 ) -> TokenLogprobs:
@@ -166,8 +161,7 @@ def finite_scores(
         return scores
     if nonfinite == "raise":
         row, token = (~finite_BT).nonzero()[0].tolist()
-        asked = prompts.prompts if isinstance(prompts, Prefix) else prompts
-        sample_ids = [p.sample_id for p, group in zip(asked, responses, strict=True) for _ in group]
+        sample_ids = [p.sample_id for p, group in zip(prompts, responses, strict=True) for _ in group]
         raise UserError(
             f"sample {sample_ids[row]!r}: the teacher's log-probability of response token {token} is "
             f"{scores.logprobs_BT[row, token].item()}; check the teacher's weights and precision, or set "

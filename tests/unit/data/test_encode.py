@@ -15,7 +15,7 @@ from model_cases import model, processor, stock_logprobs
 from places import REAL
 
 from video_opd.config import PromptConfig, VideoConfig, VideoForm
-from video_opd.data.encode import PromptEncoder, collate
+from video_opd.data.encode import PromptEncoder
 from video_opd.data.prompts import CONTROL_TOKEN, build_messages, opens_thinking
 from video_opd.data.video import clip_digest, load_clip
 from video_opd.errors import UserError
@@ -322,26 +322,6 @@ def test_another_family_of_processors_is_refused():
         PromptEncoder(other)
     with pytest.raises(UserError, match="style"):
         PromptEncoder(real, PromptConfig.model_construct(style="none", video_form="nested"))
-
-
-def test_a_batch_is_padded_on_the_left_and_keeps_its_videos_in_order():
-    clips = [make_clip([0.0, 0.5]), make_clip([0.0, 0.5, 1.0, 1.5], 32, 64, seed=1)]
-    prompts = [
-        encoder().encode(clips[0], QUERY, "a"),
-        encoder().encode(clips[1], QUERY + " and then it moves away to the left", "b"),
-    ]
-    batch = collate(prompts, pad_token_id=0)
-    longest = max(p.length for p in prompts)
-    for row, prompt in enumerate(prompts):
-        left = longest - prompt.length
-        assert batch["input_ids"][row].tolist() == [0] * left + prompt.input_ids[0].tolist()
-        assert batch["attention_mask"][row].tolist() == [0] * left + [1] * prompt.length
-        types = prompt.tensors["mm_token_type_ids"][0].tolist()
-        assert batch["mm_token_type_ids"][row].tolist() == [0] * left + types
-    split = len(prompts[0].tensors["pixel_values_videos"])
-    assert torch.equal(batch["pixel_values_videos"][:split], prompts[0].tensors["pixel_values_videos"])
-    assert torch.equal(batch["pixel_values_videos"][split:], prompts[1].tensors["pixel_values_videos"])
-    assert batch["video_grid_thw"].tolist() == [[1, 4, 6], [2, 2, 4]]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real videos are not here")

@@ -3,7 +3,7 @@
 import pytest
 
 from video_opd.data import prompts
-from video_opd.data.prompts import PromptStyle, build_messages, register_style
+from video_opd.data.prompts import build_messages
 from video_opd.errors import UserError
 from video_opd.evaluation.protocols import PROTOCOLS
 from video_opd.temporal import parse_answer
@@ -79,13 +79,3 @@ def test_no_query_is_found_in_another_text():
 def test_an_unknown_style_names_the_known_ones():
     with pytest.raises(UserError, match=r"'papre'.*paper"):
         build_messages("q", style="papre")
-
-
-def test_a_style_can_be_added_but_not_changed(monkeypatch):
-    monkeypatch.setattr(prompts, "STYLES", dict(prompts.STYLES))
-    register_style("short", PromptStyle(system="", user="When: {query}?"))
-    assert build_messages("now", style="short") == [
-        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When: now?"}]}
-    ]
-    with pytest.raises(AssertionError):
-        register_style("paper", PromptStyle(system="", user="When: {query}?"))

@@ -148,7 +148,7 @@ def test_a_teacher_visits_the_device_for_its_turn() -> None:
     assert home not in seen and weight.data_ptr() == home
     seen.clear()
     with visiting.turn():
-        prefix = visiting.prefill(prompts)
-        again = visiting.logprobs(prefix, responses)
+        visiting.logprobs(prompts[:1], responses[:1])
+        again = visiting.logprobs(prompts, responses)
     assert len(set(seen)) == 1 and home not in seen and weight.data_ptr() == home
     assert torch.equal(whole.logprobs(prompts, responses).logprobs_BT, again.logprobs_BT)
