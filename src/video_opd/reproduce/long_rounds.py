@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.reproduce.claims import Claim, interval
+from video_opd.reproduce.claims import Claim
 from video_opd.reproduce.measurements import differences, find, spread
 from video_opd.reproduce.places import (
     BASE,
@@ -150,6 +150,6 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield "| | " + " | ".join(sets) + " | all | gap [95%] |"
     yield "|---|" + "---|" * (len(sets) + 2)
     for arm, found in mious.items():
-        gap = "" if arm in (BASE, TEACHER) else interval(find(record, arm, TEACHER))
+        gap = "" if arm in (BASE, TEACHER) else str(find(record, arm, TEACHER))
         yield f"| {arm} | " + " | ".join(spread(found[s]) for s in (*sets, "all")) + f" | {gap} |"
     yield ""
