@@ -18,6 +18,7 @@ HOST_PARTS: Mapping[str, str] = {
     "reference": "the reference's weights, pinned",
 }
 STORED = 2  # bytes of a weight in a checkpoint's files
+LARGEST_FILE = 50 * 10**9  # bytes of a file of weights that transformers writes, by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,9 @@ def host_memory_of(
     if setup.sharded or setup.offload:
         full = sum(count for part, count in estimate.trained.items() if estimate.roles[part] == "full")
         saving += 4 * trained + frozen_number * (student.weights - full)
+    else:  # the GPU has them: a file's tensors are copied to the host before they are written
+        held = setup.number if setup.weights == "bfloat16" else 4
+        saving += min(LARGEST_FILE, 4 * trained if setup.adapted else held * student.weights)
     return HostMemory(
         parts={part: parts[part] for part in HOST_PARTS if parts.get(part)},
         saving=saving,

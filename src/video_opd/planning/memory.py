@@ -10,6 +10,7 @@ Symbols: P prompt tokens of a micro-batch, G rollouts, R response tokens, V voca
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -415,7 +416,8 @@ class Estimate:
         a_token = self.text.layers * graph.cache_bytes(self.text, self.mode)
         parts = self.running()
         if self.setup.prefix:
-            parts["caches"] += round(self.P * share + rows * CACHE_ROOM) * a_token
+            room = CACHE_ROOM * math.ceil(self.work.response_tokens / CACHE_ROOM)
+            parts["caches"] += round(self.P * share + rows * room) * a_token
         if self.setup.prefix and self.work.sampled_ahead is None:
             parts["vision"] += self.vision_graph()
             parts["decoder"] += self.decoder_graph()

@@ -81,6 +81,24 @@ def test_masters_moments_and_what_is_saved_of_them(case: str, dtype: str, tmp_pa
     assert abs(planned.saving - nbytes(weights.values()) - nbytes(copied)) < FEW_BYTES
 
 
+def test_one_gpu_copies_the_file_that_it_writes() -> None:
+    """That is the whole model of 8.77 billion weights, as it is held, or the adapters."""
+    whole: dict[str, Any] = {"sharding": None, "reduce": "step"}
+    lora = {"parts": ["language"], "rank": 16}
+    frozen = {"freeze": ["vision", "merger", "lm_head"]}
+    adapters = PAIR.student.parts["language"].adapters(16)
+    cases: tuple[tuple[dict[str, Any], float, float], ...] = (
+        ({"model": {**whole, "weights": "bfloat16"}}, 8.77e9, 2 * 8.77e9),
+        ({"model": whole}, 8.77e9, 4 * 8.77e9),
+        ({"model": {**whole, **frozen}, "lora": lora}, adapters, 4 * adapters),
+    )
+    for sections, trained, written in cases:
+        recipe = paper("video-opd", **sections)
+        setup, work = Setup.of(recipe), Work.of(recipe, None)
+        host = host_memory_of(PAIR.student, PAIR.teachers, setup, work)
+        assert host.saving == pytest.approx(8 * trained + written, rel=0.01)
+
+
 def test_a_teacher_that_waits_on_the_cpu(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, teacher={"placement": "cpu", "dtype": "float32"})
     teacher = OffloadedTeacher(HFPolicy(model(1), processor()), device=torch.device("cpu"))

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from plan_cases import PAIR, paper
 
 from video_opd.algorithms.registry import make_method
 from video_opd.models.checkpoint_files import FULL_WEIGHTS
+from video_opd.models.chunk_sizes import CACHE_ROOM
 from video_opd.planning.memory import Memory, memory_of
 from video_opd.planning.setup import Setup, Work, why_not_shared
 
@@ -62,6 +64,27 @@ def test_sampling_ahead_is_planned_with_its_own_number_of_prompts_and_without_a_
     for part in ("decoder", "vision", "caches"):
         assert four[part] == pytest.approx(4 * one[part], rel=1e-3)
     assert one["caches"] == with_update["caches"]  # the prompt's keys and values, and sampling's copy of them
+
+
+def test_long_responses_have_the_room_that_their_cache_grows_to() -> None:
+    """A cache grows by a fixed number of tokens at a time, as often as a response needs it."""
+    from video_opd.models.kv_cache import GrowingLayer
+
+    text, prompt = PAIR.student.text, 3
+    growths = {}
+    for tokens in (1, 64, 65, 200):
+        layer = GrowingLayer(torch.zeros(1, 1, prompt, 1), torch.zeros(1, 1, prompt, 1), CACHE_ROOM)
+        with torch.no_grad():
+            for _ in range(tokens):
+                layer.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+        growths[tokens] = layer._keys.shape[-2] - prompt
+    caches = {
+        tokens: memory({"sampling": {"max_new_tokens": tokens}}).phases["sampling"]["caches"]
+        for tokens in growths
+    }
+    a_token = text.layers * 2 * text.keys * 4  # keys and values, which autocast leaves in float32
+    for tokens, growth in growths.items():
+        assert caches[tokens] - caches[1] == (growth - growths[1]) * a_token
 
 
 def test_a_teacher_and_a_reference_that_visit_the_device_are_there_together() -> None:

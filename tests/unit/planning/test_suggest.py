@@ -92,7 +92,7 @@ def test_every_change_is_one_that_a_recipe_accepts(change) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_keys_of_all_changes(method) -> None:
     recipe = paper(method, **({} if method in WITH_TEACHER else {"teacher": {"path": ""}}))
-    assert {key for change in CHANGES for key in change.settings} <= set(flatten(recipe.to_dict()))
+    assert {key for change in CHANGES for key in change.settings} <= set(dict(flatten(recipe.to_dict())))
 
 
 def test_changes_are_in_the_order_of_their_price_and_behind_what_they_rest_on() -> None:
