@@ -106,7 +106,7 @@ def render(
     rows = [_answer(number, answer, video.duration_s) for number, answer in enumerate(answers, start=1)]
     return environment.get_template("page.html.j2").render(
         # A linked video lies on the same disk or the same server as the page.
-        policy=f"default-src 'none'; img-src data:; media-src data: 'self' file:; "
+        content_security_policy=f"default-src 'none'; img-src data:; media-src data: 'self' file:; "
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         script=Markup(script),
         name=video.path.name,

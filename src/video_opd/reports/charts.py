@@ -15,7 +15,7 @@ from statistics import fmean
 WIDTH, HEIGHT = 520.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 34.0
 MOST_POINTS = 400  # more are averaged into so many bins: a path of 10,000 steps draws the same picture
-INTERVAL_WIDTH = 2.0  # width of the bar of a 95% interval
+ERROR_BAR_WIDTH = 2.0
 MOST_COLUMNS = 60  # columns of a stacked chart, at most
 SMOOTH_FROM = 24  # points from which a smoothed line is drawn over the raw one
 
@@ -30,7 +30,7 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interval:
+class ErrorBar:
     """An upright bar from ``low`` to ``high`` at ``x``."""
 
     x: float
@@ -134,7 +134,7 @@ def line_chart(
     *,
     zero: bool = False,
     x_label: str = "optimiser step",
-    intervals: Sequence[Interval] = (),
+    error_bars: Sequence[ErrorBar] = (),
 ) -> Chart | None:
     """Curves over steps; ``zero`` makes the axis include 0. None when there is nothing to draw."""
     drawn = [s for s in series if s.xs]
@@ -142,7 +142,7 @@ def line_chart(
         return None
     binned = [(s, *bins(s.xs, s.ys)) for s in drawn]
     values = sorted(
-        [y for _, _, ys in binned for y in ys] + [y for mark in intervals for y in (mark.low, mark.high)]
+        [y for _, _, ys in binned for y in ys] + [y for bar in error_bars for y in (bar.low, bar.high)]
     )
     low, high = (min(values[0], 0.0), max(values[-1], 0.0)) if zero else (values[0], values[-1])
     y_values = ticks(low, high, 4)
@@ -164,14 +164,14 @@ def line_chart(
         )
     boxes = [
         _box(
-            x_scale(mark.x) - INTERVAL_WIDTH / 2,
-            INTERVAL_WIDTH,
-            y_scale(mark.low),
-            y_scale(mark.high),
-            mark.colour,
-            f"{mark.what}: {number(mark.low)} to {number(mark.high)}",
+            x_scale(bar.x) - ERROR_BAR_WIDTH / 2,
+            ERROR_BAR_WIDTH,
+            y_scale(bar.low),
+            y_scale(bar.high),
+            bar.colour,
+            f"{bar.what}: {number(bar.low)} to {number(bar.high)}",
         )
-        for mark in intervals
+        for bar in error_bars
     ]
     return Chart(
         title=title,

@@ -1,11 +1,10 @@
-"""The charts of a run: learning curves, times, and what changes from round to round."""
+"""The charts of a run: learning curves, times, and mIoU from round to round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from video_opd.reports.charts import Chart, Interval, Series, histogram, line_chart, stack_chart
+from video_opd.reports.charts import Chart, ErrorBar, Series, line_chart, stack_chart
 from video_opd.reports.runs import Run, round_number
 
 RUN_COLOURS = ("run-a", "run-b", "run-c", "run-d", "run-e", "run-f")
@@ -100,34 +99,11 @@ def round_curves(run: Run) -> list[Chart]:
             level = teacher.scores["mIoU"]
             ends = [min(xs), max(xs)]
             series.append(Series(label="teacher", colour="teacher", xs=ends, ys=[level, level], dashed=True))
-        marks = [
-            Interval(x=float(x), low=e.ci95["mIoU"][0], high=e.ci95["mIoU"][1], colour="student")
+        bars = [
+            ErrorBar(x=float(x), low=e.ci95["mIoU"][0], high=e.ci95["mIoU"][1], colour="student")
             for x, e in own
             if "mIoU" in e.ci95
         ]
         help = "Mean overlap with the true moments, in percent, with its 95% interval; 0 is the base."
-        charts.append(line_chart(f"mIoU on {testset}", help, series, x_label="round", intervals=marks))
+        charts.append(line_chart(f"mIoU on {testset}", help, series, x_label="round", error_bars=bars))
     return [chart for chart in charts if chart is not None]
-
-
-def round_selections(run: Run) -> list[Chart]:
-    charts = [
-        selection_chart(each.selection or {}, f"round {each.number}: δ before and after the selection")
-        for each in run.rounds
-    ]
-    return [chart for chart in charts if chart is not None]
-
-
-def selection_chart(
-    selection: Mapping[str, Any], title: str = "δ before and after the selection"
-) -> Chart | None:
-    return histogram(
-        title,
-        "Right of 0 the teacher answers better than the student: there is something to learn.",
-        "δ = teacher IoU − student IoU",
-        selection.get("delta_edges") or [],
-        [
-            ("all scored", "base", selection.get("delta_before") or []),
-            ("selected", "student", selection.get("delta_after") or []),
-        ],
-    )

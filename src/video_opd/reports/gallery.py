@@ -8,7 +8,7 @@ from typing import Any
 
 from video_opd.evaluation.failures import FAILURES, choose_failures, other_event, outcome
 from video_opd.reports.rows import EvaluatedRows
-from video_opd.reports.runs import ROLES, Run
+from video_opd.reports.runs import Run, in_order
 from video_opd.reports.tables import colour_of
 from video_opd.reports.tokens import Explainer, TokenView
 from video_opd.temporal import Interval, best_iou
@@ -157,7 +157,7 @@ def gallery(run: Run, pictures: Pictures, explainer: Explainer, most: int) -> Ga
     table = []
     counts = dict.fromkeys(FAILURES, 0)
     for name, rows in tests.items():
-        for model in _in_order(rows.predictions):
+        for model in in_order(rows.predictions):
             kinds = _kinds(rows, model)
             share = [
                 f"{100 * sum(k == kind for k in kinds) / len(kinds):.0f}%" for kind in (*FAILURES, "right")
@@ -207,10 +207,6 @@ def _outcome(prediction: Prediction | None, sample: Sample) -> str:
     return outcome(prediction.spans[0] if prediction and prediction.spans else None, sample.spans)
 
 
-def _in_order(models: Mapping[str, Any]) -> list[str]:
-    return sorted(models, key=lambda m: (ROLES.index(m) if m in ROLES else 1, len(m), m))
-
-
 def _card(
     testset: str,
     rows: EvaluatedRows,
@@ -224,7 +220,7 @@ def _card(
     span = prediction.spans[0] if prediction.spans else None
     answers = {
         model: (p.spans[0] if (p := rows.predictions[model].get(sample.id)) and p.spans else None)
-        for model in _in_order(rows.predictions)
+        for model in in_order(rows.predictions)
     }
     known = [end for _, end in sample.spans] + [found[1] for found in answers.values() if found]
     duration_s = sample.duration_s or max(known, default=1.0)

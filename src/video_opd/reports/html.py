@@ -20,11 +20,16 @@ from video_opd.evaluation.failures import SHOWN
 from video_opd.files import write_text
 from video_opd.progress import log
 from video_opd.reports import story, tables
-from video_opd.reports.curves import curves, round_curves, round_selections, selection_chart
+from video_opd.reports.curves import curves, round_curves
 from video_opd.reports.gallery import MOST_TIMELINES, Pictures, gallery, timeline
 from video_opd.reports.pairs import differences, widest
 from video_opd.reports.runs import Run, read_run
-from video_opd.reports.selections import EXAMPLE_HEADER, selection_tables
+from video_opd.reports.selections import (
+    EXAMPLE_HEADER,
+    round_selections,
+    selection_chart,
+    selection_tables,
+)
 from video_opd.reports.tokens import HOW_TO_ASK, TOKEN_HELP, Explainer, strength
 from video_opd.terminal import visible
 
@@ -80,7 +85,7 @@ def render(runs: Sequence[Run], *, reload: Reload | None = None) -> str:
     pictures, explainer = Pictures(), Explainer()
     return template.render(
         title=runs[0].name if single else f"{len(runs)} runs",
-        policy=policy(script),
+        content_security_policy=content_security_policy(script),
         script=Markup(script),
         reload=reload,
         comparison=comparison,
@@ -95,8 +100,8 @@ def render(runs: Sequence[Run], *, reload: Reload | None = None) -> str:
     )
 
 
-def policy(script: str) -> str:
-    """Returns the content security policy of a page with this script."""
+def content_security_policy(script: str) -> str:
+    """Returns what a page with this script may load and run: the script itself, and pictures in the page."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "

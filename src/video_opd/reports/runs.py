@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,14 +109,7 @@ class Run:
 
     @property
     def models(self) -> list[str]:
-        names = dict.fromkeys(e.model for e in self.evaluations)
-
-        def place(name: str) -> tuple[int, int, str]:
-            number = round_number(name)
-            role = "student" if number else name
-            return (ROLES.index(role) if role in ROLES else len(ROLES), number, name)
-
-        return sorted(names, key=place)
+        return in_order({e.model for e in self.evaluations})
 
     @property
     def student(self) -> str:
@@ -127,6 +120,17 @@ class Run:
     @property
     def testsets(self) -> list[str]:
         return list(dict.fromkeys(e.testset for e in self.evaluations))
+
+
+def in_order(models: Iterable[str]) -> list[str]:
+    """Returns the models in the order of their roles, students by round; models without a role come last."""
+
+    def place(model: str) -> tuple[int, int, str]:
+        number = round_number(model)
+        role = "student" if number else model
+        return (ROLES.index(role) if role in ROLES else len(ROLES), number, model)
+
+    return sorted(models, key=place)
 
 
 def round_number(model: str) -> int:
@@ -249,7 +253,7 @@ def _together(run: Run, rounds: list[Run]) -> Run:
         environment=rounds[-1].environment,
         metrics=tuple(metrics),
         rollouts=tuple(rollouts),
-        evaluations=_in_order(evaluations),
+        evaluations=_by_testset(evaluations),
         rounds=tuple(rounds),
         rows=rows,
         left_out=tuple(left_out),
@@ -274,10 +278,10 @@ def _evaluations(files: RunFiles) -> tuple[Evaluation, ...]:
                 stem=visible(name.removesuffix(".json")),
             )
         )
-    return _in_order(found)
+    return _by_testset(found)
 
 
-def _in_order(found: list[Evaluation]) -> tuple[Evaluation, ...]:
+def _by_testset(found: list[Evaluation]) -> tuple[Evaluation, ...]:
     order = {"short": 0, "long": 1, "subtle": 2}
     return tuple(sorted(found, key=lambda e: (order.get(e.testset, len(order)), e.testset)))
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import fmean, quantiles
 from typing import Any
 
-from video_opd.reports.charts import Chart, Interval, Series, histogram, line_chart
+from video_opd.reports.charts import Chart, ErrorBar, Series, histogram, line_chart
 from video_opd.reports.runs import Run
 
 MOST_SOURCES = 20
@@ -168,6 +168,31 @@ def trust(each: Run) -> list[str] | None:
     ]
 
 
+def round_selections(run: Run) -> list[Chart]:
+    """Draws δ before and after the selection of each round."""
+    charts = [
+        selection_chart(each.selection or {}, f"round {each.number}: δ before and after the selection")
+        for each in run.rounds
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def selection_chart(
+    selection: Mapping[str, Any], title: str = "δ before and after the selection"
+) -> Chart | None:
+    """Draws the distribution of δ, over all scored rows and over the selected."""
+    return histogram(
+        title,
+        "Right of 0 the teacher answers better than the student: there is something to learn.",
+        "δ = teacher IoU − student IoU",
+        selection.get("delta_edges") or [],
+        [
+            ("all scored", "base", selection.get("delta_before") or []),
+            ("selected", "student", selection.get("delta_after") or []),
+        ],
+    )
+
+
 def delta_chart(rounds: Sequence[Run]) -> Chart | None:
     """Draws the mean δ of each round, of all rows and of the selected, with the middle half of each."""
     if len(rounds) < 2:
@@ -176,7 +201,7 @@ def delta_chart(rounds: Sequence[Run]) -> Chart | None:
         "all scored": ("base", lambda each: [d for row in each.scores if (d := _delta(row)) is not None]),
         "selected": ("student", lambda each: [d for row in _chosen(each) if (d := _delta(row)) is not None]),
     }
-    series, marks = [], []
+    series, bars = [], []
     for label, (colour, values) in groups.items():
         found = [(float(each.number), values(each)) for each in rounds if values(each)]
         xs, ys = [x for x, _ in found], [fmean(deltas) for _, deltas in found]
@@ -184,7 +209,7 @@ def delta_chart(rounds: Sequence[Run]) -> Chart | None:
         for x, deltas in found:
             if len(deltas) > 1:
                 low, _, high = quantiles(deltas, n=4)
-                marks.append(Interval(x=x, low=low, high=high, colour=colour, what="middle half"))
+                bars.append(ErrorBar(x=x, low=low, high=high, colour=colour, what="middle half"))
     return line_chart(
         "δ over the rounds",
         "Mean of δ = teacher IoU − student IoU; the bars hold the middle half of the rows. It falls as the "
@@ -192,7 +217,7 @@ def delta_chart(rounds: Sequence[Run]) -> Chart | None:
         series,
         zero=True,
         x_label="round",
-        intervals=marks,
+        error_bars=bars,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,25 @@ def test_the_table_counts_every_model_on_every_test_set(folder: Path) -> None:
         kinds: Counter[str] = Counter(outcome(predictions[s.id].spans[0], s.spans) for s in samples)
         assert row[3:] == [f"{100 * kinds[name] / 36:.0f}%" for name in found.header[3:]]
     assert [kind.kind for kind in found.kinds] == ["no span", "another event", "loose boundaries"]
+
+
+def test_models_stand_in_one_order_in_all_tables(folder: Path) -> None:
+    """Roles, then rounds by their numbers, then models that have no role."""
+    run = read_run(folder)
+    models = ["base", "student", "round 2", "round 10", "teacher", "grounder"]
+    rows, evaluation = run.rows["short"], run.evaluations[0]
+    shuffled = sorted(models)
+    rows = replace(rows, predictions=dict.fromkeys(shuffled, rows.predictions["student"]))
+    made = replace(
+        run,
+        rows={"short": rows},
+        evaluations=tuple(replace(evaluation, model=model) for model in shuffled),
+    )
+    found = gallery(made, Pictures(), Explainer(), 1)
+    assert found is not None
+    assert made.models == [row[1] for row in found.table] == models
+    (kind, *_) = [kind for kind in found.kinds if kind.shown]
+    assert [lane.label for lane in kind.shown[0].lanes] == ["truth", *models]
 
 
 def test_the_examples_are_those_that_the_run_keeps(folder: Path) -> None:
