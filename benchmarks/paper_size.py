@@ -21,7 +21,6 @@ from video_opd.world.tiny import build_model
 
 SHAPES = {"8b": "Qwen3-VL-8B", "32b": "Qwen3-VL-32B"}
 LARGE = {"max_position_embeddings": 262144}
-SIZES = ("test", "tiny", "small", *SHAPES)
 
 
 def make(size: str, dtype: str, device: torch.device, seed: int, layers: int | None = None) -> Any:
