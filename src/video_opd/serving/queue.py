@@ -27,8 +27,9 @@ class Waiting:
 class ScoringQueue:
     """One thread takes what waits, up to ``batch_size`` prompts at a time, and answers it.
 
-    A request is never divided, and none waits for others to come. :meth:`close` ends the thread when
-    everything that waits has been answered.
+    A request is never divided, and none waits for others to come. After an error the requests of a batch are
+    answered one by one, so that a request gets no error that another one caused. :meth:`close` ends the
+    thread when everything that waits has been answered.
     """
 
     def __init__(self, scorer: Scorer, batch_size: int = 8) -> None:
@@ -52,16 +53,22 @@ class ScoringQueue:
     def _run(self) -> None:
         while (batch := self._take()) is not None:
             asked = [one for one in batch if one.reply.set_running_or_notify_cancel()]
-            if not asked:
-                continue
-            try:
-                replies = self.scorer.answer([one.request for one in asked], [one.prompts for one in asked])
-            except BaseException as error:  # every waiting request is told, and the next batch is another
-                for one in asked:
-                    one.reply.set_exception(error)
-                continue
-            for one, reply in zip(asked, replies, strict=True):
-                one.reply.set_result(reply)
+            if asked:
+                self._answer(asked)
+
+    def _answer(self, asked: Sequence[Waiting]) -> None:
+        """Gives each request its reply, or the error that it raises by itself."""
+        try:
+            replies = self.scorer.answer([one.request for one in asked], [one.prompts for one in asked])
+        except BaseException as error:  # the waiting requests are told, and the next batch is another
+            if len(asked) == 1:
+                asked[0].reply.set_exception(error)
+                return
+            for one in asked:  # the fault may be that of one of them, and others may be another client's
+                self._answer([one])
+            return
+        for one, reply in zip(asked, replies, strict=True):
+            one.reply.set_result(reply)
 
     def _take(self) -> list[Waiting] | None:
         """What is scored next; None at the end."""
