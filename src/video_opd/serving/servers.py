@@ -1,8 +1,8 @@
 """The addresses of one model: the one with the fewest requests is asked, and others where it fails.
 
-A request that is not answered is sent again, to another server where there is one, until ``wait_s`` is over.
-An answer is either right or an error: what cannot be read, or has another shape than was asked for, counts as
-not answered.
+A request that is not answered is sent again, to another server where there is one, until ``wait_s`` is over
+since its first failure and every server has been asked. An answer is either right or an error: what cannot be
+read, or has another shape than was asked for, counts as not answered.
 """
 
 from __future__ import annotations
@@ -91,6 +91,29 @@ class _Server:
                 self.closed_until = time.monotonic() + pause * random.uniform(0.5, 1.5)
 
 
+@dataclass
+class _FailedTries:
+    """The tries at one request that failed."""
+
+    began_s: float = 0.0  # time.monotonic() of the first failure
+    reason: str = ""  # of the last one
+    urls: set[str] = field(default_factory=set)
+
+    def add(self, url: str, error: Exception) -> None:
+        if not self.urls:
+            self.began_s = time.monotonic()
+        self.urls.add(url)
+        self.reason = f"{url}: {error}"
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self.began_s
+
+    @property
+    def since(self) -> str:
+        return datetime.fromtimestamp(time.time() - self.waited_s).strftime("%H:%M:%S")
+
+
 class Servers:
     """Several addresses of one model. The one with the fewest requests in flight is asked."""
 
@@ -115,26 +138,27 @@ class Servers:
 
         ``encoding`` is the body's Content-Encoding.
         """
-        began, pause = time.monotonic(), SHORTEST_PAUSE_S
+        failed, among, pause = _FailedTries(), self.servers, SHORTEST_PAUSE_S
         headers = {**self.headers, "Content-Type": BODY}
         if encoding is not None:
             headers["Content-Encoding"] = encoding
         while True:
-            with self._least_loaded() as server:
+            with self._least_loaded(among) as server:
                 try:
                     answer = read(server.ask(method, path, headers, body))
                     server.succeeded()
                     return answer
                 except (_NotAnswered, BadMessage) as error:
                     server.failed()
-                    reason = f"{server.url}: {error}"
-            waited = time.monotonic() - began
-            since = datetime.fromtimestamp(time.time() - waited).strftime("%H:%M:%S")
-            if waited > self.wait_s:
-                raise TeacherAway(f"no teacher has answered since {since} ({reason}); start it, and repeat")
+                    failed.add(server.url, error)
+            among = self._left(failed)
+            if not among:
+                raise TeacherAway(
+                    f"no teacher has answered since {failed.since} ({failed.reason}); start it, and repeat"
+                )
             if time.monotonic() - self._said > SAID_EVERY_S:
                 self._said = time.monotonic()
-                log(f"the teacher has not answered since {since} ({reason}); waiting")
+                log(f"the teacher has not answered since {failed.since} ({failed.reason}); waiting")
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(LONGEST_PAUSE_S, 2 * pause)
 
@@ -147,12 +171,19 @@ class Servers:
             found.append(alone.ask("GET", path, None, read))
         return found
 
+    def _left(self, failed: _FailedTries) -> list[_Server]:
+        """The servers that may be asked next: all of them while the run waits, then those that this request
+        has not been sent to."""
+        if failed.waited_s <= self.wait_s:
+            return self.servers
+        return [server for server in self.servers if server.url not in failed.urls]
+
     @contextmanager
-    def _least_loaded(self) -> Iterator[_Server]:
+    def _least_loaded(self, among: Sequence[_Server]) -> Iterator[_Server]:
         with self._choosing:  # two threads at once would both find the same one idle
             now = time.monotonic()
-            ready = [server for server in self.servers if server.closed_until <= now]
-            server = min(ready or self.servers, key=lambda s: (s.in_flight, s.failures, random.random()))
+            ready = [server for server in among if server.closed_until <= now]
+            server = min(ready or among, key=lambda s: (s.in_flight, s.failures, random.random()))
             with server.lock:
                 server.in_flight += 1
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -40,8 +41,11 @@ class Unreliable:
             return
         while (await receive()).get("more_body"):
             pass
+        if fault == "late":
+            await asyncio.sleep(0.5)
         status, body = {
-            "500": (500, b"it broke\n"), "503": (503, b"busy\n"), "429": (429, b"later\n"),
+            "500": (500, b"it broke\n"), "late": (500, b"it broke at last\n"),
+            "503": (503, b"busy\n"), "429": (429, b"later\n"),
             "garbage": (200, b"<html>a proxy's page</html>"), "empty": (200, b""), "301": (301, b""),
         }.get(fault, (200, b"x"))  # fmt: skip
         headers = [(b"content-length", str(len(body) + (100 if fault == "cut" else 0)).encode())]
@@ -71,6 +75,22 @@ def test_another_server_answers_for_one_that_fails() -> None:
             torch.testing.assert_close(found.logprobs_BT, expected.logprobs_BT, atol=1e-5, rtol=0)
     assert good.asked == 10 * 2  # two pieces of two prompts each
     assert bad.asked < good.asked  # its circuit opens
+
+
+def test_a_failure_after_a_long_answer_is_the_first_moment_of_waiting() -> None:
+    app = Unreliable(cases.service().app(), ["late"])
+    with cases.serving(app) as url:
+        found = cases.remote_teacher([url], wait_s=0.3).logprobs(cases.prompts()[:1], [[(1, 2)]])
+    assert found.mask_BT.all() and app.asked == 2
+
+
+def test_every_server_is_asked_before_the_work_ends() -> None:
+    bad, good = Unreliable(cases.service().app(), ["late"] * 100), Unreliable(cases.service().app(), [])
+    with cases.serving(bad) as a, cases.serving(good) as b:
+        teacher = cases.remote_teacher([a, b], wait_s=1e-6)
+        teacher.servers.servers[1].failures = 2  # of earlier requests: the other one is asked first
+        assert teacher.logprobs(cases.prompts()[:1], [[(1, 2)]]).mask_BT.all()
+    assert (bad.asked, good.asked) == (1, 1)
 
 
 def test_a_server_that_comes_back_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
