@@ -33,7 +33,7 @@ from video_opd.errors import UserError
 from video_opd.models.checkpoint_files import base_of, find_file
 from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.progress import log
-from video_opd.serving.limits import BAD, TOO_LARGE, Refused
+from video_opd.serving.limits import BAD, BUSY, TIMED_OUT, TOO_LARGE, Refused
 from video_opd.serving.messages import (
     BODY,
     DEFLATE,
@@ -53,11 +53,11 @@ from video_opd.serving.messages import (
     unpack_sample_request,
     unpack_score_request,
 )
-from video_opd.serving.queue import ScoringQueue, Waiting
+from video_opd.serving.queue import Answer, ScoringQueue, Waiting
 from video_opd.serving.reading import BadMessage
 from video_opd.serving.scorer import Scorer
 
-UNAUTHORISED, TIMEOUT, FAILED, BUSY = 401, 408, 500, 503
+UNAUTHORISED, NO_BODY, FAILED = 401, 408, 500
 EXPANDED_AT_ONCE = 16 << 20  # bytes of a compressed body
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -161,6 +161,7 @@ class Service:
             "engine": self.scorer.facts.engine,
             "name": self.model.name,
             "reads_files": bool(self.scorer.roots),
+            "timeout_s": self.settings.score_s,
         }
         return Response(json.dumps(facts), media_type="application/json")
 
@@ -197,22 +198,24 @@ class Service:
             raise Refused(BUSY, f"{self.in_flight} requests are in flight; come back")
         self.in_flight += 1
         began = time.monotonic()
-        body = _Body(self)
+        body, answered = _Body(self), Answer()
         try:
             await body.read(request)
-            reply = await self._in_time(self._reply(body, unpack))
+            reply = await self._in_time(self._reply(body, unpack, answered), answered)
         finally:
             self.in_flight -= 1
             body.forget()
         self.seconds.observe(time.monotonic() - began)
         return Response(await asyncio.to_thread(pack, reply), media_type=BODY)
 
-    async def _reply(self, body: _Body, unpack: Callable[[bytes], ScoreRequest | SampleRequest]) -> Any:
+    async def _reply(
+        self, body: _Body, unpack: Callable[[bytes], ScoreRequest | SampleRequest], answered: Answer
+    ) -> Any:
         loop = asyncio.get_running_loop()
         message = await asyncio.to_thread(unpack, body.content)
         prompts = await loop.run_in_executor(self.decoders, partial(self.scorer.encode, message))
         try:
-            reply = await asyncio.wrap_future(self.scoring.put(Waiting(message, prompts)))
+            reply = await asyncio.wrap_future(self.scoring.put(Waiting(message, prompts, answered)))
         except UserError as error:
             raise Refused(BAD, str(error)) from error
         if isinstance(message, ScoreRequest):
@@ -223,11 +226,14 @@ class Service:
         self.tokens.inc(sum(lengths))
         return reply
 
-    async def _in_time(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _in_time(self, work: Coroutine[Any, Any, T], answered: Answer) -> T:
+        limit = f"{self.settings.score_s:g} s (--timeout-s)"
         try:
             return await asyncio.wait_for(work, self.settings.score_s)
         except (TimeoutError, asyncio.TimeoutError):
-            raise Refused(BUSY, f"not answered within {self.settings.score_s:g} s") from None
+            if answered.running():  # it would take as long again
+                raise Refused(TIMED_OUT, f"the model was still at work on this after {limit}") from None
+            raise Refused(BUSY, f"not begun within {limit}: the model was at work on others") from None
 
 
 class _Body:
@@ -242,7 +248,7 @@ class _Body:
         try:
             refused = await asyncio.wait_for(self._read(request), settings.read_s)
         except (TimeoutError, asyncio.TimeoutError):
-            raise Refused(TIMEOUT, f"the body did not come within {settings.read_s:g} s") from None
+            raise Refused(NO_BODY, f"the body did not come within {settings.read_s:g} s") from None
         if refused is not None:
             raise refused
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from video_opd.serving.messages import SampleRequest, ScoreRequest
 
 BAD, FORBIDDEN, MISSING, CONFLICT, TOO_LARGE = 400, 403, 404, 409, 413
+BUSY, TIMED_OUT = 503, 504  # the same request may be answered later; the model was at work on it for too long
 
 
 class Refused(Exception):

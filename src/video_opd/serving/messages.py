@@ -33,7 +33,7 @@ from video_opd.serving.reading import (
 )
 from video_opd.types import Rollout
 
-PROTOCOL = 1
+PROTOCOL = 2
 SCORE, SAMPLE, MODEL, FILES, HEAD = "/v1/score", "/v1/sample", "/v1/model", "/v1/files", "/v1/head"
 HEALTH, METRICS = "/health", "/metrics"
 BODY = "application/octet-stream"

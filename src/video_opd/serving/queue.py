@@ -7,12 +7,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from video_opd.serving.messages import SampleReply, SampleRequest, ScoreReply, ScoreRequest
 from video_opd.serving.scorer import Scorer
 from video_opd.types import EncodedPrompt
 
 _STOP = None
+Answer: TypeAlias = Future[ScoreReply | SampleReply]  # while it runs, the model is at work on it
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +23,7 @@ class Waiting:
 
     request: ScoreRequest | SampleRequest
     prompts: Sequence[EncodedPrompt]
-    reply: Future[ScoreReply | SampleReply] = field(default_factory=Future)
+    reply: Answer = field(default_factory=Future)
 
 
 class ScoringQueue:
@@ -39,7 +41,7 @@ class ScoringQueue:
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         self._thread.start()
 
-    def put(self, waiting: Waiting) -> Future[ScoreReply | SampleReply]:
+    def put(self, waiting: Waiting) -> Answer:
         self._waiting.put(waiting)
         return waiting.reply
 

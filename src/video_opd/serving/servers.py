@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,16 @@ from safetensors.numpy import load
 from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.progress import log
+from video_opd.serving.limits import TIMED_OUT
 from video_opd.serving.messages import BODY, FILES, HEAD, MODEL, PROTOCOL
-from video_opd.serving.reading import BadMessage
+from video_opd.serving.reading import BadMessage, as_mapping, number_of, switch_of, text_of, whole_of
 
-CONNECT_S, READ_S = 10.0, 900.0
+CONNECT_S = 10.0
+DESCRIBE_S = 60.0  # for a server's word about itself, which takes it no work
+READ_S = 900.0  # for its files and its head
+MARGIN_S = 60.0  # beyond a server's own limit, for the way there and back
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # between two tries; doubled from one to the next
+MOST_TIMEOUTS = 2  # of one request; the model would need as long for it again
 OPEN_AFTER = 3  # failures in a row after which a server is left alone for a while
 SAID_EVERY_S = 60  # what is waited for, by whichever request waits
 AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses after which the same request may be answered
@@ -42,8 +47,20 @@ class TeacherAway(Unavailable):
     """No server answered for as long as the run waits."""
 
 
+class TeacherSlow(Unavailable):
+    """The servers' model needs longer for a request than they work on one."""
+
+
 class _NotAnswered(Exception):
     """One try failed, and another may not."""
+
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status  # of HTTP; None: there was no answer
+
+
+class _TimedOut(_NotAnswered):
+    """The server's model was at work on the request until the server's limit."""
 
 
 @dataclass(kw_only=True)
@@ -55,17 +72,38 @@ class _Server:
     in_flight: int = 0
     failures: int = 0  # in a row
     closed_until: float = 0.0  # time.monotonic(), while its circuit is open
+    limit_s: float | None = None  # for which it works on a request; None: it has not been asked
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> bytes:
-        """The body of the answer. Raises UserError for a refusal, and _NotAnswered for everything else."""
+        """The body of the answer. Raises UserError for a refusal, and _NotAnswered for everything else.
+
+        An answer to ``body`` takes the model's work. It is waited for as long as the server itself allows, so
+        that no second copy of a request is sent while the first one is worked on.
+        """
+        if body is None:
+            return self._send(method, path, headers, None, DESCRIBE_S if path == MODEL else READ_S)
+        if self.limit_s is None:
+            self.limit_s = _read_description(self.ask("GET", MODEL, headers)).timeout_s
+        limit_s, began_s = self.limit_s, time.monotonic()
+        try:
+            return self._send(method, path, headers, body, limit_s + MARGIN_S)
+        except _NotAnswered as error:
+            # A proxy between them may answer so, too, but earlier.
+            if error.status == TIMED_OUT and time.monotonic() - began_s >= limit_s:
+                raise _TimedOut(str(error), error.status) from error
+            raise
+
+    def _send(
+        self, method: str, path: str, headers: dict[str, str], body: bytes | None, read_s: float
+    ) -> bytes:
         try:
             answer = self.pool.request(
                 method,
                 self.url + path,
                 body=body,
                 headers=headers,
-                timeout=urllib3.Timeout(connect=CONNECT_S, read=READ_S),
+                timeout=urllib3.Timeout(connect=CONNECT_S, read=read_s),
                 retries=False,
                 redirect=False,
             )
@@ -75,7 +113,7 @@ class _Server:
             return bytes(answer.data)
         said = _line(answer.data.decode(errors="replace"))
         if answer.status in AGAIN or not 400 <= answer.status < 500:
-            raise _NotAnswered(f"status {answer.status}: {said}")
+            raise _NotAnswered(f"status {answer.status}: {said}", answer.status)
         raise UserError(f"{self.url} refuses (status {answer.status}): {said}")
 
     def succeeded(self) -> None:
@@ -85,6 +123,7 @@ class _Server:
     def failed(self) -> None:
         with self.lock:
             self.failures += 1
+            self.limit_s = None  # it may be started again with another
             if self.failures >= OPEN_AFTER:
                 exponent = min(self.failures - OPEN_AFTER, 6)
                 pause = min(LONGEST_PAUSE_S, SHORTEST_PAUSE_S * 2**exponent)
@@ -97,6 +136,8 @@ class _FailedTries:
 
     began_s: float = 0.0  # time.monotonic() of the first failure
     reason: str = ""  # of the last one
+    timeouts: int = 0
+    timeout: str = ""  # the reason of the last one that timed out
     urls: set[str] = field(default_factory=set)
 
     def add(self, url: str, error: Exception) -> None:
@@ -104,6 +145,8 @@ class _FailedTries:
             self.began_s = time.monotonic()
         self.urls.add(url)
         self.reason = f"{url}: {error}"
+        if isinstance(error, _TimedOut):
+            self.timeouts, self.timeout = self.timeouts + 1, self.reason
 
     @property
     def waited_s(self) -> float:
@@ -112,6 +155,18 @@ class _FailedTries:
     @property
     def since(self) -> str:
         return datetime.fromtimestamp(time.time() - self.waited_s).strftime("%H:%M:%S")
+
+    def as_error(self) -> Unavailable:
+        """What they come to."""
+        if self.timeouts:
+            return TeacherSlow(
+                f"the teacher needs longer for a request than its server's limit ({self.timeout}); start it "
+                "with a longer --timeout-s, or ask about fewer prompts at a time (teacher.micro_batch_size, "
+                "--batch-size)"
+            )
+        return TeacherAway(
+            f"no teacher has answered since {self.since} ({self.reason}); start it, and repeat"
+        )
 
 
 class Servers:
@@ -134,7 +189,8 @@ class Servers:
         read: Callable[[bytes], Any],
         encoding: str | None = None,
     ) -> Any:
-        """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``.
+        """What ``read`` makes of an answer. Raises UserError for a refusal, TeacherAway after ``wait_s``,
+        and TeacherSlow where the model needs longer than the servers allow.
 
         ``encoding`` is the body's Content-Encoding.
         """
@@ -152,10 +208,8 @@ class Servers:
                     server.failed()
                     failed.add(server.url, error)
             among = self._left(failed)
-            if not among:
-                raise TeacherAway(
-                    f"no teacher has answered since {failed.since} ({failed.reason}); start it, and repeat"
-                )
+            if not among or failed.timeouts == MOST_TIMEOUTS:
+                raise failed.as_error()
             if time.monotonic() - self._said > SAID_EVERY_S:
                 self._said = time.monotonic()
                 log(f"the teacher has not answered since {failed.since} ({failed.reason}); waiting")
@@ -203,6 +257,7 @@ class Described:
     quantization: str | None
     engine: str
     reads_files: bool
+    timeout_s: float  # for which it works on a request
 
 
 def describe(servers: Servers) -> Described:
@@ -215,7 +270,7 @@ def describe(servers: Servers) -> Described:
                 f"{server.url} holds the model {one.name} ({one.model}), and {servers.servers[0].url} "
                 f"{found[0].name} ({found[0].model}); give teacher.urls of one model"
             )
-        if replace(one, name=found[0].name) != found[0]:
+        if replace(one, name=found[0].name, timeout_s=found[0].timeout_s) != found[0]:
             raise UserError(
                 f"{server.url} and {servers.servers[0].url} are not started alike (--dtype, --quantization, "
                 f"--engine, --root): {one} and {found[0]}"
@@ -251,17 +306,25 @@ def _read_head(body: bytes) -> np.ndarray:
 
 def _read_description(body: bytes) -> Described:
     try:
-        tree = json.loads(body)
-        protocol = tree["protocol"]
-        found = Described(**{spec.name: tree[spec.name] for spec in fields(Described)})
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        tree = as_mapping(json.loads(body), "its answer")
+    except (ValueError, RecursionError) as error:
         raise BadMessage("its answer is no description of a model") from error
-    if protocol != PROTOCOL:
+    protocol = whole_of(tree, "protocol")
+    if protocol != PROTOCOL:  # first of all: another version has other fields
         raise UserError(
             f"the teacher's server speaks version {protocol} of the protocol, and this is version "
             f"{PROTOCOL}: install the same release on both sides"
         )
-    return found
+    quantization = tree.get("quantization")
+    return Described(
+        model=text_of(tree, "model"),
+        name=text_of(tree, "name"),
+        dtype=text_of(tree, "dtype"),
+        quantization=None if quantization is None else text_of(tree, "quantization"),
+        engine=text_of(tree, "engine"),
+        reads_files=switch_of(tree, "reads_files"),
+        timeout_s=number_of(tree, "timeout_s"),
+    )
 
 
 def _read_files(body: bytes) -> dict[str, bytes]:

@@ -167,7 +167,7 @@ def changed(**changes: object) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"protocol": 2}, "protocol is 2; this is version 1"),
+        ({"protocol": 1}, "protocol is 1; this is version 2"),
         ({"prompts": []}, "no prompt"),
         ({"prompts": {}}, "prompts is {}, not a list"),
         ({"temperature": 0}, "temperature is 0"),
