@@ -25,9 +25,10 @@ from video_opd.models.vocabulary import Vocabulary
 from video_opd.reproduce.places import recipe as recipe_file
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.client import RemoteTeacher
+from video_opd.serving.messages import PromptMessage, ScoreRequest, WritableTokens
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
-from video_opd.serving.servers import Servers
+from video_opd.serving.servers import Described, Servers
 from video_opd.types import Clip, EncodedPrompt
 from video_opd.world.demo import shipped
 
@@ -113,7 +114,36 @@ def remote_teacher(
     **options: Any,
 ) -> RemoteTeacher:
     student = Vocabulary.of(cases.model(0), cases.processor())
-    return RemoteTeacher(Servers(urls, token, wait_s), student, model, **options)
+    served = described(model=model)
+    return RemoteTeacher(Servers(urls, token, wait_s), student, served, **options)
+
+
+def described(**changes: Any) -> Described:
+    """What a server of :func:`service` says of itself."""
+    return replace(
+        Described(
+            model=FINGERPRINT,
+            name="teacher",
+            computation=ModelFacts(fingerprint=FINGERPRINT).computation,
+            reads_files=False,
+            timeout_s=600.0,
+        ),
+        **changes,
+    )
+
+
+def score_request(name: str = "row") -> ScoreRequest:
+    """A request about no clip, for what does not look at it."""
+    prompt = PromptMessage(
+        id=name, clip=0, token_ids=np.array([1], np.int32), responses=(np.array([2], np.int32),)
+    )
+    return ScoreRequest(
+        model=FINGERPRINT,
+        computation=described().computation,
+        vocabulary=WritableTokens(size=9),
+        clips=(),
+        prompts=(prompt,),
+    )
 
 
 def recipe(data: Path, folder: Path, **changes: Any) -> Recipe:

@@ -164,14 +164,13 @@ def _engine_of(
     """The note of another engine than our own, which draws otherwise."""
     if teacher is None:
         return {}
-    if distant is not None:
-        engine = distant.engine
-    return {} if engine == "hf" else {"teacher_engine": engine}
+    name = engine if distant is None else distant.served.computation.engine
+    return {} if name == "hf" else {"teacher_engine": name}
 
 
 def _fingerprint(teacher: TeacherInferenceConfig | None, distant: RemoteTeacher | None) -> str | None:
     if distant is not None:
-        return distant.model
+        return distant.served.model
     return None if teacher is None else model_fingerprint(teacher.model.path)
 
 

@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -156,9 +156,7 @@ class Service:
         facts = {
             "protocol": PROTOCOL,
             "model": self.scorer.facts.fingerprint,
-            "dtype": self.scorer.facts.dtype,
-            "quantization": self.scorer.facts.quantization,
-            "engine": self.scorer.facts.engine,
+            **asdict(self.scorer.facts.computation),
             "name": self.model.name,
             "reads_files": bool(self.scorer.roots),
             "timeout_s": self.settings.score_s,

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from video_opd.config import VideoConfig
-from video_opd.config.sections import EngineName
 from video_opd.models.head import ResponseHead
 from video_opd.models.interfaces import Responses
 from video_opd.models.prefix import Unprefilled, prompts_of
@@ -35,7 +34,7 @@ from video_opd.serving.messages import (
     unpack_sample_reply,
     unpack_score_reply,
 )
-from video_opd.serving.servers import Servers
+from video_opd.serving.servers import Described, Servers
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 T = TypeVar("T")
@@ -50,8 +49,10 @@ class RemoteTeacher:
     :class:`~video_opd.models.interfaces.Policy` without gradients, in other processes.
 
     Prompts must carry their clips (``PromptEncoder(keep_clips=True)``). They are divided among the servers,
-    one request each; the result has the order of ``prompts``. ``send`` says whether the servers get frames,
-    or read the video files themselves with the budget ``video``; a server that sees other frames refuses.
+    one request each; the result has the order of ``prompts``. ``served`` is what all of them said of
+    themselves; one that is started again as another teacher refuses. ``send`` says whether the servers get
+    frames, or read the video files themselves with the budget ``video``; a server that sees other frames
+    refuses.
 
     ``nonfinite`` decides about scores that are not finite, as in
     :class:`~video_opd.models.teachers.LocalTeacher`. With ``head``, the model's ``lm_head``, servers send
@@ -63,18 +64,16 @@ class RemoteTeacher:
         self,
         servers: Servers,
         vocabulary: Vocabulary,
-        model: str,
+        served: Described,
         *,
         send: Send = "value",
         video: VideoConfig | None = None,
         nonfinite: Nonfinite = "raise",
         device: torch.device | None = None,
         head: torch.nn.Linear | None = None,
-        engine: EngineName = "hf",
     ) -> None:
         assert send == "value" or video is not None, "a reference needs the video budget"
-        self.servers, self.model, self.send, self.video = servers, model, send, video
-        self.engine = engine  # the servers'
+        self.servers, self.served, self.send, self.video = servers, served, send, video
         self.vocabulary = WritableTokens.of(vocabulary.size, vocabulary.forbidden_ids)
         self.nonfinite = nonfinite
         self.head = None if head is None else ResponseHead(head, vocabulary)
@@ -108,7 +107,8 @@ class RemoteTeacher:
                 extras = [{"seeds": np.array(row, np.int64)} for row in drawn[piece]]
             clips, messages = self._messages(own, extras)
             request = SampleRequest(
-                model=self.model,
+                model=self.served.model,
+                computation=self.served.computation,
                 vocabulary=self.vocabulary,
                 clips=clips,
                 prompts=messages,
@@ -156,7 +156,8 @@ class RemoteTeacher:
             ]
             clips, messages = self._messages(asked[piece], extras)
             request = ScoreRequest(
-                model=self.model,
+                model=self.served.model,
+                computation=self.served.computation,
                 vocabulary=self.vocabulary,
                 clips=clips,
                 prompts=messages,

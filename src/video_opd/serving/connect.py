@@ -42,13 +42,12 @@ def connect_teacher(
     return RemoteTeacher(
         servers,
         Vocabulary.of(*student),
-        found.model,
+        found,
         send=settings.send,
         video=video,
         nonfinite=nonfinite,
         device=device,
         head=head,
-        engine="vllm" if found.engine == "vllm" else "hf",
     )
 
 
@@ -71,13 +70,13 @@ def check_servers(
             f"{settings.urls[0]} holds the model {found.name} ({found.model}), and {named} is {wanted}; "
             "start the server with the recipe's teacher"
         )
-    if found.dtype != settings.dtype or found.quantization != settings.quantization:
+    computation = found.computation
+    if (computation.dtype, computation.quantization) != (settings.dtype, settings.quantization):
         raise UserError(
-            f"{settings.urls[0]} computes in {found.dtype} with quantization {found.quantization}, and the "
-            f"recipe says teacher.dtype {settings.dtype}, teacher.quantization {settings.quantization}; "
-            "change either"
+            f"{settings.urls[0]} computes in {computation}, and the recipe says teacher.dtype "
+            f"{settings.dtype}, teacher.quantization {settings.quantization}; change either"
         )
-    if distributions and found.engine != "hf":
+    if distributions and computation.engine != "hf":
         raise UserError(
             f"{settings.urls[0]} gives no whole distributions (--engine vllm): set teacher.distributions to "
             "false, with loss.estimator sampled, or start it with --engine hf"

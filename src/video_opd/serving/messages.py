@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -88,11 +88,30 @@ class WritableTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Computation:
+    """How a server runs its model: servers that differ in it give different scores."""
+
+    dtype: str
+    quantization: str | None
+    engine: str
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Computation:
+        """The one that ``tree`` names. Raises :class:`BadMessage` if it names none."""
+        quantization = None if tree.get("quantization") is None else text_of(tree, "quantization")
+        return cls(dtype=text_of(tree, "dtype"), quantization=quantization, engine=text_of(tree, "engine"))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} with quantization {self.quantization or 'none'} on engine {self.engine}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """Prompts about clips. ``model`` is the fingerprint of the teacher that is meant, ``vocabulary`` what the
-    student can write."""
+    """Prompts about clips. ``model`` is the fingerprint of the teacher that is meant, and ``computation`` how
+    that teacher computes; ``vocabulary`` is what the student can write."""
 
     model: str
+    computation: Computation
     vocabulary: WritableTokens
     clips: tuple[ClipMessage, ...]
     prompts: tuple[PromptMessage, ...]
@@ -184,6 +203,7 @@ def pack_request(request: ScoreRequest | SampleRequest) -> bytes:
     head: dict[str, Any] = {
         "protocol": PROTOCOL,
         "model": request.model,
+        **asdict(request.computation),
         "vocabulary": {"size": request.vocabulary.size, "forbidden": request.vocabulary.forbidden},
         "temperature": request.temperature,
         "clips": clips,
@@ -361,7 +381,13 @@ class _Reader:
             raise BadMessage(f"an array that nothing names: {min(self.arrays)!r:.60}")
         vocabulary = object_of(head, "vocabulary")
         writable = WritableTokens(size=whole_of(vocabulary, "size"), forbidden=_ranges(vocabulary))
-        return {"model": text_of(head, "model"), "vocabulary": writable, "clips": clips, "prompts": prompts}
+        return {
+            "model": text_of(head, "model"),
+            "computation": Computation.of(head),
+            "vocabulary": writable,
+            "clips": clips,
+            "prompts": prompts,
+        }
 
     def clip(self, number: int, entry: Any) -> ClipMessage:
         entry = as_mapping(entry, "a clip")

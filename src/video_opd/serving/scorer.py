@@ -29,6 +29,7 @@ from video_opd.models.vocabulary import Vocabulary
 from video_opd.serving.limits import BAD, CONFLICT, FORBIDDEN, MISSING, TOO_LARGE, Limits, Refused
 from video_opd.serving.messages import (
     ClipMessage,
+    Computation,
     PromptMessage,
     SampleReply,
     SampleRequest,
@@ -47,6 +48,10 @@ class ModelFacts:
     dtype: str = "float32"
     quantization: Quantization | None = None
     engine: EngineName = "hf"  # vllm gives no distributions over the vocabulary
+
+    @property
+    def computation(self) -> Computation:
+        return Computation(dtype=self.dtype, quantization=self.quantization, engine=self.engine)
 
 
 class Scorer:
@@ -103,6 +108,12 @@ class Scorer:
             raise Refused(
                 CONFLICT,
                 f"this server holds the model {self.facts.fingerprint}, not {request.model!r:.60}",
+            )
+        if request.computation != self.facts.computation:
+            raise Refused(
+                CONFLICT,
+                f"this server computes in {self.facts.computation}, and the request expects "
+                f"{request.computation!s:.120}; start it with the run's --dtype, --quantization and --engine",
             )
         self.limits.check(request)
         self._check_vocabulary(request.vocabulary)

@@ -29,7 +29,7 @@ from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import CONFIG_FILES
 from video_opd.progress import log
 from video_opd.serving.limits import TIMED_OUT
-from video_opd.serving.messages import BODY, FILES, HEAD, MODEL, PROTOCOL
+from video_opd.serving.messages import BODY, FILES, HEAD, MODEL, PROTOCOL, Computation
 from video_opd.serving.reading import BadMessage, as_mapping, number_of, switch_of, text_of, whole_of
 
 CONNECT_S = 10.0
@@ -253,9 +253,7 @@ class Described:
 
     model: str  # the fingerprint
     name: str
-    dtype: str
-    quantization: str | None
-    engine: str
+    computation: Computation
     reads_files: bool
     timeout_s: float  # for which it works on a request
 
@@ -315,13 +313,10 @@ def _read_description(body: bytes) -> Described:
             f"the teacher's server speaks version {protocol} of the protocol, and this is version "
             f"{PROTOCOL}: install the same release on both sides"
         )
-    quantization = tree.get("quantization")
     return Described(
         model=text_of(tree, "model"),
         name=text_of(tree, "name"),
-        dtype=text_of(tree, "dtype"),
-        quantization=None if quantization is None else text_of(tree, "quantization"),
-        engine=text_of(tree, "engine"),
+        computation=Computation.of(tree),
         reads_files=switch_of(tree, "reads_files"),
         timeout_s=number_of(tree, "timeout_s"),
     )

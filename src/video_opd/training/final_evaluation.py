@@ -173,9 +173,9 @@ def _evaluate_served(recipe: Recipe, out: Path, processes: Processes) -> None:
     made_by = {"prompts_of": model_fingerprint(path)} if settings.other_template else {}
     if settings.quantization is not None:
         made_by["quantization"] = settings.quantization
-    if teacher.engine != "hf":
-        made_by["engine"] = teacher.engine
-    _evaluate("teacher", as_teacher, teacher, loader, teacher.model, out, processes, made_by)
+    if (engine := teacher.served.computation.engine) != "hf":
+        made_by["engine"] = engine
+    _evaluate("teacher", as_teacher, teacher, loader, teacher.served.model, out, processes, made_by)
 
 
 def _evaluate(

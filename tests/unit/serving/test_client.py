@@ -20,7 +20,7 @@ import torch
 from video_opd.errors import Unavailable, UserError
 from video_opd.serving import servers
 from video_opd.serving.app import Service, ServiceSettings
-from video_opd.serving.messages import ScoreReply, ScoreRequest, WritableTokens
+from video_opd.serving.messages import ScoreReply
 from video_opd.serving.queue import Waiting
 from video_opd.serving.reading import BadMessage
 from video_opd.serving.servers import Servers, TeacherAway, TeacherSlow, describe
@@ -204,7 +204,7 @@ class Slow:
 
     def __init__(self, service: Service, takes_s: float) -> None:
         self.answer, self.takes_s, self.batches = service.scorer.answer, takes_s, 0
-        service.scorer.answer = self.work  # type: ignore[method-assign]
+        service.scorer.answer = self.work  # type: ignore[method-assign, assignment]
 
     def work(self, *given: Any) -> Any:
         self.batches += 1
@@ -263,7 +263,7 @@ def test_a_request_that_only_waits_too_long_for_others_is_sent_again() -> None:
         return [ScoreReply(logprobs=np.zeros((1, 1), np.float32))]
 
     service.scorer.answer = after_others  # type: ignore[method-assign]
-    other = ScoreRequest(model="m", vocabulary=WritableTokens(size=9), clips=(), prompts=())
+    other = cases.score_request()
     service.scoring.put(Waiting(other, held))
     found: list[TokenLogprobs] = []
     with cases.serving(service.app()) as url:

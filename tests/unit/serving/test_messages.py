@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from video_opd.serving.messages import (
     BadMessage,
     ClipMessage,
+    Computation,
     PromptMessage,
     SampleReply,
     SampleRequest,
@@ -38,6 +39,7 @@ def request(full: bool = False) -> ScoreRequest:
     frames = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
     return ScoreRequest(
         model="f" * 32,
+        computation=Computation(dtype="bfloat16", quantization="int8", engine="hf"),
         vocabulary=WritableTokens.of(50, frozenset({3, 4, 5, 9})),
         clips=(
             ClipMessage(digest="a", duration_s=2.0, frames=frames, times_s=np.array([0.0, 0.5])),
@@ -66,6 +68,7 @@ def test_a_request_comes_back_as_it_was() -> None:
         False,
         0.5,
     )
+    assert found.computation == sent.computation
     assert found.vocabulary.forbidden == ((3, 5), (9, 9))
     assert found.vocabulary.forbidden_ids == {3, 4, 5, 9}
     first, second = found.clips
@@ -99,6 +102,7 @@ def sample_request() -> SampleRequest:
     ]
     return SampleRequest(
         model=asked.model,
+        computation=asked.computation,
         vocabulary=asked.vocabulary,
         clips=asked.clips,
         prompts=tuple(prompts),
@@ -175,6 +179,9 @@ def changed(**changes: object) -> bytes:
         ({"temperature": True}, "temperature is True, not a number"),
         ({"full": 1}, "full is 1, not true or false"),
         ({"model": None}, "model is None, not a text"),
+        ({"dtype": None}, "dtype is None, not a text"),
+        ({"quantization": 8}, "quantization is 8, not a text"),
+        ({"engine": 1}, "engine is 1, not a text"),
         ({"clips": [1, 2]}, "a clip is 1, not an object"),
         ({"vocabulary__size": -1}, "size is -1"),
         ({"vocabulary__size": 1 << 40}, "size is 1099511627776"),

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import serving_cases as cases
 
 from video_opd.errors import UserError
-from video_opd.serving.messages import PromptMessage, ScoreReply, ScoreRequest, WritableTokens
+from video_opd.serving.messages import ScoreReply, ScoreRequest
 from video_opd.serving.queue import ScoringQueue, Waiting
 
 
@@ -32,9 +33,7 @@ class Refusing:
 
 
 def waiting(name: str) -> Waiting:
-    prompt = PromptMessage(id=name, clip=0, token_ids=np.array([1], np.int32))
-    request = ScoreRequest(model="m", vocabulary=WritableTokens(size=9), clips=(), prompts=(prompt,))
-    return Waiting(request, [None])  # type: ignore[list-item]
+    return Waiting(cases.score_request(name), [None])  # type: ignore[list-item]
 
 
 def test_an_error_is_given_to_the_request_that_causes_it_alone() -> None:

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -329,9 +329,31 @@ def test_wrong_prompts_are_refused() -> None:
             teacher.logprobs([first], [[(1, video_token)]])
         with pytest.raises(UserError, match="no response holds token"):
             teacher.logprobs([first], [[(1, 10**6)]])
-        teacher.model = "0" * 32
+        teacher.served = cases.described(model="0" * 32)
         with pytest.raises(UserError, match=r"status 409.*holds the model"):
             teacher.logprobs([first], [[(1, 2)]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16 with quantization none on engine hf"),
+        ({"quantization": "int8"}, "float32 with quantization int8 on engine hf"),
+        ({"engine": "vllm"}, "float32 with quantization none on engine vllm"),
+    ],
+)
+def test_a_server_that_is_started_again_otherwise_refuses(changes: dict[str, Any], message: str) -> None:
+    """Its scores would be mixed with those of the run's other servers."""
+    asked, service = cases.prompts()[:1], cases.service()
+    with cases.serving(service.app()) as url:
+        teacher = cases.remote_teacher([url])
+        teacher.logprobs(asked, [[(1, 2)]])
+        service.scorer.facts = replace(service.scorer.facts, **changes)
+        wanted = f"status 409.*computes in {message}, and the request expects float32 with quantization none"
+        with pytest.raises(UserError, match=wanted):
+            teacher.logprobs(asked, [[(1, 2)]])
+        with pytest.raises(UserError, match=wanted):
+            teacher.sample(asked, max_new_tokens=2, temperature=0.0)
 
 
 def test_limits_of_tokens_and_bytes() -> None:
@@ -417,9 +439,10 @@ def test_the_client_of_the_document_gets_the_scores() -> None:
     exec(text.split("```python\n")[1].split("```")[0], names)
     prompt, vocabulary = cases.prompts()[0], cases.local_teacher().policy.vocabulary
     assert prompt.clip is not None
+    computation = asdict(cases.described().computation)
     with cases.serving(cases.service(settings=ServiceSettings(token="secret")).app()) as url:
         found = names["score"](
-            url, cases.FINGERPRINT, prompt.input_ids[0].tolist(), [5, 9, 3], prompt.clip.frames,
+            url, cases.FINGERPRINT, computation, prompt.input_ids[0].tolist(), [5, 9, 3], prompt.clip.frames,
             prompt.clip.times_s, vocabulary.size, vocabulary.forbidden_ids, "secret",
         )  # fmt: skip
     expected = cases.local_teacher().logprobs([prompt], [[(5, 9, 3)]]).logprobs_BT[0]
