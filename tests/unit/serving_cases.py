@@ -25,6 +25,7 @@ from video_opd.models.vocabulary import Vocabulary
 from video_opd.reproduce.places import recipe as recipe_file
 from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.client import RemoteTeacher
+from video_opd.serving.limits import Limits
 from video_opd.serving.messages import PromptMessage, ScoreRequest, WritableTokens
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
@@ -110,12 +111,11 @@ def remote_teacher(
     urls: Sequence[str],
     wait_s: float = 20.0,
     token: str | None = None,
-    model: str = FINGERPRINT,
+    served: Described | None = None,
     **options: Any,
 ) -> RemoteTeacher:
     student = Vocabulary.of(cases.model(0), cases.processor())
-    served = described(model=model)
-    return RemoteTeacher(Servers(urls, token, wait_s), student, served, **options)
+    return RemoteTeacher(Servers(urls, token, wait_s), student, served or described(), **options)
 
 
 def described(**changes: Any) -> Described:
@@ -127,6 +127,8 @@ def described(**changes: Any) -> Described:
             computation=ModelFacts(fingerprint=FINGERPRINT).computation,
             reads_files=False,
             timeout_s=600.0,
+            body_bytes=Limits().body_bytes,
+            reply_bytes=Limits().reply_bytes,
         ),
         **changes,
     )

@@ -160,6 +160,8 @@ class Service:
             "name": self.model.name,
             "reads_files": bool(self.scorer.roots),
             "timeout_s": self.settings.score_s,
+            "body_bytes": self.scorer.limits.body_bytes,
+            "reply_bytes": self.scorer.limits.reply_bytes,
         }
         return Response(json.dumps(facts), media_type="application/json")
 

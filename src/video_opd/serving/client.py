@@ -19,6 +19,7 @@ from video_opd.models.prompt_batch import scattered
 from video_opd.models.sampling import seeds_of_rollouts
 from video_opd.models.teachers import Nonfinite, finite_scores, join_logprobs
 from video_opd.models.vocabulary import Vocabulary
+from video_opd.serving.limits import reply_bytes, token_bytes
 from video_opd.serving.messages import (
     DEFLATE,
     SAMPLE,
@@ -38,7 +39,7 @@ from video_opd.serving.servers import Described, Servers
 from video_opd.types import EncodedPrompt, Rollout, TokenLogprobs
 
 T = TypeVar("T")
-BYTES_A_REQUEST = 256 << 20  # of frames; half of what a server takes by default
+BYTES_A_REQUEST = 256 << 20  # of frames
 PROBE = 256 << 10  # bytes of a body that are compressed to find out whether that pays
 Send = Literal["value", "reference"]
 REQUESTS_A_SERVER = 2  # in flight at a time: the next one is there when a server has answered one
@@ -49,10 +50,10 @@ class RemoteTeacher:
     :class:`~video_opd.models.interfaces.Policy` without gradients, in other processes.
 
     Prompts must carry their clips (``PromptEncoder(keep_clips=True)``). They are divided among the servers,
-    one request each; the result has the order of ``prompts``. ``served`` is what all of them said of
-    themselves; one that is started again as another teacher refuses. ``send`` says whether the servers get
-    frames, or read the video files themselves with the budget ``video``; a server that sees other frames
-    refuses.
+    one request each, and more where a request or its reply would be too large; the result has the order of
+    ``prompts``. ``served`` is what all servers said of themselves; one that is started again as another
+    teacher refuses. ``send`` says whether the servers get frames, or read the video files themselves with the
+    budget ``video``; a server that sees other frames refuses.
 
     ``nonfinite`` decides about scores that are not finite, as in
     :class:`~video_opd.models.teachers.LocalTeacher`. With ``head``, the model's ``lm_head``, servers send
@@ -148,27 +149,35 @@ class RemoteTeacher:
         """As :meth:`DistantTeacher.ask`."""
         asked = prompts_of(prompts)
         assert len(asked) == len(responses) and all(responses), "one or several responses for each prompt"
+        wanted = {"full": full and self.head is None, "hidden": full and self.head is not None}
+        a_token = token_bytes(self.vocabulary.size, **wanted)
+
+        def fits(groups: Responses) -> bool:
+            lengths = [len(response) for group in groups for response in group]
+            return reply_bytes(lengths, a_token) <= self.served.reply_bytes
+
+        parts = _in_parts(asked, responses, fits)
 
         def scored(piece: slice) -> tuple[ScoreReply, ScoreRequest]:
             extras = [
                 {"responses": tuple(np.array(response, np.int32) for response in group)}
-                for group in responses[piece]
+                for _, group in parts[piece]
             ]
-            clips, messages = self._messages(asked[piece], extras)
+            clips, messages = self._messages([prompt for prompt, _ in parts[piece]], extras)
             request = ScoreRequest(
                 model=self.served.model,
                 computation=self.served.computation,
                 vocabulary=self.vocabulary,
                 clips=clips,
                 prompts=messages,
-                full=full and self.head is None,
-                hidden=full and self.head is not None,
+                **wanted,
                 temperature=temperature,
             )
             reply = self._answer(SCORE, request, lambda body: unpack_score_reply(body, request))
             return reply, request
 
-        waits = self._divide(asked, scored)
+        shown = [prompt for prompt, _ in parts]
+        waits = self._divide(shown, scored, lambda piece: fits([group for _, group in parts[piece]]))
 
         def scores() -> TokenLogprobs:
             whole = join_logprobs([self._scores(*wait()) for wait in waits])
@@ -202,25 +211,30 @@ class RemoteTeacher:
         assert full_NV is not None
         return scattered(full_NV, mask_BT)
 
-    def _divide(self, prompts: Sequence[EncodedPrompt], work: Callable[[slice], T]) -> list[Callable[[], T]]:
+    def _divide(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        work: Callable[[slice], T],
+        reply_fits: Callable[[slice], bool] = lambda piece: True,
+    ) -> list[Callable[[], T]]:
         """Begins ``work`` on the prompts in pieces of nearly equal size, as many as there are servers, and
-        more where frames are many bytes. Returns what waits for each piece's result."""
+        more where a request or its reply would be too large. Returns what waits for each piece's result."""
         size = -(-len(prompts) // len(self.servers.servers))
-        pieces: list[slice] = []
-        start = held = 0
-        clips: set[str] = set()
-        for end, prompt in enumerate(prompts, 1):
-            new = self.send == "value" and prompt.clip_digest not in clips
-            bytes_of_clip = prompt.clip.frames.nbytes if new and prompt.clip is not None else 0
-            if end - 1 > start and (end - start > size or held + bytes_of_clip > BYTES_A_REQUEST):
-                pieces.append(slice(start, end - 1))
-                start, held, clips = end - 1, 0, set()
-                bytes_of_clip = prompt.clip.frames.nbytes if prompt.clip is not None else 0
-            held += bytes_of_clip
-            clips.add(prompt.clip_digest)
-        if start < len(prompts):
-            pieces.append(slice(start, len(prompts)))
-        return [_in_background(work, piece) for piece in pieces]
+        # Half of a body: token ids and digests come to the frames.
+        most = min(BYTES_A_REQUEST, self.served.body_bytes // 2)
+
+        def fits(piece: slice) -> bool:
+            small = piece.stop - piece.start <= size and self._frame_bytes(prompts[piece]) <= most
+            return small and reply_fits(piece)
+
+        return [_in_background(work, piece) for piece in _cut(len(prompts), fits)]
+
+    def _frame_bytes(self, prompts: Sequence[EncodedPrompt]) -> int:
+        """Bytes of the prompts' frames as they are sent, each clip once."""
+        if self.send == "reference":
+            return 0
+        clips = {prompt.clip_digest: prompt.clip for prompt in prompts}
+        return sum(clip.frames.nbytes for clip in clips.values() if clip is not None)
 
     def _answer(self, path: str, request: ScoreRequest | SampleRequest, read: Callable[[bytes], T]) -> T:
         with self._turn:
@@ -262,6 +276,29 @@ class RemoteTeacher:
         return ClipMessage(
             digest=clip.digest, duration_s=clip.duration_s, frames=clip.frames, times_s=clip.times_s
         )
+
+
+def _cut(count: int, fits: Callable[[slice], bool]) -> list[slice]:
+    """The numbers below ``count`` in pieces that are as long as ``fits`` allows, and at least 1."""
+    pieces: list[slice] = []
+    for number in range(count):
+        if pieces and fits(slice(pieces[-1].start, number + 1)):
+            pieces[-1] = slice(pieces[-1].start, number + 1)
+        else:
+            pieces.append(slice(number, number + 1))
+    return pieces
+
+
+def _in_parts(
+    prompts: Sequence[EncodedPrompt], responses: Responses, fits: Callable[[Responses], bool]
+) -> list[tuple[EncodedPrompt, Sequence[Sequence[int]]]]:
+    """Each prompt with its responses; one whose responses do not fit a reply stands there several times, each
+    time with some of them."""
+    parts = []
+    for prompt, group in zip(prompts, responses, strict=True):
+        pieces = _cut(len(group), lambda piece, whole=group: fits([whole[piece]]))  # type: ignore[misc]
+        parts += [(prompt, group[piece]) for piece in pieces]
+    return parts
 
 
 def compressed(body: bytes) -> tuple[bytes, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from video_opd.serving.messages import SampleRequest, ScoreRequest
@@ -19,6 +20,17 @@ class Refused(Exception):
 
 
 HIDDEN = 8192  # of the widest model, for a bound
+
+
+def token_bytes(vocabulary: int, *, full: bool = False, top_k: int = 0, hidden: bool = False) -> int:
+    """Bytes that a reply has at most for a token of a response, by what is wanted of it."""
+    return 4 * (1 + vocabulary * full + 2 * top_k + HIDDEN * hidden)
+
+
+def reply_bytes(lengths: Sequence[int], a_token: int) -> int:
+    """Bytes of a reply about responses of these lengths, which are padded to the longest. ``a_token`` is
+    :func:`token_bytes`."""
+    return len(lengths) * max(lengths) * a_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class Limits:
             longest = request.max_new_tokens
         else:
             longest = max(request.response_lengths)
-            self._check_reply(request, longest)
+            self._check_reply(request)
         if longest > self.response_tokens:
             raise Refused(TOO_LARGE, f"a response of {longest} tokens, above {self.response_tokens}")
 
@@ -52,13 +64,16 @@ class Limits:
         if count > self.rollouts:
             raise Refused(TOO_LARGE, f"{count} rollouts, above {self.rollouts}; ask for fewer at a time")
 
-    def _check_reply(self, request: ScoreRequest, longest: int) -> None:
+    def _check_reply(self, request: ScoreRequest) -> None:
         if request.top_k > request.vocabulary.size:
             raise Refused(BAD, f"top_k is {request.top_k}, of {request.vocabulary.size} tokens")
-        width = 1 + request.vocabulary.size * request.full + 2 * request.top_k + HIDDEN * request.hidden
-        numbers = 4 * len(request.response_lengths) * longest * width
-        if numbers > self.reply_bytes:
+        a_token = token_bytes(
+            request.vocabulary.size, full=request.full, top_k=request.top_k, hidden=request.hidden
+        )
+        size = reply_bytes(request.response_lengths, a_token)
+        if size > self.reply_bytes:
             raise Refused(
                 TOO_LARGE,
-                f"a reply of {numbers >> 20} MiB, above {self.reply_bytes >> 20}; ask with fewer rows",
+                f"a reply of {size >> 20} MiB, above {self.reply_bytes >> 20}; ask about fewer responses at "
+                "a time, or for hidden states in place of distributions",
             )

@@ -256,11 +256,13 @@ class Described:
     computation: Computation
     reads_files: bool
     timeout_s: float  # for which it works on a request
+    body_bytes: int  # of a request, at most
+    reply_bytes: int
 
 
 def describe(servers: Servers) -> Described:
-    """What all servers say of themselves. Raises UserError if they hold different models, or compute or read
-    files differently."""
+    """What all servers say of themselves, with the smallest of their limits. Raises UserError if they hold
+    different models, or compute or read files differently."""
     found = servers.of_each(MODEL, _read_description)
     for server, one in zip(servers.servers, found, strict=True):
         if one.model != found[0].model:
@@ -268,12 +270,17 @@ def describe(servers: Servers) -> Described:
                 f"{server.url} holds the model {one.name} ({one.model}), and {servers.servers[0].url} "
                 f"{found[0].name} ({found[0].model}); give teacher.urls of one model"
             )
-        if replace(one, name=found[0].name, timeout_s=found[0].timeout_s) != found[0]:
+        if (one.computation, one.reads_files) != (found[0].computation, found[0].reads_files):
             raise UserError(
                 f"{server.url} and {servers.servers[0].url} are not started alike (--dtype, --quantization, "
                 f"--engine, --root): {one} and {found[0]}"
             )
-    return found[0]
+    return replace(
+        found[0],
+        timeout_s=min(one.timeout_s for one in found),
+        body_bytes=min(one.body_bytes for one in found),
+        reply_bytes=min(one.reply_bytes for one in found),
+    )
 
 
 @contextmanager
@@ -319,6 +326,8 @@ def _read_description(body: bytes) -> Described:
         computation=Computation.of(tree),
         reads_files=switch_of(tree, "reads_files"),
         timeout_s=number_of(tree, "timeout_s"),
+        body_bytes=int(number_of(tree, "body_bytes")),
+        reply_bytes=int(number_of(tree, "reply_bytes")),
     )
 
 

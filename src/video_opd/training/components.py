@@ -12,7 +12,14 @@ import torch
 
 from video_opd.algorithms.method import Method
 from video_opd.algorithms.registry import make_method, make_reward
-from video_opd.config import DistillationRecipe, GRPORecipe, ModelConfig, Recipe
+from video_opd.config import (
+    DistillationRecipe,
+    DistillationTeacherConfig,
+    GRPORecipe,
+    ModelConfig,
+    OnPolicyRecipe,
+    Recipe,
+)
 from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
@@ -47,6 +54,8 @@ from video_opd.models.vocabulary import Vocabulary
 from video_opd.planning.setup import Place, needs_distributions, videos_ahead, why_not_shared
 from video_opd.progress import log
 from video_opd.serving.connect import check_servers, connect_teacher
+from video_opd.serving.limits import token_bytes
+from video_opd.serving.servers import Described
 from video_opd.training.masters import Masters
 from video_opd.training.memory import plan_of_run
 from video_opd.training.optimizers import make_optimizer
@@ -352,10 +361,36 @@ def load_teachers(
 
 def check_served_teacher(recipe: Recipe, student: str | Path) -> None:
     """Raises :class:`UserError`, before any weights are loaded, for servers of ``teacher.urls`` that
-    :func:`load_teachers` would refuse. ``student`` is its folder, or its adapter's."""
+    :func:`load_teachers` would refuse, and for responses that are too long for their replies. ``student`` is
+    its folder, or its adapter's."""
     base = base_of(student)
     form = read_model_configs(base), load_processor(base)
-    check_servers(recipe.teacher, form, distributions=_asks_for_distributions(recipe))
+    distributions = _asks_for_distributions(recipe)
+    _, found = check_servers(recipe.teacher, form, distributions=distributions)
+    if distributions:
+        _check_longest_reply(recipe, found, Vocabulary.of(*form).size)
+
+
+def _check_longest_reply(recipe: Recipe, found: Described, vocabulary: int) -> None:
+    """Raises :class:`UserError` if the distributions of a single response may be more than a reply holds."""
+    teacher = recipe.teacher
+    hidden = isinstance(teacher, DistillationTeacherConfig) and teacher.receive == "hidden"
+    most = found.reply_bytes // token_bytes(vocabulary, full=not hidden, hidden=hidden)
+    lengths: dict[str, int] = {}
+    if isinstance(recipe, OnPolicyRecipe):
+        lengths["sampling.max_new_tokens"] = recipe.sampling.max_new_tokens
+    if recipe.measures_analytic_kl and recipe.evaluate.data:  # the failures are shown with the teacher's
+        lengths["evaluate.max_new_tokens"] = recipe.evaluate.max_new_tokens
+    for key, length in lengths.items():
+        remedies = [] if hidden else ["teacher.receive to hidden"]
+        if key.startswith("evaluate.") or not needs_distributions(recipe):
+            remedies.append("run.analytic_kl to false")
+        need(
+            length <= most,
+            f"{key} is {length}, and {teacher.urls[0]} gives whole distributions at no more than {most} "
+            f"tokens of a response ({found.reply_bytes >> 20} MiB a reply): set "
+            + ", or ".join([*remedies, f"{key} to at most {most}"]),
+        )
 
 
 def _asks_for_distributions(recipe: Recipe) -> bool:

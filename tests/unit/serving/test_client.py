@@ -20,6 +20,7 @@ import torch
 from video_opd.errors import Unavailable, UserError
 from video_opd.serving import servers
 from video_opd.serving.app import Service, ServiceSettings
+from video_opd.serving.limits import Limits
 from video_opd.serving.messages import ScoreReply
 from video_opd.serving.queue import Waiting
 from video_opd.serving.reading import BadMessage
@@ -179,6 +180,13 @@ def test_servers_must_compute_alike() -> None:
     refused = pytest.raises(UserError, match=r"are not started alike .*bfloat16.*float32")
     with cases.serving(cases.service().app()) as a, cases.serving(other.app()) as b, refused:
         describe(Servers([a, b]))
+
+
+def test_the_smallest_limits_of_several_servers_count() -> None:
+    small = cases.service(settings=ServiceSettings(score_s=5), limits=Limits(body_bytes=7, reply_bytes=9))
+    with cases.serving(cases.service().app()) as a, cases.serving(small.app()) as b:
+        found = describe(Servers([a, b]))
+    assert (found.timeout_s, found.body_bytes, found.reply_bytes) == (5, 7, 9)
 
 
 def test_an_adapter_has_the_files_of_its_base(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_a_server_answers_what_it_has_and_ends_when_it_is_told_to(teacher: Path)
     expected = cases.local_teacher().logprobs(asked, cases.RESPONSES)
     with served(teacher, token="secret") as (process, url):
         assert urllib.request.urlopen(url + HEALTH).read() == b"ok\n"
-        remote = cases.remote_teacher([url], 1.0, token="secret", model=model_fingerprint(teacher))
+        remote = cases.remote_teacher(
+            [url], 1.0, token="secret", served=cases.described(model=model_fingerprint(teacher))
+        )
         found: list[TokenLogprobs] = []
         away: list[Unavailable] = []
 
@@ -154,7 +156,7 @@ def test_two_thousand_silent_clients_keep_nobody_from_being_answered(teacher: Pa
                 silent.append(socket.create_connection(address, timeout=20))
                 if number % 2:
                     silent[-1].sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\n")
-            remote = cases.remote_teacher([url], model=model_fingerprint(teacher))
+            remote = cases.remote_teacher([url], served=cases.described(model=model_fingerprint(teacher)))
             assert remote.logprobs(cases.prompts(), cases.RESPONSES).mask_BT.any()
     finally:
         for one in silent:

@@ -16,8 +16,10 @@ from video_opd.errors import Unavailable, UserError
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_teacher
 from video_opd.models.policy import HFPolicy
-from video_opd.serving import servers
+from video_opd.models.vocabulary import Vocabulary
+from video_opd.serving import limits, servers
 from video_opd.serving.app import Service, ServiceSettings
+from video_opd.serving.limits import Limits
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
 from video_opd.training import components, rounds
@@ -189,6 +191,39 @@ def test_a_server_without_distributions_is_refused_before_a_pool_is_scored(
         sampled = {"loss.estimator": "sampled", "teacher.distributions": False, "run.analytic_kl": False}
         with pytest.raises(AssertionError, match="before the servers are asked"):
             run_rounds(recipe(data, tmp_path / "sampled", **asked, **sampled))
+
+
+def test_a_response_whose_distributions_no_reply_holds_is_refused_before_the_student_is_loaded(
+    data: Path, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = Vocabulary.of(service.scorer.model, service.scorer.processor).size
+    at_20_tokens = Limits(reply_bytes=20 * limits.token_bytes(vocabulary, full=True))
+    monkeypatch.setattr(service.scorer, "limits", at_20_tokens)
+    monkeypatch.setattr(limits, "HIDDEN", 64)
+    monkeypatch.setattr(components, "load_student", no_models)
+    sampled: dict[str, Any] = {"loss.estimator": "sampled"}
+    short: dict[str, Any] = {"sampling.max_new_tokens": 20}
+    evaluated: dict[str, Any] = {**short, "evaluate.data": (str(data),), "evaluate.max_new_tokens": 21}
+    hidden, analytic, most = (
+        "teacher.receive to hidden",
+        "run.analytic_kl to false",
+        "max_new_tokens to at most 20",
+    )
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({}, rf"sampling.max_new_tokens is 21, .* set {hidden}, or sampling.{most}"),
+        (sampled, rf"sampling.max_new_tokens is 21, .* set {hidden}, or {analytic}, or sampling.{most}"),
+        (evaluated, rf"evaluate.max_new_tokens is 21, .* set {hidden}, or {analytic}, or evaluate.{most}"),
+    ]
+    taken = [short, {"teacher.receive": "hidden"}, {**sampled, "run.analytic_kl": False}]
+    taken.append({**evaluated, "run.analytic_kl": False})
+    with cases.serving(service.app()) as url:
+        asked = {"teacher.urls": (url,), "sampling.max_new_tokens": 21}
+        for changes, message in refused:
+            with pytest.raises(UserError, match=message):
+                train(recipe(data, tmp_path / "run", **{**asked, **changes}))
+        for changes in taken:
+            with pytest.raises(AssertionError, match="a model is loaded"):
+                train(recipe(data, tmp_path / "run", **{**asked, **changes}))
 
 
 def test_a_fingerprint_stands_for_a_folder_that_is_not_here(

@@ -25,8 +25,9 @@ from video_opd.data.video import load_clip
 from video_opd.errors import Unavailable, UserError
 from video_opd.serving import client
 from video_opd.serving.app import ServiceSettings
+from video_opd.serving.client import RemoteTeacher
 from video_opd.serving.connect import lm_head_of
-from video_opd.serving.limits import Limits
+from video_opd.serving.limits import Limits, token_bytes
 from video_opd.serving.messages import (
     HEALTH,
     METRICS,
@@ -170,17 +171,54 @@ def test_pieces_are_cut_by_the_bytes_of_their_frames(monkeypatch: pytest.MonkeyP
     sizes = {1 << 30: [4], 210_000: [4], 200_000: [2, 1, 1], 1: [1] * 4}
     for most, pieces in sizes.items():
         monkeypatch.setattr(client, "BYTES_A_REQUEST", most)
-        sent: list[int] = []
-        pack = client.pack_request
-
-        def note(request: ScoreRequest, pack: Any = pack, sent: list[int] = sent) -> bytes:
-            sent.append(len(request.prompts))
-            return pack(request)
-
-        with pytest.MonkeyPatch.context() as patch, cases.serving(cases.service().app()) as url:
-            patch.setattr(client, "pack_request", note)
-            assert_same(cases.remote_teacher([url]).logprobs(asked, cases.RESPONSES), expected)
+        with cases.serving(cases.service().app()) as url:
+            found, sent = noted(cases.remote_teacher([url]), asked)
+        assert_same(found, expected)
         assert sorted(sent) == sorted(pieces)
+
+
+def noted(teacher: RemoteTeacher, asked: list[EncodedPrompt], **settings: Any) -> tuple[Any, list[int]]:
+    """(the scores of ``cases.RESPONSES``, the responses of each request that was sent)."""
+    sent: list[int] = []
+    pack = client.pack_request
+
+    def note(request: ScoreRequest) -> bytes:
+        sent.append(len(request.prompts))
+        return pack(request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "pack_request", note)
+        return teacher.logprobs(asked, cases.RESPONSES, **settings), sent
+
+
+def test_a_body_is_no_larger_than_the_server_takes() -> None:
+    asked = cases.prompts()  # together more than 200,000 bytes
+    limits = Limits(body_bytes=200_000)
+    with cases.serving(cases.service(limits=limits).app()) as url:
+        served = cases.described(body_bytes=limits.body_bytes)
+        found, sent = noted(cases.remote_teacher([url], served=served), asked)
+    assert_same(found, cases.local_teacher().logprobs(asked, cases.RESPONSES))
+    assert sent == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("cells", "pieces"), [(24, [4]), (23, [3, 1]), (9, [2, 1, 1]), (4, [1, 2, 1, 1, 1]), (3, None)]
+)
+def test_a_reply_is_no_larger_than_the_server_gives(cells: int, pieces: list[int] | None) -> None:
+    """``cells`` are rows × tokens of the longest. One prompt's responses are divided only if they must be."""
+    asked = cases.prompts()
+    teacher = cases.local_teacher()
+    limits = Limits(reply_bytes=cells * token_bytes(teacher.policy.vocabulary.size, full=True))
+    with cases.serving(cases.service(limits=limits).app()) as url:
+        remote = cases.remote_teacher([url], served=cases.described(reply_bytes=limits.reply_bytes))
+        if pieces is None:  # a response of four tokens
+            with pytest.raises(UserError, match=r"status 413.*a reply of .* or for hidden states"):
+                remote.logprobs(asked, cases.RESPONSES, full=True)
+            return
+        found, sent = noted(remote, asked, full=True)
+        assert noted(remote, asked)[1] == [4]  # log-probs alone
+    assert_same(found, teacher.logprobs(asked, cases.RESPONSES, full=True))
+    assert sorted(sent) == sorted(pieces)
 
 
 def test_a_body_is_compressed_if_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +367,7 @@ def test_wrong_prompts_are_refused() -> None:
             teacher.logprobs([first], [[(1, video_token)]])
         with pytest.raises(UserError, match="no response holds token"):
             teacher.logprobs([first], [[(1, 10**6)]])
-        teacher.served = cases.described(model="0" * 32)
+        teacher = cases.remote_teacher([url], served=cases.described(model="0" * 32))
         with pytest.raises(UserError, match=r"status 409.*holds the model"):
             teacher.logprobs([first], [[(1, 2)]])
 
