@@ -14,11 +14,14 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from video_opd.errors import UserError
 
-# The keys of a recipe that a command accepts, by how they begin. A command without settings accepts none.
+# The keys that a command reads, by how they begin; others are refused. A command without settings reads none.
+# A command that takes a RECIPE leaves this to the recipe's classes, which know every key.
 NO_SETTINGS: tuple[str, ...] = ()
 ALL_SETTINGS: tuple[str, ...] = ("",)
 VIDEO_SETTINGS: tuple[str, ...] = ("video.",)
-MODEL_SETTINGS: tuple[str, ...] = ("model.", "video.", "prompt.")
+RUN_SETTINGS: tuple[str, ...] = ("model.dtype", "model.attn", "model.engine", *VIDEO_SETTINGS)
+MODEL_SETTINGS: tuple[str, ...] = (*RUN_SETTINGS, "prompt.")
+VLLM_SETTINGS: tuple[str, ...] = ("vllm.",)
 DEBUG_HELP = "show the traceback of an error"
 Kind: TypeAlias = Literal["file", "folder"]
 
@@ -152,6 +155,17 @@ class Parser(argparse.ArgumentParser):
         hint = f" (did you mean {near[0]}?)" if near else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
+    def refuse_setting(self, name: str) -> NoReturn:
+        """Raises the error of ``--a.b``, which this command does not read."""
+        key = name.removeprefix("--")
+        word = key.rpartition(".")[2]
+        settings, flag = _last_words(self.settings), f"--{word.replace('_', '-')}"
+        near = [flag] if flag in self.flags else [settings[word]] if word in settings else []
+        near = near or difflib.get_close_matches(name, settings.values(), 1, 0.7)
+        known = ", ".join(f"--{key}*" if key.endswith(".") else f"--{key}" for key in self.settings)
+        hint = f"did you mean {near[0]}?" if near else f"it reads {known}"
+        self.error(f"{name}: this command does not read that setting ({hint})")
+
     def _nearest(self, word: str) -> str | None:
         """The flag or setting that an unknown flag may mean: a setting of this name, else the nearest."""
         flag = word.partition("=")[0]
@@ -197,6 +211,10 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         getattr(arguments, chosen.scattered).extend(rest)
     if overrides and not chosen.settings:
         chosen.error(f"{overrides[0]}: this command reads no recipe")
+    if "recipe" not in arguments:
+        for name in overrides[::2]:
+            if not name.removeprefix("--").startswith(chosen.settings):
+                chosen.refuse_setting(name)
     _refuse_repeats(overrides[::2])
     arguments.overrides = overrides
     arguments.outputs = [
@@ -244,10 +262,12 @@ def _last_words(prefixes: tuple[str, ...]) -> dict[str, str]:
     """``{"lr": "--optim.lr", …}``: the last word of each setting, and other trainers' words for it."""
     if not prefixes:
         return {}
-    from video_opd.config import METHODS
+    from video_opd.config import METHODS, VLLMConfig
     from video_opd.config.messages import SYNONYMS, leaves
 
     keys = [key for key in leaves(*METHODS.values()) if key.startswith(prefixes)]
+    if VLLM_SETTINGS[0] in prefixes:  # no recipe has that section
+        keys += [f"{VLLM_SETTINGS[0]}{key}" for key in leaves(VLLMConfig)]
     words = {key.rpartition(".")[2]: key for key in reversed(keys)}
     words |= {word: key for word, key in SYNONYMS.items() if key.startswith(prefixes)}
     return {word: f"--{key}" for word, key in words.items()}

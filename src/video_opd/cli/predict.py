@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from video_opd.cli.arguments import PROTOCOLS, add_shared, check_engine, positive
 from video_opd.cli.output import print_json
-from video_opd.cli.parser import MODEL_SETTINGS, Parser
+from video_opd.cli.parser import MODEL_SETTINGS, VLLM_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "a model's responses to every row of a data file; repeated, it continues"
 EXAMPLE = "video-opd predict runs/a/model data/test.jsonl --out runs/a/eval/predictions.jsonl"
-SETTINGS = (*MODEL_SETTINGS, "vllm.")
+SETTINGS = (*MODEL_SETTINGS, *VLLM_SETTINGS)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from video_opd.cli.arguments import add_shared, check_engine, positive
-from video_opd.cli.parser import Parser
+from video_opd.cli.parser import VLLM_SETTINGS, Parser
 from video_opd.errors import UserError
 from video_opd.files import read_text
 
 HELP = "score the tokens that students write, for runs that name this server in teacher.urls"
 EXAMPLE = "video-opd serve-teacher models/teacher --port 8400 --root /data/videos"
-SETTINGS: tuple[str, ...] = ("vllm.",)
+SETTINGS = VLLM_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:

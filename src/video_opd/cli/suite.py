@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import print_json, write_json
-from video_opd.cli.parser import MODEL_SETTINGS, Parser
+from video_opd.cli.parser import RUN_SETTINGS, Parser
 from video_opd.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HELP = "TempCompass, MVBench and Video-MME through lmms-eval; repeated, it continues"
 EXAMPLE = "video-opd suite runs/a/model --tasks tempcompass,videomme --json general.json"
-SETTINGS = MODEL_SETTINGS
+SETTINGS = (*RUN_SETTINGS, "prompt.thinking", "prompt.video_form")  # its questions have a style of their own
 
 
 def add_arguments(parser: Parser) -> None:
@@ -60,6 +60,10 @@ def run(arguments: argparse.Namespace) -> int | None:
         allow_missing=arguments.allow_missing,
     )
     if arguments.check or arguments.download:
+        if arguments.overrides:
+            raise UserError(
+                f"{arguments.overrides[0]} changes how a model answers: leave out --check and --download"
+            )
         return _prepare(arguments, settings)
     if arguments.model is None:
         raise UserError("suite needs a MODEL: video-opd suite runs/a/model (or --check, or --download)")

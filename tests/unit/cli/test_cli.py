@@ -141,6 +141,35 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(words, names, capsys, tmp_
             "report a --out r --optim.lr 1",
             "--optim.lr: this command reads no recipe; see video-opd report --help",
         ),
+        # Nor does it accept the others and leave them unread.
+        ("serve-teacher m --teacher.dtype float32", "does not read that setting (did you mean --dtype?)"),
+        (
+            "serve-teacher m --vlm.memory 0.5",
+            "--vlm.memory: this command does not read that setting (did you ",
+        ),
+        ("serve-teacher m --vlm.memory=0.5", "(did you mean --vllm.memory?); see video-opd serve-teacher --"),
+        (
+            "serve-teacher m --engine vllm --model.attn eager",
+            "--model.attn: this command does not read that s",
+        ),
+        ("serve-teacher m --model.attn eager", "(it reads --vllm.*); see video-opd serve-teacher --help"),
+        (
+            "predict m d --out p --optim.lr 1",
+            "--optim.lr: this command does not read that setting (it reads --",
+        ),
+        ("predict m d --out p --sampling.max_new_tokens 9", "(did you mean --max-new-tokens?)"),
+        (
+            "predict m d --out p --model.freeze vision",
+            "--model.freeze: this command does not read that setting",
+        ),
+        ("ground m v q --vidio.fps 1", "(did you mean --video.fps?); see video-opd ground --help"),
+        ("ground m v q --vllm.gpus 2", "--vllm.gpus: this command does not read that setting"),
+        ("ground m v q --method grpo", "--method: this command does not read that setting"),
+        ("evaluate --data d --model m --teacher.dtype bfloat16", "(did you mean --model.dtype?)"),
+        ("suite m --prompt.style paper", "--prompt.style: this command does not read that setting"),
+        ("suite --check --video.fps 1", "--video.fps changes how a model answers: leave out --check"),
+        ("bench data --model.dtype bfloat16", "(it reads --video.*); see video-opd bench data --help"),
+        ("data stats d --prompt.style paper", "(it reads --video.*); see video-opd data stats --help"),
         ("--debig demo", "--debig (did you mean --debug?)"),
         # Flags of a group in which one excludes the other are known, too.
         ("data stats d --sise 64x64", "--sise 64x64 (did you mean --size?); see video-opd data stats --help"),
@@ -152,6 +181,17 @@ def test_a_flag_that_is_not_known_leads_to_the_commands_help(words: str, said: s
     assert main(words.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_keys_of_a_recipe_are_left_to_the_recipe() -> None:
+    """A command that takes one reads every key, and the recipe's classes refuse the others."""
+    for words in (["train", "r.yaml"], ["rounds", "r.yaml"], ["plan", "r.yaml", "--gpu-memory", "80"]):
+        assert parse_words([*words, "--optim.lr", "1"]).overrides == ["--optim.lr", "1"]
+    score = ["score", "r.yaml", "--out", "s"]
+    assert parse_words([*score, "--optim.lr", "1", "--vllm.gpus", "2"]).overrides[::2] == [
+        "--optim.lr",
+        "--vllm.gpus",
+    ]
 
 
 def test_other_failures_are_one_line_and_exit_code_1(monkeypatch, capsys) -> None:
