@@ -24,14 +24,17 @@ HELP = "TVDF scores: how well teacher and student answer each row; repeated, it 
 EXAMPLE = (
     "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl"
 )
+_OF_RECIPES = (  # settings that only a RECIPE has
+    *("model.path", "teacher.path", "teacher.by_source"),
+    *("data.train", "data.video_root", "data.limit", "data.cache_dir"),
+    *("tvdf.", "sampling.max_new_tokens", "run.seed"),
+)
 SETTINGS = (
     *MODEL_SETTINGS,
     *("teacher.dtype", "teacher.quantization", "teacher.placement", "teacher.other_template"),
-    "vllm.",
     *("teacher.urls", "teacher.fingerprint", "teacher.send", "teacher.wait_s"),
-    *("teacher.path", "data.train", "data.video_root", "data.limit", "data.cache_dir"),  # of a RECIPE
-    *("tvdf.teacher_k", "tvdf.student_k", "tvdf.temperature", "tvdf.rank_by", "tvdf.min_teacher_iou"),
-    *("tvdf.batch_size", "sampling.max_new_tokens", "run.seed"),
+    "vllm.",
+    *_OF_RECIPES,
 )
 
 
@@ -136,6 +139,9 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
     from video_opd.config import load_recipe
     from video_opd.curriculum.pool import inference_configs
 
+    for word in arguments.overrides[::2]:
+        if not word.removeprefix("--").startswith(SETTINGS):
+            raise UserError(f"{word} changes no score: leave it out")
     of_vllm, others = _without_vllm(arguments.overrides)
     recipe = load_recipe(arguments.recipe, others)
     if getattr(recipe.teacher, "by_source", None):
@@ -172,9 +178,9 @@ def _from_flags(arguments: argparse.Namespace) -> _Work:
         raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
     from video_opd.models.inference import read_inference_pair
 
-    of_recipes = [word for word in arguments.overrides[::2] if word.startswith(_OF_RECIPES)]
-    if of_recipes:
-        raise UserError(f"{of_recipes[0]} is a setting of a RECIPE; without one, give the flag of that name")
+    for word in arguments.overrides[::2]:
+        if word.removeprefix("--").startswith(_OF_RECIPES) and word != "--teacher.path":
+            raise UserError(f"{word} is a setting of a RECIPE; without one, give the flag of that name")
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
     served = "--teacher.urls" in of_teacher
     if "--teacher.path" in of_teacher or (of_teacher and not (arguments.teacher or served)):
@@ -198,9 +204,6 @@ def _from_flags(arguments: argparse.Namespace) -> _Work:
         reverse_kl=False,
     )
     return _Work(student=student, teacher=teacher, data=arguments.data, settings=settings)
-
-
-_OF_RECIPES = ("--data.", "--tvdf.", "--sampling.", "--run.")
 
 
 def _settings(

@@ -626,6 +626,7 @@ def test_score_does_what_a_recipe_says(tmp_path, monkeypatch, capsys) -> None:
     for more, said in (
         (["--teacher.by_source", "{web: w}"], "one teacher scores a pool"),
         (["--for-topk", "5", "--reverse-kl"], "leave out either"),
+        (["--optim.lr", "1"], "--optim.lr changes no score"),
     ):
         assert main([*words, *more]) == 2 and not calls
         assert said in capsys.readouterr().err
