@@ -1,7 +1,8 @@
 """The settings of a run: what a recipe file may say, with the paper's values as defaults.
 
 ``sections.py`` holds the sections that all methods share, ``method_sections.py`` those that depend on the
-method, and ``recipe.py`` a class of recipe for each method.
+method, and ``recipe.py`` a class of recipe for each method. ``largest_video.py`` computes what a video budget
+allows.
 Unknown keys, wrong types and settings that contradict each other are a
 :class:`~video_opd.errors.UserError` here, before anything is loaded. No torch.
 

@@ -58,7 +58,8 @@ class RemoteTeacher:
     ``nonfinite`` decides about scores that are not finite, as in
     :class:`~video_opd.models.teachers.LocalTeacher`. With ``head``, the model's ``lm_head``, servers send
     hidden states in place of whole distributions, and these are made here. What waits for servers raises
-    :class:`~video_opd.serving.servers.TeacherAway` if none answers in time.
+    :class:`~video_opd.serving.servers.TeacherAway` if none answers in time, and
+    :class:`~video_opd.serving.servers.TeacherSlow` if the model needs longer than they allow.
     """
 
     def __init__(

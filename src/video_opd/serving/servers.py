@@ -83,9 +83,11 @@ class _Server:
         """
         if body is None:
             return self._send(method, path, headers, None, DESCRIBE_S if path == MODEL else READ_S)
-        if self.limit_s is None:
-            self.limit_s = _read_description(self.ask("GET", MODEL, headers)).timeout_s
-        limit_s, began_s = self.limit_s, time.monotonic()
+        limit_s = self.limit_s  # another thread may find a failure meanwhile
+        if limit_s is None:
+            token = {name: value for name, value in headers.items() if name == "Authorization"}
+            limit_s = self.limit_s = _read_description(self.ask("GET", MODEL, token)).timeout_s
+        began_s = time.monotonic()
         try:
             return self._send(method, path, headers, body, limit_s + MARGIN_S)
         except _NotAnswered as error:
