@@ -14,6 +14,7 @@ from video_opd.errors import UserError
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, decide, make_plan
 from video_opd.planning.setup import Place, Setup, Work
+from video_opd.progress import duration
 from video_opd.types import Sample
 
 GB = 1e9
@@ -207,15 +208,16 @@ def test_the_table_of_scale_holds_what_a_plan_says() -> None:
     assert len(lines) == 7
     gpus = {"1x80gb-lora": 1, "1x141gb": 1, "8x80gb": 8, "2x8x80gb": 16}
     for line in lines:
-        _, name, changes, gib, seconds = (cell.strip() for cell in line.strip("|").split("|"))
+        _, name, changes, gib, seconds, run = (cell.strip() for cell in line.strip("|").split("|"))
         recipe = load_recipe(ROOT / "recipes" / "qwen3-vl-8b" / name.strip("`"), [])
         if changes:
-            assert changes == "`teacher.urls`"
+            placed = recipe.teacher.placement != "auto"
+            assert changes == "`teacher.urls`" + ", `teacher.placement: auto`" * placed
             recipe = recipe.changed(**{"teacher.urls": ("http://a",), "teacher.placement": "auto"})
         limit = int(gib.split(" of ")[1])
         plan = make_plan(recipe, gpus[name.strip("`").removesuffix(".yaml")], limit * GIB)
         assert plan.fits and gib == f"{plan.memory.peak / GIB:.1f} of {limit}"
-        assert seconds == f"{plan.times.step_s:.1f} s"
+        assert seconds == f"{plan.times.step_s:.1f} s" and run == duration(plan.times.run_s)
 
 
 def test_what_vllm_takes_of_a_card_is_not_there_for_the_run() -> None:
