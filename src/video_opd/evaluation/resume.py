@@ -85,15 +85,13 @@ def known_rows(
     out, written = Path(out), provenance_path(out)
     if not any(path.exists() and path.stat().st_size for path in [out, *process_file_paths(out)]):
         return {}
+    # The commands that make repeatable outputs name them by themselves.
+    remedy = f"delete it and {written.name} to make it again" if repeatable else _BEGIN_AGAIN
     if not written.exists():
-        raise UserError(
-            f"{out} has rows but no {written.name}: choose another --out, or repeat with --overwrite"
-        )
+        raise UserError(f"{out} has rows but no {written.name}: {remedy}")
     trees = read_provenance(out), json.loads(json.dumps(provenance))
     before, now = ({key: tree[key] for key in tree if key not in ignored} for tree in trees)
-    # The commands that make repeatable outputs name them by themselves.
-    begin_again = f"delete it and {written.name} to make it again"
-    _check_same(out, before, now, begin_again if repeatable else _BEGIN_AGAIN)
+    _check_same(out, before, now, remedy)
     _check_seal(out, repeatable)
     return _all_rows(out)
 

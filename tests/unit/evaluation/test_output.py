@@ -60,7 +60,8 @@ def test_rows_of_another_command_are_refused_as_they_are(
         process_file_path(out, 1).write_bytes(json.dumps(row(7)).encode() + b"\n" + tail)
     (tmp_path / "p.jsonl.window").write_text("5")
     before = files(tmp_path)
-    with pytest.raises(UserError, match=r"--overwrite"):
+    remedy = r"delete it and p\.jsonl\.meta\.json" if repeatable else "--overwrite"
+    with pytest.raises(UserError, match=remedy):
         Output(out, OTHER, repeatable=repeatable)
     assert files(tmp_path) == before
 
