@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from video_opd.cli.arguments import add_shared, check_engine, positive
@@ -138,6 +138,7 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
         raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
     from video_opd.config import load_recipe
     from video_opd.curriculum.pool import inference_configs
+    from video_opd.curriculum.scores import ScoreSettings
 
     for word in arguments.overrides[::2]:
         if not word.removeprefix("--").startswith(SETTINGS):
@@ -151,20 +152,20 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
         )
     student, teacher = inference_configs(recipe)
     tvdf, of_topk = recipe.tvdf, arguments.for_topk is not None
+    usual = ScoreSettings(
+        k=tvdf.teacher_k,
+        student_k=tvdf.student_k,
+        temperature=tvdf.temperature,
+        max_new_tokens=recipe.sampling.max_new_tokens,
+        seed=recipe.run.seed,
+        thinking=recipe.prompt.thinking,
+        reverse_kl=tvdf.rank_by == "reverse_kl" and teacher is not None and not of_topk,
+    )
     return _Work(
         student=student.changed(**of_vllm),
         teacher=None if teacher is None else teacher.changed(**of_vllm),
         data=recipe.data.train,
-        settings=_settings(
-            arguments,
-            k=tvdf.teacher_k,
-            student_k=tvdf.responses_of_student or None,
-            temperature=tvdf.temperature,
-            max_new_tokens=recipe.sampling.max_new_tokens,
-            seed=recipe.run.seed,
-            thinking=recipe.prompt.thinking,
-            reverse_kl=tvdf.rank_by == "reverse_kl" and teacher is not None and not of_topk,
-        ),
+        settings=_with_flags(usual, arguments),
         min_teacher_iou=tvdf.min_teacher_iou,
         video_root=recipe.data.video_root,
         limit=recipe.data.limit,
@@ -176,6 +177,7 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
 def _from_flags(arguments: argparse.Namespace) -> _Work:
     if not (arguments.student and arguments.data):
         raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
+    from video_opd.curriculum.scores import ScoreSettings
     from video_opd.models.inference import read_inference_pair
 
     for word in arguments.overrides[::2]:
@@ -193,32 +195,17 @@ def _from_flags(arguments: argparse.Namespace) -> _Work:
         raise UserError(
             "the student thinks before it answers, and reasoning has no natural end: give --max-new-tokens"
         )
-    settings = _settings(
-        arguments,
-        k=4,
-        student_k=None,
-        temperature=1.0,
-        max_new_tokens=64,
-        seed=0,
-        thinking=thinking,
-        reverse_kl=False,
-    )
+    settings = _with_flags(ScoreSettings(thinking=thinking), arguments)
     return _Work(student=student, teacher=teacher, data=arguments.data, settings=settings)
 
 
-def _settings(
-    arguments: argparse.Namespace, *, k: int, student_k: int | None, reverse_kl: bool, **others: Any
-) -> ScoreSettings:
-    """The settings of the flags, and these where no flag is given."""
-    from video_opd.curriculum.scores import ScoreSettings
-
-    given = {name: getattr(arguments, name) for name in ("temperature", "max_new_tokens", "seed")}
-    return ScoreSettings(
-        k=arguments.k or k,
-        student_k=arguments.student_k or (None if arguments.k else student_k),
-        reverse_kl=arguments.reverse_kl or reverse_kl,
-        **{**others, **{name: value for name, value in given.items() if value is not None}},
-    )
+def _with_flags(usual: ScoreSettings, arguments: argparse.Namespace) -> ScoreSettings:
+    """The settings with those of the flags that are given. ``--k`` is for both models."""
+    names = ("k", "student_k", "temperature", "max_new_tokens", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.k is not None:
+        given.setdefault("student_k", None)
+    return replace(usual, **given, reverse_kl=arguments.reverse_kl or usual.reverse_kl)
 
 
 def _for_topk(arguments: argparse.Namespace, work: _Work) -> ForTopK | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import differences, find, gap_table
 from video_opd.reproduce.places import (
     BASE,
     QUERIES,
@@ -138,8 +138,7 @@ def claims(record: Mapping[str, Any]) -> list[Claim]:
 
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
     """Markdown: the teacher, its student after each round and on all rows, and the gap between them."""
-    settings, mious = record["settings"], record["mIoU"]
-    sets = [name for name in mious[BASE] if name != "all"]
+    settings = record["settings"]
     yield (
         f"A pool of {settings['videos']} videos a seed with annotation noise {settings['noise']:g}; each "
         f"round takes {settings['rows']} new rows and {settings['steps']} steps of "
@@ -147,9 +146,5 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
         f"{settings['rounds'] * settings['steps']} steps without a selection. Mean IoU, ± the standard "
         "deviation over seeds; the gap is student minus teacher over all rows of the test sets:\n"
     )
-    yield "| | " + " | ".join(sets) + " | all | gap [95%] |"
-    yield "|---|" + "---|" * (len(sets) + 2)
-    for arm, found in mious.items():
-        gap = "" if arm in (BASE, TEACHER) else str(find(record, arm, TEACHER))
-        yield f"| {arm} | " + " | ".join(spread(found[s]) for s in (*sets, "all")) + f" | {gap} |"
-    yield ""
+    gaps = {arm: "" if arm in (BASE, TEACHER) else str(find(record, arm, TEACHER)) for arm in record["mIoU"]}
+    yield from gap_table(record["mIoU"], [(arm, arm, gap) for arm, gap in gaps.items()])

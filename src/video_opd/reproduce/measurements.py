@@ -6,7 +6,7 @@ Shapes: ``N`` rows of all test sets, ``S`` seeds, ``D`` draws of the bootstrap.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -110,6 +110,16 @@ def find(record: Mapping[str, Any], to: str, since: str) -> Difference:
     """The difference of arm ``to`` against ``since`` in a record that has ``differences``."""
     (found,) = (d for d in record["differences"] if (d["of"], d["against"]) == (to, since))
     return Difference.read(found)
+
+
+def gap_table(mious: Mapping[str, Any], rows: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """Markdown: the mean IoU of each (name, arm, gap) by test set and over all rows, and its gap."""
+    sets = [name for name in next(iter(mious.values())) if name != POOLED]
+    yield "| | " + " | ".join(sets) + " | all | gap [95%] |"
+    yield "|---|" + "---|" * (len(sets) + 2)
+    for name, arm, gap in rows:
+        yield f"| {name} | " + " | ".join(spread(mious[arm][s]) for s in (*sets, POOLED)) + f" | {gap} |"
+    yield ""
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import differences, find, gap_table
 from video_opd.reproduce.places import (
     BASE,
     QUERIES,
@@ -199,8 +199,7 @@ def claims(record: Mapping[str, Any]) -> list[Claim]:
 
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
     """Markdown: each teacher, its student after each round, and the gap between them."""
-    settings, mious = record["settings"], record["mIoU"]
-    sets = [name for name in mious[BASE] if name != "all"]
+    settings = record["settings"]
     yield (
         f"A pool of {settings['videos']} videos a seed with annotation noise {settings['noise']:g}; each "
         f"round takes {settings['rows']} new rows and {settings['steps']} steps of "
@@ -208,17 +207,11 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
         f"takes {settings['sft_steps']} and {settings['grpo_steps']} steps on all rows. Mean IoU, ± the "
         "standard deviation over seeds; the gap is student minus teacher over all rows:\n"
     )
-    yield "| | " + " | ".join(sets) + " | all | gap [95%] |"
-    yield "|---|" + "---|" * (len(sets) + 2)
-
-    def row(name: str, arm: str, gap: str = "") -> str:
-        return f"| {name} | " + " | ".join(spread(mious[arm][s]) for s in (*sets, "all")) + f" | {gap} |"
-
-    yield row("base", BASE)
+    rows = [("base", BASE, "")]
     for teacher, size in TEACHERS.items():
-        yield row(f"teacher, {size}", teacher)
+        rows.append((f"teacher, {size}", teacher, ""))
         for n in range(1, settings["rounds"] + 1):
             arm = arm_of(teacher, n)
-            yield row(f"… its student, round {n}", arm, str(find(record, arm, teacher)))
-    yield row("SFT, then GRPO", SFT_GRPO)
-    yield ""
+            rows.append((f"… its student, round {n}", arm, str(find(record, arm, teacher))))
+    rows.append(("SFT, then GRPO", SFT_GRPO, ""))
+    yield from gap_table(record["mIoU"], rows)

@@ -35,6 +35,7 @@ HOLDING = (
     *("model.sharding", "model.reduce", "model.gather", "optim.offload", "teacher.placement"),
     *("teacher.urls", "teacher.send", "teacher.wait_s", "teacher.receive", "teacher.overlap"),
 )
+PATIENCE = "data.max_failed_share"  # when a run stops: the message of one that has stopped says to raise it
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "torchvision", "av", "numpy")
 
 
@@ -143,7 +144,7 @@ class RunFolder:
             before.setdefault("prompt.video_form", "nested")
         for key in dict.fromkeys((*now, *before)):
             # The folder may have been moved, or be named from elsewhere.
-            if key in ("run.dir", *HOLDING) or key.startswith(ignored):
+            if key in ("run.dir", PATIENCE, *HOLDING) or key.startswith(ignored):
                 continue
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if old != new and not _moved_along(old, stored, new, recipe):

@@ -630,6 +630,8 @@ def test_videos_that_are_away_for_a_while_do_not_decide_a_selection(world: Path,
     with pytest.raises(UserError, match=r"videos of \d+ of the \d+ rows .* cannot be read, more than 5%"):
         run_rounds(recipe)
     assert not (tmp_path / "run" / "round-1" / "select.json").exists()
+    begun = load_recipe(tmp_path / "run" / "recipe.yaml")
+    RunFolder(recipe.run.dir).claim_for_rounds(begun.changed(**{"data.max_failed_share": 0.9}))  # as it says
     (tmp_path / gone.name).rename(gone)
     run_rounds(recipe)
     assert read(tmp_path / "run" / "round-1" / "select.json")["unscored"] == UNANNOTATED
