@@ -210,12 +210,32 @@ def pixel_format(codec: str) -> str:
 def write_sound(path: Path) -> Path:
     """A file with sound and no picture."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        for start in range(0, 16000, 1024):
-            frame = av.AudioFrame.from_ndarray(
-                np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
-            )
-            frame.sample_rate, frame.pts = 16000, start
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        _write_silence(container, container.add_stream("aac", rate=16000), 1.0)
     return path
+
+
+def write_with_sound(path: Path, count: int, *, late_s: float, fps: int = 10) -> Path:
+    """Writes ``count`` frames that begin ``late_s`` seconds after sound that lasts as long as they do."""
+    with av.open(str(path), "w") as container:
+        pictures, sound = container.add_stream("libx264", rate=fps), container.add_stream("aac", rate=16000)
+        assert isinstance(pictures, av.VideoStream)
+        pictures.height, pictures.width, pictures.pix_fmt = 64, 192, "yuv420p"
+        pictures.codec_context.time_base = Fraction(1, CLOCK)
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number, 64, 192), format="rgb24")
+            frame.pts, frame.time_base = round((late_s + number / fps) * CLOCK), Fraction(1, CLOCK)
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode(None))
+        _write_silence(container, sound, late_s + count / fps)
+    return path
+
+
+def _write_silence(
+    container: av.container.OutputContainer, stream: av.AudioStream, duration_s: float
+) -> None:
+    silence = np.zeros((1, 1024), dtype=np.float32)
+    for start in range(0, round(duration_s * 16000), 1024):
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, start
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))

@@ -49,6 +49,7 @@ class CheckedVideo:
     frames: int | None = None
     size_px: tuple[int, int] | None = None
     codec: str | None = None
+    late_s: float | None = None  # how much later than the file its pictures begin; None: not looked at
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +60,7 @@ class CheckedVideo:
             "frames": self.frames,
             "size": None if self.size_px is None else list(self.size_px),
             "codec": self.codec,
+            "late": self.late_s,
             "decoded": self.decoded,
             "bytes": self.bytes,
             "mtime_ns": self.mtime_ns,
@@ -108,6 +110,11 @@ def check(
         "videos": len(checked),
         "unannotated": annotations.unannotated,
         "clamped": sum(identity not in too_long for _, identity in annotations.clamped),
+        "late": [
+            {"video": str(video), "late_s": facts.late_s}
+            for video, facts in checked.items()
+            if facts.late_s is not None and facts.late_s > settings.tolerance_s
+        ],
         "tolerance_s": settings.tolerance_s,
         "checked": str(out),
         "good": None if good is None else str(good),
@@ -203,7 +210,8 @@ def check_videos(
 
 def _check_videos(samples: Sequence[Sample], out: Path, settings: CheckSettings) -> dict[Path, CheckedVideo]:
     repair_jsonl(out)
-    checked = known_videos(samples, out, decoded=settings.decode is not None)
+    known = known_videos(samples, out, decoded=settings.decode is not None)
+    checked = {video: facts for video, facts in known.items() if facts.error or facts.late_s is not None}
     wanted = []
     for video in dict.fromkeys(sample.video for sample in samples):
         if video in checked:
@@ -247,6 +255,7 @@ def open_video(video: Path, decode: VideoConfig | None) -> dict[str, Any]:
         "frames": info.frame_count,
         "size_px": info.size_px,
         "codec": info.codec,
+        "late_s": round(info.late_s, 3),
     }
 
 
@@ -309,6 +318,7 @@ def _read(out: Path) -> dict[str, CheckedVideo]:
                 frames=row["frames"],
                 size_px=None if size is None else (size[0], size[1]),
                 codec=row["codec"],
+                late_s=row.get("late"),  # an earlier version did not look
             )
         except (KeyError, TypeError, IndexError):
             raise UserError(

@@ -87,6 +87,13 @@ def check_lines(record: dict[str, Any]) -> Iterator[str]:
             + f", {counted(record['clamped'], 'spans cut to the duration')}, "
             f"{counted(record['unannotated'], 'rows without spans')}; tolerance {record['tolerance_s']:g} s"
         )
+    if late := record["late"]:
+        most = max(late, key=lambda video: video["late_s"])
+        yield (
+            f"{counted(len(late), 'videos')} with pictures that begin later than the file, up to "
+            f"{most['late_s']:.2f} s ({most['video']}): a player shows them later by that, so spans "
+            "annotated in one are late; --json lists all"
+        )
     if record["good"]:
         yield f"{record['good']}: {counted(record['written'], 'rows without problems')}"
 

@@ -79,6 +79,7 @@ class PacketTable:
     promise_from_zero: bool = False  # whether it counts from 0 and not from the first frame
     promise_of_all: bool = False  # whether it is that of all streams together
     furthest_s: float = 0.0  # the latest end of a packet of any stream
+    starts_s: float | None = None  # when the first of its streams begins, as players say
     pts: list[int | None] = field(default_factory=list)
     dts: list[int | None] = field(default_factory=list)
     durations: list[int] = field(default_factory=list)  # 0 where unknown
@@ -236,6 +237,8 @@ def _describe_stream(container: av.container.InputContainer, stream: av.VideoStr
     )
     if raw:
         return table
+    if container.start_time is not None:
+        table.starts_s = container.start_time / av.time_base
     if stream.duration:
         table.promised_s = float(stream.duration * stream.time_base)
     elif (tagged := _tagged_duration_s(stream)) is not None:

@@ -59,6 +59,7 @@ class PacketIndex:
     skippable: bool  # whether keyframes are marked so that decoding may begin in the middle
     end_s: float  # when the last frame stops being shown
     origin_s: float | None  # the first frame on the clock of all streams; None where that clock starts again
+    late_s: float  # how much later than the file its pictures begin; 0 where nobody can tell
     nominal_fps: Fraction | None  # the rate that container or codec claim
     size_px: tuple[int, int]  # (height, width) as shown
     orientation: Orientation  # orientation of the first frame
@@ -125,6 +126,7 @@ def _index(
         skippable=(table.intra_only or not keys_N.all()) and not table.packed,
         end_s=float(times_s[-1]) + last_s,
         origin_s=origin_s,
+        late_s=0.0 if origin_s is None or table.starts_s is None else max(0.0, origin_s - table.starts_s),
         nominal_fps=table.rate,
         size_px=orientation.size_px(table.first.height, table.first.width),
         orientation=orientation,

@@ -60,6 +60,7 @@ class VideoInfo:
     variable_rate: bool
     size_px: tuple[int, int]  # (height, width) as shown: turned as the file says
     codec: str
+    late_s: float  # how much later than the file, or its sound, its pictures begin
 
     @property
     def frame_count(self) -> int:
@@ -201,6 +202,7 @@ def _info(path: Path, index: PacketIndex) -> VideoInfo:
         variable_rate=variable,
         size_px=index.size_px,
         codec=index.codec,
+        late_s=index.late_s,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from annotation_cases import write
 from process_cases import descendants, is_alive, needs_proc, wait_until
-from video_cases import write_video
+from video_cases import write_video, write_with_sound
 
 from video_opd.cli import main
 from video_opd.config import VideoConfig
@@ -25,6 +26,7 @@ from video_opd.errors import UserError
 
 ROW = {"query": "q", "duration": 4.0, "spans": [[1, 2]]}
 HERE = CheckSettings(workers=1)
+PRIMING_S = 0.07  # AAC begins with a frame of 64 ms that nobody hears; MPEG-TS does not say so
 
 
 @pytest.fixture
@@ -153,6 +155,35 @@ def test_the_facts_of_a_video_are_right(videos):
     assert by_name["broken.mp4"]["duration"] is None and "cannot be opened" in by_name["broken.mp4"]["error"]
     again = module.known_videos(read_samples(data), videos / "c.jsonl")
     assert again == checked
+
+
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts"])
+def test_pictures_that_begin_after_the_sound_are_told(tmp_path, capsys, monkeypatch, name):
+    """A player counts from the sound: spans that were annotated in one are late. No row is wrong by that."""
+    monkeypatch.chdir(tmp_path)
+    write_with_sound(Path(name), 20, late_s=1.5)
+    write_with_sound(Path("even.mp4"), 20, late_s=0.0)
+    write_with_sound(Path("nearly.mp4"), 20, late_s=0.8)
+    videos = (name, "even.mp4", "nearly.mp4")
+    write(Path("d.jsonl"), rows(*({"video": video, "duration": 2.0} for video in videos)))
+    assert main(["data", "check", "d.jsonl", "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    said = re.search(r"1 video with pictures that begin later than the file, up to (.+?) s", out)
+    assert said and float(said[1]) == pytest.approx(1.5, abs=PRIMING_S)
+    assert main(["data", "check", "d.jsonl", "--workers", "1", "--tolerance", "0.5", "--json"]) == 0
+    late = json.loads(capsys.readouterr().out)["late"]
+    assert [video["video"] for video in late] == [name, "nearly.mp4"]
+    assert [video["late_s"] for video in late] == pytest.approx([1.5, 0.8], abs=PRIMING_S)
+
+
+def test_a_check_file_that_says_nothing_of_lateness_is_made_anew(videos, monkeypatch):
+    write(videos / "d.jsonl", rows({}))
+    assert opened(videos, monkeypatch) == ["v.mp4"]
+    found = json.loads((videos / "c.jsonl").read_text())
+    del found["late"]
+    (videos / "c.jsonl").write_text(json.dumps(found) + "\n")
+    assert opened(videos, monkeypatch) == ["v.mp4"]
+    assert opened(videos, monkeypatch) == []
 
 
 def test_decoding_finds_what_opening_does_not(tmp_path):
