@@ -141,7 +141,7 @@ class Build:
             forward_module=forward_module,
             policy=policy,
             plain=HFPolicy(student, processor(), "plain"),
-            teacher=self.teacher(recipe, accelerator) if method.needs.teacher else None,
+            teacher=self.teacher(recipe, accelerator, policy) if method.needs.teacher else None,
             reference=self.reference(recipe, accelerator, policy) if method.needs.reference else None,
             method=method,
             optimizer=optimizer,
@@ -158,7 +158,7 @@ class Build:
         use_linear_patches(made)  # as models that are loaded
         return made
 
-    def teacher(self, recipe: Recipe, accelerator: Any) -> Teacher:
+    def teacher(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
         shared = self.shares_teacher and recipe.teacher.placement in ("auto", "whole")
         made = frozen_teacher(self.teacher_seed) if shared else model(self.teacher_seed, sharpness=8.0)
         return self.placed(recipe, accelerator, HFPolicy(made, processor(), self.engine))

@@ -136,7 +136,7 @@ class DistantTeacher(Teacher, Protocol):
 
 @runtime_checkable
 class VisitingTeacher(Teacher, Protocol):
-    """A teacher that takes up memory of the device only during its turn."""
+    """A teacher that takes up memory of the device only during its turn. Turns of several ones overlap."""
 
     def turn(self) -> AbstractContextManager[None]:
         """A context in which several calls of :meth:`logprobs` are one turn."""

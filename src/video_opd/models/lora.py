@@ -101,7 +101,7 @@ def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes exactly as its base. Not to be used between a forward and its backward."""
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers = _as_trained(model)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -115,7 +115,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def adapter_on(model: nn.Module, adapter: str) -> Iterator[None]:
     """Inside, the model computes with another adapter, which :func:`add_frozen_adapter` put there, in place
     of the one that is trained. Not to be used between a forward and its backward."""
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers = _as_trained(model)
     for layer in layers:
         layer.set_adapter([adapter], inference_mode=True)
     try:
@@ -123,6 +123,16 @@ def adapter_on(model: nn.Module, adapter: str) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.set_adapter([NAME])
+
+
+def _as_trained(model: nn.Module) -> list[Any]:
+    """The adapted layers, which must compute with the trained adapter: of one student that is several models,
+    each must be left before another is put on, or the inner one computes as the outer."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    for layer in layers:
+        trained = NAME not in layer.lora_A or layer.active_adapters == [NAME]
+        assert trained and not layer.disable_adapters, "the student is another model already"
+    return layers
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class AdaptersOffReference:
         assert not trained_in_full(policy.model), "weights that are trained in full cannot be switched off"
         self.policy, self.nonfinite = policy, nonfinite
 
-    def turn(self) -> AbstractContextManager[None]:
+    def _put_on(self) -> AbstractContextManager[None]:
         """The student's model is this teacher inside."""
         return adapters_off(self.policy.model)
 
@@ -71,7 +71,7 @@ class AdaptersOffReference:
         temperature: float = 1.0,
     ) -> TokenLogprobs:
         """As :meth:`Teacher.logprobs`."""
-        with self.turn():
+        with self._put_on():
             scores = self.policy.logprobs(prompts, responses, full=full, temperature=temperature)
         return finite_scores(scores, prompts, responses, self.nonfinite)
 
@@ -87,7 +87,7 @@ class AdapterTeacher(AdaptersOffReference):
         super().__init__(policy, nonfinite=nonfinite)
         self.adapter = adapter
 
-    def turn(self) -> AbstractContextManager[None]:
+    def _put_on(self) -> AbstractContextManager[None]:
         """The student's own adapter is off inside."""
         return adapter_on(self.policy.model, self.adapter)
 

@@ -29,9 +29,9 @@ SINGLE_TOKEN = 5.0
 class MicroBatch:
     """The rows whose prompts go through the models together.
 
-    ``groups`` are the rollouts of each row, None if they have not been sampled yet. ``teacher`` and
-    ``reference`` are the scores of these rollouts, if they were scored ahead; ``asked`` waits for those of a
-    teacher that has been asked.
+    ``groups`` are the rollouts of each row, None if they have not been sampled yet. With ``scored_ahead``,
+    ``teacher`` and ``reference`` are their scores, None where the method needs none or there is no row.
+    ``asked`` waits for those of a teacher that has been asked.
     """
 
     rows: Sequence[Row]
@@ -39,6 +39,7 @@ class MicroBatch:
     teacher: TokenLogprobs | None = None
     reference: TokenLogprobs | None = None
     asked: Callable[[], TokenLogprobs] | None = None
+    scored_ahead: bool = False
 
     @property
     def prompts(self) -> list[EncodedPrompt]:

@@ -116,7 +116,7 @@ class Shards:
 
     With ``masters``, the optimiser works on these in place of the model's weights. ``each_micro_batch`` says
     that :meth:`reduce` follows each backward. A gradient is then held in the type of its weight, not in
-    float32, because nothing is added to it.
+    float32: at most a second one is added to it, where the backward is cut at the prefix.
 
     With ``by_layer``, what is said here of whole weights holds for those outside of layers only. The layers
     stay in shards; :meth:`gathered_layers` makes them whole one at a time.
@@ -154,7 +154,7 @@ class Shards:
         in_layers = {name for names in self._in_layer.values() for name in names}
         self._whole = {name: weight for name, weight in _trained(model).items() if name not in in_layers}
         self._kept: dict[str, torch.Tensor] = {}
-        if self.each_micro_batch or masters is not None:
+        if self.units or masters is not None:
             for name, weight in self._whole.items():
                 weight.register_post_accumulate_grad_hook(functools.partial(self._keep, name))
 

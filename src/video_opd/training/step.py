@@ -457,17 +457,19 @@ class Stepper:
         All processes call it for each of their micro-batches, those without rows, too.
         """
         settings, needs = self.settings, self.method.needs
-        teacher, reference = micro.teacher, micro.reference
+        if micro.scored_ahead:
+            return micro.teacher, micro.reference
+        teacher = reference = None
         if micro.asked is not None:
             with self.watch.stage("teacher"):
                 teacher = micro.asked()
-        elif needs.teacher and teacher is None:
+        elif needs.teacher:
             with self.watch.stage("teacher"):
                 # The teacher's distribution is never sharpened: its temperature is 1, here as in _asked.
                 teacher = self._scores(
                     self.components.teacher, micro, responses, full=settings.distributions, temperature=1.0
                 )
-        if needs.reference and reference is None:
+        if needs.reference:
             with self.watch.stage("reference"):
                 reference = self.together(  # it may be the student without its adapters
                     lambda: self._scores(
@@ -526,7 +528,7 @@ class Stepper:
                 turns.enter_context(scorer.turn())
             scores = [self._score(micro, token_ids(micro.groups or ())) for micro in batches]
         return [
-            replace(micro, teacher=teacher, reference=reference, asked=None)
+            replace(micro, teacher=teacher, reference=reference, asked=None, scored_ahead=True)
             for micro, (teacher, reference) in zip(batches, scores, strict=True)
         ]
 

@@ -463,6 +463,8 @@ def test_the_reference_is_the_student_without_them(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"), adapters_off(student):
         raise RuntimeError("stop")
     assert torch.equal(scores(student), before)
+    with adapters_off(student), pytest.raises(AssertionError, match="another model"), adapters_off(student):
+        pass
 
 
 def test_the_reference_is_a_copy_where_something_is_trained_in_full(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from model_cases import model, processor
 from training_cases import (
     Build,
     assert_equal_to_rounding,
@@ -18,7 +20,17 @@ from training_cases import (
     start,
 )
 
-from video_opd.config import Recipe
+from video_opd.config import LoraConfig, Recipe
+from video_opd.models.interfaces import Teacher
+from video_opd.models.lora import (
+    adapter_weights,
+    add_adapters,
+    add_frozen_adapter,
+    merge_adapters,
+    save_adapter,
+)
+from video_opd.models.policy import HFPolicy
+from video_opd.models.teachers import AdapterTeacher, LocalTeacher, RoutedTeacher
 from video_opd.training.loop import train
 
 ROWS = 10  # of them every fourth without annotation: 7 for the methods that need one
@@ -80,3 +92,61 @@ def test_rows_without_annotation_are_left_out_of_supervised_methods(tmp_path: Pa
     result = train(recipe_of("sft", tmp_path / "run", 8), Build(rows=ROWS))
     logged = {row["id"] for row in rows_of(result.path / "rollouts.jsonl")}
     assert logged and all(int(name[1:]) % 4 for name in logged)
+
+
+def trained_teacher() -> Any:
+    """The students' base with an adapter that training might have made."""
+    made = model(0, sharpness=8.0).requires_grad_(False)
+    add_adapters(made, LoraConfig(parts=("language",), rank=4), 7, base="base")
+    with torch.no_grad():
+        for number, weight in enumerate(adapter_weights(made).values()):
+            generator = torch.Generator().manual_seed(number)
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return made
+
+
+class OfOneBase(Build):
+    """The teacher is an adapter on the student's own base, which the reference is, too."""
+
+    def __init__(self, adapter: Path, *, routed: bool = False) -> None:
+        super().__init__(rows=ROWS)
+        self.adapter, self.routed = adapter, routed
+
+    def teacher(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
+        add_frozen_adapter(policy.model, self.adapter, "teacher0")
+        teacher = AdapterTeacher(policy, "teacher0")
+        return RoutedTeacher({"all": teacher}, lambda _: "all") if self.routed else teacher
+
+
+class Merged(Build):
+    """The same teacher as a model of its own."""
+
+    def teacher(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
+        made = trained_teacher()
+        merge_adapters(made)
+        return LocalTeacher(HFPolicy(made, processor(), self.engine))
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("method", ["video-opd", "op-rkd"])
+def test_a_student_that_is_its_own_teacher_and_reference_scores_as_three_models(
+    method: str, routed: bool, tmp_path: Path
+):
+    save_adapter(trained_teacher(), tmp_path / "adapter")
+
+    def run(name: str, build: Build) -> Path:
+        return train(
+            make_recipe(
+                tmp_path / name,
+                method,
+                model={"freeze": ["vision", "merger", "lm_head"]},
+                lora={"parts": ["language"], "rank": 4},
+                teacher={"reward_scale": 1.25},
+                sampling={"micro_batch_size": 2} if method == "video-opd" else {},
+                optim={"lr": 1e-3, "batch_size": 8, "micro_batch_size": 2, "max_steps": 2},
+            ),
+            build,
+        ).path
+
+    expected = run("merged", Merged(rows=ROWS))
+    assert_equal_to_rounding(expected, run("shared", OfOneBase(tmp_path / "adapter", routed=routed)))
