@@ -1,10 +1,11 @@
 """What runs reached on the test sets: mean IoUs or accuracies, and paired differences with intervals.
 
-Shapes: ``N`` rows of all test sets, ``S`` seeds, ``D`` draws of the bootstrap.
+Shapes: ``N`` rows of all test sets, ``S`` seeds, ``D`` draws of videos, ``T`` of seeds for each of these.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from video_opd.types import Sample
 from video_opd.world.questions import right_answers
 
 POOLED = "all"  # the rows of all test sets together
+_T_DRAWS = 50  # for each draw of videos: a t of 2 degrees of freedom is far out in its tails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +76,22 @@ def difference(to: Measured, since: Measured, *, draws: int = DRAWS, seed: int =
     """The rise of the pooled mean score from one arm to another, in points: paired, because both have the
     same rows and seeds.
 
-    The bootstrap draws videos, with all their rows in both arms, and seeds, each with replacement: a seed
-    changes the training rows and the rollouts, so it is a second source of chance. An arm without seeds (one
-    column: a model that was not trained here) is compared with every seed of the other.
+    A seed changes the training rows and the rollouts, so it is a source of chance beside the videos. The
+    interval adds up both: the mean over seeds of a bootstrap that draws videos, with all their rows in both
+    arms, and a Student's t for the seeds, with their standard error and S - 1 degrees of freedom. To draw
+    three seeds again would show two thirds of their variance, and never more than they have shown. Chance
+    that belongs to one video under one seed is counted in both parts, which errs on the wide side. An arm
+    without seeds (one column: a model that was not trained here) is compared with every seed of the other.
     """
     assert to.videos_N == since.videos_N, "two arms are compared on the same rows"
     rises_NS = to.scores_NS - since.scores_NS
     seeds = rises_NS.shape[1]
-    draws_DS = draws_of_means(rises_NS, to.videos_N, draws=draws, seed=seed)
-    drawn_DS = np.random.default_rng([seed, 1]).integers(0, seeds, size=(draws, seeds))
-    means_D = np.take_along_axis(draws_DS, drawn_DS, axis=1).mean(axis=1)
-    low, high = np.percentile(means_D, [2.5, 97.5])
     by_seed_S = rises_NS.mean(axis=0)
+    means_D = draws_of_means(rises_NS.mean(axis=1, keepdims=True), to.videos_N, draws=draws, seed=seed)[:, 0]
+    if seeds > 1:
+        t_DT = np.random.default_rng([seed, 1]).standard_t(seeds - 1, size=(draws, _T_DRAWS))
+        means_D = (means_D[:, None] + t_DT * by_seed_S.std(ddof=1) / math.sqrt(seeds)).ravel()
+    low, high = np.percentile(means_D, [2.5, 97.5])
     return Difference(
         rise=float(by_seed_S.mean()),
         low=float(low),

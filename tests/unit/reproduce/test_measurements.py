@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from pathlib import Path
@@ -25,40 +26,42 @@ def measured(scores_NS: np.ndarray) -> Measured:
     )
 
 
-def plain_interval(rises: np.ndarray, draws: int) -> tuple[float, float]:
-    """Videos and seeds are drawn with replacement, one at a time, with another generator."""
-    rng = random.Random(7)
-    rows_of: dict[str, list[int]] = {}
-    for n, video in enumerate(VIDEOS):
-        rows_of.setdefault(video, []).append(n)
-    means = []
-    for _ in range(draws):
-        rows = [n for video in rng.choices(list(rows_of), k=len(rows_of)) for n in rows_of[video]]
-        seeds = rng.choices(range(rises.shape[1]), k=rises.shape[1])
-        means.append(statistics.fmean(rises[n][s] for n in rows for s in seeds))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def test_the_interval_is_that_of_videos_and_seeds_drawn_again():
+def test_with_one_seed_the_interval_is_that_of_videos_drawn_again():
     rng = np.random.default_rng(0)
-    since = rng.uniform(0, 100, size=(60, 3))
-    rises = rng.normal(4, 10, size=(60, 3)) + np.repeat(rng.normal(0, 8, size=20), 3)[:, None]
-    rises += np.array([-2, 0, 2])
+    since = rng.uniform(0, 100, size=(60, 1))
+    rises = rng.normal(4, 10, size=(60, 1)) + np.repeat(rng.normal(0, 8, size=20), 3)[:, None]
     found = difference(measured(since + rises), measured(since))
-    assert found.rise == pytest.approx(rises.mean())
-    assert found.count_above == f"{sum(rises.mean(axis=0) > 0)} of 3 seeds"
-    low, high = plain_interval(rises, 4000)
-    assert found.low == pytest.approx(low, abs=0.08 * (high - low))
-    assert found.high == pytest.approx(high, abs=0.08 * (high - low))
+    assert found.rise == pytest.approx(rises.mean()) and found.among == 1
+    by_video = rises.reshape(20, 3).mean(axis=1)
+    draw = random.Random(7)
+    means = [statistics.fmean(draw.choices(list(by_video), k=20)) for _ in range(4000)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert found.low == pytest.approx(low, abs=0.05 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.05 * (high - low))
 
 
-def test_seeds_that_differ_widen_the_interval_and_rows_of_both_arms_are_paired():
+def test_where_only_seeds_differ_the_interval_is_students():
     base = np.random.default_rng(1).uniform(0, 100, size=(60, 3))
     same = difference(measured(base + 5), measured(base))
     assert (same.low, same.high) == (pytest.approx(5), pytest.approx(5))
     apart = difference(measured(base + np.array([0, 5, 10])), measured(base))
-    assert apart.low == pytest.approx(0) and apart.high == pytest.approx(10)
+    half = 4.3027 * 5 / math.sqrt(3)  # the 97.5% point of two degrees of freedom
+    assert apart.low == pytest.approx(5 - half, rel=0.03) and apart.high == pytest.approx(5 + half, rel=0.03)
+    assert apart.count_above == "2 of 3 seeds"
+
+
+@pytest.mark.parametrize("between_seeds", [0.0, 4.0])
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_interval_covers_the_truth_as_often_as_it_says(seeds: int, between_seeds: float):
+    """Rows of a video are alike in all seeds; a seed lifts all rows. The true rise is 2."""
+    rng = np.random.default_rng(3)
+    covered = []
+    for _ in range(200):
+        rises = 2 + np.repeat(rng.normal(0, 8, size=20), 3)[:, None] + rng.normal(0, 8, size=(60, seeds))
+        rises += rng.normal(0, between_seeds, size=seeds)
+        found = difference(measured(rises), measured(np.zeros((60, 1))), draws=500)
+        covered.append(found.low <= 2 <= found.high)
+    assert statistics.fmean(covered) > 0.92  # 95% less twice the error of 200 trials
 
 
 def test_a_model_without_seeds_is_compared_with_every_seed():
