@@ -227,7 +227,9 @@ def questions_task(place: Place, folder: Path, model: Path) -> Task:
 
 def has_all_rows(path: Path, data: Path) -> bool:
     """Whether a file has a row for each row of a data file."""
-    return path.exists() and sum(1 for _ in read_jsonl(path)) >= len(read_samples(data))
+    return path.exists() and {row.get("id") for _, row in read_jsonl(path)} >= {
+        sample.id for sample in read_samples(data)
+    }
 
 
 def samples_of(sets: Mapping[str, Path]) -> dict[str, list[Sample]]:

@@ -13,7 +13,7 @@ from typing import Any
 from video_opd.files import write_text
 from video_opd.progress import duration, log
 from video_opd.reproduce.places import Place
-from video_opd.reproduce.tasks import expected_seconds, run_stages
+from video_opd.reproduce.tasks import commits_of, expected_seconds, run_stages
 from video_opd.training.run_folder import git_commit
 
 
@@ -28,20 +28,23 @@ def reproduce(
     """Runs the experiments with the seeds 0 to ``seeds`` − 1, ``jobs`` commands at a time.
 
     Videos and runs are kept in ``out``, and what a killed run finished is not run again. The result of each
-    is written to the folder ``results`` as ``NAME.json``. Raises UserError if a command fails.
+    is written to the folder ``results`` as ``NAME.json``. Raises UserError if a command fails, or if ``out``
+    holds what was made by other commands or from other files.
     """
     place, numbers = Place(out=Path(out).resolve()), list(range(seeds))
+    logs = place.out / "logs"
     plans = {experiment: experiment.stages(place, numbers) for experiment in experiments}
     total_s = sum(expected_seconds(stages, jobs) for stages in plans.values())
     log(f"about {duration(total_s)} of training and answering are left, {jobs} commands at a time")
     for experiment, stages in plans.items():
         log(f"{experiment.TITLE}: {sum(map(len, stages))} runs")
         experiment.prepare(place, numbers)
-        run_stages(stages, place.out / "logs", jobs)
+        run_stages(stages, logs, jobs)
         record = {
             "experiment": experiment.NAME,
             "seeds": numbers,
             "commit": git_commit(),
+            "commits_of_runs": commits_of(stages, logs),
             "machine": machine(),
             "result": experiment.result(place, numbers),
         }

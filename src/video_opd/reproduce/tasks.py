@@ -1,7 +1,12 @@
-"""Commands that are run several at a time. What is finished is not run again, so a killed run continues."""
+"""Commands that are run several at a time. What is finished is not run again, so a killed run continues.
+
+Beside what a command says stands ``NAME.json``: its words, the digests of what it was given to read, and the
+commit. What was made by other words, or from other files, is not taken for what is asked for.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.errors import UserError
+from video_opd.files import write_text
+from video_opd.models.fingerprint import model_fingerprint
 from video_opd.processes import PARENT
 from video_opd.progress import duration, log
+from video_opd.training.digests import file_digest
 
 LINES_SHOWN = 5  # of a failed command's output
 
@@ -54,7 +62,8 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
     """Runs the tasks that are not done, ``jobs`` at a time and stage by stage.
 
     Each runs on its share of the cores. Raises UserError with the last lines of a task that fails, after the
-    tasks beside it have ended; repeated, the others are not run again.
+    tasks beside it have ended; repeated, the others are not run again. It is raised, too, before a stage in
+    which something was made by another command or from other files.
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -68,6 +77,8 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     total_s, done_s, began = expected_seconds(stages, jobs), 0.0, time.monotonic()
     for number, stage in enumerate(stages):
+        for task in stage:
+            _check_as_before(task, logs)
         # The longest first, so that no core waits long for the last one.
         todo = sorted((task for task in stage if not task.done()), key=lambda task: -task.seconds)
         for done, task in enumerate(_completed(todo, logs, jobs, environment), start=1):
@@ -77,6 +88,46 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
                 f"stage {number + 1} of {len(stages)}: {done} of {len(todo)} done ({task.name}), "
                 f"about {duration(left_s)} left"
             )
+
+
+def commits_of(stages: Iterable[Stage], logs: Path) -> list[str]:
+    """The commits at which the tasks were run."""
+    records = (_record_of(task, logs) for stage in stages for task in stage)
+    return sorted({str(json.loads(path.read_text(encoding="utf-8"))["commit"]) for path in records})
+
+
+def _record_of(task: Task, logs: Path) -> Path:
+    return logs / f"{task.name}.json"
+
+
+def _command_of(task: Task) -> dict[str, Any]:
+    words = [str(word) for word in task.words()]
+    read = {word: digest for word in words if (digest := _digest(word)) is not None}
+    return {"module": task.module, "words": words, "read": read}
+
+
+def _digest(word: str) -> str | None:
+    """Of a file or a model that is there; None for other words."""
+    if os.path.isfile(word):
+        return file_digest(word)
+    return model_fingerprint(word) if os.path.isfile(os.path.join(word, "config.json")) else None
+
+
+def _check_as_before(task: Task, logs: Path) -> None:
+    """Raises UserError if the task was run, or begun, by another command or from other files."""
+    path = _record_of(task, logs)
+    if not path.exists():
+        if task.done():
+            raise UserError(f"{task.name} is there, but not how it was made ({path}): choose another --out")
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), _command_of(task)
+    # What it writes was not there when it began.
+    read = {word: now["read"].get(word) for word in before["read"]}
+    if (before["module"], before["words"], before["read"]) != (now["module"], now["words"], read):
+        raise UserError(
+            f"{task.name} was made by another command, or from other files, than it would be now ({path}): "
+            "choose another --out"
+        )
 
 
 def _completed(todo: Sequence[Task], logs: Path, jobs: int, environment: Mapping[str, str]) -> Iterator[Task]:
@@ -99,8 +150,13 @@ def _completed(todo: Sequence[Task], logs: Path, jobs: int, environment: Mapping
 
 
 def _run(task: Task, logs: Path, environment: Mapping[str, str]) -> None:
+    from video_opd.training.run_folder import git_commit
+
     path = logs / f"{task.name}.log"
-    command = [sys.executable, "-m", task.module, *map(str, task.words())]
+    asked = _command_of(task)
+    if not _record_of(task, logs).exists():
+        write_text(_record_of(task, logs), json.dumps({**asked, "commit": git_commit()}, indent=1) + "\n")
+    command = [sys.executable, "-m", task.module, *asked["words"]]
     with path.open("w", encoding="utf-8") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
     if code or not task.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from places import SRC
 from process_cases import descendants, is_alive, needs_proc, wait_until
 
 from video_opd.errors import UserError
-from video_opd.reproduce.tasks import Task, expected_seconds, run_stages, settings_words
+from video_opd.reproduce.places import has_all_rows
+from video_opd.reproduce.tasks import Task, commits_of, expected_seconds, run_stages, settings_words
 
 
 class Notes:
@@ -27,7 +29,8 @@ class Notes:
 
     def task(self, name: str, *words: Any, works: bool = True, seconds: float = 10) -> Task:
         def start() -> Sequence[Any]:
-            self.started.append(name)
+            if name not in self.finished:
+                self.started.append(name)
             if works:
                 self.finished.add(name)
             return words or ["--version"]
@@ -65,6 +68,47 @@ def test_a_task_that_fails_says_why_and_what_follows_is_not_started(tmp_path: Pa
 def test_a_command_that_leaves_its_work_undone_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="short ended with exit code 0"):
         run_stages([[Notes().task("short", works=False)]], tmp_path, 1)
+
+
+def test_what_was_made_otherwise_is_not_taken_for_what_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs, data, out = tmp_path / "logs", tmp_path / "data.jsonl", tmp_path / "out"
+    (tmp_path / "copies.py").write_text("import shutil, sys; shutil.copy(*sys.argv[1:3])")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    data.write_text("rows")
+
+    def run(*words: Any, name: str = "copy") -> None:
+        task = Task(
+            name=name, words=lambda: [data, out, *words], done=out.exists, seconds=1, module="copies"
+        )
+        run_stages([[task]], logs, 1)
+        assert len(commits_of([[task]], logs)) == 1
+
+    run("--optim.lr", 3e-4)
+    run("--optim.lr", 3e-4)  # out is there now, which it was not
+    with pytest.raises(UserError, match=r"copy was made by another command, .*copy\.json\): choose another"):
+        run("--optim.lr", 6e-4)
+    data.write_text("others")
+    with pytest.raises(UserError, match="or from other files"):
+        run("--optim.lr", 3e-4)
+    data.write_text("rows")
+    run("--optim.lr", 3e-4)
+    with pytest.raises(UserError, match="copy-2 is there, but not how it was made"):
+        run("--optim.lr", 3e-4, name="copy-2")
+    out.unlink()  # as of a command that was killed before it wrote anything
+    with pytest.raises(UserError, match="copy was made by another command"):
+        run("--optim.lr", 6e-4)
+    run("--optim.lr", 3e-4)
+
+
+def test_rows_of_other_ids_are_not_those_that_were_asked_for(tmp_path: Path) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    row = {"video": "v.mp4", "query": "q", "duration": 4.0, "spans": [[1, 2]]}
+    data.write_text("".join(json.dumps({"id": name, **row}) + "\n" for name in "ab"))
+    for names, whole in (("a", False), ("ac", False), ("ba", True)):
+        out.write_text("".join(json.dumps({"id": name}) + "\n" for name in names))
+        assert has_all_rows(out, data) == whole
 
 
 def test_commands_keep_the_bytecode_of_what_they_import(
