@@ -2,7 +2,7 @@
 
 Only seconds and clock times are times. A unit may stand before its number ("frames 120 to 180") or after it,
 in English and, because responses mix languages, in plain Chinese, Japanese and Korean. A number is read whole
-or not at all: no part of "1_000", "10^2", "1e-2" or "A.1" is a time.
+or not at all: no part of "1_000", "10^2", "1e-2", "A.1" or "1 minute 5 seconds" is a time.
 """
 
 from __future__ import annotations
@@ -41,17 +41,30 @@ _FRACTION_AFTER = re.compile(  # "12½", "12 .5", "12 1/2", "12 and a half"
     r"\s?[\u00bc-\u00be\u2150-\u215e]|\s\.[0-9]|\s[1-9]/[2-9](?!\w)|\s+and\s+(?:a|one)[\s-]+(?:half|third|quarter)\b",
     re.I,
 )
-# Words of units that are not seconds. Those of time: hours, minutes, and parts of a second.
-_TIME_UNITS = (
-    r"hours?|hrs?|h|minutes?|mins?|m|ms|msecs?|(?:milli|centi|deci|micro|nano)seconds?|[µμun]s|days?|weeks?|years?"
-    r"|minuten|minut[oi]s?|stunden?|uhr|heures?|horas?|минут\w*|мин|час(?:а|ов)?|phút|menit|dakika|นาที|मिनट|دقيقة"
+# Words of units that are not seconds. Those of time: hours and minutes, parts of a second, and days.
+_LARGER_UNITS = (
+    r"hours?|hrs?|h|minutes?|mins?|m|minuten?|minut[oi]s?|stunden?|heures?|horas?|минут\w*|мин|час(?:а|ов)?|phút"
+    r"|menit|dakika|นาที|मिनट|دقيقة"
 )
+_PARTS_OF_A_SECOND = r"ms|msecs?|(?:milli|centi|deci|micro|nano)seconds?|[µμun]s"
+_TIME_UNITS = rf"{_LARGER_UNITS}|{_PARTS_OF_A_SECOND}|uhr|days?|weeks?|years?"
 _FRAMES = r"(?:key)?frames?|frms?|bild(?:er)?|fotogram[am]\w*|cuadros?|quadros?|кадр\w*"
 _PERCENT = r"percent(?:age)?|per\s?cent|pct|prozent|pour\s?cent|por\s?c(?:ien|en)to|per\s?cento|процент\w*"
 _OTHER = (
     rf"(?:[%％‰°]|(?:{_PERCENT}|{_TIME_UNITS}|{_FRAMES}|fps|images?|[ap]m)(?![^\W_])|[ap]\.m\."
     r"|毫秒|ミリ秒|밀리초|分|분|小[时時]|[时時]|시간|帧|幀|フレーム|コマ|프레임|パーセント|퍼센트)"
 )
+# Hours or minutes whose seconds may follow: "1 minute 5 seconds", "1 min. 05", "2分5秒", "minute 2 second 5".
+_LARGER_AFTER = re.compile(
+    rf"(?:[^\S\n]*|-)(?:(?:hrs?|h|mins?|m)\.|(?:{_LARGER_UNITS})(?![^\W_])"
+    r"|(?:分|小[时時]|[时時])[钟鐘間间]?|분|시간)",
+    re.I,
+)
+_LARGER_BEFORE = re.compile(r"(?<![^\W_])(?:hour|hr|minute|min)\.?[^\S\n]*\Z", re.I)
+_BEFORE_REST = re.compile(r"(?:[^\S\n]|[,，、零又的の第]|and\b|(?:second|sec)\b)*", re.I)
+# Parts of a second that follow seconds: "17 s 830 ms".
+_PART_AFTER = re.compile(rf"[^\S\n]*(?:(?:{_PARTS_OF_A_SECOND})(?![^\W_])|毫秒|ミリ秒|밀리초)", re.I)
+_BEFORE_PART = re.compile(r"[^\S\n]*(?:and\b[^\S\n]*)?", re.I)
 _WHOLE = "video|clip|duration|length|total|movie|film|footage|recording"
 _NUMBERS_OF = r"(?:numbers?|nos?\.?|index(?:es)?|indices|ids?|units?)"
 _OTHER_UNIT = re.compile(
@@ -64,6 +77,7 @@ _OTHER_UNIT = re.compile(
 )
 
 _GLUE_REACH = 10  # characters before a number that may belong to it
+_REST_REACH = 16  # characters between two numbers that may be parts of one time
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # no spaces between words
 _LETTER = r"[^\W\d_]"
 _CJK_AFTER = r"[到至和与與及跟之间間左起開开結结]|から|まで|と|の間|で|부터|에서|까지|와|과|사이"
@@ -151,12 +165,15 @@ def with_plain_digits(text: str) -> str:
 def find_numbers(text: str) -> list[Number]:
     """Every number of the text, in order. Those that cannot be times are there, too: they separate others."""
     found = list(_numbers(text))
-    return [
-        replace(number, value_s=None)
-        if any(_is_thousand(text, *pair) for pair in pairwise(found[max(i - 1, 0) : i + 2]))
-        else number
-        for i, number in enumerate(found)
-    ]
+    parts: set[int] = set()  # the numbers that are parts of a longer number or time
+    for i, (a, b) in enumerate(pairwise(found)):
+        if _is_thousand(text, a, b):
+            parts |= {i, i + 1}
+        elif _is_rest(text, a, b):
+            parts |= {i + 1}
+        elif _has_rest(text, a, b):
+            parts |= {i}
+    return [replace(number, value_s=None) if i in parts else number for i, number in enumerate(found)]
 
 
 def _numbers(text: str) -> Iterator[Number]:
@@ -182,6 +199,27 @@ def _is_thousand(text: str, a: Number, b: Number) -> bool:
     """Whether two numbers may be one that is written in groups of three digits: "1 000"."""
     groups = a.bare and a.end - a.start <= 3 and text[a.end : b.start] in _THOUSANDS_GAP
     return groups and re.match(r"[0-9]{3}(?![0-9])", text[b.start : b.start + 4]) is not None
+
+
+def _is_rest(text: str, a: Number, b: Number) -> bool:
+    """Whether ``b`` is the rest of a time that begins with hours or minutes: "1 minute 5 seconds".
+
+    In "a 2-minute video: 5 to 10" it is not.
+    """
+    unit = _LARGER_AFTER.match(text, a.end)
+    if not unit and not _LARGER_BEFORE.search(text[max(a.start - _GLUE_REACH, 0) : a.start]):
+        return False
+    return _stand_together(_BEFORE_REST, text[unit.end() if unit else a.end : b.start])
+
+
+def _has_rest(text: str, a: Number, b: Number) -> bool:
+    """Whether ``b`` is the rest of the seconds ``a``: "17 s 830 ms"."""
+    is_part = _PART_AFTER.match(text, b.end) is not None
+    return a.unit and is_part and _stand_together(_BEFORE_PART, text[a.end : b.start])
+
+
+def _stand_together(pattern: re.Pattern[str], between: str) -> bool:
+    return len(between) <= _REST_REACH and pattern.fullmatch(between.translate(_MARKUP)) is not None
 
 
 def are_seconds(text: str, a: Number, b: Number) -> bool:

@@ -211,6 +211,45 @@ OTHER_UNITS: list[Row] = [
     ("frames 120 to 180 seconds", "none", None),
 ]
 
+# Seconds behind minutes or hours are a part of a time, and so are milliseconds behind seconds.
+COMPOUND: list[Row] = [
+    ("1 minute 5 seconds to 15 seconds", "none", None),
+    ("1 minute 5 to 15 seconds", "none", None),
+    ("from 2 minutes and 5 seconds to 10 seconds", "none", None),
+    ("between 1 min 5 s and 20 s", "none", None),
+    ("from 1 minute, 5 seconds to 20 seconds", "none", None),
+    ("Start: 1 min 12 s, end: 20 s", "none", None),
+    ("1 min 05 - 15 s", "none", None),
+    ("1 min. 5 sec. to 10 sec.", "none", None),
+    ("**1 minute** 5 seconds - 15 seconds", "none", None),
+    ("2m 5s to 10s", "none", None),
+    ("1 Minute 5 - 15 s", "none", None),
+    ("1 hour 0:05 to 0:15", "none", None),
+    ("1 hour, 02:03 to 02:10", "none", None),
+    ("1 hour 2 minutes 5 seconds to 10 seconds", "none", None),
+    ("from minute 2 second 5 to second 10", "none", None),
+    ("Minute 1, 5 to 10 seconds", "none", None),
+    ("2分5秒到10秒", "none", None),
+    ("第1分5秒至15秒", "none", None),
+    ("2分零5秒到10秒", "none", None),
+    ("第2分钟的5秒到10秒", "none", None),
+    ("1小时5秒到15秒", "none", None),
+    ("1分05秒〜15秒", "none", None),
+    ("1時間5秒から15秒", "none", None),
+    ("1분5초부터 15초까지", "none", None),
+    ("12 s to 17 s 830 ms", "none", None),
+    ("12 s to 17 seconds and 830 milliseconds", "none", None),
+    ("12秒到17秒830毫秒", "none", None),
+    # what stands apart from the minutes
+    ("In the 2-minute video, from 5 to 10 seconds", "to", (5.0, 10.0)),
+    ("a 2-minute video: 5 to 10", "to", (5.0, 10.0)),
+    ("It lasts 2 minutes. 5 to 10 seconds", "to", (5.0, 10.0)),
+    ("Duration: 2 minutes\n5 to 10", "to", (5.0, 10.0)),
+    ("2 minutes long; 12.54 to 17.83", "to", A),
+    ("Minute 1: 12.54 to 17.83", "to", A),
+    ("12.54 s to 17.83 s, 5290 ms", "to", A),
+]
+
 # An aside between the two times holds neither of them.
 ASIDES: list[Row] = [
     ("12.5s (frame 30) to 47.8s (frame 60)", "none", None),
@@ -648,6 +687,7 @@ STYLES = [
         EXACT
         + UNITS
         + OTHER_UNITS
+        + COMPOUND
         + ASIDES
         + SECONDS_ALL_THE_SAME
         + CJK

@@ -240,6 +240,7 @@ LONG_TEXTS: dict[str, Callable[[int], str]] = {
     "a unit far away": lambda n: "1 (" + " " * n + "s",
     "brackets": lambda n: "(" * n + "1 to 2",
     "units": lambda n: ("unit: " * 12 + "frame " * 9 + "1 to 2 ") * (n // 133),
+    "minutes": lambda n: "1 minute " * (n // 9),
     "units behind": lambda n: "1 to 2 in (" * (n // 11),
     "shares": lambda n: ("0.1 to 0.2 of the " + " " * 200) * (n // 218),
     "chinese": lambda n: "帧第1到" * (n // 4),
