@@ -141,11 +141,15 @@ class ParsedAnswer:
 
 
 _SIGN = re.compile(r"(?:^|[\s(\[{=:,\"'])[-−]\Z")
-# "3 people" is a count; "12 and" and "12 the moment" are not.
+# "3 people" is a count; "12 and", "12 the moment" and "12 he enters" are not, nor is "12" before a capital or
+# at the end of a line.
 _COUNTED = re.compile(
-    r"\s+(?!(?:a|after|all|and|approximately|as|at|before|by|end\w*|finish\w*|for|in|is|its?|of|on|or|respectively"
-    r"|right|so|stops?|that|the|then|through|till|to|until|up|when|where|which|while|with)\b)[a-z]",
-    re.I,
+    r"[^\S\n]+(?!(?:about|an?|after|all|also|and|approx\w*|are|around|as|at|because|before|but|by|captures?"
+    r"|contains?|corresponds?|depicts?|due|during|end\w*|finish\w*|for|from|has|have|her?|here|his|i\.e|if|in"
+    r"|inclusive|interval|into|is|its?|marks?|match\w*|of|on|onwards?|or|part|period|portion|range|respectively"
+    r"|right|roughly|section|segment|she|shows?|since|so|span|stops?|that|their|then?|there|these|they|this"
+    r"|through\w*|till|time|timestamps?|to|total|until|up|was|were|when|where|which|while|window|with\w*|you"
+    r"|secondes?|second[io]|seconden|segundos?|sekund\w*|detik|giây|saniye)\b)[a-z]"
 )
 
 # The text between two numbers is compared without markdown, quotes, brackets and repeated white space. It is
@@ -219,6 +223,9 @@ def _shape(text: str, numbers: list[Number], i: int) -> str | None:
         return None  # "12.5 s of 60 s to 17.8 s of 60 s"
     if i and _ASIDE_OPENS.fullmatch(before_a) and _ASIDE_CLOSES.match(between) and not _OPENS.search(between):
         return None  # "12.5 s (frame 30) to 17.8 s"
+    counts = [number.bare and _COUNTED.match(text, number.end) is not None for number in (a, b)]
+    if a.bare and counts[1]:
+        return None  # "2 to 3 people", "5-6 cups"
     if _DASH.fullmatch(words):
         return "dash"
     if _SIGN.search(between[-4:]):
@@ -227,7 +234,7 @@ def _shape(text: str, numbers: list[Number], i: int) -> str | None:
         return "to"
     if words == ",":
         return "list"
-    if any(number.bare and _COUNTED.match(text, number.end) for number in (a, b)):
+    if any(counts):
         return None
     return "from_and" if _is_from_and(before_a[-_REACH:], between, text[b.end : b.end + _REACH]) else None
 
@@ -269,8 +276,9 @@ def parse_answer(text: str, *, thinking: bool = False) -> ParsedAnswer:
     5. ``from_and``: "from A … to B", "between A and B", "start … A … end … B".
 
     Two numbers that are not tied together by one of them are no span, and neither are two numbers with a
-    unit that is not seconds, before or after them ("frames 120 to 180"). With ``thinking`` only the text
-    after ``</think>`` is read, and a text without it holds no span.
+    unit that is not seconds, before or after them ("frames 120 to 180"), parts of longer times ("1 minute
+    5 seconds") and counts ("2 to 3 people"). With ``thinking`` only the text after ``</think>`` is read, and
+    a text without it holds no span.
     """
     answer = after_thinking(text) if thinking else text
     match = None if answer is None else _match(answer.strip())
