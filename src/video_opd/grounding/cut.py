@@ -202,32 +202,42 @@ def _sound_pieces(video: Path, origin_s: float | None, span: Interval) -> Iterat
             return
         stream = max(container.streams.audio, key=_preference)  # the first of equals
         rate = stream.rate if stream.rate in AAC_HZ else AAC_HZ[0]
-        resampler = av.AudioResampler("fltp", "mono" if stream.channels == 1 else "stereo", rate)
+        layout = "mono" if stream.channels == 1 else "stereo"
         total = round((span[1] - span[0]) * rate)
         position = 0
         assert stream.time_base is not None
         with contextlib.suppress(av.FFmpegError):  # a container that cannot seek is decoded from its start
             earlier_s = max(0.0, origin_s + span[0] - PREROLL_S)
             container.seek(int(earlier_s / stream.time_base), stream=stream)
-        for frame in _audio_frames(container, stream, video):
-            for resampled in resampler.resample(frame):
-                if resampled.pts is None or resampled.time_base is None:
-                    continue
-                samples_CN = resampled.to_ndarray()
-                at = round((float(resampled.pts * resampled.time_base) - origin_s - span[0]) * rate)
-                if position and abs(at - position) <= JITTER_S * rate:
-                    at = position
-                if at + samples_CN.shape[1] <= position:
-                    continue
-                if at > position:
-                    silence = np.zeros((len(samples_CN), min(at, total) - position), dtype=np.float32)
-                    samples_CN, at = np.concatenate([silence, samples_CN], axis=1), position
-                samples_CN = samples_CN[:, position - at :][:, : total - position]
-                if samples_CN.shape[1]:
-                    position += samples_CN.shape[1]
-                    yield samples_CN.astype(np.float32, copy=False), rate
-                if position >= total:
-                    return
+        for frame in _resampled(_audio_frames(container, stream, video), layout, rate):
+            if frame.pts is None or frame.time_base is None:
+                continue
+            samples_CN = frame.to_ndarray()
+            at = round((float(frame.pts * frame.time_base) - origin_s - span[0]) * rate)
+            if position and abs(at - position) <= JITTER_S * rate:
+                at = position
+            if at + samples_CN.shape[1] <= position:
+                continue
+            if at > position:
+                silence = np.zeros((len(samples_CN), min(at, total) - position), dtype=np.float32)
+                samples_CN, at = np.concatenate([silence, samples_CN], axis=1), position
+            samples_CN = samples_CN[:, position - at :][:, : total - position]
+            if samples_CN.shape[1]:
+                position += samples_CN.shape[1]
+                yield samples_CN.astype(np.float32, copy=False), rate
+            if position >= total:
+                return
+
+
+def _resampled(frames: Iterator[av.AudioFrame], layout: str, rate: int) -> Iterator[av.AudioFrame]:
+    """The frames as float32 in one layout and at one rate.
+
+    A broadcast may change both between two frames, and a resampler takes one kind of frame only.
+    """
+    for _, alike in itertools.groupby(frames, lambda f: (f.format.name, f.layout.name, f.sample_rate)):
+        resampler = av.AudioResampler("fltp", layout, rate)
+        for frame in itertools.chain(alike, [None]):  # None asks for the samples that it still holds
+            yield from (resampled for resampled in resampler.resample(frame) if resampled is not None)
 
 
 def _preference(stream: av.AudioStream) -> tuple[bool, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -20,15 +21,24 @@ HZ = 44_100
 
 
 def write_film(
-    path: Path, seconds: int, *, fps: int = 10, delay_s: float = 0.0, begins_s: float = 0.0
+    path: Path,
+    seconds: int,
+    *,
+    fps: int = 10,
+    delay_s: float = 0.0,
+    begins_s: float = 0.0,
+    layout: str = "stereo",
+    hz: int = HZ,
+    b_frames: int = 2,
 ) -> Path:
     """Numbered frames, and a tone that is 200 Hz higher every second; the sound begins ``delay_s`` late.
 
     The file's clock shows ``begins_s`` where the sound would begin without delay, and at the first frame.
+    ``hz`` is the sample rate.
     """
     with av.open(str(path), "w") as container:
-        picture = container.add_stream("libx264", rate=fps, options={"g": "50", "bf": "2"})
-        sound = container.add_stream("aac", rate=HZ, layout="stereo")
+        picture = container.add_stream("libx264", rate=fps, options={"g": "50", "bf": str(b_frames)})
+        sound = container.add_stream("aac", rate=hz, layout=layout)
         assert isinstance(picture, av.VideoStream)
         picture.height, picture.width, picture.pix_fmt = 64, 192, "yuv420p"
         for number in range(seconds * fps):
@@ -36,14 +46,14 @@ def write_film(
             frame.pts, frame.time_base = number + round(begins_s * fps), Fraction(1, fps)
             container.mux(picture.encode(frame))
         container.mux(picture.encode(None))
-        t = np.arange(seconds * HZ) / HZ
+        t = np.arange(seconds * hz) / hz
         frequency = 200.0 * (1 + np.floor(t))
-        wave = (0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / HZ)).astype(np.float32)
+        wave = (0.5 * np.sin(2 * np.pi * np.cumsum(frequency) / hz)).astype(np.float32)
         for start in range(0, len(wave), 1024):
-            chunk = np.stack([wave[start : start + 1024]] * 2)
-            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), format="fltp", layout="stereo")
-            heard.sample_rate, heard.time_base = HZ, Fraction(1, HZ)
-            heard.pts = start + round((begins_s + delay_s) * HZ)
+            chunk = np.stack([wave[start : start + 1024]] * (1 if layout == "mono" else 2))
+            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), format="fltp", layout=layout)
+            heard.sample_rate, heard.time_base = hz, Fraction(1, hz)
+            heard.pts = start + round((begins_s + delay_s) * hz)
             container.mux(sound.encode(heard))
         container.mux(sound.encode(None))
     return path
@@ -142,6 +152,31 @@ def test_a_clip_of_joined_recordings_is_silent_and_says_so(
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert not container.streams.audio
     assert "its clock starts again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"layout": "stereo"}, {"layout": "mono"}),
+        ({"layout": "mono"}, {"layout": "stereo"}),
+        ({"hz": 48_000}, {"hz": 32_000}),
+        ({"hz": 24_000}, {"hz": 48_000}),
+    ],
+)
+def test_sound_whose_layout_or_rate_changes_is_cut_whole(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """As between a film and the advertisements of a broadcast."""
+    film = write_film(tmp_path / "film.ts", 3, b_frames=0, **before)
+    more = write_film(tmp_path / "more.ts", 3, b_frames=0, begins_s=3.0, **after)
+    film.write_bytes(film.read_bytes() + more.read_bytes())
+    cut_clip(film, (1.0, 5.0), tmp_path / "clip.mp4")
+    assert numbers_and_times(tmp_path / "clip.mp4")[0] == [*range(10, 30), *range(20)]
+    wave, rate = sound_of(tmp_path / "clip.mp4")
+    assert len(wave) / rate == pytest.approx(4.0, abs=1024 / rate)
+    for second, hz in enumerate((400, 600, 200, 400)):
+        part = wave[round((second + 0.1) * rate) : round((second + 0.9) * rate)]
+        assert pitch(part, rate) == pytest.approx(hz, abs=4)
 
 
 def test_sound_that_begins_later_than_the_clip_stays_where_it_was(tmp_path: Path) -> None:
