@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from video_opd.config import VideoConfig
-from video_opd.data.budget import PAIR, nearest_indices, plan, uniform_indices
+from video_opd.data.budget import PAIR, nearest_indices, plan, plan_frames, uniform_indices
 from video_opd.data.decode import IndexMismatch, as_shown, decode_frames
 from video_opd.data.demux import VideoError
 from video_opd.data.index import PacketIndex, read_index
@@ -81,7 +81,7 @@ class Window:
     """A window of a video, as a clip of its own whose times count from ``start_s``.
 
     A window begins with its first frame, so its clip equals that of a video that was cut there. Example:
-    ``Window(number=1, count=9, start_s=30.0, end_s=90.0, clip=…)``, whose clip lasts 60 s.
+    ``Window(number=1, count=9, start_s=30.0, end_s=90.0, clip=…, thinned=False)``, whose clip lasts 60 s.
     """
 
     number: int  # position in time, from 0
@@ -89,6 +89,7 @@ class Window:
     start_s: float  # presentation times in the video
     end_s: float
     clip: Clip
+    thinned: bool  # whether the budget's bound on frames or tokens left fewer than its ``fps`` asks for
 
 
 def load_clip(path: str | Path, budget: VideoConfig, backend: str = "pyav") -> Clip:
@@ -217,8 +218,11 @@ class _WindowFiller:
         self.start_s = float(info.times_s[first])
         self.end_s = float(info.times_s[stop]) if stop < info.frame_count else info.duration_s
         local = info.variable_rate and not whole  # the mean rate of the file says little about a window of it
-        fps = (stop - first) / (self.end_s - self.start_s) if local else info.fps
-        self.plan = plan(stop - first, fps, *info.size_px, budget)
+        source_frames = stop - first
+        fps = source_frames / (self.end_s - self.start_s) if local else info.fps
+        self.plan = plan(source_frames, fps, *info.size_px, budget)
+        unbounded = budget.changed(max_frames=max(source_frames, budget.min_frames))
+        self.thinned = self.plan.n_frames < plan_frames(source_frames, fps, unbounded)
         self.wanted = first + _choose(info, info.times_s[first:stop], self.plan.n_frames)
         self.frames: np.ndarray | None = None
         self.kept: list[int] = []
@@ -256,7 +260,14 @@ class _WindowFiller:
             source_size_px=self.info.size_px,
             digest=clip_digest(frames, times_s),
         )
-        return Window(number=self.number, count=self.count, start_s=self.start_s, end_s=self.end_s, clip=clip)
+        return Window(
+            number=self.number,
+            count=self.count,
+            start_s=self.start_s,
+            end_s=self.end_s,
+            clip=clip,
+            thinned=self.thinned,
+        )
 
 
 def _choose(info: VideoInfo, times_s: np.ndarray, n_frames: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_opd.config import VideoConfig
-from video_opd.data.budget import PAIR, plan_frames
 from video_opd.data.video import Window, load_windows
 from video_opd.errors import UserError
 from video_opd.evaluation.predict import GenerationSettings
@@ -22,7 +21,7 @@ from video_opd.grounding.consensus import agreement, consensus
 from video_opd.progress import track
 from video_opd.seeds import derive_seed
 from video_opd.temporal import Interval, clamp, clock, parse_answer
-from video_opd.types import Clip, EncodedPrompt, Rollout
+from video_opd.types import EncodedPrompt, Rollout
 
 if TYPE_CHECKING:
     from video_opd.data.encode import PromptEncoder
@@ -78,7 +77,7 @@ class WindowAnswer:
     agreement: float | None  # mean overlap of the samples (docs/ground.md); None without samples
     frames: int  # number of frames that the model was shown
     video_tokens: int
-    thinned: bool  # whether these frames are fewer than the budget's rate asks for, as in a long window
+    thinned: bool  # whether the budget's bounds left fewer frames than its rate asks for: a long window
 
     @property
     def rank(self) -> tuple[bool, float, float]:
@@ -239,10 +238,9 @@ def ground(
     for window in track(windows, "searching windows", first.count) if first.count > 1 else windows:
         ids = [_sample_id(window, query) for query in queries]
         prompts = encoder.encode_many(window.clip, queries, ids)
-        thinned = is_thinned(window.clip, budget)
         groups = _sample(policy, prompts, settings, batch_size)
         for answers, prompt, rollouts in zip(found, prompts, groups, strict=True):
-            answers.append(_answer(window, prompt, rollouts, settings.thinking, thinned))
+            answers.append(_answer(window, prompt, rollouts, settings.thinking))
     return [
         GroundedAnswer(
             query=query,
@@ -259,15 +257,6 @@ def check_queries(queries: Sequence[str]) -> None:
     """Raises :class:`UserError` unless there is a query, and no query is empty."""
     if not queries or not all(query.strip() for query in queries):
         raise UserError("an empty query: say which event to look for")
-
-
-def is_thinned(clip: Clip, budget: VideoConfig) -> bool:
-    """Whether the budget's bound on frames or on tokens left fewer frames than its ``fps`` asks for."""
-    source_frames = max(1, round(clip.duration_s * clip.source_fps))
-    unbounded = plan_frames(
-        source_frames, clip.source_fps, budget.changed(max_frames=max(source_frames, budget.min_frames))
-    )
-    return len(clip.times_s) + PAIR < unbounded  # the source's frames may be miscounted by one
 
 
 def _sample_id(window: Window, query: str) -> str:
@@ -303,7 +292,7 @@ def _sample(
 
 
 def _answer(
-    window: Window, prompt: EncodedPrompt, rollouts: Sequence[Rollout], thinking: bool, thinned: bool
+    window: Window, prompt: EncodedPrompt, rollouts: Sequence[Rollout], thinking: bool
 ) -> WindowAnswer:
     responses = tuple(_parse(rollout, window, thinking) for rollout in rollouts)
     spans = [response.span for response in responses]
@@ -315,7 +304,7 @@ def _answer(
         agreement=agreement(spans) if several else None,
         frames=len(window.clip.times_s),
         video_tokens=prompt.video_tokens,
-        thinned=thinned,
+        thinned=window.thinned,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from answer_cases import FakePolicy, make_prompt
 from model_cases import model, processor
@@ -16,12 +17,12 @@ from video_cases import write_video
 from video_opd.config import VideoConfig
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
-from video_opd.data.video import VideoError, load_clip
+from video_opd.data.video import VideoError, load_windows
 from video_opd.errors import UserError
 from video_opd.evaluation.metrics import evaluate
 from video_opd.evaluation.predict import GenerationSettings, PredictResult, predict
 from video_opd.evaluation.predictions import read_predictions
-from video_opd.grounding.ground import GroundedAnswer, ground, is_thinned
+from video_opd.grounding.ground import GroundedAnswer, ground
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.policy import HFPolicy
 from video_opd.types import Clip, EncodedPrompt, Sample
@@ -94,10 +95,28 @@ def test_records_are_json(video: Path) -> None:
 def test_thinned_means_fewer_frames_than_the_rate_asks_for(
     video: Path, budget: VideoConfig, thinned: bool
 ) -> None:
-    clip = load_clip(video, budget)
-    assert is_thinned(clip, budget) == thinned
     answer = answers_to(video, "1.00 to 2.50", budget=budget)[0]
+    assert answer.thinned == thinned
     assert ("a long video" in answer.line()) == thinned
+
+
+@pytest.mark.parametrize(("max_frames", "thinned"), [(768, False), (4, True)])
+def test_a_screen_that_stands_still_is_not_thinned(tmp_path: Path, max_frames: int, thinned: bool) -> None:
+    """There is nothing new to be shown: that is not the budget's bound."""
+    video = write_video(tmp_path / "v.mp4", 62, times_s=[*np.arange(60) / 30, 19.9, 20.0], size=(64, 64))
+    answer = answers_to(video, "1.00 to 2.50", budget=SMALL.changed(min_frames=2, max_frames=max_frames))[0]
+    assert answer.thinned == thinned
+    assert ("a long video" in answer.line()) == thinned
+
+
+def test_a_window_is_thinned_by_the_rate_of_its_own_frames(tmp_path: Path) -> None:
+    """Ten seconds at 30 fps, then a frame every ten seconds: the mean rate says nothing of the beginning."""
+    times_s = [*np.arange(300) / 30, *range(20, 200, 10)]
+    video = write_video(tmp_path / "v.mp4", len(times_s), times_s=times_s, size=(64, 64))
+    budget = SMALL.changed(fps=4.0, min_frames=2, max_frames=8)
+    first, *others = load_windows(video, budget, 10.0)
+    assert first.thinned and len(first.clip.frames) == 8
+    assert others and not any(window.thinned for window in others)
 
 
 def test_what_cannot_be_asked(video: Path, tmp_path: Path) -> None:
