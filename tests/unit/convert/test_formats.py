@@ -14,6 +14,7 @@ from growth_cases import is_linear
 from video_opd.convert.formats import FORMATS
 from video_opd.convert.formats.durations import Durations
 from video_opd.convert.outcome import Conversion
+from video_opd.data.annotations import read_samples, write_rows
 from video_opd.errors import UserError
 
 
@@ -361,6 +362,22 @@ def test_our_own_rows_keep_their_ids_and_keys(tmp_path):
         ("u", "v/a.mp4", "q.", 9.0, [], "video-opd"),
     ]
     assert rows[0]["more"] == [1] and result.unannotated == 1
+
+
+def test_our_own_rows_without_spans_are_read_as_they_are_written(tmp_path):
+    """The writer of data files writes an empty list."""
+    row = {"id": "a", "video": "v.mp4", "query": "q", "spans": [[1, 2]]}
+    others = ({"id": "b", "spans": []}, {"id": "c", "spans": None})
+    samples = read_samples(write(tmp_path / "d.jsonl", [row, *(row | other for other in others)]))
+    write_rows(tmp_path / "written.jsonl", samples)
+    assert '"spans": []' in (tmp_path / "written.jsonl").read_text()
+    (tmp_path / "table.csv").write_text(
+        'id,video,query,spans\na,v.mp4,q,"[[1, 2]]"\nb,v.mp4,q,[]\nc,v.mp4,q,\n'
+    )
+    for name in ("written.jsonl", "table.csv"):
+        rows, result = converted(tmp_path / name)
+        assert [(r["id"], r["spans"]) for r in rows] == [("a", [[1.0, 2.0]]), ("b", []), ("c", [])]
+        assert (result.unannotated, result.problems) == (2, [])
 
 
 # The turns of the released data set, typed here: figure 7 with its query, as the data set holds it.

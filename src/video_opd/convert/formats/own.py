@@ -1,7 +1,7 @@
 """Our own rows in another container: a list in JSON, Parquet, a ``datasets`` folder, or a file to clean.
 
-``{"id", "video", "query", "duration", "spans", "source"}`` as ``data/annotations.py`` reads them. The id
-stays, other keys are kept.
+``{"id", "video", "query", "duration", "spans", "source"}`` as ``data/annotations.py`` reads them: an empty
+list of spans is a question without an annotation. The id stays, other keys are kept.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def read(entry: Entry) -> Iterator[Question]:
     identity = fields.name_of(value["id"], "id")
     stated = {"video": value["video"], "source": value.get("source")}
     others = {key: item for key, item in values.as_json(value).items() if key not in KNOWN_KEYS}
-    yield fields.row_question(
-        entry, value, key=identity, query="query", spans=value.get("spans"), **stated, extra=others
-    )
+    spans = value.get("spans")
+    spans = None if values.structure(spans) in ([], ()) else spans
+    yield fields.row_question(entry, value, key=identity, query="query", spans=spans, **stated, extra=others)
 
 
 OWN = row_format(
