@@ -24,7 +24,6 @@ from video_opd.data.edit_lists import edit_list_fault, top_boxes
 from video_opd.errors import UserError
 
 MAX_PACKETS = 5_000_000  # eleven hours at 120 fps: a file with more is broken, or not a video
-READ_TIMEOUT_S = 60.0  # for one read, so that a dead network disk is an error and not a hang
 # Flags of FFmpeg's demuxers (AVFMT_… in avformat.h).
 NO_TIMESTAMPS = 0x0080  # a raw stream: the file holds no times at all
 DISCONTINUOUS = 0x0200  # the clock may jump: MPEG streams
@@ -121,12 +120,7 @@ def _open_watched(
         raise VideoError(path, f"cannot be opened ({describe(error)})") from None
     with file:
         try:
-            container = av.open(
-                file,
-                timeout=(READ_TIMEOUT_S, READ_TIMEOUT_S),
-                **open_options(guess_times),
-                **TOLERATE_METADATA,
-            )
+            container = av.open(file, **open_options(guess_times), **TOLERATE_METADATA)
         except av.ArgumentError:  # FFmpeg says so of a format that is not on the list
             raise VideoError(
                 path,
