@@ -23,7 +23,9 @@ from video_opd.types import Clip
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # 2: an entry had no seal; 1: frames of files without presentation times were guesses
+# 3: clips of files that are refused now, as those with pauses in their edit list; 2: an entry had no seal;
+# 1: frames of files without presentation times were guesses.
+FORMAT = 4
 _RESCAN_EVERY = 64  # writes between two looks at the folder, which other processes write to as well
 
 
