@@ -18,7 +18,7 @@ from video_opd.config import VideoConfig
 from video_opd.data.budget import PAIR
 from video_opd.data.video import clip_digest, load_clip
 from video_opd.errors import UserError
-from video_opd.files import replacing_file
+from video_opd.files import discard_unfinished, replacing_file
 from video_opd.types import Clip
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ class ClipCache:
             self._puts += 1
             if self._bytes <= self.max_bytes and self._puts % _RESCAN_EVERY != 1:
                 return
+            if self._puts == 1:
+                discard_unfinished(self.folder)  # the bound does not count what killed processes left
             entries = []
             for entry in self.folder.glob("*.npz"):
                 with contextlib.suppress(OSError):  # another process may have removed it

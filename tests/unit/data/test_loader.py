@@ -2,15 +2,17 @@
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from video_opd.data.loader import PromptLoader
 from video_opd.data.video import load_clip
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
-from video_opd.types import Sample
+from video_opd.types import Clip, Sample
 from video_opd.world.tiny import build_processor
 
 SMALL = VideoConfig(max_frames=8, min_frame_tokens=1, max_frame_tokens=3)
@@ -234,6 +236,29 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(videos, tmp_path
     fresh = clip_cache.ClipCache(tmp_path / "cache", bound)
     entry = fresh._entry(videos[0], SMALL, "pyav")
     assert entry is not None and entry.name in after
+
+
+def write_and_die(kept: clip_cache.ClipCache, clip: Clip) -> None:
+    def die(file: IO[bytes], **arrays: np.ndarray) -> None:
+        file.write(bytes(1000))
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    clip_cache.np.savez = die  # type: ignore[assignment]
+    kept._write(kept.folder / "a.npz", clip)
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(videos, tmp_path):
+    kept = clip_cache.ClipCache(tmp_path, 1 << 30)
+    clip = load_clip(videos[0], SMALL)
+    for _ in range(2):
+        process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(kept, clip))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob("*.npz"))
+    kept.load(videos[0], SMALL, "pyav")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
 def test_a_cache_that_cannot_be_written_is_reported_once(videos, tmp_path, caplog):
