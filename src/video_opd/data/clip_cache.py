@@ -103,9 +103,12 @@ class ClipCache:
         arrays = {name: getattr(clip, name) for name in ("frames", "times_s", "frame_indices")}
         try:
             # Reading an entry checks its digest, so writing does not wait for the disk.
-            with replacing_file(entry, flush=False) as temporary, open(temporary, "wb") as file:
-                np.savez(file, meta=np.array(meta), seal=np.array(_seal(meta, *arrays.values())), **arrays)
-            self._trim(entry.stat().st_size)
+            seal = np.array(_seal(meta, *arrays.values()))
+            with replacing_file(entry, flush=False) as temporary:
+                with open(temporary, "wb") as file:
+                    np.savez(file, meta=np.array(meta), seal=seal, **arrays)
+                size = temporary.stat().st_size  # another process may remove the entry once it is there
+            self._trim(size)
         except (OSError, UserError) as error:
             with self._lock:
                 first, self._writable = self._writable, False

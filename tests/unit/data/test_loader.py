@@ -8,6 +8,8 @@ import pickle
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -259,6 +261,23 @@ def test_what_killed_processes_left_in_the_cache_is_removed(videos, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 and not list(tmp_path.glob("*.npz"))
     kept.load(videos[0], SMALL, "pyav")
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
+
+
+def test_an_entry_that_another_process_removes_does_not_end_the_cache(videos, tmp_path, monkeypatch):
+    real = clip_cache.replacing_file
+
+    @contextmanager
+    def removing(path: Path, **options: Any) -> Iterator[Path]:
+        with real(path, **options) as temporary:
+            yield temporary
+        path.unlink()
+
+    kept = clip_cache.ClipCache(tmp_path, 1 << 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_cache, "replacing_file", removing)
+        kept.load(videos[0], SMALL, "pyav")
+    kept.load(videos[1], SMALL, "pyav")
+    assert len(list(tmp_path.glob("*.npz"))) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_reported_once(videos, tmp_path, caplog):
