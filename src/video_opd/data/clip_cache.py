@@ -75,7 +75,8 @@ class ClipCache:
                 frames, times_s, indices = stored["frames"], stored["times_s"], stored["frame_indices"]
                 if str(stored["seal"]) != _seal(text, frames, times_s, indices):
                     return None
-            os.utime(entry)
+            with contextlib.suppress(OSError):  # the folder is somebody else's, or the entry was removed
+                os.utime(entry)
             meta = json.loads(text)
             height, width = meta["source_size_px"]
             clip = Clip(

@@ -1,5 +1,6 @@
 """Prompts in order, whatever fails on the way."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -278,6 +279,18 @@ def test_an_entry_that_another_process_removes_does_not_end_the_cache(videos, tm
         kept.load(videos[0], SMALL, "pyav")
     kept.load(videos[1], SMALL, "pyav")
     assert len(list(tmp_path.glob("*.npz"))) == 1
+
+
+def test_a_cache_of_somebody_else_is_read(videos, tmp_path, monkeypatch):
+    """The time of use of an entry can then not be changed."""
+    clip = clip_cache.ClipCache(tmp_path, 1 << 30).load(videos[0], SMALL, "pyav")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(clip_cache.os, "utime", refuse)
+    monkeypatch.setattr(clip_cache, "load_clip", lambda *_: pytest.fail("decoded again"))
+    assert clip_cache.ClipCache(tmp_path, 1 << 30).load(videos[0], SMALL, "pyav").digest == clip.digest
 
 
 def test_a_cache_that_cannot_be_written_is_reported_once(videos, tmp_path, caplog):
