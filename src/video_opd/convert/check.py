@@ -1,8 +1,8 @@
 """Opens the videos of a data file, and finds the rows that cannot be used.
 
 Every video is opened once, in a separate process, so that a video that brings its decoder down is found and
-named. The facts of each video are appended to the check file; a repeated check opens only videos that are new
-or have changed.
+named. The facts of each video are appended to the check file. A repeated check opens only videos that are
+new, have changed, or could not be read.
 """
 
 from __future__ import annotations
@@ -187,12 +187,18 @@ def default_out(data: str | Path) -> Path:
 def known_videos(
     samples: Sequence[Sample], out: str | Path, *, decoded: bool = False
 ) -> dict[Path, CheckedVideo]:
-    """The facts in the check file ``out`` about videos that have not changed since; none without a file."""
+    """The facts in the check file ``out`` about videos that could be read and have not changed since.
+
+    An error is not among them: a disk that fails and a permission that is missing are errors, too, and a file
+    does not change when they are mended. Without a file there are none.
+    """
     before = _read(Path(out))
     found = {}
     for video in dict.fromkeys(sample.video for sample in samples):
         facts = before.get(os.path.abspath(video))
-        if facts and _stat(video) == (facts.bytes, facts.mtime_ns) and (facts.decoded or not decoded):
+        if facts is None or facts.error is not None or (decoded and not facts.decoded):
+            continue
+        if _stat(video) == (facts.bytes, facts.mtime_ns):
             found[video] = facts
     return found
 
@@ -211,7 +217,7 @@ def check_videos(
 def _check_videos(samples: Sequence[Sample], out: Path, settings: CheckSettings) -> dict[Path, CheckedVideo]:
     repair_jsonl(out)
     known = known_videos(samples, out, decoded=settings.decode is not None)
-    checked = {video: facts for video, facts in known.items() if facts.error or facts.late_s is not None}
+    checked = {video: facts for video, facts in known.items() if facts.late_s is not None}
     wanted = []
     for video in dict.fromkeys(sample.video for sample in samples):
         if video in checked:

@@ -116,7 +116,7 @@ def opened(videos: Path, monkeypatch: pytest.MonkeyPatch, settings: CheckSetting
 def test_only_what_is_new_or_changed_is_opened_again(videos, monkeypatch):
     write(videos / "d.jsonl", rows({}, {"video": "w.mp4"}, {"video": "broken.mp4"}, {"video": "gone.mp4"}))
     assert opened(videos, monkeypatch) == ["v.mp4", "w.mp4", "broken.mp4"]
-    assert opened(videos, monkeypatch) == []
+    assert opened(videos, monkeypatch) == ["broken.mp4"]
     write_video(videos / "broken.mp4", 30)
     write_video(videos / "gone.mp4", 10)
     os.utime(videos / "w.mp4", ns=(1, 1))
@@ -125,6 +125,26 @@ def test_only_what_is_new_or_changed_is_opened_again(videos, monkeypatch):
     closer = CheckSettings(decode=VideoConfig(), workers=1)
     assert opened(videos, monkeypatch, closer) == ["v.mp4", "w.mp4", "broken.mp4", "gone.mp4"]
     assert opened(videos, monkeypatch, closer) == opened(videos, monkeypatch) == []
+
+
+def test_an_error_that_passes_is_forgotten(videos, monkeypatch):
+    """As on a network disk: the file itself does not change."""
+    data = write(videos / "d.jsonl", rows({}))
+    real = module.open_video
+
+    def refuse(video: Path, decode: VideoConfig | None) -> dict[str, Any]:
+        return {"error": "cannot be opened (Permission denied)"}
+
+    monkeypatch.setattr(
+        module, "_opened", lambda paths, settings: ((p, module.open_video(p, None)) for p in paths)
+    )
+    monkeypatch.setattr(module, "open_video", refuse)
+    (problem,) = check(data, videos / "c.jsonl", settings=HERE)["problems"]
+    assert problem["kinds"] == ["undecodable"]
+    assert module.known_videos(read_samples(data), videos / "c.jsonl") == {}
+    monkeypatch.setattr(module, "open_video", real)
+    assert check(data, videos / "c.jsonl", settings=HERE)["problems"] == []
+    assert opened(videos, monkeypatch) == []
 
 
 def test_a_killed_check_loses_nothing_that_it_wrote(videos, monkeypatch):
@@ -154,7 +174,7 @@ def test_the_facts_of_a_video_are_right(videos):
     assert by_name["v.mp4"]["size"] == [64, 192] and by_name["v.mp4"]["error"] is None
     assert by_name["broken.mp4"]["duration"] is None and "cannot be opened" in by_name["broken.mp4"]["error"]
     again = module.known_videos(read_samples(data), videos / "c.jsonl")
-    assert again == checked
+    assert again == {videos / "v.mp4": v}
 
 
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts"])
