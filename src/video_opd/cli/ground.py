@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     duration_s = probe(video).duration_s
     queries = _queries(arguments, video)
     _windows(arguments)
-    _check_targets(arguments, video)
     clips = _clips(Path(arguments.cut), len(queries)) if arguments.cut else []
+    _check_targets(arguments, video, clips)
     with locked_outputs([Place(str(clip), "file") for clip in clips]):
         _answer(arguments, video, duration_s, queries, clips)
 
@@ -163,15 +163,16 @@ def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]
     return window_s, overlap_s
 
 
-def _check_targets(arguments: argparse.Namespace, video: Path) -> None:
+def _check_targets(arguments: argparse.Namespace, video: Path, clips: Sequence[Path]) -> None:
     if arguments.view:
         from video_opd.grounding.page import check_page
 
         check_page(Path(arguments.view))
-    if arguments.cut:
+    if clips:
         from video_opd.grounding.cut import check_target
 
-        check_target(video, Path(arguments.cut))
+        for clip in clips:
+            check_target(video, clip)
 
 
 def _clips(out: Path, count: int) -> list[Path]:

@@ -220,6 +220,8 @@ def test_the_page_shows_the_answers(video: Path, asked: list, tmp_path: Path, ca
         (["v.mp4", "a", "--temperature", "-1"], "temperature"),
         (["v.mp4", "a", "--cut", "clip.avi"], "ends in .mp4"),
         (["v.mp4", "a", "--cut", "v.mp4"], "the video itself"),
+        (["v-2.mp4", "a", "b", "--cut", "v.mp4"], "v-2.mp4: this is the video itself"),
+        (["v.mp4", "a", "b", "--cut", "d.mp4"], "d-1.mp4: this is a folder"),
         (["v.mp4", "a", "--view", "page"], "ends in .html"),
         (["v.mp4", "a", "--format", "xml"], "xml"),
         (["v.mp4", "a", "--video.fsp", "2"], "video.fps"),
@@ -236,6 +238,8 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(
     monkeypatch.setattr("video_opd.models.inference.load_inference_model", lambda *_: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "v-2.mp4").write_bytes(video.read_bytes())
+    (tmp_path / "d-1.mp4").mkdir()
     write_sound(tmp_path / "sound.m4a")
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").write_text("")
