@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from video_opd.errors import UserError
@@ -14,7 +15,7 @@ def read_queries(path: str | Path, video: str | Path) -> list[str]:
 
     A data file will do: rows about another video are left out, and a message counts them. A row is about this
     video if it names no ``"video"``, or one with the same file name. Raises :class:`UserError` if the file
-    holds no query for the video.
+    holds no query for the video, and for a JSON list, whose lines are no queries.
     """
     path, video = Path(path), Path(video)
     try:
@@ -24,11 +25,24 @@ def read_queries(path: str | Path, video: str | Path) -> list[str]:
         raise UserError(f"{path}: cannot be read ({reason}); name a file with a query a line") from None
     if text.lstrip().startswith("{"):
         queries = _queries_of_rows(path, video)
-    else:
-        queries = [line.strip() for line in text.splitlines() if line.strip()]
+    elif _is_json_list(text):
+        raise UserError(
+            f'{path}: a JSON list; write one query a line, or JSON Lines: {{"query": "…"}} a line'
+        )
+    else:  # str.splitlines would also divide a query at a form feed or at U+2028
+        queries = [line.strip() for line in text.split("\n") if line.strip()]
     if not queries:
         raise UserError(f"{path}: no query in it for {video.name}; write one a line")
     return queries
+
+
+def _is_json_list(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        return isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _queries_of_rows(path: Path, video: Path) -> list[str]:

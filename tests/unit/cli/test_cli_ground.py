@@ -88,6 +88,14 @@ def test_queries_come_from_words_and_files(video: Path, asked: list, tmp_path: P
     assert "1 rows about other videos left out" in capsys.readouterr().err
 
 
+def test_only_a_line_ends_a_query(tmp_path: Path) -> None:
+    lines = tmp_path / "q.txt"
+    lines.write_bytes("the cup\u2028falls\r\nhe opens\x0cthe door\n[he] leaves\n".encode())
+    assert read_queries(lines, "v.mp4") == ["the cup\u2028falls", "he opens\x0cthe door", "[he] leaves"]
+    lines.write_text("[he] leaves\n[she stays]\n")
+    assert read_queries(lines, "v.mp4") == ["[he] leaves", "[she stays]"]
+
+
 def test_words_may_stand_anywhere(video: Path, asked: list) -> None:
     assert run(video, "--json", "a", "--seed", "3", "b") == 0
     assert run("--json", video, "a", "b") == 0
@@ -212,6 +220,7 @@ def test_the_page_shows_the_answers(video: Path, asked: list, tmp_path: Path, ca
         (["v.mp4", "--queries", "others.jsonl"], "no query in it for v.mp4"),
         (["v.mp4", "--queries", "bad.jsonl"], 'bad.jsonl:2: a row needs a "query"'),
         (["v.mp4", "--queries", "latin.txt"], "not UTF-8"),
+        (["v.mp4", "--queries", "list.json"], "list.json: a JSON list; write one query a line"),
         (["v.mp4", "a", "--window", "0"], "longer than the overlap"),
         (["v.mp4", "a", "--window", "nan"], "longer than the overlap"),
         (["v.mp4", "a", "--window", "5", "--overlap", "5"], "longer than the overlap"),
@@ -247,6 +256,7 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(
     (tmp_path / "latin.txt").write_bytes("die Tür".encode("latin-1"))
     (tmp_path / "others.jsonl").write_text('{"video": "w.mp4", "query": "a"}\n')
     (tmp_path / "bad.jsonl").write_text('{"query": "a"}\n{"query": ""}\n')
+    (tmp_path / "list.json").write_text(json.dumps([{"query": "a"}, {"query": "b"}], indent=1))
     before = sorted(tmp_path.iterdir())
     assert run(*words) == 2
     out, err = capsys.readouterr()
