@@ -6,7 +6,6 @@ Everything that can be wrong is checked before the model is loaded.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     video = Path(arguments.video)
     duration_s = probe(video).duration_s
     queries = _queries(arguments, video)
-    _windows(arguments)
+    _windows(arguments, duration_s)
     clips = _clips(Path(arguments.cut), len(queries)) if arguments.cut else []
     _check_targets(arguments, video, clips)
     with locked_outputs([Place(str(clip), "file") for clip in clips]):
@@ -93,7 +92,7 @@ def _answer(
     from video_opd.grounding.output_formats import FORMATS
     from video_opd.models.inference import load_inference_model, read_inference_config
 
-    window_s, overlap_s = _windows(arguments)
+    window_s, overlap_s = _windows(arguments, duration_s)
     config = read_inference_config(arguments.model, arguments.overrides)
     settings = GenerationSettings.choose(
         arguments.samples,
@@ -151,15 +150,13 @@ def _queries(arguments: argparse.Namespace, video: Path) -> list[str]:
     return queries
 
 
-def _windows(arguments: argparse.Namespace) -> tuple[float | None, float | None]:
+def _windows(arguments: argparse.Namespace, duration_s: float) -> tuple[float | None, float | None]:
+    from video_opd.data.video import check_windows
+
     window_s, overlap_s = arguments.window, arguments.overlap
     if overlap_s is not None and window_s is None:
         raise UserError("--overlap is the overlap of windows: give --window SECONDS as well")
-    if window_s is not None and not 0 <= (overlap_s or 0.0) < window_s < math.inf:
-        raise UserError(
-            f"--window {window_s:g} with --overlap {overlap_s or 0.0:g}: a window must be longer than the "
-            "overlap, and the overlap 0 or more"
-        )
+    check_windows(window_s, (window_s or 0.0) / 2 if overlap_s is None else overlap_s, duration_s)
     return window_s, overlap_s
 
 

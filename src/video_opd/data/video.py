@@ -34,6 +34,7 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "Window",
+    "check_windows",
     "clip_digest",
     "load_clip",
     "load_windows",
@@ -47,6 +48,7 @@ MAX_LOST_SHARE = 0.05
 # A claimed rate this close to the measured one is used in its place, because other readers report it.
 RATE_TOLERANCE = 0.005
 TIME_ROUNDING = 1e-6  # seconds; sums of floats are not exact
+MAX_WINDOWS = 100_000  # of a video: more are a slip of the overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +114,9 @@ def load_windows(
 
     Neighbours overlap by ``overlap_s``; the last two overlap more where the duration is no multiple. A video
     that is not longer than ``window_s`` is one window. The file is decoded once, while the caller takes
-    windows. Raises as :func:`load_clip` does, and UserError for a window that is not longer than its overlap.
+    windows. Raises as :func:`load_clip` and :func:`check_windows` do.
     """
-    if window_s is not None and not (math.isfinite(window_s) and 0 <= overlap_s < window_s):
-        raise UserError(
-            f"a window of {window_s:g} s with an overlap of {overlap_s:g} s: the window must be longer than "
-            "the overlap, and the overlap 0 or more"
-        )
+    check_windows(window_s, overlap_s)
     if backend not in BACKENDS:
         raise UserError(f"unknown video backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
     if backend == "torchcodec":
@@ -145,6 +143,25 @@ def load_windows(
             index = read_index(path, decode=True)
 
 
+def check_windows(window_s: float | None, overlap_s: float, duration_s: float = 0.0) -> None:
+    """Raises UserError for a window that is not longer than its overlap, and for more than ``MAX_WINDOWS``.
+
+    ``window_s`` None is the whole video. Without its ``duration_s`` windows are not counted.
+    """
+    if window_s is None:
+        return
+    if not (math.isfinite(window_s) and 0 <= overlap_s < window_s):
+        raise UserError(
+            f"a window of {window_s:g} s with an overlap of {overlap_s:g} s: the window must be longer than "
+            "the overlap, and the overlap 0 or more"
+        )
+    if duration_s - window_s > MAX_WINDOWS * (window_s - overlap_s):
+        raise UserError(
+            f"windows of {window_s} s with an overlap of {overlap_s} s: a video of {duration_s:.1f} s has "
+            f"more than {MAX_WINDOWS:,} of them; choose longer windows or a smaller overlap"
+        )
+
+
 def _fill_windows(
     fillers: list[_WindowFiller], decoded: Iterator[tuple[int, np.ndarray]]
 ) -> Iterator[Window]:
@@ -164,8 +181,9 @@ def plan_windows(
     """Returns (first frame, first frame after) of each window. ``times_s`` [frame_count]: their times.
 
     Windows begin every ``window_s − overlap_s`` seconds. The last one begins so early that it is as long as
-    the others. A window in which no frame begins is left out.
+    the others. A window in which no frame begins is left out. Raises as :func:`check_windows` does.
     """
+    check_windows(window_s, overlap_s, duration_s)
     if window_s is None or duration_s <= window_s:
         return [(0, len(times_s))]
     step_s = window_s - overlap_s

@@ -224,6 +224,8 @@ def test_the_page_shows_the_answers(video: Path, asked: list, tmp_path: Path, ca
         (["v.mp4", "a", "--window", "0"], "longer than the overlap"),
         (["v.mp4", "a", "--window", "nan"], "longer than the overlap"),
         (["v.mp4", "a", "--window", "5", "--overlap", "5"], "longer than the overlap"),
+        (["v.mp4", "a", "--window", "2", "--overlap", "1.9999999"], "has more than 100,000 of them"),
+        (["v.mp4", "a", "--window", "1e-5"], "has more than 100,000 of them"),
         (["v.mp4", "a", "--overlap", "5"], "--window"),
         (["v.mp4", "a", "--samples", "2", "--temperature", "0"], "all be the same"),
         (["v.mp4", "a", "--temperature", "-1"], "temperature"),

@@ -126,6 +126,14 @@ def test_impossible_windows_are_user_errors(video: Path, window: tuple[float, fl
         next(load_windows(video, NATIVE, *window))
 
 
+def test_too_many_windows_are_refused() -> None:
+    """They would fill the memory before the first one is decoded."""
+    times_s = np.arange(1000) / 10
+    assert len(plan_windows(times_s, 100.0, 10.0, 9.9)) == 901
+    with pytest.raises(UserError, match=r"overlap of 9\.9999999 s: .* has more than 100,000"):
+        plan_windows(times_s, 100.0, 10.0, 9.9999999)
+
+
 def test_a_broken_video_is_an_error_in_windows_too(tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_bytes(b"not a video")
     with pytest.raises(VideoError):
