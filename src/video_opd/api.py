@@ -220,12 +220,14 @@ def evaluate(
         model: makes the predictions, greedily and with the protocol's prompt.
         protocol: ``"paper"``, ``"timelens"`` or another of docs/evaluation.md.
         video_root: the folder of the videos; the data file's folder if None.
-        max_new_tokens: length of the model's responses at most; the protocol's if None.
+        max_new_tokens: length of the model's responses at most; the protocol's if None. A model that thinks
+            before it answers needs one.
         batch_size: responses that the model writes together.
 
     Raises:
         UserError: unless exactly one of ``predictions`` and ``model`` is given; if a file cannot be read, if
-            no row is annotated, and if no prediction belongs to an annotated row.
+            no row is annotated, if no prediction belongs to an annotated row, and for a model that thinks if
+            no length is given.
 
     Example::
 
@@ -293,7 +295,7 @@ def _predict(
     max_new_tokens: int | None,
     batch_size: int,
 ) -> tuple[dict[str, Prediction], dict[str, Any] | None]:
-    from video_opd.evaluation.predict import GenerationSettings, predict
+    from video_opd.evaluation.predict import GenerationSettings, predict, response_length
     from video_opd.evaluation.protocols import get_protocol
 
     asked = get_protocol(protocol)
@@ -309,7 +311,7 @@ def _predict(
             out,
             provenance=loaded.provenance(),
             settings=GenerationSettings(
-                max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                max_new_tokens=response_length(max_new_tokens, asked.max_new_tokens, thinking=thinking),
                 thinking=thinking,
             ),
             batch_size=batch_size,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,3 +194,15 @@ def test_evaluate_wants_one_kind_of_answers(folder: Path, model: InferenceModel)
     for options in ({}, both):
         with pytest.raises(UserError, match="either predictions or a model"):
             evaluate(folder / "d.jsonl", **options)
+
+
+def test_a_model_that_thinks_is_not_evaluated_without_a_length() -> None:
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(prompt=SimpleNamespace(thinking=True)),
+        policy=None,
+        prompts=None,
+        provenance=dict,
+        with_prompt_style=lambda _: model,
+    )
+    with pytest.raises(UserError, match="max_new_tokens"):
+        evaluate([Sample(id="a", video=Path("a.mp4"), query="q", spans=((1.0, 2.0),))], model=model)

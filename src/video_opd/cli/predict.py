@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from video_opd.cli.arguments import PROTOCOLS, add_shared, check_engine, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import MODEL_SETTINGS, VLLM_SETTINGS, Parser
-from video_opd.errors import UserError
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line
 
@@ -70,22 +69,16 @@ def response_settings(
     arguments: argparse.Namespace, config: InferenceConfig, *, n: int = 1, temperature: float = 0.0
 ) -> GenerationSettings:
     """The length of responses is that of ``--max-new-tokens``, or that of the protocol of the prompt."""
-    from video_opd.evaluation.predict import GenerationSettings
+    from video_opd.evaluation.predict import GenerationSettings, response_length
     from video_opd.evaluation.protocols import PROTOCOLS, protocol_of
 
-    length = arguments.max_new_tokens
-    if length is None and config.prompt.thinking:
-        raise UserError(
-            "the model thinks before it answers, and reasoning has no natural end: give --max-new-tokens"
-        )
-    if length is None:
-        length = (protocol_of(config.prompt.style) or PROTOCOLS["paper"]).max_new_tokens
+    protocol, thinking = protocol_of(config.prompt.style) or PROTOCOLS["paper"], config.prompt.thinking
     return GenerationSettings(
         n=n,
         temperature=temperature,
-        max_new_tokens=length,
+        max_new_tokens=response_length(arguments.max_new_tokens, protocol.max_new_tokens, thinking=thinking),
         seed=arguments.seed,
-        thinking=config.prompt.thinking,
+        thinking=thinking,
     )
 
 

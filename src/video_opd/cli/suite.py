@@ -43,7 +43,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--json", writes="file", metavar="OUT.json", help="also write the results there; - is stdout"
     )
-    add_shared(parser, "--device", "--max-new-tokens", "--seed", "--overwrite", "--batch-size", "--workers")
+    add_shared(parser, "--device")
+    add_shared(parser, "--max-new-tokens", default=None, help="default: 64; a model that thinks needs it")
+    add_shared(parser, "--seed", "--overwrite", "--batch-size", "--workers")
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -51,6 +51,22 @@ class GenerationSettings:
             )
 
 
+def response_length(given: int | None, usual: int, *, thinking: bool) -> int:
+    """Returns the length of responses at most: what is ``given``, or else the ``usual`` one.
+
+    Raises :class:`UserError` for a model that thinks without a given length: at the usual one, its reasoning
+    would be cut off before the answer.
+    """
+    if given is not None:
+        return given
+    if thinking:
+        raise UserError(
+            "the model thinks before it answers, and reasoning has no natural end: give --max-new-tokens "
+            "(in Python max_new_tokens)"
+        )
+    return usual
+
+
 MakeRow: TypeAlias = Callable[[Sample, Sequence[Rollout], GenerationSettings], dict[str, Any]]
 
 

@@ -127,8 +127,12 @@ def _tempcompass(
     read: str | None,
     judge: bool,
 ) -> Scored:
-    """``read`` is the word that the stock scorer recognises. Without one, a judge decides, or it is wrong."""
-    if read is None and (choice is _MISSING or not judge):
+    """``read`` is the word that the stock scorer recognises. Without one, a judge decides, or it is wrong.
+
+    The judge is shown what follows the thinking; if nothing does, the response is wrong without a judge.
+    """
+    text = after_thinking(text)
+    if read is None and (choice is _MISSING or not judge or not text):
         return _tempcompass_wrong(doc, text, choice)
     scored = stock(doc, [read if read is not None else text])
     rated = scored["avg_accuracy"]

@@ -34,7 +34,7 @@ class VideoOPD(lmms):
         answers: str | None = None,
         batch_size: int | str | None = 8,
         device: str | None = None,
-        max_new_tokens: int | str = 64,
+        max_new_tokens: int | str | None = None,
         max_batch_size: int | None = None,  # lmms-eval gives it to every model
         *,
         responder: Responder | None = None,
@@ -49,7 +49,7 @@ class VideoOPD(lmms):
                 out=Path(answers or f"{self._temporary.name}/answers.jsonl"),  # type: ignore[union-attr]
                 batch_size=int(batch_size or 8),
                 device=device,
-                max_new_tokens=int(max_new_tokens),
+                max_new_tokens=None if max_new_tokens is None else int(max_new_tokens),
             )
         self.responder = responder
 

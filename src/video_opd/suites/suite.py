@@ -38,7 +38,6 @@ from video_opd.terminal import Escaping
 if TYPE_CHECKING:
     from video_opd.suites.responder import Responder
 
-MAX_NEW_TOKENS = 64
 TASK_FILES = "lmms-eval"  # the folder of the task files, in ``out``
 TOLERANCE = 1e-6  # percent, between our accuracy and lmms-eval's
 PACKAGES = ("lmms-eval", "torch", "torchvision", "transformers", "av")
@@ -97,7 +96,7 @@ def run(
     batch_size: int = 8,
     workers: int = 2,
     device: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> SuiteResult:
@@ -132,7 +131,10 @@ def run(
     config, answers = responder.config, responder.settings  # raises now for a wrong setting
     with locked_folder(settings.out):
         digests = write_task_files(
-            settings.out / TASK_FILES, found.rows, max_new_tokens=max_new_tokens, judge=settings.judge
+            settings.out / TASK_FILES,
+            found.rows,
+            max_new_tokens=answers.max_new_tokens,
+            judge=settings.judge,
         )
         with _prints_on_stderr():
             rehearse(found.rows)

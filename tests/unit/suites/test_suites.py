@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ from video_opd.cli import main, suite
 from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
 from video_opd.evaluation.bootstrap import interval95
-from video_opd.suites import requirements
+from video_opd.suites import requirements, responder
 from video_opd.suites.accuracy import MISSING, ScoredRow, accuracy, benchmark_scores
 from video_opd.suites.benchmarks import BENCHMARKS, LMMS_EVAL, check_row, choose_tasks
 from video_opd.suites.letters import UNREAD, read_choice, read_yes_no
+from video_opd.suites.responder import Responder
 from video_opd.suites.suite import SuiteSettings, default_out
+from video_opd.types import Rollout, Sample
 
 OPTIONS = {"A": "left", "B": "to the right", "C": "a man walks", "D": "up"}
 
@@ -98,6 +101,49 @@ def test_reading_never_raises_and_makes_nothing_up(text: str, digits: bool) -> N
     if found.option is not None and found.rule != "wording":
         assert found.option in text.upper()
     read_yes_no(text)
+
+
+def test_a_model_that_thinks_is_read_behind_its_thinking_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template opens <think>, so a response that was cut off holds neither mark."""
+    texts = {"cut": "The ball is seen in option B, hmm", "whole": "Option B, hmm</think>\n\nD", "none": ""}
+    thinking, lengths = True, []
+
+    def config(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(prompt=SimpleNamespace(thinking=thinking))
+
+    def predict(
+        _: Any, samples: Any, __: Any, out: Path, *, make_row: Any, settings: Any, **___: Any
+    ) -> None:
+        lengths.append(settings.max_new_tokens)
+        rows = [
+            make_row(s, [Rollout(token_ids=(), logprobs=(), text=texts[s.id], truncated=True)], settings)
+            for s in samples
+        ]
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(responder, "read_inference_config", config)
+    monkeypatch.setattr(responder, "predict", predict)
+    samples = [Sample(id=name, video=Path("v.mp4"), query="q") for name in texts]
+
+    def answers(**options: Any) -> dict[str, str]:
+        model: Any = SimpleNamespace(policy=None, prompts=None, provenance=dict)
+        return Responder(model="m", out=tmp_path / "a.jsonl", loaded=model, **options).respond(samples)
+
+    with pytest.raises(UserError, match="--max-new-tokens"):
+        answers()
+    assert lengths == []
+    found = answers(max_new_tokens=900)
+    assert {name: read_choice(text, OPTIONS).option for name, text in found.items()} == {
+        "cut": None,
+        "whole": "D",
+        "none": None,
+    }
+    kept = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["responses"] for row in kept} == {name: [text] for name, text in texts.items()}
+    thinking = False
+    assert answers() == texts and lengths == [900, 64]
 
 
 # --- names and rows ----------------------------------------------------------------------------------
