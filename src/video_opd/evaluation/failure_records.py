@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from video_opd.evaluation.batching import MakeLoader
 from video_opd.evaluation.failures import choose_failures
 from video_opd.evaluation.predict import GenerationSettings, generate_responses
+from video_opd.evaluation.protocols import Protocol
 from video_opd.jsonl import write_jsonl
 from video_opd.progress import log
 from video_opd.types import EncodedPrompt, Prediction, Rollout, Sample
@@ -48,13 +49,14 @@ def write_failures(
     out: Path,
     make_loader: MakeLoader,
     explain: Explain,
+    protocol: str | Protocol = "paper",
 ) -> None:
     """Writes the failures that are shown (:func:`~video_opd.evaluation.failures.choose_failures`).
 
     ``predictions`` are the student's. ``explain`` gives what :func:`explainer` does. A row whose video can no
     longer be read is left out.
     """
-    chosen = choose_failures(samples, predictions)
+    chosen = [row.sample for row in choose_failures(samples, predictions, protocol)]
     prompts = {sample.id: prompt for sample, prompt in make_loader(chosen)} if chosen else {}
     rows = []
     for sample in chosen:

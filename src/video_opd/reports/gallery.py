@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from video_opd.evaluation.failures import FAILURES, choose_failures, other_event, outcome
+from video_opd.evaluation.rows import RowScore, score_rows
 from video_opd.reports.rows import EvaluatedRows
 from video_opd.reports.runs import Run, in_order
 from video_opd.reports.tables import colour_of
 from video_opd.reports.tokens import Explainer, TokenView
 from video_opd.temporal import Interval, best_iou
-from video_opd.types import Prediction, Sample
 
 MOST_TIMELINES = 12
 OPEN = 3  # failures of a kind that are shown at once
@@ -166,17 +166,17 @@ def gallery(run: Run, pictures: Pictures, explainer: Explainer, most: int) -> Ga
             if model == run.student:
                 for kind in FAILURES:
                     counts[kind] += sum(k == kind for k in kinds)
-    chosen: dict[str, list[tuple[int, str, Sample]]] = {kind: [] for kind in FAILURES}
+    chosen: dict[str, list[tuple[int, str, RowScore]]] = {kind: [] for kind in FAILURES}
     for name, rows in tests.items():
         own = rows.predictions[run.student]
-        for sample in choose_failures(list(rows.samples.values()), own, most):
-            cases = chosen[_outcome(own[sample.id], sample)]
-            cases.append((sum(case[1] == name for case in cases), name, sample))
+        for row in choose_failures(list(rows.samples.values()), own, rows.protocol, count=most):
+            cases = chosen[outcome(row.span, row.sample.spans)]
+            cases.append((sum(case[1] == name for case in cases), name, row))
     # The first of each test set, then the second of each.
     shown = {
         kind: [
-            _card(name, tests[name], sample, run.student, pictures, explainer)
-            for _, name, sample in sorted(cases, key=lambda case: case[0])
+            _card(name, tests[name], row, run.student, pictures, explainer)
+            for _, name, row in sorted(cases, key=lambda case: case[0])
         ]
         for kind, cases in chosen.items()
     }
@@ -199,27 +199,23 @@ def gallery(run: Run, pictures: Pictures, explainer: Explainer, most: int) -> Ga
 
 def _kinds(rows: EvaluatedRows, model: str) -> list[str]:
     """The outcome of each annotated row; a row without a prediction has no span."""
-    predictions = rows.predictions[model]
-    return [_outcome(predictions.get(sample.id), sample) for sample in rows.samples.values()]
-
-
-def _outcome(prediction: Prediction | None, sample: Sample) -> str:
-    return outcome(prediction.spans[0] if prediction and prediction.spans else None, sample.spans)
+    scored = score_rows(rows.samples.values(), rows.predictions[model], rows.protocol)
+    return [outcome(row.span, row.sample.spans) for row in scored]
 
 
 def _card(
     testset: str,
     rows: EvaluatedRows,
-    sample: Sample,
+    row: RowScore,
     student: str,
     pictures: Pictures,
     explainer: Explainer,
 ) -> Timeline:
-    prediction = rows.predictions[student][sample.id]
-    kept = rows.failures.get(sample.id, {})
-    span = prediction.spans[0] if prediction.spans else None
+    """Shows a failure. Its spans are as the protocol compares them, and so are their IoUs."""
+    sample, span = row.sample, row.span
+    prediction, kept = rows.predictions[student][sample.id], rows.failures.get(sample.id, {})
     answers = {
-        model: (p.spans[0] if (p := rows.predictions[model].get(sample.id)) and p.spans else None)
+        model: score_rows([sample], rows.predictions[model], rows.protocol)[0].span
         for model in in_order(rows.predictions)
     }
     known = [end for _, end in sample.spans] + [found[1] for found in answers.values() if found]

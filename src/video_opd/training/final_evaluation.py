@@ -98,6 +98,7 @@ def record_failures(recipe: Recipe, policy: Policy, components: Components, fold
             folder.evaluations / f"failures-{Path(path).stem}.jsonl",
             components.evaluation_loader,
             explain,
+            recipe.prompt.style,
         )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from video_opd.evaluation.failures import FAILURES, choose_failures, other_event, outcome
+from video_opd.evaluation.metrics import evaluate
+from video_opd.evaluation.rows import score_rows
+from video_opd.temporal import best_iou
 from video_opd.types import Prediction, Sample
 
 
@@ -36,6 +40,32 @@ def test_a_prediction_is_sorted_by_overlap_and_middles(span: tuple[float, float]
     assert outcome(span, [(4.0, 8.0)]) == found
 
 
+@pytest.mark.parametrize("protocol", ["paper", "timelens"])
+def test_what_is_right_is_what_the_recall_counts(protocol: str) -> None:
+    """Also for an IoU of one half that floats miss by a rounding step, and for spans that are rounded."""
+    draws = random.Random(0)
+    rows, answers = [], {}
+    for i in range(2000):
+        start = draws.randrange(300) / 10
+        length = draws.randrange(1, 80) / 10
+        rows.append(sample(f"s{i}", (start, start + 2 * length)))
+        off = draws.choice((0.0, 0.0, draws.uniform(-1, 1)))
+        answers[f"s{i}"] = prediction(f"s{i}", (start + off, start + off + length))
+    scored = score_rows(rows, answers, protocol)
+    right = [row.sample.id for row in scored if outcome(row.span, row.sample.spans) == "right"]
+    assert 100 * len(right) / len(rows) == evaluate(rows, answers, protocol, draws=1).values["R@0.5"]
+    shown = choose_failures(rows, answers, protocol, count=len(rows))
+    assert {row.sample.id for row in shown} == {*answers} - {*right}
+    # The plain comparison of the predictions themselves would count otherwise.
+    plain = [i for i, row in enumerate(rows) if best_iou(answers[f"s{i}"].spans[0], row.spans) >= 0.5]
+    assert len(plain) != len(right)
+
+
+def test_an_event_of_which_the_prediction_is_half_is_named() -> None:
+    rows = [sample("mine", (10, 11)), sample("other", (0.7, 2.1))]
+    assert other_event((0.7, 1.4), rows[0], rows) is rows[1]  # an IoU of 0.49999999999999994
+
+
 def test_any_annotated_span_will_do() -> None:
     assert outcome((21.0, 24.5), [(4.0, 8.0), (20.0, 24.0)]) == "right"
     assert outcome((20.0, 30.0), [(4.0, 8.0), (20.0, 24.0)]) == "loose boundaries"
@@ -62,10 +92,10 @@ def test_shown_are_a_few_of_each_kind_from_different_videos_all_over_the_data() 
     answers = {f"s{i}": prediction(f"s{i}", spans[kinds[i // 2 % 4]]) for i in range(20)}
     del answers["s0"]  # a video that could not be read
     answers["s1"] = Prediction(id="s1", responses=(), spans=(), rules=())
-    found = [row.id for row in choose_failures(rows, answers, count=4)]
+    found = [row.sample.id for row in choose_failures(rows, answers, count=4)]
     # Videos 0, 4, 8 have no span (s1, s8, s9, s16, s17), 1, 5, 9 another event, 2 and 6 loose boundaries.
     assert found == ["s1", "s8", "s9", "s16", "s2", "s3", "s10", "s18", "s4", "s5", "s12", "s13"]
-    assert [row.id for row in choose_failures(rows, answers, count=2)] == [
+    assert [row.sample.id for row in choose_failures(rows, answers, count=2)] == [
         *("s1", "s8", "s2", "s10", "s4", "s12")
     ]
     assert choose_failures(rows, {}) == []

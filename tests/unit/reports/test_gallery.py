@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from report_cases import rounds_run, whole_run
+from report_cases import rounds_run, whole_run, write_rows
 
 from video_opd.data.annotations import read_samples
+from video_opd.evaluation.comparison import evaluate_file
 from video_opd.evaluation.failures import choose_failures, outcome
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.reports.gallery import Gallery, Pictures, gallery
@@ -45,6 +46,33 @@ def test_the_table_counts_every_model_on_every_test_set(folder: Path) -> None:
     assert [kind.kind for kind in found.kinds] == ["no span", "another event", "loose boundaries"]
 
 
+@pytest.mark.parametrize("protocol", ["paper", "timelens"])
+def test_the_table_of_failures_agrees_with_the_recall_of_the_page(tmp_path: Path, protocol: str) -> None:
+    folder = tmp_path / "run"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("method: sft\n")
+    # An IoU of 0.49999999999999994; and twice 11.5 to 13.5, which becomes 12 to 14.
+    events = {"half": [0.7, 2.1], "rounded": [12.0, 16.0], "again": [12.0, 16.0]}
+    responses = {"half": "0.70 to 1.40", "rounded": "11.5 to 13.5", "again": "11.5 to 13.5"}
+    rows = [
+        {"id": i, "video": f"{i}.mp4", "query": "x", "duration": 30, "spans": [s]} for i, s in events.items()
+    ]
+    write_rows(folder / "eval" / "annotations-short.jsonl", rows)
+    write_rows(
+        folder / "eval" / "student-short.jsonl", [{"id": i, "response": t} for i, t in responses.items()]
+    )
+    samples = read_samples(folder / "eval" / "annotations-short.jsonl")
+    record = evaluate_file(samples, folder / "eval" / "student-short.jsonl", protocol)
+    (folder / "eval" / "student-short.json").write_text(json.dumps(record))
+    found = of_run(folder)
+    share = {"paper": "33%", "timelens": "67%"}[protocol]
+    assert f"{record['R@0.5']:.0f}%" == found.table[0][-1] == share
+    (kind,) = [kind for kind in found.kinds if kind.count]
+    view = kind.shown[0]
+    texts = {"paper": "11.5–13.5 s · IoU 0.33", "timelens": "1.0–1.0 s · IoU 0.00"}  # as it was compared
+    assert view.lanes[1].text == texts[protocol]
+
+
 def test_models_stand_in_one_order_in_all_tables(folder: Path) -> None:
     """Roles, then rounds by their numbers, then models that have no role."""
     run = read_run(folder)
@@ -68,9 +96,9 @@ def test_the_examples_are_those_that_the_run_keeps(folder: Path) -> None:
     found = of_run(folder)
     shown = [view for kind in found.kinds for view in (*kind.shown, *kind.more)]
     wanted = {
-        f"{sample.id} · {testset}"
+        f"{row.sample.id} · {testset}"
         for testset in ("short", "long")
-        for sample in choose_failures(
+        for row in choose_failures(
             read_samples(folder / "eval" / f"annotations-{testset}.jsonl"),
             read_predictions(folder / "eval" / f"student-{testset}.jsonl"),
         )
