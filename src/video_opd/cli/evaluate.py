@@ -181,6 +181,10 @@ def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
         arguments.answers, out = out, None
     if arguments.answers and not arguments.model:
         raise UserError("--answers keeps the predictions of --model: leave it out with --predictions")
+    if arguments.json == "-" and out is None and arguments.format not in (None, "json"):
+        raise UserError(
+            f"--json - and --format {arguments.format} both write to stdout: give the table a file with --out"
+        )
     return arguments.format or _format_of(out), out
 
 
@@ -276,9 +280,10 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
     record = _record(arguments, compared)
     if arguments.json and arguments.json != "-":
         write_json(arguments.json, record)
-    elif arguments.json or (form == "json" and out is None):
+    if arguments.json == "-" or (form == "json" and out is None):
         print_json(record)
-        return
+        if out is None:  # stdout holds the record and nothing else
+            return
     table = comparison_formats.make_table(
         compared, with_published=arguments.published, intervals=not arguments.no_intervals
     )

@@ -83,6 +83,14 @@ def test_a_table_in_every_format(files: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(Path("deep/m.json").read_text()) == record
 
 
+def test_the_record_on_stdout_leaves_out_no_table(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("evaluate", *BOTH, *STUDENT, *BASE)
+    record, table = run(capsys, *words, "--json", "-"), run(capsys, *words, "--format", "markdown")
+    assert run(capsys, *words, "--json", "-", "--out", "t.md") == record
+    assert Path("t.md").read_text() == table
+    assert run(capsys, *words, "--json", "-", "--out", "t.json") == record == Path("t.json").read_text()
+
+
 def test_sources_as_data_sets(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("evaluate", "--data", "other.jsonl", "--predictions", "student-other.jsonl", "--by-source")
     record = json.loads(run(capsys, *words, "--format", "json"))
@@ -109,6 +117,7 @@ def test_sources_as_data_sets(files: Path, capsys: pytest.CaptureFixture[str]) -
         ((*BOTH, "--model", "m", "--answers", "x.jsonl"), "one data set"),
         ((*BOTH, "--model", "m", "--answers", "x.jsonl", "--out", "y.jsonl"), "leave out one"),
         ((*BOTH, *STUDENT, "--video.fps", "1"), "--video.fps"),
+        ((*BOTH, *STUDENT, "--format", "latex", "--json", "-"), "give the table a file with --out"),
         (("--data", "other.jsonl", "--predictions", "other.jsonl"), "other.jsonl:1: a row of a data file"),
         (
             ("--data", "other.jsonl", "--predictions", "student-other.jsonl", "--baseline", "other.jsonl"),
