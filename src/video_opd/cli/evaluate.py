@@ -300,7 +300,7 @@ def _show(arguments: argparse.Namespace, compared: Comparison, form: str, out: s
 
         print_lines(writers[form](table).removesuffix("\n").split("\n"))
     elif _is_single(compared) and not arguments.published:
-        _print_single(compared)
+        _print_single(compared, intervals=not arguments.no_intervals)
     else:
         from video_opd.evaluation.terminal import print_table
         from video_opd.terminal import stdout
@@ -313,7 +313,7 @@ def _is_single(compared: Comparison) -> bool:
     return len(compared.data_sets) == 1 and len(compared.results) == 1 + (compared.baseline is not None)
 
 
-def _print_single(compared: Comparison) -> None:
+def _print_single(compared: Comparison, *, intervals: bool) -> None:
     from video_opd.evaluation.terminal import print_metrics
 
     ((data, constant),) = compared.constants.items()
@@ -323,6 +323,7 @@ def _print_single(compared: Comparison) -> None:
         constant=constant,
         swaps={model: result.swap for model, result in results.items()},
         differences=next((r.difference for r in results.values() if r.difference is not None), None),
+        intervals=intervals,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from video_opd.evaluation.best_constant import ConstantPrediction
+from video_opd.evaluation.bootstrap import Interval95
 from video_opd.evaluation.comparison_formats import Row, Table, as_text, average_lines
 from video_opd.evaluation.metrics import Difference, Metrics
 from video_opd.evaluation.notes import (
@@ -30,19 +31,30 @@ def print_metrics(
     constant: ConstantPrediction | None = None,
     swaps: Mapping[str, QuerySwap | None] | None = None,
     differences: Mapping[str, Difference] | None = None,
+    intervals: bool = True,
     console: Console | None = None,
 ) -> None:
     """Prints each result by its name (its sources below it), then the controls, to stdout by default.
 
-    ``differences`` is the rise from the first result to the last.
+    ``differences`` is the rise from the first result to the last. ``intervals`` says whether those of the
+    metrics and of the rise are shown.
     """
     console = console or stdout()
+
+    def figure(value: str, interval: Interval95, sign: str = "") -> str:
+        return f"{value} {interval_text(interval, sign) if intervals else ''}".strip()
+
+    def metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
+        cells = [figure(f"{metrics.values[key]:.1f}", metrics.ci95[key]) for key in METRICS]
+        return (name, *cells, str(metrics.n), ", ".join(count_notes(metrics)))
+
     rows: list[tuple[str, ...]] = []
     for name, metrics in results.items():
-        rows.append(_metrics_row(name, metrics))
-        rows += [_metrics_row(f"  {source}", part) for source, part in (metrics.by_source or {}).items()]
+        rows.append(metrics_row(name, metrics))
+        rows += [metrics_row(f"  {source}", part) for source, part in (metrics.by_source or {}).items()]
     if differences is not None:
-        rows.append(("rise", *(_signed(differences[name]) for name in METRICS), "", ""))
+        rises = ((f"{differences[name].value:+.1f}", differences[name].ci95) for name in METRICS)
+        rows.append(("rise", *(figure(value, interval, "+") for value, interval in rises), "", ""))
     if constant is not None:
         where = f"best constant ({constant.start_fraction:.0%} to {constant.end_fraction:.0%})"
         rows.append((where, *(f"{constant.values[name]:.1f}" for name in METRICS), str(constant.n), ""))
@@ -58,15 +70,6 @@ def print_metrics(
     print_lines((f"{name}: {note}" for name, m in results.items() for note in rule_notes(m)), console)
     print_lines(dict.fromkeys(map(protocol_line, protocols.values())), console)
     print_lines((f"{name}: {line}" for name, p in protocols.items() for line in deviation_lines(p)), console)
-
-
-def _metrics_row(name: str, metrics: Metrics) -> tuple[str, ...]:
-    cells = [f"{metrics.values[key]:.1f} {interval_text(metrics.ci95[key])}".strip() for key in METRICS]
-    return (name, *cells, str(metrics.n), ", ".join(count_notes(metrics)))
-
-
-def _signed(difference: Difference) -> str:
-    return f"{difference.value:+.1f} {interval_text(difference.ci95, '+')}".strip()
 
 
 def print_table(table: Table, console: Console) -> None:

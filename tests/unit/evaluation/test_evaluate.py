@@ -67,6 +67,14 @@ def test_a_baseline_of_one_file(files: Path, capsys: pytest.CaptureFixture[str])
     assert "student-other.jsonl: parse rules exact 3" in said and "protocol paper: prompt paper" in said
 
 
+def test_figures_alone_on_request(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("evaluate", "--data", "other.jsonl", "--predictions", "student-other.jsonl", *B_OTHER)
+    for more in ((), ("--format", "text", "--out", "t.txt")):
+        said = run(capsys, *words, "--no-intervals", *more) or Path("t.txt").read_text()
+        assert "mIoU 77.8" in said and "mIoU +44.4" in said and "[" not in said
+    assert "mIoU +44.4 [" in run(capsys, *words)
+
+
 def test_a_table_in_every_format(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("evaluate", *BOTH, *STUDENT, *BASE, "--published")
     record = json.loads(run(capsys, *words, "--format", "json"))
