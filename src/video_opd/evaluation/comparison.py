@@ -20,6 +20,7 @@ from video_opd.evaluation.predictions import ModelPredictions, file_deviations, 
 from video_opd.evaluation.protocols import Protocol, get_protocol
 from video_opd.evaluation.query_swap import QuerySwap, swap_of_rows
 from video_opd.evaluation.rows import RowScore, score_rows
+from video_opd.progress import log
 from video_opd.types import Sample
 
 
@@ -82,10 +83,10 @@ def compare(
 ) -> Comparison:
     """Evaluates every model on every data set, and its paired difference from ``baseline``.
 
-    Raises :class:`UserError` if a model has no prediction for any data set, if two data sets have a row in
-    common or two models the same name, and if a data set has no annotated row.
+    Raises :class:`UserError` if a model has no prediction for any data set, if two models have the same name,
+    and as :func:`check_data_sets` does.
     """
-    _check_ids(data_sets)
+    check_data_sets(data_sets)
     everyone = [*([] if baseline is None else [baseline]), *models]
     names = [model.name for model in everyone]
     for name in names:
@@ -152,12 +153,33 @@ def evaluate_file(
 
 
 def by_source(data_sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
-    """Makes a data set of each ``source`` in all files; rows without a source belong to "none"."""
+    """Makes a data set of each ``source`` in all files; rows without a source belong to "none".
+
+    A source without an annotated row is left out and named in the log, unless none has one. Raises
+    :class:`UserError` if two files have a row in common.
+    """
+    _check_ids(data_sets)
     found: dict[str, list[Sample]] = {}
     for samples in data_sets.values():
         for sample in samples:
             found.setdefault(sample.source or "none", []).append(sample)
-    return found
+    annotated = {source: samples for source, samples in found.items() if _is_annotated(samples)}
+    for source in found if annotated else ():
+        if source not in annotated:
+            log(f"source {source}: none of its {len(found[source])} rows is annotated, so it is left out")
+    return annotated or found
+
+
+def check_data_sets(data_sets: Mapping[str, Sequence[Sample]]) -> None:
+    """Raises :class:`UserError` if two data sets have a row in common, or one has no annotated row."""
+    _check_ids(data_sets)
+    for name, samples in data_sets.items():
+        if not _is_annotated(samples):
+            raise UserError(f'{name}: no row of the data is annotated: evaluation needs "spans"')
+
+
+def _is_annotated(samples: Sequence[Sample]) -> bool:
+    return any(sample.spans for sample in samples)
 
 
 def _check_ids(data_sets: Mapping[str, Sequence[Sample]]) -> None:

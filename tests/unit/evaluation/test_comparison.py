@@ -141,9 +141,26 @@ def test_a_file_without_any_answer_counts_as_missing() -> None:
     assert (found.missing, found.miou) == (12, 0.0)
 
 
-def test_sources_as_data_sets() -> None:
-    sets = by_source({"one": A, "two": [*B, Sample(id="x", video=Path("x"), query="x")]})
-    assert {name: len(rows) for name, rows in sets.items()} == {"s0": 12, "s1": 12, "none": 1}
+def test_sources_as_data_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Sample(id="x", video=Path("x"), query="x")
+    spanned = replace(plain, id="y", spans=((1.0, 2.0),))
+    sets = by_source({"one": A, "two": [*B, plain, spanned]})
+    assert {name: len(rows) for name, rows in sets.items()} == {"s0": 12, "s1": 12, "none": 2}
+    assert capsys.readouterr().err == ""
+    assert list(by_source({"one": A, "two": [plain]})) == ["s0", "s1"]
+    assert "source none: none of its 1 rows is annotated" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"none: no row of the data is annotated"):
+        compare(by_source({"one": [plain]}), [model_predictions("m", {"x": (1.0, 2.0)})], PAPER)
+    with pytest.raises(UserError, match=r"a-0-0.*one.*two"):
+        by_source({"one": A, "two": A})
+
+
+def test_a_data_set_without_annotations_is_named() -> None:
+    plain = [replace(row, spans=()) for row in B]
+    model = model_predictions("m", shifted(A, 0.0) | shifted(B, 0.0))
+    for sets in ({"two": plain}, {"one": A, "two": plain}):
+        with pytest.raises(UserError, match=r"^two: no row of the data is annotated"):
+            compare(sets, [model], PAPER)
 
 
 def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
