@@ -242,6 +242,8 @@ def evaluate(
         raise UserError("evaluate needs either predictions or a model")
     samples = read_samples(data, video_root) if isinstance(data, str | Path) else list(data)
     if model is not None:
+        if not any(sample.spans for sample in samples):  # before the model predicts for hours
+            raise UserError(metrics.NOT_ANNOTATED)
         found, deviations = _predict(model, samples, protocol, max_new_tokens, batch_size)
     else:
         assert predictions is not None

@@ -196,6 +196,11 @@ def test_evaluate_wants_one_kind_of_answers(folder: Path, model: InferenceModel)
             evaluate(folder / "d.jsonl", **options)
 
 
+def test_a_model_does_not_predict_rows_without_annotation() -> None:
+    with pytest.raises(UserError, match="no row of the data is annotated"):
+        evaluate([Sample(id="a", video=Path("a.mp4"), query="q")], model="no/such/model")
+
+
 def test_a_model_that_thinks_is_not_evaluated_without_a_length() -> None:
     model: Any = SimpleNamespace(
         config=SimpleNamespace(prompt=SimpleNamespace(thinking=True)),

@@ -124,6 +124,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.published:
         comparison_formats.published_rows(tuple(shown))
     baseline = _baseline(arguments, protocol)
+    if arguments.model:
+        comparison.check(shown, [] if baseline is None else [baseline], [arguments.model])
     models = _models(arguments, protocol, data_sets)
     compared = comparison.compare(shown, models, protocol, baseline)
     _show(arguments, compared, form, out)

@@ -10,6 +10,7 @@ from typing import Any
 from video_opd.errors import UserError
 from video_opd.evaluation.best_constant import ConstantPrediction, best_constant
 from video_opd.evaluation.metrics import (
+    NOT_ANNOTATED,
     Difference,
     Metrics,
     difference_of_rows,
@@ -83,15 +84,10 @@ def compare(
 ) -> Comparison:
     """Evaluates every model on every data set, and its paired difference from ``baseline``.
 
-    Raises :class:`UserError` if a model has no prediction for any data set, if two models have the same name,
-    and as :func:`check_data_sets` does.
+    Raises :class:`UserError` as :func:`check` does.
     """
-    check_data_sets(data_sets)
     everyone = [*([] if baseline is None else [baseline]), *models]
-    names = [model.name for model in everyone]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two models are called {name!r}: write NAME=FILE for each")
+    check(data_sets, everyone)
     results: dict[str, dict[str, Result]] = {}
     before: dict[str, Sequence[RowScore]] = {}  # the baseline's rows of each data set
     for model in everyone:
@@ -102,11 +98,6 @@ def compare(
                 found[name] = result
                 if model is baseline and not all(row.missing for row in rows):
                     before[name] = rows
-        if not found:
-            raise UserError(
-                f"{model.files[0].path}: none of its ids is that of an annotated row: check that the "
-                "predictions were made from this data file"
-            )
     return Comparison(
         protocol=protocol,
         constants={name: best_constant(samples) for name, samples in data_sets.items()},
@@ -170,12 +161,34 @@ def by_source(data_sets: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sampl
     return annotated or found
 
 
-def check_data_sets(data_sets: Mapping[str, Sequence[Sample]]) -> None:
-    """Raises :class:`UserError` if two data sets have a row in common, or one has no annotated row."""
+def check(
+    data_sets: Mapping[str, Sequence[Sample]], models: Sequence[ModelPredictions], others: Sequence[str] = ()
+) -> None:
+    """Checks what :func:`compare` needs. ``others`` are the names of models that have yet to predict.
+
+    Raises :class:`UserError` if two data sets have a row in common, if a data set has no annotated row, if
+    two models have the same name, and if no prediction of a model belongs to an annotated row.
+    """
     _check_ids(data_sets)
     for name, samples in data_sets.items():
         if not _is_annotated(samples):
-            raise UserError(f'{name}: no row of the data is annotated: evaluation needs "spans"')
+            raise UserError(f"{name}: {NOT_ANNOTATED}")
+    names = [*(model.name for model in models), *others]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}: write NAME=FILE for each")
+    for model in models:
+        if not _answers_any(model, data_sets):
+            raise UserError(
+                f"{model.files[0].path}: none of its ids is that of an annotated row: check that the "
+                "predictions were made from this data file"
+            )
+
+
+def _answers_any(model: ModelPredictions, data_sets: Mapping[str, Sequence[Sample]]) -> bool:
+    """Whether a model answered an annotated row. True for one without any prediction: every video failed."""
+    answered = [bool(model.of(s for s in samples if s.spans)[0]) for samples in data_sets.values()]
+    return any(answered) or not any(file.predictions for file in model.files)
 
 
 def _is_annotated(samples: Sequence[Sample]) -> bool:

@@ -24,6 +24,7 @@ from video_opd.evaluation.rows import METRICS, RowScore, metric_values, score_ro
 from video_opd.types import Prediction, Sample
 
 BOOTSTRAP_SEED = 0
+NOT_ANNOTATED = 'no row of the data is annotated: evaluation needs "spans"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def _summarise(rows: Sequence[RowScore], *, draws: int, seed: int) -> Metrics:
 
 def _need_rows(rows: Sequence[RowScore]) -> None:
     if not rows:
-        raise UserError('no row of the data is annotated: evaluation needs "spans"')
+        raise UserError(NOT_ANNOTATED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -313,6 +313,30 @@ def test_evaluating_a_model_continues_by_content(model_and_data, tmp_path, capsy
         assert sorted(mine.read_text().splitlines()) == sorted(whole.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data", "a=other.jsonl", "b=other.jsonl"), "id 'other-0' is in a and in b"),
+        (("--data", "a=other.jsonl", "b=other.jsonl", "--by-source"), "id 'other-0' is in a and in b"),
+        (("--data", "plain.jsonl"), "plain: no row of the data is annotated"),
+        (("--data", "other.jsonl", "plain.jsonl"), "plain: no row of the data is annotated"),
+        (("--data", "other.jsonl", "--baseline", "M=base-other.jsonl"), "two models are called 'M'"),
+        (("--data", "other.jsonl", "--baseline", "base-charades-timelens.jsonl"), "none of its ids"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_predicts(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words, said
+) -> None:
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model is used")
+
+    monkeypatch.setattr("video_opd.models.inference.read_inference_config", read)
+    write_rows(files / "plain.jsonl", [{"id": "p", "video": "p.mp4", "query": "p", "duration": 40}])
+    assert main(["evaluate", *words, "--model", "M"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
 def test_kept_answers_are_named_by_what_they_depend_on(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     provenance = {"model": "abc", "answers": {"max_new_tokens": 64}}
