@@ -7,21 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from video_opd.evaluation.metrics import Difference, paired_difference
 from video_opd.reports.records import METRICS
 from video_opd.reports.runs import Run
 from video_opd.types import Sample
 
+T = TypeVar("T")
+
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """How much the metrics rose from one model to another, in points, on ``n`` rows that both answered."""
+    """How much the metrics rose from one model to another, in points, on ``n`` annotated rows of both.
+
+    A row without a prediction counts as 0; ``missing`` are their numbers before and after. ``protocols`` are
+    those of the two records, with what deviates from them (:attr:`Evaluation.protocol`).
+    """
 
     n: int
     of: dict[str, Difference]
+    missing: tuple[int, int]
+    protocols: tuple[str, str]
 
     @property
     def miou(self) -> Difference:
@@ -42,8 +51,14 @@ def change(before: Run, old: str, after: Run, new: str, testset: str) -> Change 
     samples = _common(first.samples.values(), second.samples)
     if not samples:
         return None
-    differences = paired_difference(samples, first.predictions[old], second.predictions[new], first.protocol)
-    return Change(n=len(samples), of=differences)
+    predictions = first.predictions[old], second.predictions[new]
+    evaluations = before.evaluation(old, testset), after.evaluation(new, testset)
+    return Change(
+        n=len(samples),
+        of=paired_difference(samples, *predictions, first.protocol),
+        missing=_pair(sum(s.id not in found for s in samples) for found in predictions),
+        protocols=_pair("" if e is None else e.protocol for e in evaluations),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +74,7 @@ class DifferenceRow:
     high: float | None
     cells: Sequence[str]  # mIoU and the recalls, each with its interval
     verdict: str
+    notes: str  # in what the two were not measured alike; empty if in nothing
 
 
 def differences(runs: Sequence[Run]) -> list[DifferenceRow]:
@@ -81,15 +97,32 @@ def differences(runs: Sequence[Run]) -> list[DifferenceRow]:
                     high=high,
                     cells=[signed(found.of[name]) for name in METRICS],
                     verdict=verdict(found.miou),
+                    notes=_notes(found),
                 )
             )
     return rows
+
+
+def _notes(found: Change) -> str:
+    notes = []
+    if any(found.missing):
+        first, here = found.missing
+        notes.append(f"rows without a prediction: {here}, and {first} of the first run")
+    first_protocol, protocol = found.protocols
+    if first_protocol and protocol and first_protocol != protocol:
+        notes.append(f"protocol {protocol}; of the first run {first_protocol}")
+    return "; ".join(notes)
 
 
 def widest(rows: Sequence[DifferenceRow]) -> float:
     """Returns the largest size of anything that is drawn of ``rows``, in points; at least 1."""
     ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None]
     return max([1.0, *map(abs, ends)])
+
+
+def _pair(values: Iterable[T]) -> tuple[T, T]:
+    first, second = values
+    return first, second
 
 
 def _common(samples: Iterable[Sample], others: Mapping[str, Sample]) -> Sequence[Sample]:

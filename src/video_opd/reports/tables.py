@@ -53,11 +53,21 @@ def blocks(run: Run) -> list[Block]:
                 testset=testset,
                 n=max(e.n for e in found),
                 constant=constants[0] if constants else None,
-                protocol="; ".join(dict.fromkeys(e.protocol for e in found if e.protocol)),
+                protocol=_protocols(found),
                 rows=[_row(e) for e in found],
             )
         )
     return result
+
+
+def _protocols(found: Sequence[Evaluation]) -> str:
+    """``"paper"``, or where the models' differ ``"paper (base); paper, but max_new_tokens 16 (student)"``."""
+    models: dict[str, list[str]] = {}
+    for e in found:
+        models.setdefault(e.protocol, []).append(e.model)
+    if len(models) == 1:
+        return found[0].protocol
+    return "; ".join(f"{protocol or 'unknown'} ({', '.join(names)})" for protocol, names in models.items())
 
 
 def _row(e: Evaluation) -> Row:

@@ -86,6 +86,37 @@ def test_runs_are_compared_with_the_first_on_rows_of_both(folders: tuple[Path, P
     assert [(row.testset, row.n) for row in differences([one, third])] == [("short", 34), ("long", 36)]
 
 
+def test_rows_without_a_prediction_count_and_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    less = tmp_path / "less"
+    shutil.copytree(folders[1], less)
+    file = less / "eval" / "student-short.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:20]) + "\n")
+    evaluate_again(less, "paper")
+    short, long = differences([read_run(folders[0]), read_run(less)])
+    assert short.n == 36 and short.notes == "rows without a prediction: 16, and 0 of the first run"
+    records = [json.loads((f / "eval" / "student-short.json").read_text()) for f in (folders[0], less)]
+    assert short.value == pytest.approx(records[1]["mIoU"] - records[0]["mIoU"])
+    assert long.notes == ""
+    page = write_report([folders[0], less], tmp_path / "r.html").read_text()
+    assert short.notes in page and "a row without a prediction counts as 0" in page
+    assert ">notes</th>" in page
+    assert ">notes</th>" not in write_report(folders, tmp_path / "r.html").read_text()
+
+
+def test_settings_that_deviate_from_the_protocol_are_named(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders[1], other)
+    file = other / "eval" / "student-short.json"
+    record = json.loads(file.read_text())
+    record["protocol"]["deviations"] = {"video.max_video_tokens": 64}
+    file.write_text(json.dumps(record))
+    short, long = differences([read_run(folders[0]), read_run(other)])
+    assert short.notes == "protocol paper, but video.max_video_tokens 64; of the first run paper"
+    assert long.notes == ""
+
+
 def test_rows_that_are_not_those_of_the_record_are_not_compared(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -306,7 +306,7 @@ def test_the_terminal_gets_the_same_table(folder: Path) -> None:
 
 def test_the_protocol_stands_beside_the_scores(folder: Path, tmp_path: Path) -> None:
     text = page(write_report([folder], tmp_path / "report.html")).text
-    assert "protocol paper; paper, but max_new_tokens 16" in text
+    assert "protocol paper (base, teacher); paper, but max_new_tokens 16 (student)" in text
 
 
 # --- safe and complete -------------------------------------------------------------------------------
