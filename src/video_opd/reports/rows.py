@@ -47,12 +47,12 @@ class EvaluatedRows:
         )
 
 
-def known_protocol(name: str) -> Protocol:
-    """Returns the protocol of a record, and ``paper`` for a name that is not known (any more)."""
+def known_protocol(name: str) -> Protocol | None:
+    """Returns the protocol of a record, ``paper`` if it names none, and None for an unknown name."""
     try:
-        return get_protocol(name)
+        return get_protocol(name or "paper")
     except UserError:
-        return get_protocol("paper")
+        return None
 
 
 def read_rows(files: RunFiles, data: str, protocol: Protocol) -> EvaluatedRows:

@@ -209,7 +209,11 @@ def _evaluated_rows(files: RunFiles, evaluations: Sequence[Evaluation]) -> dict[
     """The rows of each test set, with the predictions of the models that were evaluated on it."""
     found: dict[str, EvaluatedRows] = {}
     for e in evaluations:
-        protocol = known_protocol(str((e.record.get("protocol") or {}).get("name", "")))
+        name = str((e.record.get("protocol") or {}).get("name", ""))
+        protocol = known_protocol(name)
+        if protocol is None:
+            files.note(f"eval/{e.stem}.json", f"protocol {name} is not known here: its rows are not used")
+            continue
         if e.testset not in found:
             found[e.testset] = read_rows(files, e.stem.partition("-")[2], protocol)
         if found[e.testset].protocol == protocol:

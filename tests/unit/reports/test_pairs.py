@@ -103,6 +103,26 @@ def test_rows_without_a_prediction_count_and_are_named(folders: tuple[Path, Path
     assert ">notes</th>" not in write_report(folders, tmp_path / "r.html").read_text()
 
 
+def test_rows_under_an_unknown_protocol_are_not_used(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders[1], other)
+    file = other / "eval" / "student-short.json"
+    record = json.loads(file.read_text())
+    record["protocol"]["name"] = "of-another-version"
+    file.write_text(json.dumps(record))
+    run = read_run(other)
+    assert run.left_out == (
+        "eval/student-short.json: protocol of-another-version is not known here: its rows are not used",
+    )
+    assert run.evaluation("student", "short") is not None  # its figures are shown
+    assert change(run, "base", run, "student", "short") is None
+    assert [row.testset for row in differences([read_run(folders[0]), run])] == ["long"]
+    record["protocol"] = None  # an earlier version's, which had one protocol
+    file.write_text(json.dumps(record))
+    run = read_run(other)
+    assert run.left_out == () and change(run, "base", run, "student", "short") is not None
+
+
 def test_settings_that_deviate_from_the_protocol_are_named(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
