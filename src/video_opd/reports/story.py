@@ -8,7 +8,7 @@ from statistics import fmean
 
 from video_opd.progress import duration
 from video_opd.reports.pairs import change, signed, verdict
-from video_opd.reports.runs import Evaluation, Run
+from video_opd.reports.runs import Evaluation, Run, round_number
 
 METHODS = {
     "video-opd": "Video-OPD",
@@ -65,19 +65,28 @@ def gap(run: Run, testsets: Sequence[str] | None = None) -> Gap | None:
 
 
 def headline(run: Run) -> str:
-    """Returns one sentence that says what happened."""
+    """Returns a sentence that says what happened, and another if a round is not evaluated yet."""
     found = gap(run)
     method = METHODS.get(run.method, run.method)
     if found is None:
         first = f"{_plural(len(run.metrics), 'step')} of {method} were made"
         scores = _scores(run)
         return first + (f"; {scores}" if scores else "") + "."
-    rounds = f" in {_plural(len(run.rounds), 'round')}" if run.rounds else ""
+    last = round_number(run.student) or len(run.rounds)  # the last round that is evaluated
+    trained = [each for each in run.rounds if each.number <= last]
+    steps = sum(len(each.metrics) for each in trained) if trained else len(run.metrics)
+    rounds = f" in {_plural(len(trained), 'round')}" if trained else ""
     first = (
-        f"After {_plural(len(run.metrics), 'step')} of {method}{rounds} the student's predictions overlap "
+        f"After {_plural(steps, 'step')} of {method}{rounds} the student's predictions overlap "
         f"the true moments by {found.student:.1f}%, {_change(found)} {found.base:.1f}%"
     )
-    return first + ("." if found.teacher is None else f"; its teacher's by {found.teacher:.1f}%.")
+    teacher = "." if found.teacher is None else f"; its teacher's by {found.teacher:.1f}%."
+    going_on = (
+        f" Round {each.number} has made {_plural(len(each.metrics), 'step')} and is not evaluated yet."
+        for each in run.rounds
+        if each.number > last
+    )
+    return "".join((first, teacher, *going_on))
 
 
 def _change(found: Gap) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from report_cases import rounds_run
 
 from video_opd.config import dump_recipe, recipe_from_dict
 from video_opd.errors import UserError
@@ -178,6 +179,21 @@ def test_headline_and_outcome_are_computed_from_the_numbers(folder: Path) -> Non
     # First and last tenth: means of 0.488…0.452 and of 0.056…0.020.
     assert tiles(run)["Reverse KL"].startswith("0.47 → 0.038; nats a token")
     assert tiles(run)["Steps"] == "40; 2 min 00 s in all"
+
+
+def test_the_headline_of_rounds_counts_the_steps_that_the_evaluated_student_saw(tmp_path: Path) -> None:
+    folder = rounds_run(tmp_path / "rounds")  # three rounds of 30 steps
+    text = story.headline(read_run(folder))
+    assert text.startswith("After 90 steps of Video-OPD in 3 rounds the") and "not evaluated" not in text
+    for file in (folder / "round-3" / "eval").iterdir():
+        file.unlink()
+    metrics = folder / "round-3" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:25]))
+    run = read_run(folder)
+    text = story.headline(run)
+    assert run.student == "round 2" and text.startswith("After 60 steps of Video-OPD in 2 rounds the")
+    assert text.endswith("%. Round 3 has made 25 steps and is not evaluated yet.")
+    assert tiles(run)["Steps"].startswith("85;")
 
 
 def test_a_run_that_made_it_worse_is_told_so(folder: Path) -> None:
