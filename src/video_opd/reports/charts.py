@@ -106,7 +106,8 @@ class Scale:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round values that cover [low, high]; the ends may lie outside of it."""
     if not high - low > 1e-12 * max(abs(low), abs(high), 1e-280):  # a point, but for rounding
-        low, high = (low - 0.5, high + 0.5) if high >= low else (0.0, 1.0)
+        half = max(0.5, 1e-6 * abs(low))  # so much is not rounded away
+        low, high = (low - half, high + half) if high >= low else (0.0, 1.0)
     rough = (high - low) / count
     exponent = math.floor(math.log10(rough))
     power = 10.0**exponent

@@ -474,6 +474,8 @@ FINITE = st.floats(-1e9, 1e9, allow_nan=False, width=32)
 @given(FINITE, FINITE)
 @example(0.0, 1e-45)  # rounding must not make one of two ticks
 @example(0.3, math.nextafter(0.3, 1))
+@example(2.0**53, 2.0**53)  # half more or less is rounded away
+@example(-1e100, -1e100)
 def test_ticks_are_round_and_cover_the_values(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
     found = charts.ticks(low, high)
