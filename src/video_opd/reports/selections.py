@@ -229,7 +229,9 @@ def reliability_chart(rounds: Sequence[Run]) -> Chart | None:
         "teacher's IoU": ("teacher", lambda each: _mean([r["teacher_iou"] for r in _asked(each)])),
         "passed the gate": (
             "other",
-            lambda each: _mean([float(r["teacher_iou"] >= _gate(each)) for r in _asked(each)]),
+            lambda each: (
+                _mean([float(r["teacher_iou"] >= _gate(each)) for r in _asked(each)]) if _gate(each) else None
+            ),
         ),
         "teacher's IoU on the selected": (
             "student",

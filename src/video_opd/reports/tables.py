@@ -159,6 +159,8 @@ def selection_facts(selection: Mapping[str, Any]) -> list[tuple[str, str]]:
         "selected": "selected",
         "filled": "of these, filled from the rest",
     }
+    if not selection.get("min_teacher_iou"):
+        labels["candidates"] = "candidates"  # there was no gate to pass
     known = [(label, selection.get(key)) for key, label in labels.items()]
     return [(label, _plain(value)) for label, value in known if value]
 

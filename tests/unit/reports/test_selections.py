@@ -13,6 +13,7 @@ from report_cases import rounds_run, whole_run
 from video_opd.reports.html import write_report
 from video_opd.reports.runs import read_run
 from video_opd.reports.selections import DRIFT_HEADER, TRUST_HEADER, selection_tables
+from video_opd.reports.tables import selection_facts
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -107,6 +108,25 @@ def test_the_charts_of_rounds_and_of_one_run(rounds: Path, tmp_path: Path) -> No
     page = write_report([rounds], tmp_path / "r.html").read_text()
     for part in ("How δ drifts", "Who was selected", "How far the teacher can be relied on"):
         assert part in page
+
+
+def test_where_there_was_no_gate_nothing_passed_it(tmp_path: Path) -> None:
+    folder = rounds_run(tmp_path / "rounds")
+    record: dict[str, Any] = {}
+    for number in (1, 3):
+        file = folder / f"round-{number}" / "select.json"
+        record = json.loads(file.read_text())
+        del record["min_teacher_iou"]
+        file.write_text(json.dumps(record))
+
+    found = selection_tables(read_run(folder))
+    assert found is not None and [row[3] == "no gate" for row in found.trust] == [True, False, True]
+    (chart,) = [c for c in found.charts if c.title == "Teacher reliability over the rounds"]
+    drawn = {line.tooltip.split(":")[0]: line.tooltip for line in chart.lines}
+    assert " at round 2, " in drawn["passed the gate"] and drawn["passed the gate"].endswith(" at round 2")
+    assert " at round 1, " in drawn["teacher's IoU"] and drawn["teacher's IoU"].endswith(" at round 3")
+    facts = dict(selection_facts(record))
+    assert facts["candidates"] == str(record["candidates"]) and "passed the gate" not in facts
 
 
 def test_lazy_scores_and_no_scores(tmp_path: Path) -> None:
