@@ -12,7 +12,8 @@ rule         matches                                                examples
 ``alone``    the whole text is an option's letter                   ``B``, ``(b).``, ``**B**``
 ``leading``  the text begins with a letter that is set off          ``B. left``, ``(B) left``, ``Option B``
 ``wording``  the whole text is the wording of one option            ``left``
-``stated``   the last "answer is", "option" or "choice" and letter  ``The best option is (B).``
+``stated``   the last letter behind "answer" or "option is"; if     ``The best option is (B).``
+             there is none, the last one behind "option" alone
 ``single``   one option's letter stands alone in the text           ``I think it is B because …``
 ============ =====================================================  ===============================
 """
@@ -27,7 +28,9 @@ UNREAD = "none"  # the rule's name where nothing matched
 
 _BEFORE = r"[\s\"'“”‘’*_`$#>\[({<]*(?:\\boxed\{|\\text\{)*"
 _AFTER = r"[\s\"'“”‘’*_`$.,:;!)\]}>]*"
-_LABEL = r"(?:(?:the|my|best|correct|right|final)\s+)*(?:answer|option|choice|sentence|caption)"
+_PRAISE = r"(?:(?:the|my|best|correct|right|final)\s+)*"
+_LABEL = rf"{_PRAISE}(?:answer|option|choice|sentence|caption)"
+_IS = r"(?:\s+(?:is|would be|should be)\s*[:=]?|\s*[:=])"
 # This must follow a letter, or it may be an article or the start of a word.
 _SET_OFF = r"(?:[\"'“”‘’*_`]*[.):\]}](?!\w\.)|\s*[-–—]\s|\s*\n|[\"'“”‘’*_`$]*\s*$)"
 
@@ -67,9 +70,10 @@ def read_choice(text: str, options: Mapping[str, str]) -> Choice:
     same = [key for key, wording in options.items() if _plain(wording) == _plain(text) != ""]
     if len(same) == 1:
         return Choice(option=same[0], rule="wording")
-    stated = rf"\b(?i:{_LABEL})(?:\s+(?i:is|would be|should be))?\s*[:=]?\s*{_BEFORE}({as_printed})(?!\w)"
-    if letter := _last(stated, text):
-        return Choice(option=letter, rule="stated")
+    # "The answer is B, as option C shows": a letter that is only named does not count beside a stated one.
+    for label in (rf"{_PRAISE}answer{_IS}?|{_LABEL}{_IS}", _LABEL):
+        if letter := _last(rf"\b(?i:{label})\s*{_BEFORE}({as_printed})(?!\w)", text):
+            return Choice(option=letter, rule="stated")
     standing = {key: places for key in options if (places := _standing(key, text))}
     if len(standing) == 1:
         [(key, ends)] = standing.items()
