@@ -67,6 +67,7 @@ def response_length(given: int | None, usual: int, *, thinking: bool) -> int:
     return usual
 
 
+VIDEO_BYTES = "video_bytes"  # the key of a row that holds the size of its video
 MakeRow: TypeAlias = Callable[[Sample, Sequence[Rollout], GenerationSettings], dict[str, Any]]
 
 
@@ -133,7 +134,7 @@ def predict(
     make_row: MakeRow | None = None,
     processes: Processes | None = None,
 ) -> PredictResult:
-    """Appends a row ``{"id", "query", "responses", "spans", "rules", "truncated"}`` for every sample.
+    """Appends a row for every sample, as :func:`grounding_row` makes it.
 
     ``make_row`` makes another row than that, with "id" and "query" in it. ``provenance`` says what else the
     responses depend on: the model's fingerprint, the prompt, the video budget. Rows that the same model and
@@ -181,7 +182,10 @@ def _predict(
 def samples_without_rows(
     samples: Sequence[Sample], rows: Mapping[str, Mapping[str, Any]], out: str | Path
 ) -> list[Sample]:
-    """Returns the samples without a row. Raises :class:`UserError` if a row has another query for that id."""
+    """Returns the samples without a row.
+
+    Raises :class:`UserError` if a row is for another query of that id, or says another size of its video.
+    """
     todo = []
     for sample in samples:
         row = rows.get(sample.id)
@@ -191,13 +195,32 @@ def samples_without_rows(
             raise UserError(
                 f"{out}: id {sample.id!r} is there for another query: choose another --out, or --overwrite"
             )
+        elif (size := row.get(VIDEO_BYTES)) is not None and video_size(sample).get(VIDEO_BYTES, size) != size:
+            raise UserError(
+                f"{out}: id {sample.id!r} is there for another video than {sample.video}, of {size} bytes: "
+                f"choose another --out, or --overwrite (or delete {Path(out).name}) to make its rows again"
+            )
     return todo
+
+
+def video_size(sample: Sample) -> dict[str, int]:
+    """What a row keeps of its video: ``{"video_bytes": …}``, and nothing if the video is not here.
+
+    A repeat sees by it that the video was replaced. A copy in another folder is the same video.
+    """
+    try:
+        return {VIDEO_BYTES: sample.video.stat().st_size}
+    except OSError:
+        return {}
 
 
 def grounding_row(
     sample: Sample, rollouts: Sequence[Rollout], settings: GenerationSettings
 ) -> dict[str, Any]:
-    """The row of a predictions file: the responses to a query, and the spans that were read in them."""
+    """The row of a predictions file: the responses to a query, and the spans that were read in them.
+
+    It is ``{"id", "query", "responses", "spans", "rules", "truncated", "video_bytes"}``.
+    """
     parsed = [parse_answer(rollout.text, thinking=settings.thinking) for rollout in rollouts]
     return {
         "id": sample.id,
@@ -206,4 +229,5 @@ def grounding_row(
         "spans": [found.span for found in parsed],
         "rules": [found.rule for found in parsed],
         "truncated": [rollout.truncated for rollout in rollouts],
+        **video_size(sample),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_opd.evaluation.predict import GenerationSettings, predict, response_length
+from video_opd.evaluation.predict import GenerationSettings, predict, response_length, video_size
 from video_opd.jsonl import read_jsonl
 from video_opd.models.inference import InferenceConfig, load_inference_model, read_inference_config
 from video_opd.temporal import after_thinking
@@ -58,10 +58,10 @@ class Responder:
         Of a model that thinks, it is the text after ``</think>``, and "" without that: the length limit came
         first. The file holds the whole responses.
 
-        Rows ``{"id", "video", "query", "responses", "truncated"}`` are appended to ``out`` as they are
-        finished; rows that are there already are not made again. Queries on one video are answered together,
-        also if they belong to different tasks. Raises :class:`UserError` if another model or other settings
-        wrote ``out``.
+        Rows ``{"id", "video", "query", "responses", "truncated", "video_bytes"}`` are appended to ``out`` as
+        they are finished; rows that are there already are not made again. Queries on one video are answered
+        together, also if they belong to different tasks. Raises :class:`UserError` if another model or other
+        settings wrote ``out``, or if a video was replaced.
         """
         settings = self.settings
         if self.loaded is None:
@@ -91,4 +91,5 @@ def _row(sample: Sample, rollouts: Sequence[Rollout], settings: GenerationSettin
         "query": sample.query,
         "responses": [rollout.text for rollout in rollouts],
         "truncated": [rollout.truncated for rollout in rollouts],
+        **video_size(sample),
     }

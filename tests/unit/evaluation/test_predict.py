@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,31 @@ def test_rows_are_those_of_a_predictions_file(tmp_path: Path) -> None:
     assert rows["s2"]["spans"] == [None] and rows["s2"]["rules"] == ["none"]
     metrics = evaluate(samples, read_predictions(out))
     assert (metrics.n, metrics.unparsed, metrics.missing, metrics.miou) == (5, 2, 1, 40.0)
+
+
+def test_a_video_that_was_replaced_is_not_taken_for_answered(tmp_path: Path) -> None:
+    out, video = tmp_path / "p.jsonl", tmp_path / "a" / "v.mp4"
+    video.parent.mkdir()
+    video.write_bytes(b"pictures")
+
+    def again(path: Path) -> PredictResult:
+        samples = [replace(sample, video=path) for sample in make_samples(2)]
+        return predict(FakePolicy(right), samples, FakeLoader(), out, provenance=PROVENANCE)
+
+    assert again(video).answered == 2
+    assert [row["video_bytes"] for row in rows_of(out)] == [8, 8]
+    moved = tmp_path / "b" / "v.mp4"
+    moved.parent.mkdir()
+    moved.write_bytes(b"pictures")
+    for path in (video, moved, tmp_path / "gone.mp4"):
+        assert again(path) == PredictResult(kept=2, answered=0, failed=0)
+    moved.write_bytes(b"other pictures")
+    with pytest.raises(UserError, match=r"p\.jsonl: id 's0' is there for another video .* 8 bytes"):
+        again(moved)
+    rows = [{key: row[key] for key in row if key != "video_bytes"} for row in rows_of(out)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))  # an earlier version's
+    write_provenance(out, read_provenance(out), None)
+    assert again(moved).kept == 2
 
 
 def test_greedy_is_the_default_and_takes_no_seeds(tmp_path: Path) -> None:
