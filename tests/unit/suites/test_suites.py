@@ -17,10 +17,10 @@ from video_opd.cli import main, suite
 from video_opd.cli.commands import parse_words
 from video_opd.errors import UserError
 from video_opd.evaluation.bootstrap import interval95
-from video_opd.suites import requirements, responder
+from video_opd.suites import hooks, requirements, responder
 from video_opd.suites.accuracy import MISSING, ScoredRow, accuracy, benchmark_scores
 from video_opd.suites.benchmarks import BENCHMARKS, LMMS_EVAL, check_row, choose_tasks
-from video_opd.suites.letters import UNREAD, read_choice, read_yes_no
+from video_opd.suites.letters import UNREAD, Choice, read_choice, read_yes_no
 from video_opd.suites.responder import Responder
 from video_opd.suites.suite import SuiteSettings, default_out
 from video_opd.types import Rollout, Sample
@@ -150,6 +150,20 @@ def test_a_model_that_thinks_is_read_behind_its_thinking_only(
     assert {row["id"]: row["responses"] for row in kept} == {name: [text] for name, text in texts.items()}
     thinking = False
     assert answers() == texts and lengths == [900, 64]
+
+
+def test_a_judge_is_shown_what_follows_the_thinking_and_not_asked_about_nothing() -> None:
+    asked: list[str] = []
+
+    def stock(_: Any, texts: list[str]) -> dict[str, Any]:
+        asked.extend(texts)
+        return {"avg_accuracy": {"rating": 1, "match_success": True}}
+
+    doc, unread = {"video_id": "v", "dim": "action"}, Choice(option=None, rule=UNREAD)
+    for text, score in (("B or C?</think> it rises", 1.0), ("<think>it rises", 0.0), (" ", 0.0)):
+        found = hooks._tempcompass(stock, doc, text, unread, None, judge=True)
+        assert found[hooks.ROW_KEY]["score"] == score
+    assert asked == ["it rises"]
 
 
 # --- names and rows ----------------------------------------------------------------------------------
