@@ -21,7 +21,7 @@ import functools
 import glob
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from video_opd.errors import UserError
@@ -114,6 +114,27 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         _tidy(temporary, old, target)
+
+
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths name one file, there or yet to be written. False for devices, pipes and folders: they
+    are not replaced."""
+    there = [os.path.exists(path) for path in (one, other)]
+    with contextlib.suppress(OSError, ValueError):  # a path that no file can have
+        if all(there):
+            return os.path.isfile(one) and os.path.samefile(one, other)
+        return not any(there) and os.path.realpath(one) == os.path.realpath(other)
+    return False
+
+
+def need_another_file(name: str, out: str | Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
+    """Raises :class:`UserError` if the output ``out`` is one of the files that are read.
+
+    ``name`` is what the message calls the output; ``inputs`` are (name, path) of the files that are read.
+    """
+    for read, path in inputs:
+        if is_same_file(out, path):
+            raise UserError(f"{name} {out} is also {read}: it would be replaced; name another file")
 
 
 def discard_unfinished(folder: str | Path, name: str = "") -> None:

@@ -15,6 +15,7 @@ from video_opd import files
 from video_opd.errors import UserError
 from video_opd.files import (
     discard_unfinished,
+    is_same_file,
     read_text,
     relative_path,
     replacing_file,
@@ -277,6 +278,25 @@ def test_without_locks_nothing_that_may_be_written_is_removed(
         temporary.write_text("whole")
         discard_unfinished(tmp_path)
     assert content(tmp_path) == {"a.txt": "whole"}
+
+
+def test_two_paths_name_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("")
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "hard").hardlink_to("a")
+    (tmp_path / "to-new").symlink_to("new")
+    for one, other in (
+        ("a", tmp_path / "a"),
+        ("a", "link"),
+        ("a", "hard"),
+        ("new", "./new"),
+        ("new", "to-new"),
+    ):
+        assert is_same_file(one, other) and is_same_file(other, one)
+    pairs = [("a", "new"), ("a", "b"), (os.devnull, os.devnull), (".", "."), ("a", "a\0"), ("x" * 300, "a")]
+    for one, other in pairs:
+        assert not is_same_file(one, other) and not is_same_file(other, one)
 
 
 def test_a_relative_path_holds_behind_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

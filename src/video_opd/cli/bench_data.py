@@ -18,7 +18,9 @@ SETTINGS = VIDEO_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("videos", nargs="*", metavar="VIDEO", help="default: three that are made")
+    parser.add_argument(
+        "videos", reads="file", nargs="*", metavar="VIDEO", help="default: three that are made"
+    )
     parser.add_argument(
         "--model", metavar="M", help="the model whose processor is used; default: the shipped tiny base"
     )

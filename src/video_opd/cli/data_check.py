@@ -15,7 +15,7 @@ SETTINGS = NO_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
+    parser.add_argument("data", reads="file", metavar="DATA", help="a data file (JSON Lines)")
     add_shared(parser, "--video-root")
     parser.add_argument(
         "--out",

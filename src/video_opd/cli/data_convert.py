@@ -18,6 +18,7 @@ SETTINGS = NO_SETTINGS
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "words",
+        reads="file",
         nargs="*",
         metavar="[FORMAT] INPUT",
         help="the annotations, and the name of their format if it is not to be recognised",
@@ -32,6 +33,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--durations",
+        reads="file",
         action="append",
         default=[],
         metavar="FILE",

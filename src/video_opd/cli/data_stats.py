@@ -16,7 +16,7 @@ SETTINGS = VIDEO_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
+    parser.add_argument("data", reads="file", metavar="DATA", help="a data file (JSON Lines)")
     add_shared(parser, "--video-root")
     parser.add_argument("--html", writes="file", metavar="OUT.html", help="also write one page with charts")
     tokens = parser.exclusive()

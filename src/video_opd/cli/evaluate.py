@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from video_opd.cli import predict
 from video_opd.cli.arguments import PROTOCOLS, add_shared
 from video_opd.cli.output import as_json, print_json, write_json
-from video_opd.cli.parser import MODEL_SETTINGS, Parser
+from video_opd.cli.parser import MODEL_SETTINGS, Parser, split_name
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.progress import log
@@ -36,10 +36,17 @@ SUITES = ("general",)
 def add_arguments(parser: Parser) -> None:
     file = "[NAME=]FILE"
     parser.add_argument("stray", nargs="*", help=argparse.SUPPRESS)  # refused with a hint
-    parser.add_argument("--data", nargs="+", metavar=file, help="the annotated rows; each file is a data set")
+    parser.add_argument(
+        "--data",
+        reads="named file",
+        nargs="+",
+        metavar=file,
+        help="the annotated rows; each file is a data set",
+    )
     source = parser.exclusive()
     source.add_argument(
         "--predictions",
+        reads="named file",
         nargs="+",
         metavar=file,
         help="predictions that were made before; each name is a model, several make a table",
@@ -47,6 +54,7 @@ def add_arguments(parser: Parser) -> None:
     source.add_argument("--model", metavar="M", help="the folder of a model that predicts now")
     parser.add_argument(
         "--baseline",
+        reads="named file",
         nargs="+",
         metavar=file,
         help="predictions of another model: also show the differences from it",
@@ -68,7 +76,11 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --out, else text")
     parser.add_argument(
-        "--out", writes="file", metavar="OUT", help="write the table there (.md, .tex, .json, .txt)"
+        "--out",
+        writes="file",
+        writes_if=lambda arguments: not _keeps_answers(arguments),
+        metavar="OUT",
+        help="write the table there (.md, .tex, .json, .txt)",
     )
     parser.add_argument("--no-intervals", action="store_true", help="leave the intervals out of the table")
     parser.add_argument(
@@ -150,7 +162,7 @@ def named_files(words: Sequence[str], option: str) -> dict[str, list[str]]:
     A file without a name gets its stem as the name, or its path if two stems are the same. Raises
     :class:`UserError` for an empty name or file.
     """
-    pairs = [_split_name(word) for word in words]
+    pairs = [split_name(word) for word in words]
     stems = [Path(path).stem for name, path in pairs if name is None]
     found: dict[str, list[str]] = {}
     for name, path in pairs:
@@ -162,20 +174,13 @@ def named_files(words: Sequence[str], option: str) -> dict[str, list[str]]:
     return found
 
 
-def _split_name(word: str) -> tuple[str | None, str]:
-    name, equals, path = word.partition("=")
-    if not equals or "/" in name or Path(word).exists():
-        return None, word
-    return name, path
-
-
 def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
     """The format of the table, and the file that it is written to (None: stdout).
 
     Without ``--format``, the ending of the file decides; a file without an ending is text.
     """
     out = arguments.out
-    if out is not None and arguments.model and out.endswith(".jsonl"):  # the older spelling of --answers
+    if out is not None and _keeps_answers(arguments):
         if arguments.answers not in (None, out):
             raise UserError(
                 f"--out {out} and --answers {arguments.answers}: both keep predictions, leave out one"
@@ -188,6 +193,11 @@ def _form_and_place(arguments: argparse.Namespace) -> tuple[str, str | None]:
             f"--json - and --format {arguments.format} both write to stdout: give the table a file with --out"
         )
     return arguments.format or _format_of(out), out
+
+
+def _keeps_answers(arguments: argparse.Namespace) -> bool:
+    """Whether ``--out`` names predictions of ``--model``, the older spelling of ``--answers``."""
+    return bool(arguments.model) and str(arguments.out).endswith(".jsonl")
 
 
 def _format_of(out: str | None) -> str:
@@ -341,7 +351,7 @@ def _record(arguments: argparse.Namespace, compared: Comparison) -> dict[str, An
     result = compared.results[model][data]
     record = {
         **evaluation_record(result.metrics, constant, result.swap),
-        "data": _split_name(arguments.data[0])[1],
+        "data": split_name(arguments.data[0])[1],
         "answers": arguments.model or result.files[0],
     }
     if result.difference is not None and compared.baseline is not None:

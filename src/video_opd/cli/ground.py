@@ -27,10 +27,12 @@ SETTINGS = MODEL_SETTINGS
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder")
-    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    parser.add_argument("video", reads="file", metavar="VIDEO", help="a video file")
     parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for")
     parser.scattered = "query"
-    parser.add_argument("--queries", metavar="FILE", help="more queries: one a line, or JSON Lines")
+    parser.add_argument(
+        "--queries", reads="file", metavar="FILE", help="more queries: one a line, or JSON Lines"
+    )
     parser.add_argument(
         "--samples",
         type=positive,

@@ -10,9 +10,11 @@ import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from video_opd.errors import UserError
+from video_opd.files import is_same_file, need_another_file
 
 # The keys that a command reads, by how they begin; others are refused. A command without settings reads none.
 # A command that takes a RECIPE leaves this to the recipe's classes, which know every key.
@@ -24,6 +26,7 @@ MODEL_SETTINGS: tuple[str, ...] = (*RUN_SETTINGS, "prompt.")
 VLLM_SETTINGS: tuple[str, ...] = ("vllm.",)
 DEBUG_HELP = "show the traceback of an error"
 Kind: TypeAlias = Literal["file", "folder"]
+Read: TypeAlias = Literal["file", "named file"]  # FILE, or [NAME=]FILE
 
 
 class Place(NamedTuple):
@@ -63,14 +66,29 @@ class OutputFlag:
     written_if: Callable[[argparse.Namespace], bool]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A flag, or a word without one, that names files which the command reads."""
+
+    flag: str  # "--data", or "DATA" for a word without a flag
+    name: str  # of the attribute that holds its value
+    kind: Read
+
+    def paths(self, arguments: argparse.Namespace) -> list[str]:
+        value = getattr(arguments, self.name)
+        words = value if isinstance(value, list) else [] if value is None else [value]
+        return [split_name(word)[1] for word in words] if self.kind == "named file" else words
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that records its flags, its outputs and its commands.
+    """An argparse parser that records its flags, its inputs, its outputs and its commands.
 
     An error is a single line with the remedy, raised as :class:`UserError`.
     """
 
     def __init__(self, **options: Any) -> None:
         self.flags: list[str] = []  # flags in the order in which they were added, "--help" first
+        self.inputs: list[Input] = []
         self.outputs: list[OutputFlag] = []
         self.commands: dict[str, Parser] = {}
         self.settings: tuple[str, ...] = NO_SETTINGS
@@ -81,21 +99,30 @@ class Parser(argparse.ArgumentParser):
     def add_argument(
         self,
         *names: str,
+        reads: Read | None = None,
         writes: Kind | None = None,
         writes_if: Callable[[argparse.Namespace], bool] = lambda arguments: True,
         **options: Any,
     ) -> argparse.Action:
-        """argparse's. A flag that names an output says so by ``writes``: the command then locks it."""
+        """argparse's. A flag that names an output says so by ``writes``: the command then locks it. One that
+        names files to read says so by ``reads``: none of them may be an output as well."""
         action = super().add_argument(*names, **options)
-        self.record(action, writes, writes_if)
+        self.record(action, reads, writes, writes_if)
         return action
 
     def record(
-        self, action: argparse.Action, writes: Kind | None, written_if: Callable[[argparse.Namespace], bool]
+        self,
+        action: argparse.Action,
+        reads: Read | None,
+        writes: Kind | None,
+        written_if: Callable[[argparse.Namespace], bool],
     ) -> None:
         """Records a flag, here or in an exclusive group."""
         flags = [name for name in action.option_strings if name.startswith("--")]
         self.flags += flags
+        if reads is not None:
+            shown = flags[0] if flags else str(action.metavar).split()[-1]  # of "[FORMAT] INPUT" the last
+            self.inputs.append(Input(flag=shown, name=action.dest, kind=reads))
         if writes is not None:
             self.outputs.append(
                 OutputFlag(flag=flags[0], name=action.dest, kind=writes, written_if=written_if)
@@ -185,8 +212,11 @@ class Exclusive:
     def __init__(self, parser: Parser, group: Any) -> None:
         self._parser, self._group = parser, group
 
-    def add_argument(self, *names: str, writes: Kind | None = None, **options: Any) -> None:
-        self._parser.record(self._group.add_argument(*names, **options), writes, lambda arguments: True)
+    def add_argument(
+        self, *names: str, reads: Read | None = None, writes: Kind | None = None, **options: Any
+    ) -> None:
+        action = self._group.add_argument(*names, **options)
+        self._parser.record(action, reads, writes, lambda arguments: True)
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
@@ -194,7 +224,8 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
 
     ``outputs`` are the places that it writes, ``overrides`` are ``["--a.b", "value", …]``.
 
-    Raises :class:`UserError` for words that the command does not accept.
+    Raises :class:`UserError` for words that the command does not accept, and for an output that the command
+    reads or writes as something else, too.
     """
     plain, overrides = split_overrides(words)
     chosen = parser.chosen(plain)
@@ -217,12 +248,37 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
                 chosen.refuse_setting(name)
     _refuse_repeats(overrides[::2])
     arguments.overrides = overrides
-    arguments.outputs = [
-        Place(path=path, kind=output.kind)
+    written = [
+        (output, path)
         for output in chosen.outputs
         if (path := getattr(arguments, output.name)) is not None and output.written_if(arguments)
     ]
+    _refuse_lost_files(chosen, arguments, [(out.flag, path) for out, path in written if out.kind == "file"])
+    arguments.outputs = [Place(path=path, kind=output.kind) for output, path in written]
     return arguments
+
+
+def split_name(word: str) -> tuple[str | None, str]:
+    """``(NAME or None, FILE)`` of ``[NAME=]FILE``. A file that is there may have a "=" in its name."""
+    name, equals, path = word.partition("=")
+    if not equals or "/" in name or Path(word).exists():
+        return None, word
+    return name, path
+
+
+def _refuse_lost_files(
+    parser: Parser, arguments: argparse.Namespace, outputs: Sequence[tuple[str, str]]
+) -> None:
+    """Raises :class:`UserError` if one of the ``(flag, path)`` would replace an input or another output."""
+    inputs = [(each.flag, path) for each in parser.inputs for path in each.paths(arguments)]
+    outputs = [(flag, path) for flag, path in outputs if path != "-"]  # which is stdout
+    for number, (flag, path) in enumerate(outputs):
+        need_another_file(flag, path, inputs)
+        for earlier, other in outputs[:number]:
+            if is_same_file(path, other):
+                raise UserError(
+                    f"{flag} {path} is also {earlier}: one would replace the other; name two files"
+                )
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ FORMER_RATE = "--matrix-rate"  # the former name of --rate
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("recipe", reads="file", metavar="RECIPE", help="a YAML file")
     parser.add_argument("--gpus", type=_gpus, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--gpu-memory",

@@ -25,7 +25,7 @@ SETTINGS = (*MODEL_SETTINGS, *VLLM_SETTINGS)
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder")
-    parser.add_argument("data", metavar="DATA", help="a data file (JSON Lines)")
+    parser.add_argument("data", reads="file", metavar="DATA", help="a data file (JSON Lines)")
     parser.add_argument("--out", writes="file", required=True, metavar="P.jsonl", help="the predictions file")
     parser.add_argument("--n", type=positive, default=1, metavar="K", help="responses a row; default: 1")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")

@@ -21,7 +21,9 @@ SETTINGS = ALL_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file as for train; data.train is the pool")
+    parser.add_argument(
+        "recipe", reads="file", metavar="RECIPE", help="a YAML file as for train; data.train is the pool"
+    )
     add_shared(parser, "--json")
 
 

@@ -12,6 +12,7 @@ from video_opd.cli.arguments import add_shared, check_engine, positive
 from video_opd.cli.output import print_json
 from video_opd.cli.parser import MODEL_SETTINGS, Parser
 from video_opd.errors import UserError
+from video_opd.files import need_another_file
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line
 from video_opd.types import MIN_TEACHER_IOU, ForTopK
@@ -39,7 +40,9 @@ SETTINGS = (
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="names models, data, and how to answer")
+    parser.add_argument(
+        "recipe", reads="file", nargs="?", metavar="RECIPE", help="names models, data, and how to answer"
+    )
     parser.add_argument("--student", metavar="M", help="the student's model folder")
     parser.add_argument(
         "--teacher",
@@ -47,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
         help="the teacher's (its type: --teacher.dtype), or its servers by --teacher.urls; without either, "
         "only the student is scored, for gaussian",
     )
-    parser.add_argument("--data", metavar="D.jsonl", help="the pool: rows to choose from later")
+    parser.add_argument("--data", reads="file", metavar="D.jsonl", help="the pool: rows to choose from later")
     parser.add_argument("--out", writes="file", required=True, metavar="S.jsonl", help="the scores file")
     parser.add_argument("--k", type=positive, metavar="K", help="responses a model; default: the recipe's, 4")
     parser.add_argument("--student-k", type=positive, metavar="K", help="the student's; default: as --k")
@@ -57,6 +60,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--teacher-from",
+        reads="file",
         action="append",
         default=[],
         metavar="S.jsonl",
@@ -84,6 +88,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_engine(arguments.engine, arguments.overrides)
     work = _from_recipe(arguments) if arguments.recipe else _from_flags(arguments)
+    need_another_file("--out", arguments.out, [("data.train", work.data)])
     for_topk = _for_topk(arguments, work)
     from video_opd.curriculum.lazy_scores import TopKScoreResult
     from video_opd.curriculum.pool import score_pool

@@ -20,8 +20,12 @@ SETTINGS = NO_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--data", required=True, metavar="D.jsonl", help="the pool: rows to choose from")
-    parser.add_argument("--scores", required=True, metavar="S.jsonl", help="made by video-opd score")
+    parser.add_argument(
+        "--data", reads="file", required=True, metavar="D.jsonl", help="the pool: rows to choose from"
+    )
+    parser.add_argument(
+        "--scores", reads="file", required=True, metavar="S.jsonl", help="made by video-opd score"
+    )
     parser.add_argument("--strategy", choices=get_args(Strategy), help="needed with --out")
     parser.add_argument("--k", required=True, type=positive, metavar="N", help="rows to choose")
     target = parser.exclusive(required=True)

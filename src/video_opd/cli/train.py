@@ -17,7 +17,7 @@ SETTINGS = ALL_SETTINGS
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("recipe", reads="file", metavar="RECIPE", help="a YAML file")
     add_shared(parser, "--json")
 
 

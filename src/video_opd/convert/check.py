@@ -20,6 +20,7 @@ from video_opd.config import VideoConfig
 from video_opd.data.annotations import Annotations, misspelt_keys, read_annotations, write_rows
 from video_opd.data.prompts import CONTROL_TOKEN
 from video_opd.errors import UserError
+from video_opd.files import need_another_file
 from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
 from video_opd.locks import locked_file
 from video_opd.pools import worker_pool
@@ -89,9 +90,12 @@ def check(
     """Opens the videos of ``data`` and returns the record that ``data check --json`` prints.
 
     Appends a row for each video to ``out`` (:class:`CheckedVideo`). The rows without a problem are written to
-    ``good``. Raises UserError if ``data`` is no data file, or ``out`` is another kind of file.
+    ``good``. Raises UserError if ``data`` is no data file, if ``out`` is another kind of file, and if
+    ``good`` is one of the two.
     """
     settings = settings or CheckSettings()
+    if good is not None:
+        need_another_file("good", good, [("data", data), ("out", out)])
     annotations = read_annotations(data, video_root, keep_faults=True)
     checked = check_videos(annotations.samples, out, settings)
     problems = find_problems(annotations, checked, settings.tolerance_s)

@@ -24,6 +24,7 @@ from video_opd.convert.outcome import Conversion, Cut, Problem
 from video_opd.convert.times import Clip
 from video_opd.convert.videos import Videos, probed_duration_s
 from video_opd.errors import UserError
+from video_opd.files import need_another_file
 from video_opd.jsonl import write_jsonl
 from video_opd.progress import track
 
@@ -55,10 +56,11 @@ def convert(
     """Writes ``out`` from ``input``; the format is recognised if it is not named.
 
     Raises UserError, and leaves ``out`` untouched, if the source is broken as a whole, if its format is
-    unknown or ambiguous, or if nothing in it can be used.
+    unknown or ambiguous, if nothing in it can be used, or if ``out`` is the source itself.
     """
     settings = settings or ConvertSettings()
     source = open_source(input, settings.split)
+    need_another_file("out", out, [("the input", source.path)])
     try:
         chosen = get_format(format) if format else recognise(source)
         if source.kind not in chosen.kinds:

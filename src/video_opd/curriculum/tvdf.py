@@ -21,7 +21,7 @@ from video_opd.curriculum.lazy import LazyTopK
 from video_opd.curriculum.samplers import Selection, rank_value, select
 from video_opd.curriculum.score_files import judged, read_scores
 from video_opd.errors import UserError
-from video_opd.files import relative_path
+from video_opd.files import need_another_file, relative_path
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.temporal import annotated_spans, annotation_iou
 from video_opd.types import Score, Strategy
@@ -111,8 +111,11 @@ def select_file(
     ``out`` if it is given. ``exclude`` are ids that may not be selected again; ``seed`` and ``fill`` are
     those of :func:`~video_opd.curriculum.samplers.select`. Raises :class:`UserError` for a mistake in the
     files, for scores without a reverse KL if that is to rank them, and for lazy scores
-    (:mod:`~video_opd.curriculum.lazy_scores`) if the selection from full scores could be another one.
+    (:mod:`~video_opd.curriculum.lazy_scores`) if the selection from full scores could be another one, and if
+    ``out`` is one of the files.
     """
+    if out is not None:
+        need_another_file("out", out, [("data", data), ("scores", scores)])
     data_rows = _read_rows(data)
     scores_by_id, judged_again = _read_scores(scores, data_rows)
     ranks_by_kl = settings.strategy != "gaussian" and settings.rank_by == "reverse_kl"

@@ -230,7 +230,7 @@ def test_the_page_shows_the_answers(video: Path, asked: list, tmp_path: Path, ca
         (["v.mp4", "a", "--samples", "2", "--temperature", "0"], "all be the same"),
         (["v.mp4", "a", "--temperature", "-1"], "temperature"),
         (["v.mp4", "a", "--cut", "clip.avi"], "ends in .mp4"),
-        (["v.mp4", "a", "--cut", "v.mp4"], "the video itself"),
+        (["v.mp4", "a", "--cut", "v.mp4"], "--cut v.mp4 is also VIDEO"),
         (["v-2.mp4", "a", "b", "--cut", "v.mp4"], "v-2.mp4: this is the video itself"),
         (["v.mp4", "a", "b", "--cut", "d.mp4"], "d-1.mp4: this is a folder"),
         (["v.mp4", "a", "--view", "page"], "ends in .html"),

@@ -1,4 +1,5 @@
-"""Every output of every command is locked while the command runs, before anything heavy is imported."""
+"""Every output of every command is locked while the command runs, before anything heavy is imported, and none
+of them is a file that the command reads."""
 
 from __future__ import annotations
 
@@ -19,11 +20,10 @@ from video_opd.cli.parser import Kind, Place
 from video_opd.errors import UserError
 from video_opd.locks import locked_file, locked_folder
 
-# Flags whose value is a text, and to which nothing is written.
-READ = {
-    *("--student", "--teacher", "--teacher-from", "--model", "--data", "--scores", "--predictions"),
-    *("--baseline", "--video-root", "--data-root", "--queries", "--durations", "--device"),
-    *("--source", "--split", "--suite", "--host", "--token-file", "--cache-dir"),
+# Flags and words that name no file which an output could replace: folders, models, names.
+NO_FILES = {
+    *("--student", "--teacher", "--model", "--video-root", "--data-root", "--device", "--cache-dir"),
+    *("--source", "--split", "--suite", "--host", "--token-file", "MODEL", "RUN", "QUERY"),
 }
 RECIPE = str(ROOT / "recipes" / "tiny" / "video-opd.yaml")
 ROUNDS = str(ROOT / "recipes" / "tiny" / "rounds.yaml")
@@ -46,6 +46,12 @@ WORDS = {
     "world make": [],
     "bench engine": [],
     "bench data": [],
+}
+# Where an input stands among those words; other inputs are added to them.
+PLACES = {
+    **{("select", "--data"): 1, ("select", "--scores"): 3, ("evaluate", "--data"): 1, ("score", "RECIPE"): 0},
+    **{("predict", "DATA"): 1, ("ground", "VIDEO"): 1, ("data convert", "INPUT"): 0},
+    **{("data check", "DATA"): 0, ("data stats", "DATA"): 0},
 }
 
 
@@ -76,13 +82,80 @@ def held(path: Path, kind: Kind) -> Iterator[None]:
         thread.join()
 
 
-def test_a_flag_with_a_text_is_read_or_written() -> None:
+def test_a_text_names_an_input_an_output_or_no_file() -> None:
     for name, parser in parsers_of_commands():
-        known = READ.union(output.flag for output in parser.outputs)
+        known = NO_FILES | {read.flag for read in parser.inputs} | {out.flag for out in parser.outputs}
         for action in parser._actions:
-            is_text = action.option_strings and action.nargs != 0 and action.type is action.choices is None
+            is_text = action.nargs != 0 and action.type is action.choices is None
             if is_text and action.help != argparse.SUPPRESS:
-                assert known.intersection(action.option_strings), f"{name}: is it an output? {action}"
+                names = action.option_strings or [str(action.metavar).split()[-1]]
+                assert known.intersection(names), f"{name}: is it an input or an output? {action}"
+
+
+def inputs_and_outputs() -> list[tuple[str, str, str]]:
+    """(command, input, output) of each pair of files."""
+    return [
+        (name, read.flag, written.flag)
+        for name, parser in parsers_of_commands()
+        for read in parser.inputs
+        for written in parser.outputs
+        if written.kind == "file"
+    ]
+
+
+def words_with(command: str, read: str, file: str) -> list[str]:
+    """The words of a command that reads ``file`` as ``read``."""
+    words = [*command.split(), *WORDS[command]]
+    if (command, read) in PLACES:
+        words[len(command.split()) + PLACES[command, read]] = file
+    elif read == "--predictions":
+        words = ["evaluate", "--data", "d", read, file]
+    else:
+        words += [read, file] if read.startswith("--") else [file]
+    return words
+
+
+@pytest.mark.parametrize(("command", "read", "written"), inputs_and_outputs())
+def test_no_command_replaces_what_it_reads(
+    command: str, read: str, written: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious\n")
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link"):
+        words = [*words_with(command, read, str(tmp_path / "file")), written, str(tmp_path / name)]
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"{written} {tmp_path / name} is also {read}: it would be replaced; name another" in said
+        assert said.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "precious\n" and (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_input_may_have_a_name_and_outputs_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = str(tmp_path / "p.jsonl"), str(tmp_path / "q.jsonl")
+    Path(file).write_text("{}\n")
+    assert main(["evaluate", "--data", "d", "--predictions", f"base={file}", "--json", file]) == 2
+    assert f"--json {file} is also --predictions" in capsys.readouterr().err
+    assert main(["data", "check", "d", "--out", other, "--write-good", other]) == 2
+    assert "one would replace the other" in capsys.readouterr().err
+    # The older spelling of --answers, and stdout, which is no file.
+    for words in (["--model", "m", "--out", other, "--answers", other], ["--model", "m", "--json", "-"]):
+        assert main(["evaluate", "--data", str(tmp_path / "none.jsonl"), *words]) == 2
+        assert "none.jsonl" in capsys.readouterr().err
+    assert Path(file).read_text() == "{}\n"
+
+
+def test_score_does_not_replace_the_pool_of_its_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # the recipe's paths start there
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("precious\n")
+    assert main(["score", RECIPE, "--data.train", str(pool), "--out", str(pool), "--overwrite"]) == 2
+    assert f"--out {pool} is also data.train" in capsys.readouterr().err
+    assert pool.read_text() == "precious\n"
 
 
 @pytest.mark.parametrize(("command", "flag", "kind"), outputs())

@@ -308,3 +308,12 @@ def test_how_right_the_annotations_are_is_told_where_true_spans_are_known(tmp_pa
     assert "with the true spans: 0.58 rows, 0.75 candidates, 1.00 selected" in text.getvalue()
     _, summary = select_file(write(tmp_path / "d.jsonl", rows[3:]), files[1], topk(2))
     assert summary.annotation_iou is None
+
+
+def test_neither_the_data_nor_the_scores_are_replaced(tmp_path: Path) -> None:
+    data, scores = write(tmp_path / "d.jsonl", DATA), write(tmp_path / "s.jsonl", SCORES)
+    for path, name in ((data, "data"), (scores, "scores")):
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=f"is also {name}: it would be replaced"):
+            select_file(data, scores, topk(2), out=path)
+        assert path.read_bytes() == before
