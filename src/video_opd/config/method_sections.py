@@ -30,6 +30,15 @@ def check_placement(placement: Placement, quantization: Quantization | None) -> 
     )
 
 
+def check_shards(sharded: bool, processes: int) -> None:
+    """Raises :class:`UserError` for a teacher in shards with a single process."""
+    need(
+        not sharded or processes > 1,
+        "teacher.placement is sharded, and there is one process to hold the shards: start several with "
+        "torchrun, or leave it out",
+    )
+
+
 class TeacherConfig(Settings):
     """A frozen teacher. The paper's is Qwen3-VL-32B after GRPO (sec. 4.1), public since June 2026 as
     ``williamljz/Video-opd-teacher-Qwen3-VL-32B-GRPO``.

@@ -27,6 +27,7 @@ from video_opd.config.method_sections import (
     SurrogateLossConfig,
     TeacherConfig,
     VideoOPDLossConfig,
+    check_shards,
 )
 from video_opd.config.sections import (
     DataConfig,
@@ -200,6 +201,26 @@ class Recipe(Settings):
     def low_precision(self) -> bool:
         """Whether the student computes in fewer bits than float32."""
         return self.model.dtype != "float32"
+
+    def check_processes(self, count: int) -> None:
+        """Raises :class:`UserError` for settings that cannot work with ``count`` processes."""
+        check_shards(self.teacher.placement == "sharded", count)
+        if count == 1:
+            return
+        need(
+            self.model.sharding is not None or not self.optim.offload,
+            f"optim.offload with {count} processes needs model.sharding fsdp2: otherwise each of them would "
+            "hold all masters and moments on the CPU",
+        )
+        need(
+            self.model.weights != "bfloat16",
+            f"model.weights bfloat16 with {count} processes: their gradients would be exchanged in "
+            "bfloat16; use one process, or model.weights float32 with model.sharding fsdp2",
+        )
+        need(
+            not self.samples_with_vllm,
+            f"sampling.engine vllm with {count} processes: it samples for one; leave it out, or use one",
+        )
 
     def check_rounds(self) -> None:
         """Raises :class:`UserError` for what ``rounds`` needs beyond ``train``."""

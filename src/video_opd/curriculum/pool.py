@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from video_opd.config import Recipe
+from video_opd.config.method_sections import check_shards
 from video_opd.config.sections import EngineName
 from video_opd.curriculum.lazy_scores import score_for_topk
 from video_opd.curriculum.scores import ScoreResult, ScoreSettings, score
@@ -87,13 +88,8 @@ def score_pool(
     their tokens, for a teacher in shards with a single process, for one that vLLM does not hold as it is
     asked to, and as ``score`` does.
     """
-    alone = processes is None or processes.count == 1
     local = teacher if teacher is not None and teacher.served is None else None
-    if local is not None and local.sharded and alone:
-        raise UserError(
-            "teacher.placement is sharded, and there is one process to hold the shards: start several with "
-            "torchrun, or set it to whole"
-        )
+    check_shards(local is not None and local.sharded, 1 if processes is None else processes.count)
     if engine == "vllm" and local is not None and (local.sharded or local.quantization):
         raise UserError(
             "--engine vllm holds a teacher whole and in its own type: leave out teacher.placement and "

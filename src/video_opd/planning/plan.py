@@ -129,12 +129,14 @@ def make_plan(
     ``memory_bytes`` each, or with so much free of their ``total_bytes``.
 
     ``samples`` are the rows of the data file, if it is here; their durations bound the prompts. Raises
-    :class:`UserError` for settings that cannot work and for a model whose sizes nobody knows.
+    :class:`UserError` for settings that cannot work with so many processes, and for a model whose sizes
+    nobody knows.
     """
     need(processes >= 1, f"{processes} processes: a run needs at least 1")
     need(
         memory_bytes is None or memory_bytes > 0, f"{memory_bytes} bytes of memory: a plan needs more than 0"
     )
+    recipe.check_processes(processes)
     share = recipe.vllm_share
     taken = [f"vLLM takes {share:g} of each GPU (sampling.vllm_memory)"] if share else []
     if memory_bytes is not None and cuda:

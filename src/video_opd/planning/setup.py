@@ -23,7 +23,6 @@ from video_opd.config import (
     VideoOPDRecipe,
 )
 from video_opd.config.largest_video import largest_video
-from video_opd.errors import need
 from video_opd.models.checkpoint_files import adapter_base, has_full_weights, is_adapter_folder
 from video_opd.planning.graph import Mode, Role
 from video_opd.types import Sample
@@ -63,16 +62,10 @@ class Setup:
 
     @classmethod
     def of(cls, recipe: Recipe, processes: int = 1) -> Setup:
-        """Raises :class:`UserError` for a teacher in shards with a single process."""
+        """How ``recipe`` asks for them to be held by so many processes."""
         model, teacher = recipe.model, recipe.teacher
         by_layer = model.gather == "layer" and processes > 1
         has_teacher = recipe.method in WITH_TEACHER and not recipe.asks_servers
-        placement = teacher.placement
-        need(
-            not (has_teacher and placement == "sharded" and processes == 1),
-            "teacher.placement is sharded, and one process has nobody to share with: start several, or set "
-            "it to whole or cpu",
-        )
         return cls(
             processes=processes,
             dtype=model.dtype,
@@ -90,7 +83,7 @@ class Setup:
             base_quantization=recipe.lora.base_quantization,
             has_teacher=has_teacher,
             teacher_dtype=teacher.dtype,
-            teacher_placement=placement,
+            teacher_placement=teacher.placement,
             teacher_quantization=teacher.quantization,
             teacher_is_adapter=has_teacher
             and all(

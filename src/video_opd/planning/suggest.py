@@ -189,6 +189,7 @@ def suggest(
     """The cheapest set of changes with which ``recipe`` fits; none where it fits as it is.
 
     Sets are tried in the order of their price. If no set fits, the one that needs least memory is returned.
+    Raises :class:`UserError` for settings that no set makes possible with so many processes.
     """
     sizes = sizes or RecipeSizes.of(recipe)
 
@@ -202,6 +203,8 @@ def suggest(
 
     useful = [change for change in _changes(recipe) if _applies(change, recipe, processes)]
     whole = [Suggestion(changes=tried, plan=plan) for tried in _largest(useful) if (plan := planned(tried))]
+    if not whole:
+        recipe.check_processes(processes)
     least = min(whole, key=lambda each: each.plan.memory.peak)
     if not least.plan.fits:
         return _without_useless(least, planned)
@@ -223,7 +226,11 @@ def gpus_needed(
     """The smallest power of two times ``processes`` with which some settings fit, or None if 64 times do
     not."""
     for count in (processes * 2**i for i in range(1, 7)):
-        if suggest(recipe, count, memory_bytes, samples=samples, sizes=sizes).plan.fits:
+        try:
+            found = suggest(recipe, count, memory_bytes, samples=samples, sizes=sizes)
+        except UserError:  # so many processes cannot run it
+            continue
+        if found.plan.fits:
             return count
     return None
 

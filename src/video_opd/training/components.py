@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ from video_opd.models.recompute import let_library_recompute
 from video_opd.models.same_tokens import check_same_tokens
 from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, RoutedTeacher
 from video_opd.models.torchao import check_torchao
+from video_opd.models.vllm_policy import MISSING
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.planning.setup import Place, needs_distributions, videos_ahead, why_not_shared
 from video_opd.progress import log
@@ -111,14 +113,14 @@ def build_components(
     """
     if isinstance(recipe, GRPORecipe):
         make_reward(recipe)  # finds a function that cannot be imported before any model is loaded
-    check_low_precision(recipe, accelerator.num_processes)
+    check_libraries(recipe)
     samples = read_samples(recipe.data.train, recipe.data.video_root)
     device = accelerator.device
     for path in recipe.teacher.local_paths:  # finds a missing one before minutes are spent on the student
         check_teacher(path, recipe.teacher.quantization, device)
     if recipe.asks_servers:
         check_served_teacher(recipe, weights)
-    plan = plan_of_run(recipe, samples, accelerator)
+    plan = plan_of_run(recipe, samples, device, accelerator.num_processes)
     placement = plan.teacher_placement if plan is not None else placement_asked(recipe)
     finished = Path(weights) == folder.model
     model, processor = load_student(recipe, weights, device, merged=finished)
@@ -169,22 +171,11 @@ def build_components(
     )
 
 
-def check_low_precision(recipe: Recipe, processes: int) -> None:
-    """Finds out, before anything is loaded, whether a run can have the types that its recipe names.
-
-    Raises :class:`UserError` for a library that is missing, and for several processes with bfloat16 weights
-    or with vLLM as their sampler.
-    """
-    need(
-        processes == 1 or not recipe.samples_with_vllm,
-        f"sampling.engine vllm with {processes} processes: it samples for one; leave it out, or use one",
-    )
+def check_libraries(recipe: Recipe) -> None:
+    """Raises :class:`UserError`, before anything is loaded, for a library that the recipe needs and that is
+    missing."""
+    need(not recipe.samples_with_vllm or find_spec("vllm") is not None, MISSING)
     if recipe.model.weights == "bfloat16":
-        need(
-            processes == 1,
-            f"model.weights bfloat16 with {processes} processes: their gradients would be exchanged in "
-            "bfloat16; use one process, or model.weights float32 with model.sharding fsdp2",
-        )
         check_torchao("model.weights bfloat16")
     if recipe.optim.moments == "int8":
         check_torchao("optim.moments int8")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,17 +16,19 @@ from video_opd.planning.sizes import ModelSizes, sizes_of
 from video_opd.progress import log
 from video_opd.types import Sample
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
-
-def plan_of_run(recipe: Recipe, samples: Sequence[Sample], accelerator: Accelerator) -> Plan | None:
+def plan_of_run(
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    device: torch.device,
+    processes: int,
+    say: Callable[[str], object] = log,
+) -> Plan | None:
     """The plan on this machine, or None if a model of the recipe cannot be read; the same on all processes.
 
-    What it decides is logged. Raises :class:`UserError` on a GPU that is surely too small. On a CPU, and
-    where the estimate is not sure, the log says that memory may not suffice.
+    What it decides is said by ``say``. Raises :class:`UserError` on a GPU that is surely too small. On a CPU,
+    and where the estimate is not sure, it is said that memory may not suffice.
     """
-    device, processes = accelerator.device, accelerator.num_processes
     try:
         sizes = RecipeSizes.of(recipe, _read_sizes)
     except UserError:  # a run that is continued needs its checkpoint alone
@@ -37,7 +38,7 @@ def plan_of_run(recipe: Recipe, samples: Sequence[Sample], accelerator: Accelera
     plan = make_plan(recipe, processes, free, total_bytes=total, samples=samples, sizes=sizes, cuda=cuda)
     total -= round(recipe.vllm_share * total) if cuda else 0
     for reason in plan.reasons:
-        log(reason)
+        say(reason)
     if plan.fits:
         return plan
     found = (
@@ -47,7 +48,7 @@ def plan_of_run(recipe: Recipe, samples: Sequence[Sample], accelerator: Accelera
     advice = "video-opd plan RECIPE --suggest says what can be changed"
     if cuda and SURE * plan.memory.peak > total:
         raise UserError(f"{found}, which has {total / GIB:.1f} GiB: it cannot fit; {advice}")
-    log(f"{found}, and {free / GIB:.1f} GiB are free: memory may not suffice; {advice}")
+    say(f"{found}, and {free / GIB:.1f} GiB are free: memory may not suffice; {advice}")
     return plan
 
 

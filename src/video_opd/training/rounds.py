@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from video_opd.algorithms.registry import make_reward
 from video_opd.config import GRPORecipe, Recipe, dump_recipe
 from video_opd.curriculum.pool import inference_configs, score_pool
@@ -31,11 +33,11 @@ from video_opd.errors import UserError
 from video_opd.evaluation.rows import METRICS
 from video_opd.files import write_text
 from video_opd.locks import locked_folder
-from video_opd.models.inference import with_video_form
+from video_opd.models.inference import chosen_device, with_video_form
 from video_opd.models.loading import release_memory
 from video_opd.processes import Processes
 from video_opd.progress import log
-from video_opd.training.components import build_components, check_served_teacher
+from video_opd.training.components import build_components, check_libraries, check_served_teacher
 from video_opd.training.digests import file_digest, sealed
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
@@ -44,8 +46,10 @@ from video_opd.training.final_evaluation import (
     is_evaluated,
 )
 from video_opd.training.loop import Build, check_trackers, make_accelerator, processes_of, train
+from video_opd.training.memory import plan_of_run
 from video_opd.training.run_folder import RunFolder, read_record
 from video_opd.training.sharding import check_processes
+from video_opd.types import Sample
 
 _COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate"}
 _COUNTS |= {"candidates", "selected", "shortfall"}
@@ -119,6 +123,7 @@ class Rounds:
         on_first(self._check)
         data = self.recipe.data
         self.samples = on_first(lambda: read_samples(data.train, data.video_root)[: data.limit])
+        self._check_memory()
         self._evaluate_others()
         done, ended = 0, None
         for number in range(1, count + 1):
@@ -138,12 +143,21 @@ class Rounds:
     def _check(self) -> None:
         """Finds what is wrong with the recipe's files before hours are spent."""
         recipe = self.recipe
+        check_libraries(recipe)
         check_evaluation_files(recipe)
         check_trackers(recipe)
         if isinstance(recipe, GRPORecipe):
             make_reward(recipe)
         if recipe.teacher.urls and self._asks_teacher:  # before the pool is scored
             check_served_teacher(recipe, recipe.model.path)
+
+    def _check_memory(self) -> None:
+        """Finds a GPU that is surely too small to train on. The first selection is not known yet, so its
+        videos are taken to be the shortest ones of the pool."""
+        recipe = self.recipe
+        shortest = sorted(self.samples, key=_known_duration_s)[: recipe.tvdf.k]
+        device = torch.device(chosen_device(None))
+        plan_of_run(recipe, shortest, device, self.processes.count, say=lambda line: None)
 
     @property
     def _asks_teacher(self) -> bool:
@@ -315,6 +329,10 @@ class Rounds:
             if (record := read_record(file)) is not None:
                 figures[path.stem] = {key: record.get(key) for key in keys}
         return figures
+
+
+def _known_duration_s(sample: Sample) -> float:
+    return math.inf if sample.duration_s is None else sample.duration_s
 
 
 def _names_model(record: Any) -> bool:

@@ -71,18 +71,10 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, held: Held
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Raises :class:`UserError` for settings that the number of processes rules out."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.optim.offload and count > 1 and not sharding_asked(recipe):
-        raise UserError(
-            f"optim.offload with {count} processes needs model.sharding fsdp2: otherwise each of them would "
-            "hold all masters and moments on the CPU"
-        )
-    if recipe.teacher.placement == "sharded" and count == 1:
-        raise UserError(
-            "teacher.placement is sharded, and there is one process to hold the shards: start several with "
-            "torchrun, or set it to cpu or auto"
-        )
+    """Raises :class:`UserError` for settings that the launcher's number of processes, or its own sharding,
+    rules out."""
+    recipe.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    sharding_asked(recipe)
 
 
 def sharding_asked(recipe: Recipe) -> bool:

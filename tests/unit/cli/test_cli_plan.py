@@ -93,8 +93,9 @@ def test_the_rate_also_goes_by_its_former_names(capsys) -> None:
         (["--gpu-memory", "80GB"], "--gpu-memory"),
         (["--gpu-memory", "80", "--rate", "0"], "--rate"),
         (["--gpu-memory", "80", "--rate", "fast"], "--rate"),
-        (["--gpu-memory", "80", "--model.path", "nobody/nothing"], "nobody/nothing"),
-        (["--gpu-memory", "80", "--model.path", "."], "config.json"),
+        (["--gpus", "8", "--gpu-memory", "80", "--model.path", "nobody/nothing"], "nobody/nothing"),
+        (["--gpus", "8", "--gpu-memory", "80", "--model.path", "."], "config.json"),
+        (["--gpus", "1", "--gpu-memory", "80"], "teacher.placement is sharded"),
         (["--gpu-memory", "80", "--model.sharding", "fsdp3"], "model.sharding"),
     ],
 )

@@ -51,7 +51,12 @@ def test_no_cheaper_set_would_do() -> None:
             if sum(change.price for change in changes) >= price or len(keys) != len(set(keys)):
                 continue
             settings = {key: value for change in changes for key, value in change.settings.items()}
-            assert not make_plan(recipe.changed(**settings), 8, memory, sizes=PAIR).fits
+            changed = recipe.changed(**settings)
+            try:
+                changed.check_processes(8)
+            except UserError:  # train would refuse it
+                continue
+            assert not make_plan(changed, 8, memory, sizes=PAIR).fits
 
 
 def test_the_least_is_given_where_nothing_fits_and_every_line_of_it_saves() -> None:
@@ -73,6 +78,16 @@ def test_more_gpus_are_named_only_if_they_would_do() -> None:
     sizes = RecipeSizes.of(recipe)
     assert gpus_needed(recipe, 2, 20 * GIB, sizes=sizes) == 16
     assert [suggest(recipe, count, 20 * GIB, sizes=sizes).plan.fits for count in (8, 16)] == [False, True]
+
+
+def test_settings_for_one_process_are_not_suggested_to_several() -> None:
+    alone = paper(model={"weights": "bfloat16", "sharding": None})
+    assert gpus_needed(alone, 1, GIB, sizes=PAIR) is None
+    with pytest.raises(UserError, match=r"model\.weights bfloat16 with 8 processes"):
+        suggest(alone, 8, 80 * GIB, sizes=PAIR)
+    # A plan refuses an optimiser that is on the CPU once for each process; shards mend it.
+    found = suggest(paper(model={"sharding": None}, optim={"offload": True}), 8, 200 * GIB, sizes=PAIR)
+    assert found.plan.fits and found.settings["model.sharding"] == "fsdp2"
 
 
 def test_parts_that_the_recipe_freezes_get_no_adapters() -> None:

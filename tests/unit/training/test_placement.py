@@ -12,8 +12,12 @@ from training_cases import Build, assert_equal_to_rounding, make_recipe
 
 from video_opd.errors import UserError
 from video_opd.models.placed_teachers import OffloadedTeacher
+from video_opd.planning.plan import make_plan
 from video_opd.training.loop import train
-from video_opd.training.sharding import check_processes
+from video_opd.training.rounds import run_rounds
+
+BFLOAT16: dict[str, Any] = {"model": {"weights": "bfloat16", "dtype": "bfloat16"}}
+VLLM: dict[str, Any] = {"sampling": {"engine": "vllm"}, "loss": {"max_importance_weight": 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -21,23 +25,34 @@ from video_opd.training.sharding import check_processes
     [
         (1, {"teacher": {"placement": "sharded"}}, "teacher.placement is sharded"),
         (2, {"optim": {"offload": True}}, "optim.offload with 2 processes"),
+        (8, BFLOAT16, "model.weights bfloat16 with 8 processes"),
+        (8, VLLM, "sampling.engine vllm with 8 processes"),
     ],
 )
-def test_what_the_number_of_processes_rules_out_is_refused(
+def test_what_the_number_of_processes_rules_out_is_refused_alike(
     processes: int,
     sections: dict[str, Any],
     named: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By a plan, by a run and by rounds, which would have scored the pool before they train."""
+    recipe = make_recipe(tmp_path, **sections)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(UserError, match=named):
-        check_processes(make_recipe(tmp_path, **sections))
-    check_processes(make_recipe(tmp_path))
-    if processes == 1:
-        check_processes(make_recipe(tmp_path, optim={"offload": True}))
-        return
-    check_processes(make_recipe(tmp_path, model={"sharding": "fsdp2"}, **sections))
+    said = []
+    for refuses in (lambda: make_plan(recipe, processes), lambda: train(recipe), lambda: run_rounds(recipe)):
+        with pytest.raises(UserError, match=named) as refusal:
+            refuses()
+        said.append(str(refusal.value))
+    assert len(set(said)) == 1 and not list(tmp_path.iterdir())
+    recipe.check_processes(2 if processes == 1 else 1)
+    make_recipe(tmp_path).check_processes(processes)
+
+
+def test_the_optimiser_of_several_processes_is_on_the_cpu_in_shards(tmp_path: Path) -> None:
+    sharded = make_recipe(tmp_path, model={"sharding": "fsdp2"}, optim={"offload": True})
+    sharded.check_processes(1)
+    sharded.check_processes(2)
 
 
 def test_gradients_are_not_reduced_without_shards(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from video_opd.models.policy import HFPolicy
 from video_opd.processes import Processes
 from video_opd.reports.html import write_report
 from video_opd.reports.runs import read_run
+from video_opd.training import components, memory
 from video_opd.training import rounds as rounds_module
 from video_opd.training.components import build_components
 from video_opd.training.loop import train
@@ -506,6 +507,42 @@ def test_two_processes_score_and_evaluate_what_one_does(
 
 
 # ---------------------------------------------------------------------------------- other settings, refusals
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections", "said"),
+    [
+        ("torchao", {"optim": {"moments": "int8"}}, r"optim\.moments int8 needs torchao"),
+        (
+            "vllm",
+            {"sampling": {"engine": "vllm"}, "loss": {"max_importance_weight": 2.0}},
+            "vLLM is not installed",
+        ),
+        ("memory", {}, "it cannot fit"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_pool_is_scored(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    sections: dict[str, Any],
+    said: str,
+) -> None:
+    def nothing(*arguments: Any, **settings: Any) -> Any:
+        raise AssertionError("hours are spent here")
+
+    for name in ("score_pool", "evaluate_base", "evaluate_teacher", "train"):
+        monkeypatch.setattr(rounds_module, name, nothing)
+    if missing == "memory":
+        monkeypatch.setattr(rounds_module, "chosen_device", lambda _: "cuda")
+        for name in ("free_bytes", "total_bytes"):
+            monkeypatch.setattr(memory, name, lambda _: 1 << 20)
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr(components, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=said):
+        run_rounds(make_recipe(world, tmp_path / "run", **sections))
 
 
 def test_rows_may_be_used_again_and_a_teacher_that_is_known_is_not_loaded(
