@@ -346,14 +346,13 @@ def train(
         answer = ground(result.model, "kitchen.mp4", "the cup falls")
     """
     from video_opd.config import Recipe, load_recipe, recipe_from_dict
-    from video_opd.config.tree import apply_overrides
 
     overrides = _overrides(settings)
     if isinstance(recipe, str | Path):
         chosen = load_recipe(recipe, overrides)
     else:
-        tree = recipe.to_dict() if isinstance(recipe, Recipe) else dict(recipe)
-        chosen = recipe_from_dict(apply_overrides(tree, overrides))
+        tree = recipe.given() if isinstance(recipe, Recipe) else dict(recipe)
+        chosen = recipe_from_dict(tree, overrides=overrides)
     from video_opd.training.loop import train as run  # imports torch, so only after the recipe is checked
 
     return run(chosen)

@@ -154,6 +154,9 @@ def test_a_run_is_trained_from_a_file_a_tree_or_a_recipe(folder: Path, tmp_path:
         assert result.path == tmp_path / name and result.steps == result.metrics["step"] == 1
         assert result.metrics["loss"] == results["tree"].metrics["loss"]
     assert train(tree, settings=one) == results["tree"]  # it is finished
+    opd = recipe_from_dict({**tree, "method": "video-opd", "teacher": {"path": "t"}})
+    with pytest.raises(UserError, match=r"set sampling\.max_new_tokens"):
+        train(opd, settings={"prompt.thinking": True})
     assert load(results["tree"].model, device="cpu").budget.max_video_tokens == 64
     for wrong in (tree, {**tree, "optim": {"step": 1}}):  # another recipe in that folder; an unknown key
         with pytest.raises(UserError, match="optim"):

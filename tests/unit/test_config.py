@@ -525,3 +525,32 @@ def test_defaults_follow_the_method_and_the_prompt():
     routed = make(teacher={"by_source": {"web": "w"}})
     assert isinstance(routed, VideoOPDRecipe) and routed.teacher.by_source == {"web": "w"}
     assert recipe_from_dict(yaml.safe_load(dump_recipe(routed))) == routed
+
+
+def test_a_copy_decides_anew_what_was_not_given():
+    """Also a copy of a copy, and what the command line does with the same file."""
+    for recipe in (make(), make().changed(**{"optim.lr": 1e-5})):
+        with pytest.raises(UserError, match=r"set sampling\.max_new_tokens"):
+            recipe.changed(**{"prompt.thinking": True})
+        short = recipe.changed(**{"sampling.max_new_tokens": 16})
+        assert short.evaluate.max_new_tokens == 16
+        assert short.changed(**{"sampling.max_new_tokens": 32}).evaluate.max_new_tokens == 32
+        random = recipe.changed(**{"tvdf.strategy": "random"})
+        assert (recipe.tvdf.min_teacher_iou, random.tvdf.min_teacher_iou) == (0.5, 0.0)
+        assert random.changed(**{"tvdf.strategy": "topk"}).tvdf.min_teacher_iou == 0.5
+    given = make(evaluate={"max_new_tokens": 48}, tvdf={"min_teacher_iou": 0.4})
+    copy = given.changed(**{"sampling.max_new_tokens": 16, "tvdf.strategy": "random"})
+    assert (copy.evaluate.max_new_tokens, copy.tvdf.min_teacher_iou) == (48, 0.4)
+    assert make().given() == {"method": "video-opd", **SMALLEST}
+
+
+def test_a_run_is_not_made_to_think_with_the_limit_that_its_file_holds(tmp_path: Path):
+    """recipe.yaml holds every key, so the default looks as if it had been set."""
+    path = write(tmp_path, dump_recipe(make()))
+    with pytest.raises(UserError, match=r"set sampling\.max_new_tokens"):
+        load_recipe(path, ["--prompt.thinking", "true"])
+    for limit in ("64", "128"):
+        thinking = load_recipe(path, ["--prompt.thinking", "true", "--sampling.max_new_tokens", limit])
+        path.write_text(dump_recipe(thinking))
+        assert load_recipe(path, ["--optim.lr", "1e-5"]).prompt.thinking
+        path.write_text(dump_recipe(make()))

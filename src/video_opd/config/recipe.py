@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from video_opd.config.messages import leaves, one_line, section_of, unknown_key
 from video_opd.config.method_sections import (
@@ -56,6 +63,12 @@ MethodName = Literal["video-opd", "grpo", "sft", "op-rkd", "op-fkd"]
 RATIO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
+UNLIMITED_THINKING = (
+    "prompt.thinking without a length limit: reasoning has no natural end, so set sampling.max_new_tokens "
+    "(the paper's responses without it have about a dozen tokens)"
+)
+
+
 class Recipe(Settings):
     """One run, completely: the same recipe on the same machine, with the same number of threads, gives the
     same weights."""
@@ -75,16 +88,19 @@ class Recipe(Settings):
     tvdf: TVDFConfig = Field(default_factory=TVDFConfig)
     rounds: RoundsConfig = Field(default_factory=RoundsConfig)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _complete(cls, tree: Any) -> Any:
+    def _complete(cls, tree: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(tree, Mapping):
-            return tree
+            return check(tree)
         tree = {"data": None, **_without_neutral(cls, tree)}
         length = _section_keys(tree, "sampling").get("max_new_tokens")
-        if length is not None and isinstance(tree.get("evaluate") or {}, Mapping):
-            tree["evaluate"] = {"max_new_tokens": length, **_section_keys(tree, "evaluate")}
-        return tree
+        given = _section_keys(tree, "evaluate")
+        if length is None or "max_new_tokens" in given or not isinstance(tree.get("evaluate") or {}, Mapping):
+            return check(tree)
+        recipe = check({**tree, "evaluate": {**given, "max_new_tokens": length}})
+        recipe.evaluate.model_fields_set.discard("max_new_tokens")  # it follows from the other, in copies too
+        return recipe
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -242,9 +258,7 @@ class OnPolicyRecipe(Recipe):
         """The sampled distribution must be the one that is scored again: one that was cut has no log-probs
         outside the cut."""
         need(
-            not self.prompt.thinking or "max_new_tokens" in self.sampling.model_fields_set,
-            "prompt.thinking without a length limit: reasoning has no natural end, so set "
-            "sampling.max_new_tokens (the paper's responses without it have about a dozen tokens)",
+            not self.prompt.thinking or "max_new_tokens" in self.sampling.model_fields_set, UNLIMITED_THINKING
         )
         self._need_plain("top_p", 1.0)
         self._need_plain("top_k", 0)
@@ -534,15 +548,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
     need(isinstance(tree, dict), f"recipe {path}: expected sections such as 'optim:', not a bare value")
-    return recipe_from_dict(apply_overrides(tree, overrides), where=str(path))
+    return recipe_from_dict(tree, str(path), overrides)
 
 
-def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """The recipe that nested mappings spell, of the class of its method. ``where`` opens every message."""
+def recipe_from_dict(tree: Mapping[str, Any], where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that nested mappings spell, of the class of its method, after ``--a.b value`` pairs.
+
+    ``where`` opens every message.
+    """
     try:
-        return ANY_RECIPE.validate_python({"method": "video-opd", **tree})
+        recipe = ANY_RECIPE.validate_python({"method": "video-opd", **apply_overrides(tree, overrides)})
     except ValidationError as error:
         raise UserError(f"{where}: {one_line(error, METHODS)}") from error
+    if recipe.prompt.thinking and not _section_keys(tree, "prompt").get("thinking"):
+        # In the recipe.yaml of a run, the limit of answers without reasoning looks as if it had been set.
+        given = _section_keys(apply_overrides({}, overrides), "sampling")
+        usual = type(recipe.sampling).model_fields["max_new_tokens"].default
+        need(
+            "max_new_tokens" in given or recipe.sampling.max_new_tokens != usual,
+            f"{where}: {UNLIMITED_THINKING}",
+        )
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:

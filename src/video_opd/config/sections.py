@@ -192,7 +192,7 @@ class VideoConfig(Settings):
     def _leave_out_the_usual_bound(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Notes beside rows and names of cached clips were written before ``keep`` could be chosen."""
         tree = dict(serialize(self))
-        if tree["keep"] == "max_video_tokens":
+        if tree.get("keep") == "max_video_tokens":
             del tree["keep"]
         return tree
 

@@ -35,15 +35,22 @@ class Settings(BaseModel):
         return {} if tree is None else tree
 
     def changed(self, **changes: Any) -> Self:
-        """A checked copy: ``video.changed(fps=1.0)``, ``recipe.changed(**{"model.path": "m"})``."""
-        tree = self.model_dump()
+        """A checked copy: ``video.changed(fps=1.0)``, ``recipe.changed(**{"model.path": "m"})``.
+
+        What was not given is decided anew: a default may follow from a setting that is changed.
+        """
+        tree = self.given()
         for key, value in changes.items():
             *sections, name = key.split(".")
             node = tree
             for section in sections:
-                node = node[section]
+                node = node.setdefault(section, {})
             node[name] = value
         return read_settings(type(self), tree)
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given, as nested dicts; those that are defaults are left out."""
+        return self.model_dump(exclude_unset=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts and lists, as YAML and JSON have them, in the order of the fields."""
