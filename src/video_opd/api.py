@@ -13,7 +13,6 @@ Example::
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,18 +54,11 @@ def load(
 
         model = load("models/tiny-teacher", settings={"video.fps": 1, "model.dtype": "bfloat16"})
     """
+    from video_opd.config.tree import override_words
     from video_opd.models.inference import load_inference_model, read_inference_config
 
-    overrides = _overrides(settings)
+    overrides = override_words(settings or {})
     return load_inference_model(read_inference_config(str(path), overrides, device=device), device)
-
-
-def _overrides(settings: Mapping[str, Any] | None) -> list[str]:
-    """Writes ``settings`` as the arguments of a command line, because the recipe's reader takes these."""
-    arguments = []
-    for key, value in (settings or {}).items():
-        arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return arguments
 
 
 @overload
@@ -346,8 +338,9 @@ def train(
         answer = ground(result.model, "kitchen.mp4", "the cup falls")
     """
     from video_opd.config import Recipe, load_recipe, recipe_from_dict
+    from video_opd.config.tree import override_words
 
-    overrides = _overrides(settings)
+    overrides = override_words(settings or {})
     if isinstance(recipe, str | Path):
         chosen = load_recipe(recipe, overrides)
     else:

@@ -29,7 +29,7 @@ from video_opd.config import (
     read_settings,
     recipe_from_dict,
 )
-from video_opd.config.tree import apply_overrides, flatten, parse_yaml
+from video_opd.config.tree import apply_overrides, flatten, override_words, parse_yaml
 from video_opd.errors import UserError
 
 SMALLEST = {"teacher": {"path": "teacher"}, "data": {"train": "train.jsonl"}}
@@ -554,3 +554,30 @@ def test_a_run_is_not_made_to_think_with_the_limit_that_its_file_holds(tmp_path:
         path.write_text(dump_recipe(thinking))
         assert load_recipe(path, ["--optim.lr", "1e-5"]).prompt.thinking
         path.write_text(dump_recipe(make()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024", "yes", "null", "a #1", "a: b", "[x]", "0x10", "1:30", "it's", "\U0001f600\n", " a ", "-", ""],
+)
+def test_texts_and_paths_of_python_are_no_yaml(text: str):
+    for value in (text, Path("runs") / text):
+        (key, word) = override_words({"run.dir": value})
+        assert apply_overrides({}, [key, word]) == {"run": {"dir": str(value)}}
+
+
+def test_values_of_python_stay_what_they_are():
+    class Half(float):
+        pass
+
+    values = {
+        **{"a": 1e-6, "b": math.inf, "c": None, "d": True, "e": 3, "f": ["x, y", "2"], "g": {"web": "w"}},
+        **{"h": (0.9, 0.999), "i": [Path("a #1")], "j": Half(0.5), "k": [], "l": -1.5},
+    }
+    expected = {**values, "h": [0.9, 0.999], "i": ["a #1"], "j": 0.5}
+    assert apply_overrides({}, override_words(values)) == expected
+    assert override_words({"optim.lr": 3e-4, "run.dir": Path("runs/a")}) == [
+        *("--optim.lr", "0.0003", "--run.dir", "runs/a")
+    ]
+    with pytest.raises(UserError, match=r"optim\.lr: a recipe holds numbers, texts.*not a object"):
+        override_words({"optim.lr": object()})

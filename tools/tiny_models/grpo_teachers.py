@@ -45,11 +45,10 @@ def post_train(pretrained: Path, recipe: str, work: Path) -> Path:
         out=work / "selected.jsonl",
     )
     changes = {
-        "model.path": pretrained,
-        "data.train": work / "selected.jsonl",
-        "data.cache_dir": work / "clips",
-        "run.dir": work / "run",
+        "model.path": str(pretrained),
+        "data.train": str(work / "selected.jsonl"),
+        "data.cache_dir": str(work / "clips"),
+        "run.dir": str(work / "run"),
     }
-    overrides = [text for key, value in changes.items() for text in (f"--{key}", str(value))]
     path = Path(str(resources.files("video_opd.world") / "recipes" / recipe))
-    return train(load_recipe(path, overrides)).model
+    return train(load_recipe(path).changed(**changes)).model

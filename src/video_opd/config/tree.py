@@ -6,6 +6,7 @@ Nothing here knows a particular setting.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -159,6 +160,39 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             need(isinstance(node, dict), f"--{name}: {section!r} is not a section")
         node[key] = parse_yaml(text, f"--{name}")
     return result
+
+
+def override_words(settings: Mapping[str, Any]) -> list[str]:
+    """``["--a.b", "value", …]`` with which :func:`apply_overrides` sets these very values.
+
+    A text stays the text that it is, also where YAML would read 2024 or a comment in it, and a path is a
+    text. Raises :class:`UserError` for a value that no recipe can hold.
+    """
+    return [word for key, value in settings.items() for word in (f"--{key}", _as_yaml(key, value))]
+
+
+def _as_yaml(key: str, value: Any) -> str:
+    try:
+        text: str = yaml.dump(
+            _plain(value), Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=NOT_FOLDED
+        )
+    except yaml.representer.RepresenterError:
+        raise UserError(
+            f"{key}: a recipe holds numbers, texts, and lists of them, not a {type(value).__name__}"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\n...")  # which ends a document that is a bare value
+
+
+def _plain(value: Any) -> Any:
+    """``value`` of the types that YAML has: numpy's float64 is a float, for example."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    kinds = (bool, int, float, str)  # a bool is an int
+    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from video_opd.config.tree import override_words
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
@@ -48,9 +49,9 @@ Stage = Sequence[Task]
 
 
 def settings_words(settings: Mapping[str, Any]) -> Iterator[str]:
-    """``--key value`` for each setting of a recipe."""
+    """``--key value`` for each setting of a recipe; a text is YAML, as on a command line."""
     for key, value in settings.items():
-        yield from (f"--{key}", str(value))
+        yield from (f"--{key}", value) if isinstance(value, str) else override_words({key: value})
 
 
 def expected_seconds(stages: Iterable[Stage], jobs: int) -> float:

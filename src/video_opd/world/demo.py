@@ -150,17 +150,17 @@ def _claim(out: Path, recipe: Recipe) -> None:
 def demo_recipe(out: Path, seed: int, steps: int | None) -> Recipe:
     """The recipe ``recipes/tiny/video-opd.yaml``, with the shipped models and with the files of ``out``."""
     changes: dict[str, Any] = {
-        "model.path": shipped("tiny-base"),
-        "teacher.path": shipped("tiny-teacher"),
-        "data.train": out / "selected.jsonl",
-        "data.cache_dir": out / "clips",
-        "run.dir": out,
+        "model.path": str(shipped("tiny-base")),
+        "teacher.path": str(shipped("tiny-teacher")),
+        "data.train": str(out / "selected.jsonl"),
+        "data.cache_dir": str(out / "clips"),
+        "run.dir": str(out),
         "run.seed": seed,
     }
     if steps is not None:
         changes["optim.max_steps"] = steps
     path = Path(str(resources.files("video_opd.world") / "recipes" / "video-opd.yaml"))
-    return load_recipe(path, [text for key, value in changes.items() for text in (f"--{key}", str(value))])
+    return load_recipe(path).changed(**changes)
 
 
 def write_timelines(data: Path, models: Sequence[str], out: Path) -> None:

@@ -127,6 +127,7 @@ def test_settings_are_the_words_of_a_recipe() -> None:
     assert list(settings_words({"optim.lr": 3e-4, "run.dir": Path("a b")})) == [
         "--optim.lr", "0.0003", "--run.dir", "a b",
     ]  # fmt: skip
+    assert list(settings_words({"run.dir": Path("a #1")})) == ["--run.dir", "'a #1'"]  # "#" begins a comment
 
 
 STARTS = """

@@ -81,3 +81,10 @@ def test_the_same_demo_goes_on(begun: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for out, steps in ((begun, 4), (Path("free"), 5)):
         with pytest.raises(Reached):
             run_demo(out, steps=steps)
+
+
+@pytest.mark.parametrize("name", ["2024", "yes", "a #1", "a: b", "[x]"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    recipe = demo_recipe(Path(name), 3, 4)
+    assert (recipe.run.dir, recipe.data.train) == (name, f"{name}/selected.jsonl")
+    assert (recipe.run.seed, recipe.optim.max_steps) == (3, 4)
