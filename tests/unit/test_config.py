@@ -213,6 +213,12 @@ def test_broken_overrides(tmp_path: Path, words: list[str], expected: str):
         load_recipe(path, words)
 
 
+def test_a_section_that_is_empty_in_the_file_can_be_filled(tmp_path: Path):
+    path = write(tmp_path, "teacher: {path: t}\ndata: {train: d}\noptim:\n")
+    assert load_recipe(path) == load_recipe(path, ["--optim.lr", "1e-6"])
+    assert load_recipe(path, ["--optim.lr", "3e-4", "--optim.epochs", "2"]).optim.epochs == 2
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("optim: [", "line 1"), ("just text", "expected sections"), ("", "data.train is missing")],

@@ -156,7 +156,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         *sections, key = name.split(".")
         node = result
         for section in sections:
-            node = node.setdefault(section, {})
+            if node.get(section) is None:  # an empty section of a file, "optim:"
+                node[section] = {}
+            node = node[section]
             need(isinstance(node, dict), f"--{name}: {section!r} is not a section")
         node[key] = parse_yaml(text, f"--{name}")
     return result
