@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
+LARGEST_SEED = 2**32 - 1  # of a run: numpy's generator takes none that is larger, or below 0
+
 
 def derive_seed(*name: int | str) -> int:
     """A seed in [0, 2⁶³) from the run's seed, a purpose, and whatever else names the draw.

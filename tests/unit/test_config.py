@@ -488,6 +488,8 @@ def test_the_settings_import_no_torch():
         ),
         ({"loss": {"baseline": "kl"}, "teacher": {"path": "t", "distributions": False}}, "baseline kl needs"),
         ({"method": "grpo", "sampling": {"rollouts": 1}}, "needs at least 2; the paper takes 8"),
+        ({"run": {"seed": -1}}, "run.seed must be at least 0, not -1"),
+        ({"run": {"seed": 2**32}}, "run.seed must be at most 4294967295, not 4294967296"),
         ({"prompt": {"thinking": True}}, "set sampling.max_new_tokens"),
         ({"method": "grpo", "prompt": {"thinking": True}}, "set sampling.max_new_tokens"),
         ({"method": "sft", "prompt": {"thinking": True}}, "no reasoning"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from video_opd.cli.parser import Parser
 from video_opd.errors import UserError
+from video_opd.seeds import LARGEST_SEED
 
 PROTOCOLS = ("paper", "timelens", "timelens-2026-02", "timelens-2025", "lmms-eval-timelens")
 
@@ -16,6 +17,13 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and {LARGEST_SEED}")
     return number
 
 
@@ -33,7 +41,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "help": "hf: this package's, on transformers; vllm: vLLM (extra vllm); default: %(default)s",
     },
     "--max-new-tokens": {"type": positive, "default": 64, "metavar": "N", "help": "default: %(default)s"},
-    "--seed": {"type": int, "default": 0, "help": "default: %(default)s"},
+    "--seed": {"type": seed, "default": 0, "help": "default: %(default)s"},
     "--overwrite": {"action": "store_true", "help": "throw away what --out holds"},
     "--batch-size": {"type": positive, "default": 8, "metavar": "N", "help": "responses at once; default: 8"},
     "--video-root": {"metavar": "DIR", "help": "where the videos are; default: beside the data"},

@@ -110,7 +110,8 @@ def _explain(error: ErrorDetails, location: Sequence[str | int], model: Model, r
         return f"{path} must be {KINDS[kind]}, " + ("but it is empty" if value is None else f"not {value!r}")
     if kind in BOUNDS:
         relation, bound = BOUNDS[kind]
-        return f"{path} must be {relation} {facts[bound]:g}, not {value!r}{_described(field)}"
+        number = facts[bound] if isinstance(facts[bound], int) else f"{facts[bound]:g}"
+        return f"{path} must be {relation} {number}, not {value!r}{_described(field)}"
     if kind == "string_too_short":
         return f"{path} is empty{_described(field)}"
     if kind == "literal_error":

@@ -51,6 +51,7 @@ from video_opd.config.sections import (
 from video_opd.config.settings import Settings
 from video_opd.config.tree import MAX_LETTERS, apply_overrides, dump_yaml, parse_yaml
 from video_opd.errors import UserError, need
+from video_opd.seeds import LARGEST_SEED
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -244,6 +245,12 @@ class Recipe(Settings):
             self.teacher.named or not self.tvdf.asks_teacher,
             f"teacher.path is missing: tvdf.strategy {self.tvdf.strategy} asks a teacher; name its folder, "
             "or use strategy gaussian without a gate, which needs none",
+        )
+        last = self.run.seed + self.rounds.count - 1
+        need(
+            last <= LARGEST_SEED,
+            f"run.seed {self.run.seed} with {self.rounds.count} rounds: the last of them would train with "
+            f"seed {last}, and a seed is at most {LARGEST_SEED}",
         )
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from video_opd.config.settings import Number, Settings, Texts, number, several
 from video_opd.errors import need
+from video_opd.seeds import LARGEST_SEED
 from video_opd.types import MIN_TEACHER_IOU, UNGATED, ForTopK, RankBy, Strategy
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ class RunConfig(Settings):
     """The run folder, how much it keeps, and the checks before the first step."""
 
     dir: str = Field(default="runs/video-opd", min_length=1, description="a folder for the run")
-    seed: int = Field(default=0, description="everything random follows from it")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="everything random follows from it")
     save_every: int = Field(default=10, ge=1, description="optimiser steps between two checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept; a resume needs one")
     save_dtype: Dtype = Field(

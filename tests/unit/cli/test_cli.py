@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from output_cases import parsers_of_commands
 
 from video_opd.cli import main, report
 from video_opd.cli.commands import build_parser, parse_words
@@ -112,6 +113,18 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(words, names, capsys, tmp_
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1 and err.startswith("video-opd: ") and names in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [name for name, parser in parsers_of_commands() if "--seed" in parser.flags]
+)
+def test_a_seed_is_one_that_every_generator_takes(command: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("-1", str(2**32)):
+        assert main([*command.split(), "--seed", wrong]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and f"--seed: {wrong} is not between 0 and" in err
     assert list(tmp_path.iterdir()) == []
 
 

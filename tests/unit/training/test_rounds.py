@@ -716,6 +716,7 @@ def test_impossible_settings_are_refused_with_the_recipe(sections: dict[str, Any
         ({"method": "grpo"}, "tvdf.strategy topk asks a teacher"),
         ({"method": "grpo", "tvdf": {"strategy": "gaussian", "min_teacher_iou": 0.5}}, "asks a teacher"),
         ({"teacher": {"path": "t", "by_source": {"web": "w"}}}, "one teacher about the whole pool"),
+        ({"teacher": {"path": "t"}, "run": {"seed": 2**32 - 2}}, "the last of them would train with seed"),
     ],
 )
 def test_what_only_rounds_need_is_not_asked_of_train(sections: dict[str, Any], expected: str) -> None:
