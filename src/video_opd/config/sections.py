@@ -357,11 +357,15 @@ class SelectionConfig(Settings):
         f"for {' and '.join(UNGATED)}; sec. 3.2, step 1, leaves it open",
     )
     buckets: int = Field(default=5, ge=1, description="of bbds; sec. B.3")
+    # Both bounds are far beyond any IoU or KL. Beyond them all weights would be the same number, or none.
     center: Number | None = Field(
-        default=None, description="none: 0.9 for gwds, sec. B.4, and 0.3 for gaussian, sec. D.1"
+        default=None, ge=-1e6, le=1e6, description="none: 0.9 for gwds, sec. B.4; 0.3 for gaussian, sec. D.1"
     )
     sigma: Number | None = Field(
-        default=None, gt=0, description="none: 0.2 for gwds, sec. B.4, and for gaussian, sec. D.1"
+        default=None,
+        ge=1e-6,
+        le=1e6,
+        description="none: 0.2 for gwds, sec. B.4, and for gaussian, sec. D.1",
     )
 
     @model_validator(mode="after")

@@ -124,14 +124,21 @@ def _bbds(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> lis
 def _gwds(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
     """eq 21–22."""
     center, sigma = _or(settings.center, GWDS_CENTER), _or(settings.sigma, GWDS_SIGMA)
-    log_weights = [-((value - center) ** 2) / (2 * sigma**2) for value in ranking.values]
+    log_weights = [_log_weight(value - center, sigma) for value in ranking.values]
     return _draw(log_weights, ranking.ids, k, "gwds", seed)
 
 
 def _gaussian(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:
     """eq 30–31. The values are negated distances of the student's IoU from the centre."""
     sigma = _or(settings.sigma, GAUSSIAN_SIGMA)
-    return _draw([-(value**2) / (2 * sigma**2) for value in ranking.values], ranking.ids, k, "gaussian", seed)
+    log_weights = [_log_weight(value, sigma) for value in ranking.values]
+    return _draw(log_weights, ranking.ids, k, "gaussian", seed)
+
+
+def _log_weight(distance: float, sigma: float) -> float:
+    """log exp(−d²/2σ²). The quotient is squared: a small σ alone would underflow, a large d overflow."""
+    widths = distance / sigma
+    return -0.5 * widths * widths
 
 
 def _random(ranking: Ranking, k: int, settings: SelectionConfig, seed: int) -> list[int]:

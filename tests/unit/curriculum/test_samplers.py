@@ -262,7 +262,12 @@ def test_seeds_change_random_choices(strategy: Strategy) -> None:
     [
         ({"strategy": "best"}, "strategy is 'best'; choose one of: topk, dsus"),
         ({"k": 0}, "k must be at least 1, not 0"),
-        ({"strategy": "gwds", "sigma": 0.0}, "sigma must be above 0"),
+        ({"strategy": "gwds", "sigma": 0.0}, "sigma must be at least 1e-06"),
+        ({"strategy": "gwds", "sigma": 1e-200}, "sigma must be at least 1e-06"),
+        ({"strategy": "gaussian", "sigma": math.inf}, r"sigma must be at most 1e\+06"),
+        ({"strategy": "gaussian", "center": math.inf}, r"center must be at most 1e\+06"),
+        ({"strategy": "gwds", "center": -1e200}, r"center must be at least -1e\+06"),
+        ({"strategy": "gwds", "center": math.nan}, "center must be a number"),
         ({"strategy": "bbds", "buckets": 0}, "buckets must be at least 1"),
         ({"rank_by": "iou"}, "iou_gap"),
         ({"strategy": "topk", "center": 0.5}, r"center means nothing to strategy topk \(only to gwds"),

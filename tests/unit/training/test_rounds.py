@@ -695,7 +695,7 @@ SECTIONS: list[tuple[dict[str, Any], str]] = [
     ({"tvdf": {"strategy": "gaussian", "rank_by": "reverse_kl"}}, r"tvdf\.rank_by means nothing to strategy"),
     ({"tvdf": {"buckets": 3}}, r"tvdf\.buckets means nothing to strategy topk \(only to bbds\)"),
     ({"tvdf": {"center": 0.5}}, r"tvdf\.center means nothing"),
-    ({"tvdf": {"strategy": "gwds", "sigma": 0.0}}, r"tvdf\.sigma must be above 0"),
+    ({"tvdf": {"strategy": "gwds", "sigma": 0.0}}, r"tvdf\.sigma must be at least 1e-06"),
     ({"tvdf": {"temperature": 0.0}}, "makes all responses the same"),
     ({"tvdf": {"min_teacher_iou": 50}}, "at most 1"),
     ({"tvdf": {"strategy": "top"}}, "did you mean topk"),
