@@ -6,7 +6,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from video_opd.cli.arguments import add_shared, check_engine, positive
 from video_opd.cli.output import print_json
@@ -28,8 +28,12 @@ EXAMPLE = (
 _OF_RECIPES = (  # settings that only a RECIPE has
     *("model.path", "teacher.path", "teacher.by_source"),
     *("data.train", "data.video_root", "data.limit", "data.cache_dir"),
-    *("tvdf.", "sampling.max_new_tokens", "run.seed"),
+    *("tvdf.teacher_k", "tvdf.student_k", "tvdf.temperature", "tvdf.batch_size"),
+    *("tvdf.strategy", "tvdf.rank_by", "tvdf.min_teacher_iou"),  # which decide what is asked, and whom
+    *("sampling.max_new_tokens", "run.seed"),
 )
+# The flags for what a selection adds to the scores: its k, and its gate.
+_FOR_TOPK = {"tvdf.k": "--for-topk K", "tvdf.min_teacher_iou": "--min-teacher-iou X with --for-topk"}
 SETTINGS = (
     *MODEL_SETTINGS,
     *("teacher.dtype", "teacher.quantization", "teacher.placement", "teacher.other_template"),
@@ -138,16 +142,18 @@ class _Work:
 
 
 def _from_recipe(arguments: argparse.Namespace) -> _Work:
-    """As ``rounds`` would score the recipe's pool, but for the flags that are given."""
+    """As ``rounds`` would score the recipe's pool, but for the flags that are given: the teacher is asked if
+    the recipe's selection reads its responses, or a flag does."""
     if any((arguments.student, arguments.teacher, arguments.data)):
         raise UserError("a RECIPE names student, teacher and data: leave the options out, or the recipe")
     from video_opd.config import load_recipe
     from video_opd.curriculum.pool import inference_configs
     from video_opd.curriculum.scores import ScoreSettings
 
-    for word in arguments.overrides[::2]:
-        if not word.removeprefix("--").startswith(SETTINGS):
-            raise UserError(f"{word} changes no score: leave it out")
+    given = [word.removeprefix("--") for word in arguments.overrides[::2]]
+    for key in given:
+        if not key.startswith(SETTINGS):
+            _refuse_setting(key)
     of_vllm, others = _without_vllm(arguments.overrides)
     recipe = load_recipe(arguments.recipe, others)
     if getattr(recipe.teacher, "by_source", None):
@@ -157,6 +163,10 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
         )
     student, teacher = inference_configs(recipe)
     tvdf, of_topk = recipe.tvdf, arguments.for_topk is not None
+    if "tvdf.min_teacher_iou" in given and not of_topk and tvdf.strategy != "gaussian":
+        _refuse_setting("tvdf.min_teacher_iou")  # of gaussian, it decides whether the teacher is asked
+    if not (of_topk or tvdf.asks_teacher or arguments.reverse_kl or arguments.teacher_from):
+        teacher = None
     usual = ScoreSettings(
         k=tvdf.teacher_k,
         student_k=tvdf.student_k,
@@ -179,6 +189,11 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
     )
 
 
+def _refuse_setting(key: str) -> NoReturn:
+    hint = f"; {_FOR_TOPK[key]} is for a selection that is known" if key in _FOR_TOPK else ""
+    raise UserError(f"--{key} changes no score: leave it out{hint}")
+
+
 def _from_flags(arguments: argparse.Namespace) -> _Work:
     if not (arguments.student and arguments.data):
         raise UserError("score needs a RECIPE, or --student and --data (and --teacher, for TVDF)")
@@ -186,7 +201,7 @@ def _from_flags(arguments: argparse.Namespace) -> _Work:
     from video_opd.models.inference import read_inference_pair
 
     for word in arguments.overrides[::2]:
-        if word.removeprefix("--").startswith(_OF_RECIPES) and word != "--teacher.path":
+        if word.removeprefix("--").startswith(("tvdf.", *_OF_RECIPES)) and word != "--teacher.path":
             raise UserError(f"{word} is a setting of a RECIPE; without one, give the flag of that name")
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
     served = "--teacher.urls" in of_teacher

@@ -640,9 +640,23 @@ def test_score_does_what_a_recipe_says(tmp_path, monkeypatch, capsys) -> None:
         (["--teacher.by_source", "{web: w}"], "one teacher scores a pool"),
         (["--for-topk", "5", "--reverse-kl"], "leave out either"),
         (["--optim.lr", "1"], "--optim.lr changes no score"),
+        (["--tvdf.k", "5"], "--tvdf.k changes no score: leave it out; --for-topk K is for a selection"),
+        (["--tvdf.min_teacher_iou", "0.1"], "--min-teacher-iou X with --for-topk is for a selection"),
+        (["--tvdf.buckets", "3"], "--tvdf.buckets changes no score: leave it out\n"),
+        (["--tvdf.center", "0.5"], "--tvdf.center changes no score"),
+        (["--tvdf.sigma", "0.5"], "--tvdf.sigma changes no score"),
+        (["--tvdf.kk", "3"], "--tvdf.kk changes no score"),
     ):
         assert main([*words, *more]) == 2 and not calls
         assert said in capsys.readouterr().err
+    assert main([*words, "--for-topk", "5", "--tvdf.min_teacher_iou", "0.1"]) == 0
+    assert calls.pop()[3]["for_topk"] == ForTopK(k=5, min_teacher_iou=0.1)
+    # GRPO's selection asks no teacher, unless it has a gate.
+    by_difficulty = ["--tvdf.strategy", "gaussian", "--tvdf.rank_by", "iou_gap", "--tvdf.min_teacher_iou"]
+    for more, teacher in ((["0"], None), (["0.3"], "t"), (["0", "--reverse-kl"], "t")):
+        assert main([*words, *by_difficulty, *more]) == 0
+        asked = calls.pop()[1]
+        assert (asked and asked.model.path) == teacher
     named = ["score", "--student", "s", "--data", str(data), "--out", str(tmp_path / "o.jsonl")]
     assert main([*named, "--tvdf.teacher_k", "3"]) == 2
     assert "--tvdf.teacher_k is a setting of a RECIPE" in capsys.readouterr().err
