@@ -80,6 +80,7 @@ class StepWork:
     trained: Trained = "adapters"
     vision: Trained | None = None  # what is trained of the vision tower; None: it is frozen
     sampled: bool = True  # False: the responses are given, as annotations are
+    reference: bool = False  # whether the initial student scores the responses
 
     def operations(self, student: Costs, teacher: Costs | None) -> dict[str, float]:
         """The work of each stage, by the cost model of docs/performance.md; 0 for a stage that is left out.
@@ -108,11 +109,14 @@ class StepWork:
             "prefill": prefill if self.shared else 0.0,
             "sample": sample if self.shared or not self.sampled else prefill + sample,
             "teacher": 0.0,
+            "reference": 0.0,
             "update": student.forward(*written)
             if self.shared
             else G * see(student) + student.forward(*apart),
             "backward": student.backward(*update, self.trained) + again + tower,
         }
-        if teacher is not None:
-            stages["teacher"] = videos * see(teacher) + teacher.forward(*(both if self.shared else apart))
+        asked = {"teacher": teacher, "reference": student if self.reference else None}
+        for name, costs in asked.items():
+            if costs is not None:
+                stages[name] = videos * see(costs) + costs.forward(*update)
         return stages

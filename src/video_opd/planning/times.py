@@ -58,6 +58,7 @@ def times_of(
         trained=parts["language"] or "adapters",
         vision=parts["vision"],
         sampled=work.sampled,
+        reference=setup.reference,
     )
     asked = step.operations(costs, largest if setup.has_teacher else None)
     seconds = TFLOP * rate_tflops / work.prompts_a_step

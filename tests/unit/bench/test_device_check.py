@@ -21,6 +21,7 @@ from video_opd.bench.work import Steps, checkpointed, prompts_of, seeds_of
 from video_opd.config import LoraConfig
 from video_opd.models.lora import add_adapters
 from video_opd.models.policy import HFPolicy
+from video_opd.models.teachers import LocalTeacher
 from video_opd.planning.cost_model import StepWork
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -297,6 +298,7 @@ class Counted:
             shared=True,
             recompute=recompute,
             trained="adapters" if adapters else "full",
+            reference=True,
         )
         self.expected = self.work.operations(self.costs, None)
         self.products: dict[str, int] = {}
@@ -313,6 +315,8 @@ class Counted:
         responses = [[(rollout.token_ids + groups[0][0].token_ids)[:RESPONSE] for rollout in groups[0]]]
         found = self.count("update", lambda: policy.logprobs(prefix, responses, grad=True))
         self.count("backward", found.logprobs_BT.sum().backward)
+        frozen = LocalTeacher(HFPolicy(model, processor()))  # the initial student scores as a teacher does
+        self.count("reference", lambda: frozen.logprobs(prompts, responses))
 
     def count(self, stage: str, work: Callable[[], Any]) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -351,7 +355,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(adapters: bool, re
     """But for a few percent: ``lm_head`` at response positions and the adapters' own products are not in the
     formula, and the first adapted layer's inputs need no gradient."""
     found = counted(adapters, recompute)
-    for stage in ("sample", "update", "backward"):
+    for stage in ("sample", "update", "backward", "reference"):
         ratio = found.products[stage] / found.expected_products(stage)
         assert 0.96 < ratio < 1.15, f"{stage}: {ratio}"
 

@@ -12,7 +12,7 @@ from plan_cases import ADAPTERS, PAIR, paper
 from video_opd.config import Recipe, load_recipe
 from video_opd.errors import UserError
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
-from video_opd.planning.plan import FITS, decide, make_plan
+from video_opd.planning.plan import FITS, RecipeSizes, decide, make_plan
 from video_opd.planning.setup import Place, Setup, Work
 from video_opd.progress import duration
 from video_opd.types import Sample
@@ -193,6 +193,26 @@ def test_time_is_operations_over_the_rate() -> None:
     assert alone.step_s == pytest.approx(8 * fast.step_s)
     assert alone.candidate_s == fast.candidate_s is not None
     assert fast.scoring_s == pytest.approx(fast.candidate_s * 313)  # of 2,500 rows, on eight
+
+
+def test_a_reference_takes_the_time_of_a_teacher_of_the_students_size() -> None:
+    """It scores the responses as a teacher does, once for all updates on them."""
+    alone = {"teacher": {"path": ""}}
+    settings: list[dict[str, Any]] = [{}, {"loss": {"kl_beta": 0.1}}]
+    without, with_reference = (
+        make_plan(paper("grpo", **alone, **each), 8, None, sizes=RecipeSizes(student=PAIR.student)).times
+        for each in settings
+    )
+    assert without.stages_s["reference"] == 0
+    more = {stage: s - without.stages_s[stage] for stage, s in with_reference.stages_s.items()}
+    assert {stage for stage, s in more.items() if s} == {"reference"}
+    assert with_reference.step_s == pytest.approx(without.step_s + more["reference"])
+    own = RecipeSizes(student=PAIR.student, teachers=(PAIR.student,))
+    scaled = paper(teacher={"reward_scale": 1.5}, optim={"updates_per_batch": 2})
+    times = make_plan(scaled, 8, None, sizes=own).times
+    assert times.stages_s["reference"] == times.stages_s["teacher"] > 0
+    plain = make_plan(scaled.changed(**{"teacher.reward_scale": 1.0}), 8, None, sizes=own).times
+    assert times.step_s - plain.step_s == pytest.approx(times.stages_s["reference"] / 2)
 
 
 def test_a_quantised_teacher_is_planned_whole_because_it_is_held_whole() -> None:
