@@ -19,8 +19,10 @@ import contextlib
 import fcntl
 import functools
 import glob
+import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -30,6 +32,7 @@ MOST_TEXT_BYTES = 1 << 24  # of a file that holds one record: settings, a summar
 _LINK_MEMORY = 4096  # folders; videos of a data file share few
 UNFINISHED = ".part-"  # the names of unfinished files and folders begin with it
 REPLACED = ".old-"  # the same for a folder that is about to be removed
+_MOST_NAME_BYTES = 255  # of a file's name, on all common file systems
 _RANDOM_BYTES = 4  # at the end of the name of an unfinished file, in hexadecimal digits
 
 
@@ -58,7 +61,8 @@ def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary path; the file that the block writes there then takes the place of ``path``.
 
     The folder is made if it is not there. If ``path`` is a link, the file that it points to is replaced. The
-    temporary file is there and empty; the block writes into it, and does not replace it by another.
+    permissions of a file that was there stay. The temporary file is there and empty; the block writes into
+    it, and does not replace it by another.
     ``flush=False`` does not wait for the disk: it is for files whose content is checked when they are read.
 
     Raises :class:`UserError` that names ``path`` and the remedy if the block or the replacement raises
@@ -69,15 +73,18 @@ def replacing_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
     if os.path.exists(target) and not os.path.isfile(target):
         raise UserError(f"{path}: not a plain file; name a file to write")
     # The name ends in random letters: it matches no pattern such as *.json, and two writers do not collide.
-    temporary = target.with_name(f"{UNFINISHED}{target.name}.{os.urandom(_RANDOM_BYTES).hex()}")
+    temporary = target.with_name(f"{_unfinished(target.name)}.{os.urandom(_RANDOM_BYTES).hex()}")
     lock = None
     try:
         with disk_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             lock = _made_and_locked(temporary)
+            mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+            _set_mode(temporary, None if mode is None else mode | stat.S_IRUSR | stat.S_IWUSR)
             yield temporary
             if flush:
                 _flush(temporary)
+            _set_mode(temporary, mode)
             os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):
@@ -162,7 +169,8 @@ def discard_unfinished_file(path: str | Path, besides: Sequence[str] = ("",)) ->
     """
     target = _target(path)
     for ending in besides:
-        pattern = f"{UNFINISHED}{glob.escape(target.name + ending)}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}"
+        name = glob.escape(_unfinished(target.name + ending))
+        pattern = f"{name}.{'[0-9a-f]' * 2 * _RANDOM_BYTES}"
         for left in target.parent.glob(pattern):
             _remove_if_abandoned(left)
 
@@ -215,6 +223,25 @@ def _target(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # the working folder was deleted; a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: not a path that can be written ({reason}); choose another place") from None
+
+
+def _unfinished(name: str) -> str:
+    """How the name of the unfinished file ``name`` begins. A name that is too long for it is cut, and told
+    from others by its digest."""
+    longest = _MOST_NAME_BYTES - len(UNFINISHED) - 1 - 2 * _RANDOM_BYTES
+    encoded = os.fsencode(name)
+    if len(encoded) <= longest:
+        return f"{UNFINISHED}{name}"
+    digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    kept = encoded[: longest - len(digest) - 1].decode("utf-8", errors="ignore")
+    return f"{UNFINISHED}{kept}-{digest}"
+
+
+def _set_mode(file: Path, mode: int | None) -> None:
+    """Sets the permissions, as far as the file system has any; None leaves them."""
+    if mode is not None:
+        with contextlib.suppress(OSError):
+            file.chmod(mode)
 
 
 def _made_and_locked(temporary: Path) -> int:

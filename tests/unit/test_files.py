@@ -15,6 +15,7 @@ from video_opd import files
 from video_opd.errors import UserError
 from video_opd.files import (
     discard_unfinished,
+    discard_unfinished_file,
     is_same_file,
     read_text,
     relative_path,
@@ -42,6 +43,33 @@ def test_a_file_is_made_with_its_folder_and_replaced(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("")
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_the_permissions_of_a_file_that_was_there_stay(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("old")
+    for mode in (0o600, 0o640, 0o444):
+        (tmp_path / "secret").chmod(mode)
+        with replacing_file(tmp_path / "secret") as temporary:
+            assert stat.S_IMODE(temporary.stat().st_mode) == mode | 0o600  # from the first byte on
+            temporary.write_text("new")
+        assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == mode
+    write_text(tmp_path / "other", "")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "other").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "n" * 242, "n" * 243])
+def test_the_longest_names_are_written_and_their_leftovers_removed(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "a")
+    assert content(tmp_path) == {name: "a"}
+    with replacing_file(tmp_path / name) as temporary:
+        left = temporary.name
+    (tmp_path / left).write_text("of a killed writer")
+    other = name[:-1] + "m"
+    discard_unfinished_file(tmp_path / other)
+    assert (tmp_path / left).exists()  # another file's
+    discard_unfinished_file(tmp_path / name)
+    assert content(tmp_path) == {name: ""}
 
 
 def test_readers_see_the_old_file_until_the_block_has_ended(tmp_path: Path) -> None:
