@@ -6,11 +6,13 @@ import io
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 
@@ -109,19 +111,32 @@ _format_warning = warnings.formatwarning
 
 
 def print_rows(console: Console, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Prints a table on a terminal; elsewhere a line a row, ``name: column cell, …``, without empty cells."""
+    """Prints a table on a terminal that is wide enough; elsewhere a line a row, ``name: column cell, …``,
+    without empty cells."""
     if console.is_terminal:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*header)
+        table = Table()
+        for name in header:
+            table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*(Text(visible(cell)) for cell in row))
-        console.print(table)
-        return
+        if shows_whole(console, table, (cell for row in rows for cell in row[1:])):
+            console.print(table)
+            return
     for name, *cells in rows:
         named = ", ".join(f"{key} {cell}" for key, cell in zip(header[1:], cells, strict=True) if cell)
         say(console, f"{name.strip()}: {named}")
+
+
+def shows_whole(console: Console, table: Table, cells: Iterable[str]) -> bool:
+    """Whether no word of ``cells``, such as a figure, is cut in two or lost on a console of this width."""
+    lines = console.render_lines(table)
+    shown = "\n".join("".join(segment.text for segment in line) for line in lines)
+    return Counter(word for cell in cells for word in visible(cell, keep="\n").split()) <= Counter(
+        re.split(r"[\s│┃]+", shown)
+    )
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

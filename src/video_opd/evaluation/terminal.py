@@ -19,7 +19,7 @@ from video_opd.evaluation.notes import (
 )
 from video_opd.evaluation.query_swap import QuerySwap
 from video_opd.evaluation.rows import METRICS
-from video_opd.terminal import print_lines, print_rows, say, stdout, visible
+from video_opd.terminal import print_lines, print_rows, say, shows_whole, stdout, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,18 +73,31 @@ def print_metrics(
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Prints a table on a terminal, one a data set if one for all is too wide; elsewhere plain lines."""
-    if not console.is_terminal:
+    """Prints a table on a terminal, one a data set if one for all is too wide; plain lines if these are too
+    wide as well, and elsewhere."""
+    parts = _parts(table, console) if console.is_terminal else []
+    if not parts:
         print_lines(as_text(table).removesuffix("\n").split("\n"), console)
         return
-    whole = _rich_table(table, table.data_sets)
-    options = console.options.update(max_width=10_000)  # how wide it would like to be
-    fits = console.measure(whole, options=options).maximum <= console.width
-    for part in [whole] if fits else [_rich_table(table, (name,)) for name in table.data_sets]:
+    for part in parts:
         console.print(part)
     if table.averages:
         print_lines(average_lines(table), console)
     print_lines(table.notes, console)
+
+
+def _parts(table: Table, console: Console) -> list[Any]:
+    """The tables that show everything on this console; none if it is too narrow for them."""
+    whole = _rich_table(table, table.data_sets)
+    options = console.options.update(max_width=10_000)  # how wide it would like to be
+    if console.measure(whole, options=options).maximum <= console.width:
+        return [whole]
+    parts = {name: _rich_table(table, (name,)) for name in table.data_sets}
+    for name, part in parts.items():
+        rows = [*(row for row in table.measured if name in row.cells), *table.published]
+        if not shows_whole(console, part, (cell for row in rows for cell in _cells(row, (name,)))):
+            return []
+    return list(parts.values())
 
 
 def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
@@ -100,7 +113,8 @@ def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
     for name in data_sets:
         for metric in METRICS:
             above = visible(name) if metric == METRICS[0] else ""
-            shown.add_column(Text(metric if alone else f"{above}\n{metric}"), justify="right")
+            heading = Text(metric if alone else f"{above}\n{metric}")
+            shown.add_column(heading, justify="right", overflow="fold")
     for row in table.measured:
         if any(name in row.cells for name in data_sets):
             shown.add_row(Text(visible(row.name)), *_rich_cells(row, data_sets))
@@ -114,8 +128,13 @@ def _rich_table(table: Table, data_sets: Sequence[str]) -> Any:
 def _rich_cells(row: Row, data_sets: Sequence[str]) -> list[Any]:
     from rich.text import Text
 
+    return [Text(cell) for cell in _cells(row, data_sets)]
+
+
+def _cells(row: Row, data_sets: Sequence[str]) -> list[str]:
+    """A figure, with its interval below it."""
     return [
-        Text("\n".join(filter(None, (cell.value, cell.interval))))
+        "\n".join(filter(None, (cell.value, cell.interval)))
         for name in data_sets
         for cell in row.figures(name)
     ]

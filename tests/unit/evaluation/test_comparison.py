@@ -278,6 +278,15 @@ def test_a_wide_terminal_shows_one_table_a_narrow_one_a_table_a_data_set() -> No
         assert "GPT-4o†" in text and "not measured here" in text and "protocol paper" in text
 
 
+@pytest.mark.parametrize("width", range(20, 90, 7))
+def test_every_figure_is_whole_on_a_narrow_terminal(width: int) -> None:
+    """A table whose columns would cut one in two is printed as lines, which the terminal wraps."""
+    text = printed(width)
+    assert "…" not in text and ("┏" in text) == (width > 50)
+    for figure in ("[100.0,", "33.3]", "60.6", "44.5", "23.5"):
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", text), figure
+
+
 def test_no_terminal_shows_lines() -> None:
     lines = printed(80, terminal=False).splitlines()
     assert lines[0] == (

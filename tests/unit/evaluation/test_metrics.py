@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -452,7 +453,7 @@ def test_metric_values_in_percent() -> None:
 # --- printing
 
 
-def printed(terminal: bool) -> str:
+def printed(terminal: bool, width: int = 160) -> str:
     """A video of two queries, half right at first, and a video that is right from the start."""
     samples = [sample("a", (0.0, 10.0), source="x"), sample("b", (12.0, 18.0), video="a.mp4", source="x")]
     samples.append(sample("c", (0.0, 10.0), source="y"))
@@ -463,7 +464,7 @@ def printed(terminal: bool) -> str:
         constant=best_constant(samples),
         swaps={"student": query_swap(samples, after)},
         differences=paired_difference(samples, before, after),
-        console=Console(file=file, force_terminal=terminal, width=160),
+        console=Console(file=file, force_terminal=terminal, width=width),
     )
     return file.getvalue()
 
@@ -483,6 +484,11 @@ def test_plain_lines_off_a_terminal() -> None:
 
 def test_a_table_on_a_terminal() -> None:
     assert "│" in printed(terminal=True)
+    for width in range(20, 160, 7):
+        text = printed(terminal=True, width=width)
+        for figure in ("66.7", "[50.0,", "100.0]", "+50.0", "[+0.0,", "+75.0]"):
+            assert "…" not in text and re.search(rf"(?<![\d.+]){re.escape(figure)}(?![\d.])", text), figure
+    assert "│" in printed(terminal=True, width=90) and "│" not in printed(terminal=True, width=40)
 
 
 def test_record_carries_its_controls() -> None:
