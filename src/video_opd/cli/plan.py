@@ -17,6 +17,10 @@ HELP = "the memory and time that a recipe needs, before it is started"
 EXAMPLE = "video-opd plan recipes/qwen3-vl-8b/video-opd.yaml --gpus 8 --gpu-memory 80 --suggest"
 SETTINGS = ALL_SETTINGS
 MOST_GPUS = 4096
+OF_ROUNDS = (
+    "this is the plan of train, on all rows of the data file: rounds trains on tvdf.k of them each time, and "
+    "scores and evaluates besides"
+)
 FORMER_RATE = "--matrix-rate"  # the former name of --rate
 
 
@@ -65,6 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         rate_tflops = arguments.matrix_rate
     plan = make_plan(recipe, arguments.gpus, memory_bytes, samples=samples, rate_tflops=rate_tflops)
     record, lines = plan.to_json(), list(plan_lines(plan))
+    if "k" in recipe.given().get("tvdf", {}):
+        record["note"] = OF_ROUNDS
+        lines += ["", OF_ROUNDS]
     if arguments.suggest:
         found = suggest(recipe, arguments.gpus, memory_bytes, samples=samples, sizes=plan.sizes)
         larger = None

@@ -65,6 +65,14 @@ def test_a_data_file_that_is_here_bounds_the_prompts(capsys, tmp_path: Path) -> 
     assert json.loads(printed)["rows_assumed"]
 
 
+def test_a_plan_says_that_rounds_do_more_than_train(capsys) -> None:
+    for recipe, said in ((TINY, False), (str(ROOT / "recipes/tiny/rounds.yaml"), True)):
+        _, text = plan(capsys, recipe, "--gpu-memory", "16")
+        _, printed = plan(capsys, recipe, "--gpu-memory", "16", "--json")
+        assert ("rounds trains on tvdf.k" in text) is said
+        assert ("rounds trains on tvdf.k" in json.loads(printed).get("note", "")) is said
+
+
 def test_the_rate_also_goes_by_its_former_names(capsys) -> None:
     def record(*words: str) -> dict[str, float]:
         assert main(["plan", TINY, "--gpu-memory", "16", "--json", *words]) == 0
