@@ -142,6 +142,14 @@ def test_every_file_of_ours_that_is_named_is_there(path: Path) -> None:
     assert not {name for name in paths - {WRITTEN_LATER} if not (ROOT / name).exists()}
 
 
+def test_every_module_of_the_models_is_in_their_table() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| (`\w+\.py`[^|]*) \|", text, re.MULTILINE)
+    table = set(re.findall(r"`(\w+\.py)`", " ".join(first_cells)))
+    modules = {path.name for path in (ROOT / "src" / "video_opd" / "models").glob("*.py")}
+    assert table == modules - {"__init__.py"}
+
+
 # --- docs/files.md -----------------------------------------------------------------------------------
 
 FILES = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")

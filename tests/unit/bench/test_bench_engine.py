@@ -123,11 +123,11 @@ def test_other_results_are_an_error() -> None:
     with pytest.raises(AssertionError, match="other responses"):
         same_responses({"plain": responses(-1.0), "prefix": responses(-1.0, token=4)}, "float32")
     # In bfloat16 a response is compared up to the token where rounding made it another one.
-    long, other = (
+    one, two = (
         [[Rollout(token_ids=ids, logprobs=logprobs, text="", truncated=True)]]
         for ids, logprobs in (((3, 4, 5), (-1.0, -2.0, -1.0)), ((3, 4, 6), (-1.1, -2.0, -9.0)))
     )
-    assert same_responses({"plain": long, "prefix": other}, "bfloat16") == {"logprob": pytest.approx(0.1)}
+    assert same_responses({"plain": one, "prefix": two}, "bfloat16") == {"logprob": pytest.approx(0.1)}
     with pytest.raises(AssertionError, match=r"differ by 0\.3 nats"):
         same_responses({"plain": responses(-1.0), "prefix": responses(-1.3)}, "bfloat16")
     unlike = same_responses({"plain": responses(-1.0), "prefix": responses(-1.0, token=4)}, "bfloat16")
