@@ -89,6 +89,9 @@ def test_a_page_of_made_up_results(tmp_path: Path) -> None:
     assert "| d < e | table 9 | now | grams | +3.0 [+3.0, +3.0] | exact | holds | `video-opd" in text
     assert "## Table 9\n\nSeeds 0, 1; commit unknown; 2 CPU cores, torch 2.\n\na table" in text
     assert "## Not run\n\n* Table 10" in text
+    (tmp_path / "t.json").write_text(json.dumps(record | {"commits_of_runs": ["a1b2"]}))
+    text = document(read_results(tmp_path, experiments), experiments)
+    assert "## Table 9\n\nSeeds 0, 1; commit unknown, runs of a1b2; 2 CPU cores" in text
 
 
 def test_two_results_agree_if_each_lies_in_the_others_interval() -> None:

@@ -79,9 +79,7 @@ def test_what_was_made_otherwise_is_not_taken_for_what_is_asked(
     data.write_text("rows")
 
     def run(*words: Any, name: str = "copy") -> None:
-        task = Task(
-            name=name, words=lambda: [data, out, *words], done=out.exists, seconds=1, module="copies"
-        )
+        task = Task(name=name, words=lambda: [data, out, *words], done=out.exists, seconds=1, module="copies")
         run_stages([[task]], logs, 1)
         assert len(commits_of([[task]], logs)) == 1
 
