@@ -8,6 +8,7 @@ from pathlib import Path
 from video_opd.cli.arguments import positive
 from video_opd.cli.parser import NO_SETTINGS, Parser
 from video_opd.progress import log
+from video_opd.reproduce.claims import SEEDS
 from video_opd.terminal import print_text
 
 HELP = "the paper's tables and figures on the generated world; repeated, it continues"
@@ -22,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="tables, figures, studies, all, or one experiment, such as table-1; default: %(default)s",
     )
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--out",
         writes="folder",

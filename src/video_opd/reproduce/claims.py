@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+SEEDS = 3  # of an experiment, if nobody asks for others
 MIOU, ACCURACY = "mean IoU", "accuracy"
 OPERATIONS = "operations of GRPO's step, in percent"
 NOISE, COVARIANCE_SHARE = "log10 of noise / signal", "share of the variance, in percent"

@@ -11,7 +11,7 @@ from typing import Any
 
 from video_opd.errors import UserError
 from video_opd.files import read_text
-from video_opd.reproduce.claims import FAILS, HOLDS, OPEN, Claim, Difference
+from video_opd.reproduce.claims import FAILS, HOLDS, OPEN, SEEDS, Claim, Difference
 
 Results = Mapping[str, Mapping[str, Any]]
 """The content of a result's file, by the experiment's name."""
@@ -38,7 +38,7 @@ def document(results: Results, experiments: Mapping[str, ModuleType], repeated: 
     parts = [(resources.files("video_opd.reproduce") / "templates" / "head.md").read_text(encoding="utf-8")]
     made = {name: experiments[name].claims(record["result"]) for name, record in results.items()}
     parts.append("\n".join(_map(results, experiments)))
-    parts.append("\n".join(_claims(made)))
+    parts.append("\n".join(_claims(results, made)))
     parts.append("\n".join(_repeated(results, made, repeated, experiments)))
     for name, record in results.items():
         parts.append("\n".join(_section(experiments[name], record)))
@@ -84,8 +84,8 @@ def _repeated(
     if again:
         yield "## Repeated\n"
         yield (
-            "Runs of the same seeds, made again from nothing. Two results agree if each difference lies in "
-            "the other's interval:\n"
+            "Runs made again from nothing, with the same seeds or some of them. Two results agree if each "
+            "difference lies in the other's interval:\n"
         )
         for name, record in again.items():
             yield f"* {experiments[name].TITLE}: first {_made_by(results[name])}; again {_made_by(record)}"
@@ -99,7 +99,7 @@ def _repeated(
         yield ""
 
 
-def _claims(made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:
+def _claims(results: Results, made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:
     claims = [(name, claim) for name, found in made.items() for claim in found]
     if not claims:
         yield "## Claims\n\nNo experiment has been run.\n"
@@ -116,8 +116,13 @@ def _claims(made: Mapping[str, Sequence[Claim]]) -> Iterator[str]:
         found = claim.difference
         said = (claim.says, claim.source, claim.where, claim.score)
         cells = (*said, str(found), found.count_above, claim.verdict)
-        yield f"| {' | '.join(cells)} | `video-opd reproduce --suite {name}` |"
+        yield f"| {' | '.join(cells)} | `{_command(name, results[name])}` |"
     yield ""
+
+
+def _command(name: str, record: Mapping[str, Any]) -> str:
+    seeds = len(record["seeds"])
+    return f"video-opd reproduce --suite {name}" + ("" if seeds == SEEDS else f" --seeds {seeds}")
 
 
 def _made_by(record: Mapping[str, Any]) -> str:
@@ -126,11 +131,17 @@ def _made_by(record: Mapping[str, Any]) -> str:
     return f"commit {(record['commit'] or 'unknown')[:7]} on {where or 'a machine without a name'}"
 
 
+def _commits(record: Mapping[str, Any]) -> str:
+    """The commit that made the result, and those at which runs were made, if these are others."""
+    made, runs = record["commit"] or "unknown", record.get("commits_of_runs", [])
+    return f"commit {made}" + (f", runs of {', '.join(runs)}" if set(runs) - {made} else "")
+
+
 def _section(experiment: ModuleType, record: Mapping[str, Any]) -> Iterator[str]:
     machine = record["machine"]
     yield f"## {experiment.TITLE}\n"
     yield (
-        f"Seeds {', '.join(map(str, record['seeds']))}; commit {record['commit'] or 'unknown'}; "
+        f"Seeds {', '.join(map(str, record['seeds']))}; {_commits(record)}; "
         f"{machine['cpus']} CPU cores, torch {machine['torch']}.\n"
     )
     yield from experiment.tables(record["result"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from video_opd.files import write_text
 from video_opd.progress import duration, log
+from video_opd.reproduce.claims import SEEDS
 from video_opd.reproduce.places import Place
 from video_opd.reproduce.tasks import commits_of, expected_seconds, run_stages
 from video_opd.training.run_folder import git_commit
@@ -22,7 +23,7 @@ def reproduce(
     out: str | Path,
     results: str | Path,
     *,
-    seeds: int = 3,
+    seeds: int = SEEDS,
     jobs: int = 2,
 ) -> None:
     """Runs the experiments with the seeds 0 to ``seeds`` − 1, ``jobs`` commands at a time.
