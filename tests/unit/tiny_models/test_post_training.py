@@ -26,7 +26,7 @@ def test_a_teacher_is_post_trained_on_rows_of_its_own_difficulty(
     monkeypatch.setattr(teachers, "SELECTED", 3)
     short = ["--optim.max_steps", "1", "--optim.batch_size", "2", "--optim.micro_batch_size", "1"]
     short += ["--sampling.rollouts", "2", "--sampling.max_new_tokens", "4"]
-    monkeypatch.setattr(teachers, "load_recipe", lambda path, words: load_recipe(path, [*words, *short]))
+    monkeypatch.setattr(teachers, "load_recipe", lambda path: load_recipe(path, short))
     export(build_model("test"), build_processor(), tmp_path / "pretrained")
     model = teachers.post_train(tmp_path / "pretrained", "grpo-teacher.yaml", tmp_path / "work")
     load_model(model)
