@@ -64,21 +64,22 @@ class ForwardPasses:
         shared = DynamicCache(config=self.model.config)
         if trunks is not None:
             trunk, branches = trunks.split(batch, prompts, self.pad_id)
-            self._prefill(trunk, trunk.attention_mask_BP, shared)
+            _, trunk_mask_BP = self._prefill_first(trunk, shared)
         for start in range(0, len(prompts), size):
             rows = list(range(start, min(start + size, len(prompts))))
             cache = copy_cache(shared)
             if trunks is None:
                 chunk = batch if len(rows) == len(prompts) else self.batch([prompts[row] for row in rows])
-                mask_BP = chunk.attention_mask_BP
+                last_hidden_BD, mask_BP = self._prefill_first(chunk, cache)
             else:
                 chunk = branches.select(rows, self.pad_id)
                 trunk_of_row = [trunks.of_prompt[row] for row in rows]
                 select_rows(cache, trunk_of_row, len(trunks.lengths))
-                mask_BP = torch.cat([trunk.attention_mask_BP[trunk_of_row], chunk.attention_mask_BP], dim=1)
+                mask_BP = torch.cat([trunk_mask_BP[trunk_of_row], chunk.attention_mask_BP], dim=1)
+                last_hidden_BD = self._prefill(chunk, mask_BP, cache)[:, -1]
             yield Prefix(
                 prefilled_by=self.model,
-                last_hidden_BD=self._prefill(chunk, mask_BP, cache),
+                last_hidden_BD=last_hidden_BD,
                 prompts=tuple(prompts[row] for row in rows),
                 cache=cache,
                 attention_mask_BP=mask_BP,
@@ -86,8 +87,24 @@ class ForwardPasses:
                 grad=torch.is_grad_enabled(),
             )
 
-    def _prefill(self, batch: PromptBatch, mask_BL: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Last hidden state [B, D] of ``batch`` on top of ``cache``; ``mask_BL`` covers both."""
+    def _prefill_first(self, batch: PromptBatch, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """(last hidden state [B, D] of each row of ``batch``, mask [B, P] of the columns of ``cache``), which
+        is empty before.
+
+        With the padding at the end, the attention is plainly causal and takes no mask: a mask costs it twice
+        the products, those of future tokens included, and the fast kernels of a GPU. Flash attention leaves
+        padding out by itself, wherever it is.
+        """
+        if not self.side_by_side:
+            return self._prefill(batch, batch.attention_mask_BP, cache)[:, -1], batch.attention_mask_BP
+        batch = batch.padded_right()
+        hidden_BPD = self._prefill(batch, None, cache)
+        last_B = batch.attention_mask_BP.sum(1) - 1
+        return hidden_BPD[torch.arange(len(last_B), device=last_B.device), last_B], batch.attention_mask_BP
+
+    def _prefill(self, batch: PromptBatch, mask_BL: torch.Tensor | None, cache: DynamicCache) -> torch.Tensor:
+        """Hidden states [B, P, D] of ``batch`` on top of ``cache``; ``mask_BL`` covers both, and without it
+        the attention is causal."""
         videos = encode_videos(self.model, batch)
         return self.model.model(
             input_ids=batch.input_ids_BP,
@@ -96,7 +113,7 @@ class ForwardPasses:
             mm_encoder_outputs=None if videos is None else {"video": videos},
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1]
+        ).last_hidden_state
 
     def extend(
         self,

@@ -7,7 +7,7 @@ time, height, width of the multimodal rotary positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +61,20 @@ class PromptBatch:
         lengths = self.attention_mask_BP[list(rows)].sum(1).tolist()
         ends = [self.input_ids_BP.shape[1]] * len(rows)
         return self.cut(rows, ends, lengths, pad_id=pad_id, videos=False)
+
+    def padded_right(self) -> PromptBatch:
+        """The same rows with their padding at the end, which no token before it can see in a causal model."""
+        width = self.input_ids_BP.shape[1]
+        left_B1 = width - self.attention_mask_BP.sum(1, keepdim=True)
+        column_BP = (torch.arange(width, device=left_B1.device) + left_B1) % width
+        column_3BP = column_BP.expand(3, -1, -1)
+        return replace(
+            self,
+            input_ids_BP=self.input_ids_BP.gather(1, column_BP),
+            attention_mask_BP=self.attention_mask_BP.gather(1, column_BP),
+            token_types_BP=self.token_types_BP.gather(1, column_BP),
+            position_ids_3BP=self.position_ids_3BP.gather(2, column_3BP),
+        )
 
     def cut(
         self, rows: Sequence[int], stops: Sequence[int], lengths: Sequence[int], *, pad_id: int, videos: bool

@@ -5,7 +5,9 @@ some prompts is the sequence of tokens that they all begin with, the video at le
 one prompt, its query. A branch goes on top of the keys and values of its trunk, as a response goes on top of
 those of its prompt.
 
-    columns of the cache:   padding | trunk (video) | padding | branch (query) || response
+    columns of the cache:   trunk (video) | padding | branch (query) || response
+
+For flash attention the padding is in front of the trunk.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_cases import SEEDS, mixed_prompts, mixture, model, old_logprobs, processor, tokens_of
+from training_cases import finish, fork
 
 from video_opd.models import captured_decoding, kv_cache
 from video_opd.models import policy as policies
@@ -96,6 +97,11 @@ def test_a_model_on_a_cpu_is_not_recorded() -> None:
 
 
 def test_a_model_that_fsdp_manages_is_not_recorded_while_it_is_whole() -> None:
+    # In a process of its own: once FSDP was used, a backward starts threads, and then no fork can do one.
+    assert finish([fork(whole_under_fsdp)]) == [0]
+
+
+def whole_under_fsdp() -> None:
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -103,14 +109,12 @@ def test_a_model_that_fsdp_manages_is_not_recorded_while_it_is_whole() -> None:
     made = model()
     assert not captured_decoding.in_shards(made)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-        layer = fully_shard(made.model.language_model.layers[0], mesh=mesh, reshard_after_forward=False)
-        layer.unshard()
-        assert not any(isinstance(weight, DTensor) for weight in made.parameters())
-        assert captured_decoding.in_shards(made)
-    finally:
-        distributed.destroy_process_group()
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    layer = fully_shard(made.model.language_model.layers[0], mesh=mesh, reshard_after_forward=False)
+    layer.unshard()
+    assert not any(isinstance(weight, DTensor) for weight in made.parameters())
+    assert captured_decoding.in_shards(made)
+    distributed.destroy_process_group()
 
 
 def test_a_recording_that_fails_is_told_once(

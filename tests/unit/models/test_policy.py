@@ -455,6 +455,31 @@ def test_a_video_and_a_prompt_are_prefilled_once(grad: bool) -> None:
     assert transformer[3:] == [*prefill, (3, 3), (3, 3), (3, 3)]
 
 
+def test_prompts_of_several_lengths_attend_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask would cost the attention products with future tokens, and a GPU its fast kernels."""
+    prompts = mixed_prompts()[:2]
+    assert len({prompt.length for prompt in prompts}) == 2
+    attend, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if query.shape[0] == len(prompts):  # the vision tower has a row for each frame
+            mask = kwargs.get("attn_mask")
+            masked.append((query.shape[-2], mask is not None, kwargs.get("is_causal", False)))
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    student = policy()
+    together = student.prefill(prompts)
+    layers = len(student.model.model.language_model.layers)
+    assert masked == [(max(prompt.length for prompt in prompts), False, True)] * layers
+    for row, prompt in enumerate(prompts):
+        alone = student.prefill([prompt])
+        assert together.attention_mask_BP[row].tolist() == [1] * prompt.length + [0] * (
+            together.attention_mask_BP.shape[1] - prompt.length
+        )
+        torch.testing.assert_close(together.last_hidden_BD[row], alone.last_hidden_BD[0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("engine", ["prefix", "plain"])
 def test_only_response_positions_meet_the_head(engine: str) -> None:
     student = policy(engine)
