@@ -26,6 +26,7 @@ from video_opd.models.checkpoint_files import (
     unquantised_name,
 )
 from video_opd.models.folder_trial import try_prompt
+from video_opd.models.grouped_attention import use_grouped_heads
 from video_opd.models.lora import load_adapter, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.patch_embedding import use_linear_patches
@@ -53,7 +54,8 @@ def load_model(
 
     ``path`` is a folder that ``save_pretrained`` wrote, or the name of a model on a hub. ``attn`` is any
     attention implementation of transformers. With ``sdpa``, the vision tower attends to all frames of a size
-    in one call (:mod:`~video_opd.models.vision_attention`). Patches are embedded by a matrix product
+    in one call (:mod:`~video_opd.models.vision_attention`), and query heads that share keys attend to one
+    copy of them (:mod:`~video_opd.models.grouped_attention`). Patches are embedded by a matrix product
     (:mod:`~video_opd.models.patch_embedding`).
 
     FP8 weights are dequantised into ``dtype`` while they are read; other quantised weights are refused.
@@ -93,6 +95,7 @@ def load_model(
         log(f"{path}: its {quantised} weights are dequantised into {dtype}")
     _note_unfollowed(path, model.generation_config)
     use_batched_frames(model)
+    use_grouped_heads(model)
     use_linear_patches(model)
     if narrow:
         for part in (model.config, model.config.text_config, model.config.vision_config):

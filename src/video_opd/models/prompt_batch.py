@@ -1,4 +1,4 @@
-"""Encoded prompts as one left-padded batch, with every distinct video in it once.
+"""Encoded prompts as one batch, with every distinct video in it once.
 
 Shapes: ``B`` rows, ``P`` prompt tokens (the longest), ``R`` response tokens (the longest). The axis of 3 is
 time, height, width of the multimodal rotary positions.
@@ -26,7 +26,8 @@ KNOWN_TENSORS = frozenset({"pixel_values_videos", "video_grid_thw", "mm_token_ty
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptBatch:
-    """Prompts padded on the left, so the last column of every row is the last token of its prompt.
+    """Prompts padded on the left, so the last column of every row is the last token of its prompt, or on the
+    right (:meth:`padded_right`).
 
     ``pixel_values_videos`` and ``video_grid_thw`` hold each distinct video (by ``clip_digest``) once;
     ``videos_of_prompt[b]`` are the numbers of the videos in row b.

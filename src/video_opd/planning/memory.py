@@ -312,13 +312,14 @@ class Estimate:
 
     def response_graph(self) -> int:
         """What the forward of the responses keeps of the prompt: keys and values with the response's behind
-        them. A mask makes transformers repeat them for every query head."""
+        them, and the mask of the response tokens, once for each query head that shares a key head."""
         if not self.setup.prefix:
             return 0
-        text, number = self.text, self.setup.number
-        repeated = text.queries if text.heads > text.key_heads else text.keys
+        text, work, number = self.text, self.work, self.setup.number
+        sharing = text.heads // text.key_heads
+        masked = sharing * work.rollouts * work.response_tokens
         layers = 1 if self.recompute else text.layers
-        return 2 * number * repeated * self.P * layers
+        return number * (2 * text.keys + masked) * self.P * layers
 
     def one_layer(self) -> int:
         """What the backward of a layer needs beside what is kept: the layer's own graph where it is

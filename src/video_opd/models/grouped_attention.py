@@ -1,0 +1,85 @@
+"""The attention of the decoder where query heads share keys, without a copy of the keys for each of them.
+
+On top of a prefix, a few new tokens attend to many keys, and a mask says to which. ``sdpa`` then takes as
+many heads of keys as of queries, so transformers repeats keys and values in every layer: four times the
+memory of the prompt's cache in Qwen3-VL-8B, written and read for each forward. The query heads that share
+keys can as well stand in one head, one behind the other, under the same mask. The results are the same.
+
+Shapes: ``B`` rows, ``H`` heads of keys, ``G`` query heads that share one of them, ``Q`` new tokens, ``K``
+columns of the cache and the new tokens, ``d`` numbers of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration
+
+NAME = "video_opd_grouped"
+
+
+def use_grouped_heads(model: Qwen3VLForConditionalGeneration) -> bool:
+    """Lets the decoder's layers attend by :func:`grouped_attention`; returns whether they were changed.
+
+    Only a decoder on ``sdpa`` whose query heads share keys is changed. ``model.config`` stays as it is, so
+    the change is neither saved nor passed on to a model that is built from this config, and masks are those
+    of ``sdpa``.
+    """
+    config = model.config.text_config
+    if config._attn_implementation != "sdpa" or config.num_attention_heads == config.num_key_value_heads:
+        return False
+    own = copy.deepcopy(config)
+    own._attn_implementation = NAME
+    for layer in model.model.language_model.layers:
+        layer.self_attn.config = own
+    return True
+
+
+def grouped_attention(
+    module: Any,
+    query_BNQd: torch.Tensor,
+    key_BHKd: torch.Tensor,
+    value_BHKd: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **other: Any,
+) -> tuple[torch.Tensor, None]:
+    """[B, G·H, Q, d] of queries → [B, Q, G·H, d]. ``attention_mask`` is [B, 1, Q, K], True where a token
+    attends.
+
+    The mask is repeated for the query heads in place of keys and values. So what has no mask, and a whole
+    prompt under one, is left to transformers.
+    """
+    G, Q, K = module.num_key_value_groups, query_BNQd.shape[2], key_BHKd.shape[2]
+    if attention_mask is None or 2 * Q > K:
+        return sdpa_attention_forward(
+            module,
+            query_BNQd,
+            key_BHKd,
+            value_BHKd,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **other,
+        )
+    attended_BHGQd = scaled_dot_product_attention(
+        query_BNQd.unflatten(1, (-1, G)).flatten(2, 3),
+        key_BHKd,
+        value_BHKd,
+        attn_mask=attention_mask.repeat(1, 1, G, 1),
+        dropout_p=dropout,
+        scale=scaling,
+    ).unflatten(2, (G, Q))
+    return attended_BHGQd.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, grouped_attention)
