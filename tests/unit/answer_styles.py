@@ -215,6 +215,13 @@ OTHER_UNITS: list[Row] = [
 COMPOUND: list[Row] = [
     ("1 minute 5 seconds to 15 seconds", "none", None),
     ("1 minute 5 to 15 seconds", "none", None),
+    ("one minute 5 seconds to 15 seconds", "none", None),
+    ("from one minute and 5 seconds to 80 seconds", "none", None),
+    ("from **Twenty-one minutes**, 5 to 15 seconds", "none", None),
+    ("an hour and 5 seconds to 15 seconds", "none", None),
+    ("It takes a minute. 5 to 15 seconds", "to", (5.0, 15.0)),
+    ("In a two-minute video: 5 to 15 seconds", "to", (5.0, 15.0)),
+    ("A minute of video. 5 to 15", "to", (5.0, 15.0)),
     ("from 2 minutes and 5 seconds to 10 seconds", "none", None),
     ("between 1 min 5 s and 20 s", "none", None),
     ("from 1 minute, 5 seconds to 20 seconds", "none", None),
