@@ -37,7 +37,7 @@ from video_opd.models.patch_embedding import use_linear_patches
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import AdaptersOffReference
 from video_opd.processes import Processes
-from video_opd.training.components import Components, adapt, freeze, prepare, usable_samples
+from video_opd.training.components import Components, adapt, freeze, usable_samples, wrap_for_training
 from video_opd.training.loop import train
 from video_opd.training.placement import place
 from video_opd.training.run_folder import RunFolder
@@ -125,7 +125,7 @@ class Build:
             adapt(student, recipe, weights)
         else:
             freeze(student, recipe.model)
-        forward_module, optimizer, masters = prepare(recipe, accelerator, student)
+        forward_module, optimizer, masters = wrap_for_training(recipe, accelerator, student)
         by_layer = gathers_by_layer(recipe)
         recompute = by_layer or bool(recipe.model.gradient_checkpointing)
         policy = HFPolicy(

@@ -139,7 +139,7 @@ def build_components(
         forward_module, masters = model, None
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
     else:
-        forward_module, optimizer, masters = prepare(recipe, accelerator, model)
+        forward_module, optimizer, masters = wrap_for_training(recipe, accelerator, model)
     compute_dtype = None if recipe.model.dtype == "float32" else DTYPES[recipe.model.dtype]
     policy = HFPolicy(
         model,
@@ -183,7 +183,7 @@ def check_libraries(recipe: Recipe) -> None:
         check_torchao(f"lora.base_quantization {recipe.lora.base_quantization}")
 
 
-def prepare(
+def wrap_for_training(
     recipe: Recipe, accelerator: Accelerator, model: torch.nn.Module
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Masters | None]:
     """(the module that forwards with gradients go through, the optimiser, the weights that it updates if they
@@ -233,7 +233,8 @@ def load_student(
             device=device,
             attn=recipe.model.attn,
             trained=True,
-            as_stored=by_layer or (recipe.optim.offload and not merged),  # :func:`prepare` widens it
+            as_stored=by_layer
+            or (recipe.optim.offload and not merged),  # :func:`wrap_for_training` widens it
         )
         freeze(model, recipe.model)
         return model, processor

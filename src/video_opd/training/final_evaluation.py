@@ -62,7 +62,7 @@ def is_evaluated(name: str, recipe: Recipe, out: Path) -> bool:
     return True
 
 
-def evaluate_model(
+def evaluate_student(
     recipe: Recipe, policy: Policy, loader: Loader, folder: RunFolder, processes: Processes
 ) -> None:
     """Writes ``eval/student-<data>.json`` and the predictions beside it; goes on where a kill left off.

@@ -41,7 +41,7 @@ from video_opd.seeds import derive_seed
 from video_opd.training import checkpoint as checkpoints
 from video_opd.training.batches import BatchPlan, BatchStream, Row
 from video_opd.training.components import Components, build_components, restore_base
-from video_opd.training.final_evaluation import check_evaluation_files, evaluate_model, record_failures
+from video_opd.training.final_evaluation import check_evaluation_files, evaluate_student, record_failures
 from video_opd.training.inputs import check_same_inputs, input_digests
 from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
@@ -97,11 +97,11 @@ def _train(recipe: Recipe, accelerator: Accelerator, processes: Processes, build
         components = build(recipe, accelerator, folder, folder.model)
         return _finish(recipe, processes, folder, components)
     found = processes.on_first(lambda: input_digests(recipe))
-    saved = processes.on_first(lambda: _beginning(folder, found))
+    saved = processes.on_first(lambda: _checkpoint_of_same_inputs(folder, found))
     components = build(recipe, accelerator, folder, saved.weights if saved else recipe.model.path)
     start = _resume(saved, components, accelerator)
-    processes.on_first(lambda: _begin(folder, saved, _machine(accelerator, recipe)))
-    with _trackers(recipe, accelerator, start), _sampler_of(components):
+    processes.on_first(lambda: _rewind(folder, saved, _machine(accelerator, recipe)))
+    with _trackers(recipe, accelerator, start), _closing_sampler(components):
         Run(recipe, accelerator, processes, folder, components, found).steps(start)
     return _finish(recipe, processes, folder, components)
 
@@ -112,14 +112,14 @@ def _open(folder: RunFolder, recipe: Recipe) -> None:
     folder.put_damage_aside()
 
 
-def _beginning(folder: RunFolder, found: Mapping[str, str]) -> checkpoints.Checkpoint | None:
+def _checkpoint_of_same_inputs(folder: RunFolder, found: Mapping[str, str]) -> checkpoints.Checkpoint | None:
     saved = _checkpoint_to_continue(folder)
     if saved is not None:
         check_same_inputs(saved.inputs, found, folder.path)
     return saved
 
 
-def _begin(folder: RunFolder, saved: checkpoints.Checkpoint | None, machine: Mapping[str, Any]) -> None:
+def _rewind(folder: RunFolder, saved: checkpoints.Checkpoint | None, machine: Mapping[str, Any]) -> None:
     nothing = {path.name: NOTHING for path in folder.rows}
     folder.rewind(saved.step if saved else 0, saved.rows if saved else nothing)
     folder.write_environment(machine)
@@ -332,7 +332,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
 
 
 @contextmanager
-def _sampler_of(components: Components) -> Iterator[None]:
+def _closing_sampler(components: Components) -> Iterator[None]:
     """Another engine that samples is there for the steps only: evaluation is the student's own."""
     try:
         yield
@@ -411,7 +411,7 @@ def _finish(recipe: Recipe, processes: Processes, folder: RunFolder, components:
         cast_weights(components.model, save_dtype)
     processes.on_first(lambda: _write_model(recipe, folder, components))
     policy = _trained_policy(recipe, processes, folder, components)
-    evaluate_model(recipe, policy, components.evaluation_loader, folder, processes)
+    evaluate_student(recipe, policy, components.evaluation_loader, folder, processes)
     processes.on_first(lambda: record_failures(recipe, policy, components, folder))
     processes.on_first(lambda: _write_results(recipe, folder, components))
     return _result(folder)

@@ -13,7 +13,7 @@ from answer_cases import FakeLoader, FakePolicy, make_samples
 from video_opd.config import recipe_from_dict
 from video_opd.curriculum.scores import ScoreSettings, score
 from video_opd.processes import Processes
-from video_opd.training.final_evaluation import evaluate_model
+from video_opd.training.final_evaluation import evaluate_student
 from video_opd.training.run_folder import RunFolder
 
 
@@ -85,7 +85,7 @@ def test_an_evaluation_that_was_cut_off_ends_with_the_same_bytes(tmp_path: Path,
         tree: dict[str, Any] = {"method": "sft", "data": {"train": "unused"}}
         recipe = recipe_from_dict({**tree, "evaluate": {"data": [str(data)], "batch_size": 3}})
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        evaluate_model(recipe, student, FakeLoader(failing=["s4"]), RunFolder(folder), Processes())
+        evaluate_student(recipe, student, FakeLoader(failing=["s4"]), RunFolder(folder), Processes())
         return folder / "eval" / "student-test.jsonl"
 
     whole, cut = killed_and_repeated(tmp_path, killed_at, run)
