@@ -63,12 +63,16 @@ _LARGER_AFTER = re.compile(
 )
 _LARGER_BEFORE = re.compile(r"(?<![^\W_])(?:hour|hr|minute|min)\.?[^\S\n]*\Z", re.I)
 _NUMBER_WORD = (
-    r"(?:(?:twenty|thirty|forty|fifty)[\s-])?(?:one|two|three|four|five|six|seven|eight|nine)"
-    r"|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty|sixty|an?"
+    r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|twenty|thirty|forty|fifty|sixty|hundred|half|an?|few|several|couple\s+of"
 )
-# "one minute and 5 seconds", up to the 5.
+# "one minute and 5 seconds", "a half-hour, 5 seconds": up to the 5.
 _LARGER_IN_WORDS = re.compile(
-    rf"(?<![^\W_])(?:{_NUMBER_WORD})[^\S\n]+(?:{_LARGER_UNITS})(?![^\W_])(?:[^\S\n]|[,，]|and\b)*\Z", re.I
+    rf"(?<![^\W_])(?:{_NUMBER_WORD})(?:\s+|-)(?=\w\w)(?:{_LARGER_UNITS})(?![^\W_])(?:[^\S\n]|[,，]|and\b)*\Z",
+    re.I,
+)
+_BEFORE_REST = re.compile(
+    rf"(?<![^\W_])(?=\w\w)(?:{_LARGER_UNITS})(?![^\W_])(?:[^\S\n]|[,，]|and\b)*\Z", re.I
 )
 _BEFORE_REST = re.compile(r"(?:[^\S\n]|[,，、零又的の第]|and\b|(?:second|sec)\b)*", re.I)
 # Parts of a second that follow seconds: "17 s 830 ms".
@@ -86,7 +90,7 @@ _OTHER_UNIT = re.compile(
 )
 
 _GLUE_REACH = 10  # characters before a number that may belong to it
-_WORDS_REACH = 40  # characters before a number that may hold its minutes in words
+_WORDS_REACH = 32  # characters before a number that may hold its minutes in words
 _REST_REACH = 16  # characters between two numbers that may be parts of one time
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # no spaces between words
 _LETTER = r"[^\W\d_]"
@@ -200,7 +204,8 @@ def _numbers(text: str) -> Iterator[Number]:
             before = text[max(start - _GLUE_REACH, 0) : start]
             if _FRACTION_AFTER.match(text, end) or _is_glued(before, part, has_unit=bool(unit)):
                 value_s = None
-            if _LARGER_IN_WORDS.search(text[max(start - _WORDS_REACH, 0) : start].translate(_MARKUP)):
+            in_words = text[max(start - _WORDS_REACH, 0) : start].translate(_MARKUP)
+            if not clock and _LARGER_IN_WORDS.search(in_words):
                 value_s = None
             bare = not unit and part.isdigit()
             yield Number(start=start, end=end, value_s=value_s, clock=clock, unit=bool(unit), bare=bare)

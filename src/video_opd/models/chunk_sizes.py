@@ -12,3 +12,10 @@ MOMENTS_A_SCALE = 256  # moments in 8 bits that share a float32 scale
 # Weights that the optimiser for weights and moments in fewer bits updates at once. Its temporaries take some
 # fifty bytes for each.
 WEIGHTS_A_CHUNK = 1 << 24
+
+
+def repeats_mask(queries: int, keys: int) -> bool:
+    """Whether attention repeats its mask for query heads that share keys, and not the keys and values, which
+    are fewer numbers only if a row has many new tokens. ``queries`` is their number, ``keys`` the numbers of
+    a token's keys."""
+    return queries <= keys

@@ -5,8 +5,8 @@ many heads of keys as of queries, so transformers repeats keys and values in eve
 memory of the prompt's cache in Qwen3-VL-8B, written and read for each forward. The query heads that share
 keys can as well stand in one head, one behind the other, under the same mask. The results are the same.
 
-Shapes: ``B`` rows, ``H`` heads of keys, ``G`` query heads that share one of them, ``Q`` new tokens, ``K``
-columns of the cache and the new tokens, ``d`` numbers of a head.
+Shapes: ``B`` rows, ``H`` heads of keys, ``G`` query heads that share one of them, ``N`` = ``G * H``, ``Q``
+new tokens, ``K`` columns of the cache and the new tokens, ``d`` numbers of a head.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from video_opd.models.chunk_sizes import repeats_mask
+
 if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -30,7 +32,7 @@ def use_grouped_heads(model: Qwen3VLForConditionalGeneration) -> bool:
 
     Only a decoder on ``sdpa`` whose query heads share keys is changed. ``model.config`` stays as it is, so
     the change is neither saved nor passed on to a model that is built from this config, and masks are those
-    of ``sdpa``.
+    of ``sdpa``. ``model.set_attn_implementation`` does not reach the layers afterwards.
     """
     config = model.config.text_config
     if config._attn_implementation != "sdpa" or config.num_attention_heads == config.num_key_value_heads:
@@ -53,14 +55,19 @@ def grouped_attention(
     dropout: float = 0.0,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[B, G·H, Q, d] of queries → [B, Q, G·H, d]. ``attention_mask`` is [B, 1, Q, K], True where a token
-    attends.
+    """[B, N, Q, d] of queries → [B, Q, N, d]. ``attention_mask`` is [B, 1, Q, K], True where a token attends.
 
-    The mask is repeated for the query heads in place of keys and values. So what has no mask, and a whole
-    prompt under one, is left to transformers.
+    Many new tokens under a mask are left to transformers, and what has no mask, unless the GPU has no kernel
+    for that.
     """
-    G, Q, K = module.num_key_value_groups, query_BNQd.shape[2], key_BHKd.shape[2]
-    if attention_mask is None or 2 * Q > K:
+    G, Q, width = module.num_key_value_groups, query_BNQd.shape[2], key_BHKd.shape[1] * key_BHKd.shape[3]
+    if attention_mask is None and not kernel_shares_heads(query_BNQd):
+        key, value = (each.repeat_interleave(G, dim=1) for each in (key_BHKd, value_BHKd))
+        attended_BNQd = scaled_dot_product_attention(
+            query_BNQd, key, value, dropout_p=dropout, scale=scaling, is_causal=Q > 1
+        )
+        return attended_BNQd.transpose(1, 2).contiguous(), None
+    if attention_mask is None or not repeats_mask(Q, width):
         return sdpa_attention_forward(
             module,
             query_BNQd,
@@ -80,6 +87,13 @@ def grouped_attention(
         scale=scaling,
     ).unflatten(2, (G, Q))
     return attended_BHGQd.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def kernel_shares_heads(query: torch.Tensor) -> bool:
+    """Whether a fused kernel takes fewer heads of keys than of queries. In float32 a GPU's do not: all scores
+    of a prompt would be in memory at once."""
+    in_32_bits = query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type)
+    return not (query.is_cuda and in_32_bits)
 
 
 AttentionInterface.register(NAME, grouped_attention)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class Prefix:
     """The keys and values of prompts, and the state from which their responses begin.
 
-    Prompts are padded at the end, those that share a video behind the shared tokens and before their own
-    (:mod:`video_opd.models.sharing`). Only the mask reflects this; positions are those of the prompt alone.
+    Prompts are padded at the end (for flash attention in front), those that share a video also behind the
+    shared tokens and before their own (:mod:`video_opd.models.sharing`). Only the mask reflects this;
+    positions are those of the prompt alone.
 
     Sampling and scoring do not change a prefix, so it can be used any number of times until the weights of
     ``prefilled_by`` change. ``grad``: the prefill recorded its graph, and one update can be differentiated

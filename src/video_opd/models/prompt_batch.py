@@ -64,7 +64,8 @@ class PromptBatch:
         return self.cut(rows, ends, lengths, pad_id=pad_id, videos=False)
 
     def padded_right(self) -> PromptBatch:
-        """The same rows with their padding at the end, which no token before it can see in a causal model."""
+        """The same rows with their padding at the end, which no token before it can see in a causal model.
+        Only rows that are padded on the left can be cut, selected, or padded on the right."""
         width = self.input_ids_BP.shape[1]
         left_B1 = width - self.attention_mask_BP.sum(1, keepdim=True)
         column_BP = (torch.arange(width, device=left_B1.device) + left_B1) % width

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from video_opd.models.chunk_sizes import repeats_mask
 from video_opd.planning.sizes import TextSizes, VisionSizes
 
 # float32: everything in float32. autocast: float32 weights under autocast, so norms and the residual stream
@@ -102,6 +103,18 @@ def merger_bytes(vision: VisionSizes, mode: Mode, role: Role, *, cuda: bool = Fa
     norm = 2 * D if cuda and mode != "float32" else 0
     a_merger = number * (1 if role == "passed" else 3) * D + norm
     return (1 + vision.levels) * a_merger + number * D
+
+
+def response_bytes(text: TextSizes, number: int, columns: int, queries: int, *, masked: bool) -> int:
+    """What one layer keeps of prompts for the responses on top of them: their keys and values with the
+    responses' behind them, and the mask of the response tokens. ``columns`` of both together, in all rows;
+    ``queries`` response tokens in a row. A mask is repeated for query heads that share keys, or else keys and
+    values are."""
+    A, C = text.queries, text.keys
+    if not masked:
+        return number * 2 * C * columns
+    a_column = 2 * C + A // C * queries if repeats_mask(queries, C) else 2 * A + queries
+    return number * a_column * columns
 
 
 def block_work_bytes(vision: VisionSizes, number: int) -> int:

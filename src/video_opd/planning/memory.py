@@ -24,7 +24,7 @@ from video_opd.models.chunk_sizes import (
 )
 from video_opd.planning import graph
 from video_opd.planning.setup import Setup, Work
-from video_opd.planning.sizes import ModelSizes
+from video_opd.planning.sizes import ModelSizes, TextSizes
 
 #: The parts of a plan, with what each is.
 PARTS: Mapping[str, str] = {
@@ -311,15 +311,18 @@ class Estimate:
         return self.prompt_cache() if self.mode == "autocast" else 0
 
     def response_graph(self) -> int:
-        """What the forward of the responses keeps of the prompt: keys and values with the response's behind
-        them, and the mask of the response tokens, once for each query head that shares a key head."""
+        """What the forward of the responses keeps of the prompt."""
         if not self.setup.prefix:
             return 0
-        text, work, number = self.text, self.work, self.setup.number
-        sharing = text.heads // text.key_heads
-        masked = sharing * work.rollouts * work.response_tokens
-        layers = 1 if self.recompute else text.layers
-        return number * (2 * text.keys + masked) * self.P * layers
+        layers = 1 if self.recompute else self.text.layers
+        return layers * self._response_bytes(self.text, self.setup.number, self.P, self.R)
+
+    def _response_bytes(self, text: TextSizes, number: int, prompts: int, responses: int) -> int:
+        """The same of one layer of any model, for so many tokens of prompts and of responses."""
+        work, together = self.work, self.setup.side_by_side
+        columns = prompts * (1 if together else work.rollouts) + responses
+        queries = work.response_tokens * (work.rollouts if together else 1)
+        return graph.response_bytes(text, number, columns, queries, masked=together)
 
     def one_layer(self) -> int:
         """What the backward of a layer needs beside what is kept: the layer's own graph where it is
@@ -486,6 +489,9 @@ class Estimate:
         )
         logits += 0 if number == 4 else 4 * ROWS_A_CHUNK * text.hidden
         layer = max(tokens * graph.layer_work_bytes(text, number), logits)
+        if self.setup.prefix:
+            responses = work.teacher_micro_batch * work.rollouts * work.response_tokens
+            layer = max(layer, self._response_bytes(text, number, tokens, responses))
         return max(seen, features + cache + layer)
 
     def backward_starts(self) -> Counter[str]:

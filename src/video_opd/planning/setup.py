@@ -46,6 +46,7 @@ class Setup:
     offload: bool  # the masters and the optimiser's state are on the CPU
     recompute: bool | None  # None: activations are recomputed only if they do not fit
     prefix: bool  # the prefix engine
+    side_by_side: bool  # whether it puts the responses to a prompt in one row; flash attention does not
     frozen: frozenset[str]  # parts
     adapted: frozenset[str]  # parts
     rank: int
@@ -77,6 +78,7 @@ class Setup:
             offload=recipe.optim.offload,
             recompute=True if by_layer else model.gradient_checkpointing,
             prefix=model.engine == "prefix",
+            side_by_side=model.attn != "flash_attention_2",
             frozen=frozenset(model.freeze),
             adapted=frozenset(recipe.lora.parts),
             rank=recipe.lora.rank,

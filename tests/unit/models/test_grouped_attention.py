@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,12 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from video_opd.models import grouped_attention as grouped
-from video_opd.models.grouped_attention import NAME, grouped_attention, use_grouped_heads
+from video_opd.models.grouped_attention import (
+    NAME,
+    grouped_attention,
+    kernel_shares_heads,
+    use_grouped_heads,
+)
 from video_opd.models.policy import HFPolicy
 
 RESPONSES: list[list[tuple[int, ...]]] = [
@@ -60,11 +65,38 @@ def test_results_and_gradients_are_those_of_repeated_keys(
         torch.testing.assert_close(got, wanted)
 
 
-def test_without_a_mask_it_is_that_of_transformers() -> None:
-    (query, key, value), _ = inputs(2, 9, 9)
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_without_a_mask_it_is_that_of_transformers(
+    queries: int, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a kernel takes as many heads of keys as of queries."""
+    (query, key, value), _ = inputs(2, queries, 9)
     module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3)
+    monkeypatch.setattr(grouped, "kernel_shares_heads", lambda query: shares)
     found, _ = grouped_attention(module, query, key, value, None, scaling=0.3)
-    assert torch.equal(found, sdpa_attention_forward(module, query, key, value, None, scaling=0.3)[0])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_gpu_shares_heads_in_16_bits_only() -> None:
+    class OnGpu:
+        device, is_cuda = torch.device("cuda"), True
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+    assert kernel_shares_heads(torch.ones(1))
+    assert kernel_shares_heads(cast(Any, OnGpu(torch.bfloat16)))
+    assert not kernel_shares_heads(cast(Any, OnGpu(torch.float32)))
+
+
+def test_many_new_tokens_have_their_keys_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "sdpa_attention_forward", lambda *_, **__: (None, "by transformers"))
+    module: Any = SimpleNamespace(num_key_value_groups=3)
+    for queries, by in ((16, None), (17, "by transformers")):  # two heads of eight numbers
+        (query, key, value), mask = inputs(2, queries, 40)
+        assert grouped_attention(module, query, key, value, mask, scaling=0.3)[1] == by
 
 
 def test_a_policy_scores_samples_and_learns_alike_and_copies_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:

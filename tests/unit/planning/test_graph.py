@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from video_opd.config import LoraConfig
 from video_opd.config.sections import AdaptedPart
+from video_opd.models.chunk_sizes import repeats_mask
+from video_opd.models.grouped_attention import use_grouped_heads
 from video_opd.models.lora import add_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.patch_embedding import use_linear_patches
@@ -58,6 +60,7 @@ def _wide() -> Any:
 def wide() -> Any:
     made = copy.deepcopy(_wide())
     use_batched_frames(made)
+    assert use_grouped_heads(made)
     use_linear_patches(made)
     return made.requires_grad_(False)
 
@@ -125,6 +128,28 @@ def test_the_vision_tower_keeps_what_the_formula_says(mode: graph.Mode, role: gr
     if mode == "autocast":
         expected += 2 * (sizes.parts["vision"].in_matrices + sizes.parts["merger"].in_matrices)
     assert 0.92 < expected / kept_bytes(policy.model, encoded) < 1.01
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "length", [2, 6, 30]
+)  # tokens of each of three responses: the last have keys repeated
+def test_responses_keep_of_their_prompt_what_the_formula_says(mode: graph.Mode, length: int) -> None:
+    policy, sizes = prepared("language", mode, "full")
+    assert repeats_mask(3 * 6, sizes.text.keys) and not repeats_mask(3 * 29, sizes.text.keys)
+    prompts = prompt(), encode("when?", frames=48, height_px=96, width_px=96)
+    number = 4 if mode == "float32" else 2
+    responses = [[tuple(range(9, 9 + length))] * 3]
+    found, expected = [], []
+    for each in prompts:
+        prefix = policy.prefill([each], grad=True)
+        found.append(kept_bytes(policy.model, partial(policy.logprobs, prefix, responses, grad=True)))
+        queries = 3 * (length - 1)  # nothing is scored behind the last token
+        columns = each.length + queries
+        a_layer = graph.response_bytes(sizes.text, number, columns, queries, masked=True)
+        expected.append(sizes.text.layers * a_layer)
+    # Of two prompts, because the responses keep as much of themselves with each.
+    assert 0.97 < (expected[1] - expected[0]) / (found[1] - found[0]) < 1.01
 
 
 @pytest.mark.parametrize("mode", ["float32", "autocast", "bfloat16"])
