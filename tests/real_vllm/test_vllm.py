@@ -32,9 +32,9 @@ from video_opd.serving.app import Service, ServiceSettings
 from video_opd.serving.connect import connect_teacher
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
-from video_opd.serving.server import try_out
+from video_opd.serving.serve import try_out
 from video_opd.training.loop import train
-from video_opd.training.sampler import VLLMSampler
+from video_opd.training.vllm_sampler import VLLMSampler
 from video_opd.types import EncodedPrompt
 from video_opd.world.demo import shipped
 from video_opd.world.make import make_world

@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.config.tree import apply_overrides
     from video_opd.serving.app import ServiceSettings
     from video_opd.serving.limits import Limits
-    from video_opd.serving.server import serve
+    from video_opd.serving.serve import serve
 
     sections = apply_overrides({}, arguments.overrides)
     serve(

@@ -176,35 +176,9 @@ def read_inference_pair(
     return own, teacher_config(own, teacher or "", pair.teacher)
 
 
-class TeacherSettings(Protocol):
-    """The fields of a recipe's ``teacher`` section that decide how it is run."""
-
-    @property
-    def dtype(self) -> Dtype | None: ...
-
-    @property
-    def other_template(self) -> bool: ...
-
-    @property
-    def quantization(self) -> Quantization | None: ...
-
-    @property
-    def placement(self) -> Placement: ...
-
-    @property
-    def urls(self) -> Sequence[str]: ...
-
-    @property
-    def fingerprint(self) -> str | None: ...
-
-    @property
-    def send(self) -> Literal["value", "reference"]: ...
-
-    @property
-    def wait_s(self) -> float: ...
-
-
-def teacher_config(student: InferenceConfig, path: str, teacher: TeacherSettings) -> TeacherInferenceConfig:
+def teacher_config(
+    student: InferenceConfig, path: str, teacher: TeacherConfig | _TeacherModel
+) -> TeacherInferenceConfig:
     """The settings of the teacher ``path`` that is given what ``student`` is given."""
     dtype = teacher.dtype or student.model.dtype
     shown = student.changed(**{"model.path": path or student.model.path, "model.dtype": dtype})

@@ -59,12 +59,12 @@ from video_opd.serving.connect import check_servers, connect_teacher
 from video_opd.serving.limits import token_bytes
 from video_opd.serving.servers import Described
 from video_opd.training.masters import Masters
-from video_opd.training.memory import plan_of_run
 from video_opd.training.optimizers import make_optimizer
 from video_opd.training.placement import loading_device, place, placement_asked
 from video_opd.training.run_folder import RunFolder
-from video_opd.training.sampler import VLLMSampler, make_sampler
+from video_opd.training.run_plan import plan_of_run
 from video_opd.training.sharding import gathers_by_layer, hold, is_sharded, shard, sharding_asked
+from video_opd.training.vllm_sampler import VLLMSampler, make_sampler
 from video_opd.types import EncodedPrompt, Sample
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ def write_list(folder: Path, name: str, facts: Mapping[str, Any], without: Colle
             for each, digest in zip(names, digests, strict=True)
         }
     content = {**facts, "files": files}
-    (folder / name).write_text(sealed(content, indent=1), encoding="utf-8")
+    (folder / name).write_text(with_own_digest(content, indent=1), encoding="utf-8")
 
 
 def read_list(folder: Path, name: str) -> dict[str, Any]:
@@ -101,13 +101,14 @@ def _names(folder: Path) -> set[str]:
     return found
 
 
-def sealed(record: Mapping[str, Any], indent: int = 2) -> str:
+def with_own_digest(record: Mapping[str, Any], indent: int = 2) -> str:
     """The record as JSON text, with a key more: the digest of the others."""
     return json.dumps({**record, _DIGEST: _digest_of(record)}, indent=indent) + "\n"
 
 
 def is_intact(record: Mapping[str, Any]) -> bool:
-    """Whether a record is as :func:`sealed` wrote it. One without a digest is of an earlier version."""
+    """Whether a record is as :func:`with_own_digest` made it. One without a digest is of an earlier
+    version."""
     others = {key: value for key, value in record.items() if key != _DIGEST}
     return record.get(_DIGEST, digest := _digest_of(others)) == digest
 

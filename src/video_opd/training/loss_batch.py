@@ -31,14 +31,14 @@ class MicroBatch:
 
     ``groups`` are the rollouts of each row, None if they have not been sampled yet. With ``scored_ahead``,
     ``teacher`` and ``reference`` are their scores, None where the method needs none or there is no row.
-    ``asked`` waits for those of a teacher that has been asked.
+    ``wait_for_teacher`` waits for those of a distant teacher that has been asked.
     """
 
     rows: Sequence[Row]
     groups: Sequence[Sequence[Rollout]] | None = None
     teacher: TokenLogprobs | None = None
     reference: TokenLogprobs | None = None
-    asked: Callable[[], TokenLogprobs] | None = None
+    wait_for_teacher: Callable[[], TokenLogprobs] | None = None
     scored_ahead: bool = False
 
     @property

@@ -38,7 +38,7 @@ from video_opd.models.loading import release_memory
 from video_opd.processes import Processes
 from video_opd.progress import log
 from video_opd.training.components import build_components, check_libraries, check_served_teacher
-from video_opd.training.digests import file_digest, sealed
+from video_opd.training.digests import file_digest, with_own_digest
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
     evaluate_base,
@@ -46,8 +46,8 @@ from video_opd.training.final_evaluation import (
     is_evaluated,
 )
 from video_opd.training.loop import Build, check_trackers, make_accelerator, processes_of, train
-from video_opd.training.memory import plan_of_run
 from video_opd.training.run_folder import RunFolder, read_record
+from video_opd.training.run_plan import plan_of_run
 from video_opd.training.sharding import check_processes
 from video_opd.types import Sample
 
@@ -280,7 +280,7 @@ class Rounds:
         for line in summary_lines(summary):
             log(line)
         record = {**summary.to_json(), "sha256": file_digest(folder / "selected.jsonl")}
-        write_text(folder / "select.json", sealed(record))
+        write_text(folder / "select.json", with_own_digest(record))
 
     def _used(self, number: int) -> set[str]:
         """The ids that earlier rounds trained on."""
@@ -297,7 +297,7 @@ class Rounds:
             "ended": ended,
             "finished": finished,
         }
-        write_text(self.summary, sealed(summary))
+        write_text(self.summary, with_own_digest(summary))
 
     def _record(self, number: int) -> dict[str, Any]:
         folder = RunFolder(self.folder.round(number))

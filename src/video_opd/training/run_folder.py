@@ -251,7 +251,8 @@ class RunFolder:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file that this program can write again; None if it is missing or damaged.
 
-    A record that :func:`~video_opd.training.digests.sealed` wrote is read only if it is as it was written.
+    A record with its own digest (:func:`~video_opd.training.digests.with_own_digest`) is read only if it is
+    as it was written.
     """
     try:
         record = json.loads(read_text(path))

@@ -186,15 +186,15 @@ class Stepper:
             by_layer=settings.gathers_by_layer,
         )
         self._layers = self.shards.gathered_layers()
-        # Whether the backward is cut at the prefix, which saves memory: not where activations are kept, nor
-        # under DDP, which exchanges the gradients of a single backward.
         alone = components.forward_module is components.model
         self._overlaps = settings.overlaps and alone and not self.shards.units
+        # Whether the backward is cut at the prefix, which saves memory: not where activations are kept, nor
+        # under DDP, which exchanges the gradients of a single backward.
         self._cuts = settings.prefix_engine and components.recompute and alone
         needs = self.method.needs
-        asked = ((needs.teacher, components.teacher), (needs.reference, components.reference))
+        scorers = ((needs.teacher, components.teacher), (needs.reference, components.reference))
         self._visiting = [
-            scorer for needed, scorer in asked if needed and isinstance(scorer, VisitingTeacher)
+            scorer for needed, scorer in scorers if needed and isinstance(scorer, VisitingTeacher)
         ]
         # The prompts whose trajectories are made together, before the first micro-batch's update; None: each
         # micro-batch's are a part of its update. An annotation is there from the beginning, so a teacher that
@@ -228,9 +228,6 @@ class Stepper:
 
         Raises :class:`UserError` for numbers that are not finite, unless ``loss.nonfinite`` masks them.
         """
-        # The assumed divisor. With reduction sum it is exact unless videos fail; with token_mean the divisor
-        # counts tokens.
-        assumed = float(batch.planned * self.settings.rollouts)
         done: list[_Differentiated] = []
         scored: list[MicroBatch] = []
         following: _Sampled | None = None
@@ -241,20 +238,20 @@ class Stepper:
                     self._attend(micro, batch)
                     scored.append(micro)
                 elif isinstance(micro, ScoredBatch):
-                    done.append(self._differentiate_again(micro, assumed, batch.shown))
+                    done.append(self._differentiate_again(micro, batch))
                     scored.append(done[-1].batch)
                 else:
                     sampled = following or self._sampled(step, micro)
                     following = None
                     if self._overlaps and left and left[0].rows:
                         following = self._sampled(step, left[0])
-                    done.append(self._score_and_differentiate(sampled, assumed, batch.shown))
+                    done.append(self._score_and_differentiate(sampled, batch))
                     scored.append(done[-1].batch)
             if self.shards.each_micro_batch:
                 with self.watch.stage("update"):
                     self.shards.reduce()
         divisor = self._divisor(scored)
-        factor = assumed / divisor if divisor else math.nan
+        factor = self._assumed_divisor(batch) / divisor if divisor else math.nan
         grad_norm, updated = self._apply(step, factor) if divisor else self._leave_out()
         if updated and self.components.sampler is not None:
             self.components.sampler.weights_changed()
@@ -303,9 +300,9 @@ class Stepper:
         if micro.groups is not None:
             return _Sampled(micro=micro, prefix=micro.prompts)
         prefix, groups = self.together(lambda: self._sample(step, micro.rows, grad=True))
-        return _Sampled(micro=self._asked(replace(micro, groups=groups)), prefix=prefix)
+        return _Sampled(micro=self._with_teacher_asked(replace(micro, groups=groups)), prefix=prefix)
 
-    def _asked(self, micro: MicroBatch) -> MicroBatch:
+    def _with_teacher_asked(self, micro: MicroBatch) -> MicroBatch:
         """The micro-batch, about which the teacher has been asked, if it is a distant one."""
         teacher = self.components.teacher
         if not (self.method.needs.teacher and isinstance(teacher, DistantTeacher) and micro.rows):
@@ -321,11 +318,9 @@ class Stepper:
             )
             for i in range(0, len(prompts), size)
         ]
-        return replace(micro, asked=lambda: join_logprobs([wait() for wait in waits]))
+        return replace(micro, wait_for_teacher=lambda: join_logprobs([wait() for wait in waits]))
 
-    def _score_and_differentiate(
-        self, sampled: _Sampled, assumed: float, shown: frozenset[int]
-    ) -> _Differentiated:
+    def _score_and_differentiate(self, sampled: _Sampled, batch: Batch) -> _Differentiated:
         """The first update's share: the scores of teacher and reference, the student's forward, the signal,
         and the backward."""
         settings, micro, prefix = self.settings, sampled.micro, sampled.take_prefix()
@@ -349,19 +344,17 @@ class Stepper:
             signal = self.method.signal(trajectories)
             check_ratio(trajectories, student, settings.ratio_tolerance, low_precision=settings.low_precision)
             scored = ScoredBatch(rows=micro.rows, groups=groups, trajectories=trajectories, signal=signal)
-            return self._differentiate(scored, student, go_on, assumed, shown)
+            return self._differentiate(scored, student, go_on, batch)
 
         with self.watch.stage("update"):
             return self.together(update)
 
-    def _differentiate_again(
-        self, scored: ScoredBatch, assumed: float, shown: frozenset[int]
-    ) -> _Differentiated:
+    def _differentiate_again(self, scored: ScoredBatch, batch: Batch) -> _Differentiated:
         """A later update's share: the student's forward and the backward."""
 
         def update() -> _Differentiated:
             student, go_on = self._student_forward(scored.prompts, token_ids(scored.groups))
-            return self._differentiate(scored, student, go_on, assumed, shown)
+            return self._differentiate(scored, student, go_on, batch)
 
         with self.watch.stage("update"):
             return self.together(update)
@@ -380,12 +373,11 @@ class Stepper:
         scored: ScoredBatch,
         student: TokenLogprobs,
         go_on: Callable[[], None],
-        assumed: float,
-        shown: frozenset[int],
+        batch: Batch,
     ) -> _Differentiated:
         # An earlier update may have broken what was finite before it.
         trajectories = without_nonfinite(scored.trajectories, student, self.settings.nonfinite)
-        loss = self.method.loss(student, trajectories, scored.signal, assumed)
+        loss = self.method.loss(student, trajectories, scored.signal, self._assumed_divisor(batch))
         # Data-parallel wrappers average over processes; the count is already global, so this undoes it.
         self.accelerator.backward(loss * self.accelerator.num_processes)
         go_on()
@@ -393,7 +385,7 @@ class Stepper:
         return _Differentiated(
             batch=scored,
             loss=loss.item(),
-            records=make_records(scored, values, self.settings.thinking, shown),
+            records=make_records(scored, values, self.settings.thinking, batch.shown),
             measured=measure(scored, values, self.settings.clip, self.settings.thinking),
         )
 
@@ -429,7 +421,10 @@ class Stepper:
                 yield from self._sample(step, rows[i : i + size], grad=False)[1]
 
         groups = rollouts()
-        return [self._asked(MicroBatch(rows=some, groups=[next(groups) for _ in some])) for some in cut]
+        return [
+            self._with_teacher_asked(MicroBatch(rows=some, groups=[next(groups) for _ in some]))
+            for some in cut
+        ]
 
     def _student_forward(self, prefix: Any, responses: Responses) -> tuple[TokenLogprobs, Callable[[], None]]:
         """(the student's scores, with their graph, what has to be called after their backward)."""
@@ -460,12 +455,12 @@ class Stepper:
         if micro.scored_ahead:
             return micro.teacher, micro.reference
         teacher = reference = None
-        if micro.asked is not None:
+        if micro.wait_for_teacher is not None:
             with self.watch.stage("teacher"):
-                teacher = micro.asked()
+                teacher = micro.wait_for_teacher()
         elif needs.teacher:
             with self.watch.stage("teacher"):
-                # The teacher's distribution is never sharpened: its temperature is 1, here as in _asked.
+                # The teacher's distribution is never sharpened: its temperature is 1, of a distant one, too.
                 teacher = self._scores(
                     self.components.teacher, micro, responses, full=settings.distributions, temperature=1.0
                 )
@@ -528,7 +523,7 @@ class Stepper:
                 turns.enter_context(scorer.turn())
             scores = [self._score(micro, token_ids(micro.groups or ())) for micro in batches]
         return [
-            replace(micro, teacher=teacher, reference=reference, asked=None, scored_ahead=True)
+            replace(micro, teacher=teacher, reference=reference, wait_for_teacher=None, scored_ahead=True)
             for micro, (teacher, reference) in zip(batches, scores, strict=True)
         ]
 
@@ -556,6 +551,11 @@ class Stepper:
             return torch.stack([parameter.sum() for parameter in self.components.parameters]).sum() * 0.0
 
         return call_through(wrapper, model, zero)
+
+    def _assumed_divisor(self, batch: Batch) -> float:
+        """The planned number of rollouts. With reduction sum that is the divisor unless videos fail; with
+        token_mean the divisor counts tokens."""
+        return float(batch.planned * self.settings.rollouts)
 
     def _divisor(self, scored: Sequence[MicroBatch]) -> float:
         """The count that the loss is divided by, over all processes; 0 if there are no trajectories."""

@@ -33,7 +33,7 @@ from video_opd.models.policy import HFPolicy
 from video_opd.processes import Processes
 from video_opd.reports.html import write_report
 from video_opd.reports.runs import read_run
-from video_opd.training import components, memory
+from video_opd.training import components, run_plan
 from video_opd.training import rounds as rounds_module
 from video_opd.training.components import build_components
 from video_opd.training.loop import train
@@ -537,7 +537,7 @@ def test_what_training_would_refuse_is_refused_before_the_pool_is_scored(
     if missing == "memory":
         monkeypatch.setattr(rounds_module, "chosen_device", lambda _: "cuda")
         for name in ("free_bytes", "total_bytes"):
-            monkeypatch.setattr(memory, name, lambda _: 1 << 20)
+            monkeypatch.setattr(run_plan, name, lambda _: 1 << 20)
     else:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         monkeypatch.setattr(components, "find_spec", lambda name: None)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from video_opd.config import VLLMConfig
 from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
-from video_opd.training import sampler
-from video_opd.training.sampler import VLLMSampler
+from video_opd.training import vllm_sampler
+from video_opd.training.vllm_sampler import VLLMSampler
 from video_opd.world.demo import shipped
 
 
@@ -47,9 +47,9 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     memory.mkdir()
     disk.mkdir()
-    monkeypatch.setattr(sampler, "IN_MEMORY", memory)
-    monkeypatch.setattr(sampler.tempfile, "gettempdir", lambda: str(disk))
-    monkeypatch.setattr(sampler, "VLLMPolicy", Engine)
+    monkeypatch.setattr(vllm_sampler, "IN_MEMORY", memory)
+    monkeypatch.setattr(vllm_sampler.tempfile, "gettempdir", lambda: str(disk))
+    monkeypatch.setattr(vllm_sampler, "VLLMPolicy", Engine)
     return memory, disk
 
 
