@@ -25,6 +25,11 @@ LOOK_EVERY_S = 0.2  # at the launcher
 PARENT = "VIDEO_OPD_PARENT"  # the environment variable that names a parent which is a launcher, too
 
 
+def launched_count() -> int:
+    """The number of processes that a launcher started, which need not be connected yet; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """This process, number ``rank`` of ``count``."""
@@ -38,7 +43,7 @@ class Processes:
 
         A command that runs on the first process alone must not call this: it would wait for the others.
         """
-        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, count = int(os.environ.get("RANK", 0)), launched_count()
         follow_launcher()
         if count > 1:
             from torch import distributed

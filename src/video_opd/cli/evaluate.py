@@ -6,7 +6,6 @@ With ``--predictions`` it needs no torch.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from video_opd.cli.output import as_json, print_json, write_json
 from video_opd.cli.parser import MODEL_SETTINGS, Parser, split_name
 from video_opd.errors import UserError
 from video_opd.files import write_text
+from video_opd.processes import launched_count
 from video_opd.progress import log
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _predict(
     from video_opd.evaluation.prediction_cache import cached_predictions_path
     from video_opd.models.inference import load_inference_model, read_inference_config
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would predict everything
+    if launched_count() > 1:  # each process would predict everything
         raise UserError(
             "evaluate --model runs in one process: use video-opd predict, then evaluate --predictions"
         )

@@ -14,6 +14,7 @@ from typing import Any
 from video_opd.cli.parser import Place
 from video_opd.files import write_text
 from video_opd.locks import locked_file, locked_folder
+from video_opd.processes import launched_count
 from video_opd.terminal import escape_libraries
 
 # Control characters that JSON leaves as they are, and marks that turn the direction of writing.
@@ -48,7 +49,7 @@ def locked_outputs(places: Iterable[Place]) -> Iterator[None]:
     A launcher's processes write one output together. The commands that they run lock it themselves, and here
     nothing is done. Raises :class:`video_opd.errors.UserError` if another command is writing one of them.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launched_count() > 1:
         yield
         return
     with contextlib.ExitStack() as stack:

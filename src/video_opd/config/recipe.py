@@ -7,6 +7,7 @@ methods, such as the training loop, takes a :class:`Recipe` and asks its propert
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -207,6 +208,27 @@ class Recipe(Settings):
         return self.run.analytic_kl
 
     @property
+    def needs_distributions(self) -> bool:
+        """Whether the method computes with whole distributions at response tokens."""
+        return False
+
+    @property
+    def computes_distributions(self) -> bool:
+        """Whether the method or the metrics do."""
+        return self.needs_distributions or self.measures_analytic_kl
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the method asks the initial student."""
+        return False
+
+    def videos_ahead(self, processes: int) -> int:
+        """How many videos a process decodes ahead: as ``data.prefetch`` says, or those of its share of a
+        batch or of a batch that it evaluates."""
+        share = math.ceil(self.optim.batch_size / processes)
+        return self.data.prefetch or max(share, self.evaluate.batch_size)
+
+    @property
     def ratio_tolerance(self) -> float:
         """Largest |log π_θ − log π_old| in nats on the update that follows sampling, where it is 0 but for
         rounding: of each token or, in low precision, of a response's tokens on the average."""
@@ -356,7 +378,7 @@ class DistillationRecipe(Recipe):
     def overlaps_servers(self) -> bool:
         return self.asks_servers and self.teacher.overlap
 
-    def _need_distributions(self, what: str) -> None:
+    def _refuse_without_distributions(self, what: str) -> None:
         need(
             self.teacher.distributions,
             f"{what} needs the teacher's distributions, and teacher.distributions is false: use a teacher "
@@ -383,13 +405,21 @@ class VideoOPDRecipe(OnPolicyRecipe, DistillationRecipe):
     teacher: ScaledTeacherConfig = Field(default_factory=ScaledTeacherConfig)
     loss: VideoOPDLossConfig = Field(default_factory=VideoOPDLossConfig)
 
+    @property
+    def needs_distributions(self) -> bool:
+        return self.loss.estimator != "sampled" or self.loss.baseline == "kl"
+
+    @property
+    def asks_reference(self) -> bool:
+        return self.teacher.reward_scale != 1
+
     @model_validator(mode="after")
     def _check_estimator(self) -> Self:
         # A sharpened distribution would have its own log-probs at the update, but not the teacher's.
         self._need_plain("temperature", 1.0)
         loss, scale = self.loss, self.teacher.reward_scale
         if loss.estimator != "sampled":
-            self._need_distributions(f"loss.estimator {loss.estimator}")
+            self._refuse_without_distributions(f"loss.estimator {loss.estimator}")
             for key, is_set in {
                 "loss.baseline": loss.baseline != "none",
                 "teacher.reward_scale": scale != 1,
@@ -401,7 +431,7 @@ class VideoOPDRecipe(OnPolicyRecipe, DistillationRecipe):
                     f"{key} belongs to loss.estimator sampled; {loss.estimator} differentiates the KL itself",
                 )
         if loss.baseline == "kl":
-            self._need_distributions("loss.baseline kl")
+            self._refuse_without_distributions("loss.baseline kl")
             need(
                 scale == 1,
                 "loss.baseline kl is the expectation of eq 5's r_t: it needs teacher.reward_scale 1",
@@ -416,6 +446,10 @@ class GRPORecipe(OnPolicyRecipe):
     sampling: GRPOSamplingConfig = Field(default_factory=GRPOSamplingConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
     loss: GRPOLossConfig = Field(default_factory=GRPOLossConfig)
+
+    @property
+    def asks_reference(self) -> bool:
+        return self.loss.kl_beta > 0
 
     @model_validator(mode="after")
     def _check_group(self) -> Self:
@@ -440,6 +474,10 @@ class OPRKDRecipe(OffPolicyRecipe, DistillationRecipe):
     teacher: ScaledTeacherConfig = Field(default_factory=ScaledTeacherConfig)
     loss: SurrogateLossConfig = Field(default_factory=SurrogateLossConfig)
 
+    @property
+    def asks_reference(self) -> bool:
+        return self.teacher.reward_scale != 1
+
 
 class OPFKDRecipe(OffPolicyRecipe, DistillationRecipe):
     """The teacher's distributions on the annotation are imitated (sec. C.2)."""
@@ -447,9 +485,13 @@ class OPFKDRecipe(OffPolicyRecipe, DistillationRecipe):
     method: Literal["op-fkd"]
     teacher: DistillationTeacherConfig = Field(default_factory=DistillationTeacherConfig)
 
+    @property
+    def needs_distributions(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _check_distributions(self) -> Self:
-        self._need_distributions("method op-fkd")
+        self._refuse_without_distributions("method op-fkd")
         return self
 
 

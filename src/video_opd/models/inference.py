@@ -39,6 +39,7 @@ from video_opd.errors import UserError, need
 from video_opd.files import read_text
 from video_opd.jsonl import no_key_twice
 from video_opd.models.checkpoint_files import adapter_base, find_file, is_adapter_folder
+from video_opd.processes import launched_count
 from video_opd.progress import log
 
 if TYPE_CHECKING:
@@ -399,7 +400,7 @@ def load_vllm_policy(
     path = config.model.path
     need(not is_adapter_folder(path), f"{path} is an adapter, and vLLM takes whole models: merge it first")
     need(
-        os.environ.get("WORLD_SIZE", "1") == "1",
+        launched_count() == 1,
         "--engine vllm with several processes: start one, which divides the model by --vllm.gpus N",
     )
     need(

@@ -14,13 +14,10 @@ from typing import Literal, get_args
 
 from video_opd.config import (
     WITH_TEACHER,
-    GRPORecipe,
     ModelPart,
-    OPFKDRecipe,
-    OPRKDRecipe,
+    OnPolicyRecipe,
     Recipe,
     VideoConfig,
-    VideoOPDRecipe,
 )
 from video_opd.config.largest_video import largest_video
 from video_opd.models.checkpoint_files import adapter_base, has_full_weights, is_adapter_folder
@@ -92,8 +89,8 @@ class Setup:
                 is_adapter_folder(path) and why_not_shared(recipe, path) is None
                 for path in recipe.teacher.local_paths
             ),
-            reference=asks_reference(recipe),
-            distributions=recipe.measures_analytic_kl or needs_distributions(recipe),
+            reference=recipe.asks_reference,
+            distributions=recipe.computes_distributions,
             overlaps=recipe.overlaps_servers and processes == 1,
             vllm=recipe.samples_with_vllm,
         )
@@ -178,37 +175,16 @@ class Work:
             prompts_a_step=a_process,
             steps=optim.max_steps or steps,
             updates_a_batch=optim.updates_per_batch,
-            videos_ahead=videos_ahead(recipe, processes),
+            videos_ahead=recipe.videos_ahead(processes),
             rows=rows,
             rows_assumed=samples is None,
-            sampled=recipe.method in ("video-opd", "grpo"),
+            sampled=isinstance(recipe, OnPolicyRecipe),
         )
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a process in a step."""
         return math.ceil(self.prompts_a_step / self.micro_batch)
-
-
-def videos_ahead(recipe: Recipe, processes: int) -> int:
-    """How many videos a process decodes ahead: as ``data.prefetch`` says, or those of its share of a batch or
-    of a batch that it evaluates."""
-    share = math.ceil(recipe.optim.batch_size / processes)
-    return recipe.data.prefetch or max(share, recipe.evaluate.batch_size)
-
-
-def asks_reference(recipe: Recipe) -> bool:
-    """Whether the method asks the initial student: for GRPO's penalty, or for scaled rewards."""
-    if isinstance(recipe, GRPORecipe):
-        return recipe.loss.kl_beta > 0
-    return isinstance(recipe, (VideoOPDRecipe, OPRKDRecipe)) and recipe.teacher.reward_scale != 1
-
-
-def needs_distributions(recipe: Recipe) -> bool:
-    """Whether the method computes with whole distributions at response tokens."""
-    if isinstance(recipe, VideoOPDRecipe):
-        return recipe.loss.estimator != "sampled" or recipe.loss.baseline == "kl"
-    return isinstance(recipe, OPFKDRecipe)
 
 
 def _longest_s(video: VideoConfig, samples: Sequence[Sample] | None) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from video_opd.config import DistillationTeacherConfig, TeacherConfig, VideoConfig
-from video_opd.errors import UserError
+from video_opd.config import DistillationTeacherConfig, OnPolicyRecipe, Recipe, TeacherConfig, VideoConfig
+from video_opd.errors import UserError, need
+from video_opd.models.checkpoint_files import base_of
 from video_opd.models.fingerprint import model_fingerprint
 from video_opd.models.loading import load_processor, read_model_configs
 from video_opd.models.same_tokens import check_same_tokens
@@ -16,6 +18,7 @@ from video_opd.models.teachers import Nonfinite
 from video_opd.models.vocabulary import Vocabulary
 from video_opd.progress import log
 from video_opd.serving.client import RemoteTeacher, bfloat16_or_float32
+from video_opd.serving.limits import token_bytes
 from video_opd.serving.servers import Described, Servers, describe, files_of_model, head_of_model
 
 if TYPE_CHECKING:
@@ -49,6 +52,40 @@ def connect_teacher(
         device=device,
         head=head,
     )
+
+
+def check_served_teacher(recipe: Recipe, student: str | Path) -> None:
+    """Raises :class:`UserError`, before any weights are loaded, for servers of ``teacher.urls`` that
+    :func:`connect_teacher` would refuse, and for responses that are too long for their replies. ``student``
+    is its folder, or its adapter's."""
+    base = base_of(student)
+    form = read_model_configs(base), load_processor(base)
+    distributions = recipe.computes_distributions
+    _, found = check_servers(recipe.teacher, form, distributions=distributions)
+    if distributions:
+        _check_longest_reply(recipe, found, Vocabulary.of(*form).size)
+
+
+def _check_longest_reply(recipe: Recipe, found: Described, vocabulary: int) -> None:
+    """Raises :class:`UserError` if the distributions of a single response may be more than a reply holds."""
+    teacher = recipe.teacher
+    hidden = isinstance(teacher, DistillationTeacherConfig) and teacher.receive == "hidden"
+    most = found.reply_bytes // token_bytes(vocabulary, full=not hidden, hidden=hidden)
+    lengths: dict[str, int] = {}
+    if isinstance(recipe, OnPolicyRecipe):
+        lengths["sampling.max_new_tokens"] = recipe.sampling.max_new_tokens
+    if recipe.measures_analytic_kl and recipe.evaluate.data:  # the failures are shown with the teacher's
+        lengths["evaluate.max_new_tokens"] = recipe.evaluate.max_new_tokens
+    for key, length in lengths.items():
+        remedies = [] if hidden else ["teacher.receive to hidden"]
+        if key.startswith("evaluate.") or not recipe.needs_distributions:
+            remedies.append("run.analytic_kl to false")
+        need(
+            length <= most,
+            f"{key} is {length}, and {teacher.urls[0]} gives whole distributions at no more than {most} "
+            f"tokens of a response ({found.reply_bytes >> 20} MiB a reply): set "
+            + ", or ".join([*remedies, f"{key} to at most {most}"]),
+        )
 
 
 def check_servers(

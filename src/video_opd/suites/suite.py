@@ -22,6 +22,7 @@ import video_opd
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.locks import locked_folder
+from video_opd.processes import launched_count
 from video_opd.progress import log
 from video_opd.suites import requirements
 from video_opd.suites.accuracy import (
@@ -106,7 +107,7 @@ def run(
     writing in the folder. Raises RuntimeError if lmms-eval fails, if no video of a task can be read, or if
     lmms-eval's accuracy is not ours.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_count() > 1:
         raise UserError(
             "the general suite runs in one process: give each process its own --tasks and its own --out"
         )

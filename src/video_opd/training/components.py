@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,27 +14,23 @@ from video_opd.algorithms.method import Method
 from video_opd.algorithms.registry import make_method, make_reward
 from video_opd.config import (
     DistillationRecipe,
-    DistillationTeacherConfig,
     GRPORecipe,
     ModelConfig,
-    OnPolicyRecipe,
     Recipe,
 )
 from video_opd.data.annotations import read_samples
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
 from video_opd.errors import UserError, need
-from video_opd.models.checkpoint_files import base_of, is_adapter_folder
+from video_opd.models.checkpoint_files import is_adapter_folder
 from video_opd.models.inference import log_other_video_form, with_video_form
 from video_opd.models.interfaces import Policy, Teacher
 from video_opd.models.loading import (
     DTYPES,
     check_teacher,
     load_model,
-    load_processor,
     load_teacher,
     read_config,
-    read_model_configs,
 )
 from video_opd.models.lora import (
     add_adapters,
@@ -53,11 +48,10 @@ from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, Rout
 from video_opd.models.torchao import check_torchao
 from video_opd.models.vllm_policy import MISSING
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.planning.setup import Place, needs_distributions, videos_ahead, why_not_shared
+from video_opd.planning.setup import Place, why_not_shared
+from video_opd.processes import launched_count
 from video_opd.progress import log
-from video_opd.serving.connect import check_servers, connect_teacher
-from video_opd.serving.limits import token_bytes
-from video_opd.serving.servers import Described
+from video_opd.serving.connect import check_served_teacher, connect_teacher
 from video_opd.training.masters import Masters
 from video_opd.training.optimizers import make_optimizer
 from video_opd.training.placement import loading_device, place, placement_asked
@@ -316,7 +310,7 @@ def load_teachers(
             student,
             nonfinite=recipe.loss.nonfinite,
             device=device,
-            distributions=_asks_for_distributions(recipe),
+            distributions=recipe.computes_distributions,
         )
     sources = {sample.id: sample.source for sample in samples}
     for source in settings.by_source:
@@ -349,45 +343,6 @@ def load_teachers(
         return settings.by_source.get(sources[prompt.sample_id] or "", settings.path)
 
     return RoutedTeacher(teachers, route)
-
-
-def check_served_teacher(recipe: Recipe, student: str | Path) -> None:
-    """Raises :class:`UserError`, before any weights are loaded, for servers of ``teacher.urls`` that
-    :func:`load_teachers` would refuse, and for responses that are too long for their replies. ``student`` is
-    its folder, or its adapter's."""
-    base = base_of(student)
-    form = read_model_configs(base), load_processor(base)
-    distributions = _asks_for_distributions(recipe)
-    _, found = check_servers(recipe.teacher, form, distributions=distributions)
-    if distributions:
-        _check_longest_reply(recipe, found, Vocabulary.of(*form).size)
-
-
-def _check_longest_reply(recipe: Recipe, found: Described, vocabulary: int) -> None:
-    """Raises :class:`UserError` if the distributions of a single response may be more than a reply holds."""
-    teacher = recipe.teacher
-    hidden = isinstance(teacher, DistillationTeacherConfig) and teacher.receive == "hidden"
-    most = found.reply_bytes // token_bytes(vocabulary, full=not hidden, hidden=hidden)
-    lengths: dict[str, int] = {}
-    if isinstance(recipe, OnPolicyRecipe):
-        lengths["sampling.max_new_tokens"] = recipe.sampling.max_new_tokens
-    if recipe.measures_analytic_kl and recipe.evaluate.data:  # the failures are shown with the teacher's
-        lengths["evaluate.max_new_tokens"] = recipe.evaluate.max_new_tokens
-    for key, length in lengths.items():
-        remedies = [] if hidden else ["teacher.receive to hidden"]
-        if key.startswith("evaluate.") or not needs_distributions(recipe):
-            remedies.append("run.analytic_kl to false")
-        need(
-            length <= most,
-            f"{key} is {length}, and {teacher.urls[0]} gives whole distributions at no more than {most} "
-            f"tokens of a response ({found.reply_bytes >> 20} MiB a reply): set "
-            + ", or ".join([*remedies, f"{key} to at most {most}"]),
-        )
-
-
-def _asks_for_distributions(recipe: Recipe) -> bool:
-    """Whether the training asks its teacher for whole distributions."""
-    return recipe.asks_servers and (needs_distributions(recipe) or recipe.measures_analytic_kl)
 
 
 def adapter_teacher(
@@ -438,7 +393,7 @@ def prompt_loader(
     data, prompt = recipe.data, with_video_form(recipe).prompt
     keep_clips = recipe.keeps_clips if keep_clips is None else keep_clips
     encoder = PromptEncoder(processor, prompt, keep_clips=keep_clips)
-    ahead = videos_ahead(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    ahead = recipe.videos_ahead(launched_count())
 
     def load(samples: Sequence[Sample]) -> PromptLoader:
         return PromptLoader(

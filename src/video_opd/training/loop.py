@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -34,7 +33,7 @@ from video_opd.models.loading import load_model
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.policy import HFPolicy
-from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher
+from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher, launched_count
 from video_opd.progress import log, task
 from video_opd.seals import NOTHING, Sealer
 from video_opd.seeds import derive_seed
@@ -306,7 +305,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     check_trackers(recipe)
     check_processes(recipe)
     follow_launcher()
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = launched_count()
     accelerator = Accelerator(
         # Without an accelerator, Accelerate would make each of torchrun's processes a run of its own.
         cpu=asked > 1 and not torch.accelerator.is_available(),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -35,9 +34,10 @@ from video_opd.files import write_text
 from video_opd.locks import locked_folder
 from video_opd.models.inference import chosen_device, with_video_form
 from video_opd.models.loading import release_memory
-from video_opd.processes import Processes
+from video_opd.processes import Processes, launched_count
 from video_opd.progress import log
-from video_opd.training.components import build_components, check_libraries, check_served_teacher
+from video_opd.serving.connect import check_served_teacher
+from video_opd.training.components import build_components, check_libraries
 from video_opd.training.digests import file_digest, with_own_digest
 from video_opd.training.final_evaluation import (
     check_evaluation_files,
@@ -76,7 +76,7 @@ def run_rounds(
     recipe.check_rounds()
     check_processes(recipe)
     recipe = with_video_form(recipe)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched_count() > 1
     processes = processes_of(make_accelerator(recipe)) if several else Processes()
     rounds = Rounds(recipe, build, processes)
     with locked_folder(rounds.folder.path, processes):

@@ -32,6 +32,7 @@ from video_opd.models.collective_passes import units_of
 from video_opd.models.gathered_layers import GatheredLayers
 from video_opd.models.modes import call_through
 from video_opd.models.parts import state_of
+from video_opd.processes import launched_count
 from video_opd.training.masters import Masters
 from video_opd.training.optimizers import MOMENTS, LowPrecisionAdamW
 
@@ -73,7 +74,7 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, held: Held
 def check_processes(recipe: Recipe) -> None:
     """Raises :class:`UserError` for settings that the launcher's number of processes, or its own sharding,
     rules out."""
-    recipe.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    recipe.check_processes(launched_count())
     sharding_asked(recipe)
 
 
@@ -87,7 +88,7 @@ def sharding_asked(recipe: Recipe) -> bool:
             "accelerate launch must not shard the model itself: leave --use_fsdp out, and set model.sharding "
             "to fsdp2 in the recipe"
         )
-    return recipe.model.sharding == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return recipe.model.sharding == "fsdp2" and launched_count() > 1
 
 
 def gathers_by_layer(recipe: Recipe) -> bool:

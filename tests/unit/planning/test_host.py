@@ -17,7 +17,7 @@ from video_opd.models.placed_teachers import OffloadedTeacher
 from video_opd.models.policy import HFPolicy
 from video_opd.planning.host import HostMemory, host_memory_of
 from video_opd.planning.plan import RecipeSizes, make_plan
-from video_opd.planning.setup import Setup, Work, videos_ahead
+from video_opd.planning.setup import Setup, Work
 from video_opd.planning.sizes import sizes_of
 from video_opd.training.components import adapt, freeze
 from video_opd.training.masters import Masters
@@ -115,9 +115,9 @@ def test_videos_that_are_decoded_ahead(tmp_path: Path) -> None:
     sizes = tiny()
     one = host_memory_of(sizes.student, sizes.teachers, Setup.of(recipe), work).parts["prompts"]
     assert one / 3 * tokens / work.video_tokens == prompt.tensors["pixel_values_videos"].nbytes
-    assert videos_ahead(recipe, 8) == 3
+    assert recipe.videos_ahead(8) == 3
     ahead = paper(optim={"batch_size": 32}, evaluate={"batch_size": 4})
-    assert [videos_ahead(ahead, n) for n in (1, 4, 8, 16)] == [32, 8, 4, 4]
+    assert [ahead.videos_ahead(n) for n in (1, 4, 8, 16)] == [32, 8, 4, 4]
 
 
 def test_the_papers_pair_on_eight_cards() -> None:
