@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from video_opd.jsonl import read_jsonl
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -28,8 +28,8 @@ from video_opd.grounding.ground import GroundedAnswer, WindowAnswer
 from video_opd.progress import track
 from video_opd.temporal import Interval, iou
 from video_opd.types import Sample
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 SIZE_PX = (144, 192)  # (height, width) of the joined videos
 CLOCK_HZ = 1000

@@ -29,8 +29,8 @@ from video_opd.curriculum.tvdf import select_file
 from video_opd.data.annotations import read_samples
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.processes import by_video
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 SEED = 950
 SHARES = (0.026, 0.05, 0.1)  # k ÷ rows of the pool; the first is the paper's, 2,500 of 96,586

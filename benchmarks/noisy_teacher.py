@@ -30,9 +30,9 @@ from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.rows import score_rows
 from video_opd.jsonl import read_jsonl
 from video_opd.types import Sample
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
 from video_opd.world.measure import make_test_sets
+from video_opd.world.shipped import shipped
 
 LESSON_SEED, POOL_SEED = 800, 700  # + the run's seed, for the pool
 GATE = ["--min-teacher-iou", "0.5"]

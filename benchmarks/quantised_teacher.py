@@ -32,7 +32,8 @@ from video_opd.models.policy import HFPolicy
 from video_opd.models.quantisation import QuantisedLinear
 from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
-from video_opd.world.demo import run_demo, shipped
+from video_opd.world.demo import run_demo
+from video_opd.world.shipped import shipped
 
 POOL_SEED = 1400
 WAYS: tuple[tuple[str, str | None, bool], ...] = (

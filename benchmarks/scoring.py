@@ -43,8 +43,8 @@ from video_opd.models.policy import HFPolicy
 from video_opd.processes import by_video
 from video_opd.seeds import derive_seed
 from video_opd.types import EncodedPrompt, Rollout, Sample
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 QUERIES, ANSWERS, MAX_NEW_TOKENS, FRAME_TOKENS = 5, 8, 32, 64
 BATCH_SIZE = 8  # the default of predict and evaluate

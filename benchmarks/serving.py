@@ -55,7 +55,8 @@ from video_opd.serving.connect import connect_teacher
 from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
 from video_opd.training.loop import train
-from video_opd.world.demo import run_demo, shipped
+from video_opd.world.demo import run_demo
+from video_opd.world.shipped import shipped
 
 POOL_SEED = 2100
 RESPONSES, RESPONSE_TOKENS = 8, 12

@@ -21,7 +21,7 @@ from video_opd.bench.work import prompts_of, seeds_of
 from video_opd.models import kv_cache
 from video_opd.models.loading import load_model
 from video_opd.models.policy import HFPolicy
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 TOKENS, ROOM = 20, 5  # of the tiny model's responses, and of its cache: responses outgrow it
 REPEATS = 3

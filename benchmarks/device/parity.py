@@ -30,8 +30,8 @@ from video_opd.models.loading import load_model
 from video_opd.models.policy import HFPolicy
 from video_opd.training.loop import train
 from video_opd.types import EncodedPrompt
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, TEACHER = "tiny-base", "tiny-teacher"

@@ -36,7 +36,7 @@ from video_opd.data.prompts import build_messages
 from video_opd.data.video import load_clip
 from video_opd.jsonl import write_jsonl
 from video_opd.progress import log
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 HERE = Path(__file__).parent
 SOURCE_FPS, FPS = 8, 2.0

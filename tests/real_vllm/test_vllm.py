@@ -36,8 +36,8 @@ from video_opd.serving.serve import try_out
 from video_opd.training.loop import train
 from video_opd.training.vllm_sampler import VLLMSampler
 from video_opd.types import EncodedPrompt
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 pytestmark = pytest.mark.vllm
 BASE, TEACHER = str(shipped("tiny-base")), str(shipped("tiny-teacher"))

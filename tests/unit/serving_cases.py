@@ -31,7 +31,7 @@ from video_opd.serving.queue import ScoringQueue
 from video_opd.serving.scorer import ModelFacts, Scorer
 from video_opd.serving.servers import Described, Servers
 from video_opd.types import Clip, EncodedPrompt
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 FINGERPRINT = "f" * 32
 TEACHER = shipped("tiny-teacher")

@@ -41,13 +41,13 @@ from video_opd.files import replacing_file, write_text
 from video_opd.locks import locked_folder
 from video_opd.models.loading import load_model, read_config
 from video_opd.progress import log, task
-from video_opd.world.demo import shipped
 from video_opd.world.measure import (
     evaluate_model,
     evaluate_questions,
     make_question_set,
     make_test_sets,
 )
+from video_opd.world.shipped import shipped
 from video_opd.world.tiny import SIZES, build_model, build_processor
 
 MADE = "made.json"  # the file of a model folder with the recipe that made it, and its scores

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.bench.timing import machine
     from video_opd.convert.describe import read_budget
     from video_opd.models.loading import load_processor
-    from video_opd.world.demo import shipped
+    from video_opd.world.shipped import shipped
 
     processor = load_processor(arguments.model or shipped("tiny-base"))
     budget = read_budget(arguments.overrides)

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.models.inference import read_inference_config
     from video_opd.models.loading import load_model
     from video_opd.models.same_tokens import check_same_tokens
-    from video_opd.world.demo import shipped
+    from video_opd.world.shipped import shipped
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     student = arguments.model or shipped("tiny-base")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from video_opd.cli.arguments import add_shared, positive
 from video_opd.cli.output import locked_outputs, print_json_text
-from video_opd.cli.parser import MODEL_SETTINGS, Parser, Place
+from video_opd.cli.parser import MODEL_SETTINGS, Output, Parser
 from video_opd.errors import UserError
 from video_opd.progress import log
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     _windows(arguments, duration_s)
     clips = _clips(Path(arguments.cut), len(queries)) if arguments.cut else []
     _check_targets(arguments, video, clips)
-    with locked_outputs([Place(str(clip), "file") for clip in clips]):
+    with locked_outputs([Output(str(clip), "file") for clip in clips]):
         _answer(arguments, video, duration_s, queries, clips)
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from video_opd.cli.parser import Place
+from video_opd.cli.parser import Output
 from video_opd.files import write_text
 from video_opd.locks import locked_file, locked_folder
 from video_opd.processes import launched_count
@@ -43,7 +43,7 @@ def as_json(record: Any) -> str:
 
 
 @contextlib.contextmanager
-def locked_outputs(places: Iterable[Place]) -> Iterator[None]:
+def locked_outputs(places: Iterable[Output]) -> Iterator[None]:
     """Keeps other commands from writing the outputs of this one during the block. "-" is stdout.
 
     A launcher's processes write one output together. The commands that they run lock it themselves, and here

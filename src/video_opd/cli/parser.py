@@ -29,7 +29,7 @@ Kind: TypeAlias = Literal["file", "folder"]
 Read: TypeAlias = Literal["file", "named file"]  # FILE, or [NAME=]FILE
 
 
-class Place(NamedTuple):
+class Output(NamedTuple):
     """Where a command writes."""
 
     path: str
@@ -254,7 +254,7 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         if (path := getattr(arguments, output.name)) is not None and output.written_if(arguments)
     ]
     _refuse_lost_files(chosen, arguments, [(out.flag, path) for out, path in written if out.kind == "file"])
-    arguments.outputs = [Place(path=path, kind=output.kind) for output, path in written]
+    arguments.outputs = [Output(path=path, kind=output.kind) for output, path in written]
     return arguments
 
 

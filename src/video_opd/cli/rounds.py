@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from video_opd.cli.arguments import add_shared
 from video_opd.cli.output import locked_outputs, print_json
-from video_opd.cli.parser import ALL_SETTINGS, Parser, Place
+from video_opd.cli.parser import ALL_SETTINGS, Output, Parser
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line, print_lines
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe.check_rounds()  # before torch is imported
-    with locked_outputs([Place(recipe.run.dir, "folder")]):
+    with locked_outputs([Output(recipe.run.dir, "folder")]):
         _run(recipe, as_json=arguments.json)
 
 

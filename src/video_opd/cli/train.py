@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from video_opd.cli.arguments import add_shared
 from video_opd.cli.output import locked_outputs, print_json
-from video_opd.cli.parser import ALL_SETTINGS, Parser, Place
+from video_opd.cli.parser import ALL_SETTINGS, Output, Parser
 from video_opd.progress import is_first_process
 from video_opd.terminal import print_line
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from video_opd.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch is imported
-    with locked_outputs([Place(recipe.run.dir, "folder")]):
+    with locked_outputs([Output(recipe.run.dir, "folder")]):
         from video_opd.reports.html import write_report
         from video_opd.training.loop import train
 

@@ -12,7 +12,7 @@ from video_opd.models.checkpoint_files import base_of
 from video_opd.planning.host import HostMemory, host_memory_of
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.rate import DEFAULT_RATE
-from video_opd.planning.setup import Place, Setup, Work
+from video_opd.planning.setup import ResolvedPlacement, Setup, Work
 from video_opd.planning.sizes import ModelSizes, read_sizes
 from video_opd.planning.times import Times, times_of
 from video_opd.types import Sample
@@ -62,7 +62,7 @@ class Plan:
         return self.limit is None or self.memory.peak <= FITS * self.limit
 
     @property
-    def teacher_placement(self) -> Place:
+    def teacher_placement(self) -> ResolvedPlacement:
         place = self.setup.teacher_placement
         assert place != "auto", "a plan has decided"
         return place
@@ -188,7 +188,7 @@ def decide(
     return choice, memory, _reasons(setup, [*found, (choice, memory)], memory_bytes)
 
 
-def _places(setup: Setup, cuda: bool) -> list[Place]:
+def _places(setup: Setup, cuda: bool) -> list[ResolvedPlacement]:
     if setup.teacher_placement != "auto":
         return [setup.teacher_placement]
     if not cuda or not (setup.has_teacher or setup.reference):

@@ -24,7 +24,7 @@ from video_opd.models.checkpoint_files import adapter_base, has_full_weights, is
 from video_opd.planning.graph import Mode, Role
 from video_opd.types import Sample
 
-Place = Literal["whole", "sharded", "cpu"]
+ResolvedPlacement = Literal["whole", "sharded", "cpu"]
 TEXT_TOKENS = 256  # tokens of a prompt beside video and time stamps: an upper bound for most prompts
 PAPER_ROWS = 2500  # sec. 4.1
 
@@ -50,7 +50,7 @@ class Setup:
     base_quantization: str | None
     has_teacher: bool  # whether a step asks a teacher that the run holds itself
     teacher_dtype: str
-    teacher_placement: Place | Literal["auto"]
+    teacher_placement: ResolvedPlacement | Literal["auto"]
     teacher_quantization: str | None
     teacher_is_adapter: bool  # on the student's base, which serves both; of several teachers, all are
     reference: bool  # whether a step asks the initial student

@@ -12,17 +12,8 @@ from typing import Any
 
 from video_opd.reproduce import table_1
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import find, spread
-from video_opd.reproduce.places import (
-    TEACHER,
-    TUNING,
-    Place,
-    make_videos,
-    measure_runs,
-    measured_shipped,
-    shipped_stage,
-    train_task,
-)
+from video_opd.reproduce.measurements import POOLED, find, measure_runs, measured_shipped, spread
+from video_opd.reproduce.places import TEACHER, TUNING, Place, make_videos, shipped_stage, train_task
 from video_opd.reproduce.rates import (
     BATCH,
     STEPS,
@@ -91,14 +82,14 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     """Markdown: mean IoU of each arm, and its rise from the start."""
     settings, levels = record["settings"], record["levels"]
     yield (
-        f"The arms start from a student with mean IoU {spread(record['start']['all'])}, which Video-OPD made "
-        f"in {settings['start_steps']} steps on other videos; the teacher has "
-        f"{spread(record['shipped'][TEACHER]['all'])}. Everything else is as in table 1. Mean IoU over the "
+        f"The arms start from a student with mean IoU {spread(record['start'][POOLED])}, which Video-OPD "
+        f"made in {settings['start_steps']} steps on other videos; the teacher has "
+        f"{spread(record['shipped'][TEACHER][POOLED])}. Everything else is as in table 1. Mean IoU over the "
         "rows of all test sets, ± the standard deviation over seeds, and the rise from the start:\n"
     )
     yield "| | " + " | ".join(f"noise {level['noise']:g} | rise [95%]" for level in levels) + " |"
     yield "|---|" + "---|---|" * len(levels)
     for arm, name in ARMS.items():
-        cells = [f"{spread(level['mIoU'][arm]['all'])} | {find(level, arm, START)}" for level in levels]
+        cells = [f"{spread(level['mIoU'][arm][POOLED])} | {find(level, arm, START)}" for level in levels]
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""

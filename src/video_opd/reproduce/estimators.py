@@ -16,16 +16,8 @@ from typing import Any
 
 from video_opd.jsonl import read_jsonl
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import differences, find, spread
-from video_opd.reproduce.places import (
-    BASE,
-    Place,
-    make_videos,
-    measure_runs,
-    measured_shipped,
-    shipped_stage,
-    train_task,
-)
+from video_opd.reproduce.measurements import POOLED, differences, find, measure_runs, measured_shipped, spread
+from video_opd.reproduce.places import BASE, Place, make_videos, shipped_stage, train_task
 from video_opd.reproduce.rates import (
     BATCH_SIZE,
     STEPS,
@@ -161,7 +153,7 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
                 cell["cell"],
                 name,
                 spread(cell["start"]),
-                spread(cell["mIoU"][arm]["all"]),
+                spread(cell["mIoU"][arm][POOLED]),
                 str(find(cell, arm, "start")),
                 f"{cell['seconds'][arm]:.0f}",
             )

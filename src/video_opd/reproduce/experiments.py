@@ -19,7 +19,7 @@ from video_opd.reproduce import (
     table_3,
     table_8,
 )
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 _TABLES_AND_FIGURES = (table_1, table_2, table_3, table_8, figure_4, figure_6, appendix_a)
 _MODULES = (*_TABLES_AND_FIGURES, distance, estimators, long_rounds)

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import ACCURACY, Claim
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import (
+    POOLED,
+    differences,
+    find,
+    measure_questions,
+    measure_runs,
+    measured_shipped,
+    spread,
+)
 from video_opd.reproduce.places import (
     GENERAL_BASE,
     GENERAL_TEACHER,
     Place,
     make_videos,
-    measure_questions,
-    measure_runs,
-    measured_shipped,
     questions_task,
     shipped_stage,
     train_task,
@@ -37,8 +42,8 @@ from video_opd.reproduce.rates import (
 )
 from video_opd.reproduce.table_1 import ARMS
 from video_opd.reproduce.tasks import Stage
-from video_opd.world.demo import shipped
 from video_opd.world.questions import ABILITIES
+from video_opd.world.shipped import shipped
 
 NAME = "figure-4"
 TITLE = "Figure 4: other abilities after post-training"
@@ -142,8 +147,8 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|" + "---|" * (len(abilities) + 3)
     for arm, name in ({GENERAL_BASE: "base", GENERAL_TEACHER: "teacher"} | ARMS).items():
         accuracy = record["accuracy"][arm]
-        cells = [spread(accuracy[ability]) for ability in (*abilities, "all")]
+        cells = [spread(accuracy[ability]) for ability in (*abilities, POOLED)]
         cells.append(str(find(record, arm, GENERAL_BASE)) if arm in ARMS else "")
-        cells.append(spread(record["mIoU"][arm]["all"]))
+        cells.append(spread(record["mIoU"][arm][POOLED]))
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""

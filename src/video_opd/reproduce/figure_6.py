@@ -16,20 +16,12 @@ from typing import Any
 
 from video_opd.jsonl import read_jsonl
 from video_opd.reproduce.claims import OPERATIONS, Claim, Difference
-from video_opd.reproduce.measurements import Measured, differences, find, measure, spread
-from video_opd.reproduce.places import (
-    BASE,
-    Place,
-    make_videos,
-    predict_task,
-    predictions_of,
-    samples_of,
-    train_task,
-)
+from video_opd.reproduce.measurements import Measured, differences, find, measure, samples_of, spread
+from video_opd.reproduce.places import BASE, Place, make_videos, predict_task, predictions_of, train_task
 from video_opd.reproduce.rates import BATCH, VIDEOS, chosen_rate, prepare_tuning, seen, tuned, tuning_stage
 from video_opd.reproduce.table_1 import ARMS as NAMES
 from video_opd.reproduce.tasks import Stage, Task
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 NAME = "figure-6"
 TITLE = "Figure 6: learning by step, by second and by operation"

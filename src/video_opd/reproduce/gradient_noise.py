@@ -37,7 +37,7 @@ from video_opd.progress import track
 from video_opd.reproduce.places import BASE, TEACHER
 from video_opd.seeds import derive_seed
 from video_opd.types import EncodedPrompt, Sample
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 GROUP = 8
 SKETCH = 4096

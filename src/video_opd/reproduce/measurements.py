@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from video_opd.data.annotations import read_samples
 from video_opd.evaluation.bootstrap import DRAWS, draws_of_means
 from video_opd.evaluation.predictions import read_predictions
 from video_opd.evaluation.rows import PERCENT, score_rows, videos_of
 from video_opd.reproduce.claims import Difference
+from video_opd.reproduce.places import BASE, TEACHER, Place, predictions_of
 from video_opd.types import Sample
 from video_opd.world.questions import right_answers
 
@@ -69,6 +71,27 @@ def measure_answers(questions: Sequence[Sample], predictions: Sequence[Path]) ->
         scores_NS=np.array(columns).T,
         sets_N=tuple(str(question.source) for question in questions),
         videos_N=tuple(str(question.video) for question in questions),
+    )
+
+
+def samples_of(sets: Mapping[str, Path]) -> dict[str, list[Sample]]:
+    return {name: read_samples(path) for name, path in sets.items()}
+
+
+def measured_shipped(place: Place, models: Sequence[str] = (BASE, TEACHER)) -> dict[str, Measured]:
+    return {model: measure_runs(place, [place.runs("shipped") / model]) for model in models}
+
+
+def measure_runs(place: Place, runs: Sequence[Path]) -> Measured:
+    """What an arm reached on the test sets: a run of each seed."""
+    files = [{name: predictions_of(run, path) for name, path in place.tests.items()} for run in runs]
+    return measure(samples_of(place.tests), files)
+
+
+def measure_questions(place: Place, runs: Sequence[Path]) -> Measured:
+    """What an arm knows besides: the accuracy of a run of each seed on the general questions."""
+    return measure_answers(
+        read_samples(place.questions), [predictions_of(run, place.questions) for run in runs]
     )
 
 

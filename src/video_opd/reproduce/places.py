@@ -16,13 +16,11 @@ from typing import Any
 from video_opd.data.annotations import read_samples
 from video_opd.jsonl import read_jsonl, write_jsonl
 from video_opd.progress import track
-from video_opd.reproduce.measurements import Measured, measure, measure_answers
 from video_opd.reproduce.tasks import Stage, Task, settings_words
-from video_opd.types import Sample
-from video_opd.world.demo import shipped
 from video_opd.world.make import TEST_SPLITS, make_world, rows
 from video_opd.world.measure import MAX_NEW_TOKENS, TEST_VIDEOS, make_question_set
 from video_opd.world.scene import compose
+from video_opd.world.shipped import shipped
 
 BASE, TEACHER = "tiny-base", "tiny-teacher"
 GENERAL_BASE, GENERAL_TEACHER = "tiny-general-base", "tiny-general-teacher"
@@ -232,10 +230,6 @@ def has_all_rows(path: Path, data: Path) -> bool:
     }
 
 
-def samples_of(sets: Mapping[str, Path]) -> dict[str, list[Sample]]:
-    return {name: read_samples(path) for name, path in sets.items()}
-
-
 def shipped_stage(place: Place, models: Sequence[str] = (BASE, TEACHER)) -> Stage:
     """The responses of shipped models to the test sets."""
     return [
@@ -243,20 +237,3 @@ def shipped_stage(place: Place, models: Sequence[str] = (BASE, TEACHER)) -> Stag
         for model in models
         for data in place.tests.values()
     ]
-
-
-def measured_shipped(place: Place, models: Sequence[str] = (BASE, TEACHER)) -> dict[str, Measured]:
-    return {model: measure_runs(place, [place.runs("shipped") / model]) for model in models}
-
-
-def measure_runs(place: Place, runs: Sequence[Path]) -> Measured:
-    """What an arm reached on the test sets: a run of each seed."""
-    files = [{name: predictions_of(run, path) for name, path in place.tests.items()} for run in runs]
-    return measure(samples_of(place.tests), files)
-
-
-def measure_questions(place: Place, runs: Sequence[Path]) -> Measured:
-    """What an arm knows besides: the accuracy of a run of each seed on the general questions."""
-    return measure_answers(
-        read_samples(place.questions), [predictions_of(run, place.questions) for run in runs]
-    )

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from video_opd.reproduce.measurements import measure
-from video_opd.reproduce.places import TUNING, Place, make_videos, predictions_of, samples_of, train_task
+from video_opd.reproduce.measurements import measure, samples_of
+from video_opd.reproduce.places import TUNING, Place, make_videos, predictions_of, train_task
 from video_opd.reproduce.tasks import Stage
 
 RATES = (1.5e-4, 3e-4, 6e-4)

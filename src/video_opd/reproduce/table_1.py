@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import Measured, differences, find, spread
-from video_opd.reproduce.places import (
-    BASE,
-    TEACHER,
-    Place,
-    make_videos,
+from video_opd.reproduce.measurements import (
+    POOLED,
+    Measured,
+    differences,
+    find,
     measure_runs,
     measured_shipped,
-    shipped_stage,
-    train_task,
+    spread,
 )
+from video_opd.reproduce.places import BASE, TEACHER, Place, make_videos, shipped_stage, train_task
 from video_opd.reproduce.rates import (
     BATCH,
     NOISE,
@@ -153,7 +152,7 @@ def best(level: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The arm with the highest pooled mean IoU at a level, and those that cannot be told from it."""
 
     def mean(arm: str) -> float:
-        found = level["mIoU"][arm]["all"]
+        found = level["mIoU"][arm][POOLED]
         return sum(found) / len(found)
 
     first = max(ARMS, key=mean)
@@ -165,11 +164,11 @@ def leaders(record: Mapping[str, Any], start: Mapping[str, Any] | None = None) -
     """A row of the map for each level: the student's mean IoU before, the level, the best arm, its mean IoU,
     and the arms that its intervals do not tell from it. ``start`` is the student's record, if not the base's.
     """
-    before = spread((start or record["shipped"][BASE])["all"])
+    before = spread((start or record["shipped"][BASE])[POOLED])
     for level in record["levels"]:
         first, near = best(level)
         others = "; ".join(ARMS[arm] for arm in near) or "none"
-        yield before, f"{level['noise']:g}", ARMS[first], spread(level["mIoU"][first]["all"]), others
+        yield before, f"{level['noise']:g}", ARMS[first], spread(level["mIoU"][first][POOLED]), others
 
 
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
@@ -184,10 +183,10 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield "| | rate | " + " | ".join(f"noise {level['noise']:g}" for level in levels) + " |"
     yield "|---|---|" + "---|" * len(levels)
     for model in (BASE, TEACHER):
-        value = spread(record["shipped"][model]["all"])
+        value = spread(record["shipped"][model][POOLED])
         yield f"| {model} | | " + " | ".join(value for _ in levels) + " |"
     for arm, name in ARMS.items():
-        cells = [spread(level["mIoU"][arm]["all"]) for level in levels]
+        cells = [spread(level["mIoU"][arm][POOLED]) for level in levels]
         yield f"| {name} | {record['rates'][arm]:g} | " + " | ".join(cells) + " |"
     yield "\nMean IoU on the validation set by rate:\n"
     rates = list(next(iter(record["validation"].values())))
@@ -196,7 +195,7 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     for arm, name in ARMS.items():
         yield f"| {name} | " + " | ".join(f"{record['validation'][arm][r]:.1f}" for r in rates) + " |"
     yield "\nBy test set:\n"
-    sets = [name for name in levels[0]["mIoU"][next(iter(ARMS))] if name != "all"]
+    sets = [name for name in levels[0]["mIoU"][next(iter(ARMS))] if name != POOLED]
     yield "| | noise | " + " | ".join(sets) + " |"
     yield "|---|---|" + "---|" * len(sets)
     for arm, name in ARMS.items():

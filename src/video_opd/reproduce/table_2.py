@@ -15,7 +15,7 @@ from typing import Any
 
 from video_opd.jsonl import read_jsonl
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import POOLED, differences, find, measure_runs, measured_shipped, spread
 from video_opd.reproduce.places import (
     BASE,
     EVALUATION_SECONDS,
@@ -24,16 +24,15 @@ from video_opd.reproduce.places import (
     Place,
     has_all_rows,
     make_videos,
-    measure_runs,
-    measured_shipped,
     shipped_stage,
     train_task,
 )
 from video_opd.reproduce.rates import BATCH, chosen_rate, prepare_tuning, tuned, tuning_stage
 from video_opd.reproduce.tasks import Stage, Task
 from video_opd.temporal import annotation_iou
-from video_opd.world.demo import STUDENT_K, TEACHER_K, shipped
+from video_opd.world.demo import STUDENT_K, TEACHER_K
 from video_opd.world.measure import MAX_NEW_TOKENS
+from video_opd.world.shipped import shipped
 
 NAME = "table-2"
 TITLE = "Tables 2 and 7: the curriculum, with exact and loose annotations"
@@ -187,7 +186,7 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|" + "---|---|" * len(levels)
     for arm, (name, _) in ARMS.items():
         cells = [
-            f"{spread(level['mIoU'][arm]['all'])} | {spread(level['annotation_iou'][arm], 2)}"
+            f"{spread(level['mIoU'][arm][POOLED])} | {spread(level['annotation_iou'][arm], 2)}"
             for level in levels
         ]
         yield f"| {name} | " + " | ".join(cells) + " |"

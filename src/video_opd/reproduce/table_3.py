@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from video_opd.reproduce.claims import Claim
-from video_opd.reproduce.measurements import differences, find, gap_table
+from video_opd.reproduce.measurements import differences, find, gap_table, measure_runs, measured_shipped
 from video_opd.reproduce.places import (
     BASE,
     QUERIES,
     TEACHER,
     Place,
     make_videos,
-    measure_runs,
-    measured_shipped,
     predict_task,
     rounds_task,
     shipped_stage,
@@ -31,7 +29,7 @@ from video_opd.reproduce.places import (
 from video_opd.reproduce.rates import BATCH, chosen_rate, prepare_tuning, tuned, tuning_stage
 from video_opd.reproduce.table_2 import POOL, VIDEOS
 from video_opd.reproduce.tasks import Stage
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 NAME = "table-3"
 TITLE = "Tables 3 to 6 and figure 5: teachers of three sizes, and rounds"

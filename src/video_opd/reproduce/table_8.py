@@ -13,19 +13,18 @@ from typing import Any
 
 from video_opd.reproduce.claims import Claim
 from video_opd.reproduce.figure_4 import models_of
-from video_opd.reproduce.measurements import differences, find, spread
+from video_opd.reproduce.measurements import POOLED, differences, find, measure_runs, spread
 from video_opd.reproduce.places import (
     GENERAL_BASE,
     GENERAL_TEACHER,
     Place,
     make_videos,
-    measure_runs,
     predict_task,
     train_task,
 )
 from video_opd.reproduce.rates import BATCH, STEPS, VIDEOS, chosen_rate, prepare_tuning, tuned, tuning_stage
 from video_opd.reproduce.tasks import Stage
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 NAME = "table-8"
 TITLE = "Table 8: thinking before the answer"
@@ -114,7 +113,7 @@ def claims(record: Mapping[str, Any]) -> list[Claim]:
 def tables(record: Mapping[str, Any]) -> Iterator[str]:
     """Markdown: base, student and teacher in both modes."""
     settings, mious = record["settings"], record["mIoU"]
-    sets = [name for name in next(iter(mious.values())) if name != "all"]
+    sets = [name for name in next(iter(mious.values())) if name != POOLED]
     yield (
         f"{settings['videos']} training videos a seed, {settings['steps']} steps of "
         f"{settings['optim.batch_size']} prompts, estimator full at rate {record['rate']:g}. Mean IoU, ± the "
@@ -124,6 +123,6 @@ def tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|" + "---|" * (len(sets) + 1)
     for name in ("base", "student", "teacher"):
         for mode in MODES:
-            cells = [spread(mious[arm_of(name, mode)][s]) for s in (*sets, "all")]
+            cells = [spread(mious[arm_of(name, mode)][s]) for s in (*sets, POOLED)]
             yield f"| {name}, {mode} | " + " | ".join(cells) + " |"
     yield ""

@@ -48,7 +48,7 @@ from video_opd.models.teachers import AdaptersOffReference, AdapterTeacher, Rout
 from video_opd.models.torchao import check_torchao
 from video_opd.models.vllm_policy import MISSING
 from video_opd.models.vocabulary import Vocabulary
-from video_opd.planning.setup import Place, why_not_shared
+from video_opd.planning.setup import ResolvedPlacement, why_not_shared
 from video_opd.processes import launched_count
 from video_opd.progress import log
 from video_opd.serving.connect import check_served_teacher, connect_teacher
@@ -295,7 +295,7 @@ def load_teachers(
     samples: Sequence[Sample],
     student: tuple[Any, Any],
     device: torch.device,
-    placement: Place,
+    placement: ResolvedPlacement,
 ) -> Teacher:
     """The teacher, or a teacher for each source that ``teacher.by_source`` names. A folder is loaded once.
 
@@ -359,7 +359,7 @@ def adapter_teacher(
 
 
 def load_reference(
-    recipe: Recipe, policy: HFPolicy, device: torch.device, placement: Place = "whole"
+    recipe: Recipe, policy: HFPolicy, device: torch.device, placement: ResolvedPlacement = "whole"
 ) -> Teacher:
     """The reference: the student as it was before its first step, also after a resume.
 

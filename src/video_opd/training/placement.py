@@ -11,22 +11,22 @@ from video_opd.config import Recipe
 from video_opd.models.placed_teachers import OffloadedTeacher, ShardedTeacher
 from video_opd.models.policy import HFPolicy
 from video_opd.models.teachers import LocalTeacher
-from video_opd.planning.setup import Place
+from video_opd.planning.setup import ResolvedPlacement
 
 
-def placement_asked(recipe: Recipe) -> Place:
+def placement_asked(recipe: Recipe) -> ResolvedPlacement:
     """The place that the recipe asks for. Without a plan, ``auto`` means whole."""
     asked = recipe.teacher.placement
     return "whole" if asked == "auto" else asked
 
 
-def loading_device(place: Place, device: torch.device) -> torch.device:
+def loading_device(place: ResolvedPlacement, device: torch.device) -> torch.device:
     """The device that a model is loaded on, before :func:`place`."""
     return device if place == "whole" else torch.device("cpu")
 
 
 def place(
-    policy: HFPolicy, place: Place, device: torch.device, nonfinite: Literal["raise", "mask"]
+    policy: HFPolicy, place: ResolvedPlacement, device: torch.device, nonfinite: Literal["raise", "mask"]
 ) -> LocalTeacher:
     """The teacher around a model that was loaded on :func:`loading_device`."""
     if place == "sharded":

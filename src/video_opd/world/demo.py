@@ -21,6 +21,7 @@ from video_opd.locks import locked_folder
 from video_opd.progress import log, track
 from video_opd.types import Sample
 from video_opd.world.measure import MAX_NEW_TOKENS, evaluate_model, make_test_sets
+from video_opd.world.shipped import shipped
 
 POOL_VIDEOS = 160  # videos of the training split, with about 690 rows: the pool
 SELECTED = 448  # rows of the pool that are trained on at most, a few times each
@@ -29,11 +30,6 @@ TRAIN_SEED = 100
 TEACHER_K, STUDENT_K = 4, 2
 SHOWN_VIDEOS, SHOWN_FRAMES = 6, 12
 OPTIONS = {"optim.max_steps": "--steps", "run.seed": "--seed"}  # the demo's options for keys of its recipe
-
-
-def shipped(name: str) -> Path:
-    """The folder of a shipped model, such as ``"tiny-base"``. docs/world.md says what each of them is."""
-    return Path(str(resources.files("video_opd.world") / "checkpoints" / name))
 
 
 def run_demo(

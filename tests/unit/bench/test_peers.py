@@ -19,7 +19,7 @@ from video_opd.config import PromptConfig
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.video import load_clip
 from video_opd.models.loading import load_model
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 PEERS = ROOT / "benchmarks" / "peers"
 

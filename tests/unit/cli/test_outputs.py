@@ -16,7 +16,7 @@ from places import ROOT
 
 from video_opd.cli import main, report
 from video_opd.cli.output import locked_outputs
-from video_opd.cli.parser import Kind, Place
+from video_opd.cli.parser import Kind, Output
 from video_opd.errors import UserError
 from video_opd.locks import locked_file, locked_folder
 
@@ -194,7 +194,7 @@ def test_an_output_that_is_only_read_is_not_locked(
 
 def test_of_two_with_several_outputs_one_gets_them_all(tmp_path: Path) -> None:
     """All take their locks in one order, whatever the order of their flags: the first lock decides."""
-    a, b = (Place(str(tmp_path / name), "file") for name in "ab")
+    a, b = (Output(str(tmp_path / name), "file") for name in "ab")
     with held(tmp_path / "a", "file"), held(tmp_path / "b", "file"):
         for places in ([a, b], [b, a]):
             with pytest.raises(UserError, match="/a: another thread"), locked_outputs(places):
@@ -205,8 +205,8 @@ def test_stdout_and_what_a_launcher_starts_are_not_locked_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with locked_outputs([Place("-", "file"), Place(os.devnull, "file"), Place("", "file")]):
+    with locked_outputs([Output("-", "file"), Output(os.devnull, "file"), Output("", "file")]):
         assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with locked_outputs([Place("p", "file")]):
+    with locked_outputs([Output("p", "file")]):
         assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from video_opd.models.inference import (
 )
 from video_opd.models.loading import load_processor
 from video_opd.types import Clip
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 TINY = ("tiny-base", "tiny-teacher", "tiny-teacher-small")
 

@@ -12,7 +12,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from video_opd.models.loading import load_model
 from video_opd.models.patch_embedding import PatchProjection, use_linear_patches
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 PATCHES = torch.randn(40, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

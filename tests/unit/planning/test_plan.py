@@ -13,7 +13,7 @@ from video_opd.config import Recipe, load_recipe
 from video_opd.errors import UserError
 from video_opd.planning.memory import GIB, PARTS, Memory, memory_of
 from video_opd.planning.plan import FITS, RecipeSizes, decide, make_plan
-from video_opd.planning.setup import Place, Setup, Work
+from video_opd.planning.setup import ResolvedPlacement, Setup, Work
 from video_opd.progress import duration
 from video_opd.types import Sample
 
@@ -88,7 +88,7 @@ def test_auto_takes_the_first_placement_that_fits() -> None:
     alone = replace(Setup.of(paper(**ADAPTERS), 1), teacher_placement="auto")
     work = Work.of(paper(**ADAPTERS), None, 1)
     _, memory, _ = decide(alone, work, PAIR, 80 * GIB)
-    places: tuple[Place, ...] = ("whole", "cpu")
+    places: tuple[ResolvedPlacement, ...] = ("whole", "cpu")
     peaks = [
         memory_of(
             PAIR.student, PAIR.teachers, replace(alone, teacher_placement=place), work, recompute=True
@@ -105,7 +105,7 @@ def test_where_nothing_fits_the_least_is_taken_and_said() -> None:
 
 
 @pytest.mark.parametrize("place", ["whole", "sharded", "cpu"])
-def test_the_placement_of_a_recipe_is_kept(place: Place) -> None:
+def test_the_placement_of_a_recipe_is_kept(place: ResolvedPlacement) -> None:
     """Also where the plan would choose another: into 20 GiB no teacher fits, and into 1,000 a whole one."""
     for size in (20, 1000):
         plan = make_plan(paper(teacher={"placement": place}), 8, size * GIB, sizes=PAIR)

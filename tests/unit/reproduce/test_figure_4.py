@@ -11,7 +11,7 @@ from reproduce_cases import answer, make_place, predict, recipe_of
 from video_opd.cli.commands import parse_words
 from video_opd.reproduce import figure_4, rates, table_1
 from video_opd.reproduce.places import Place
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 SEEDS = [0, 1]
 WRONG = {"sft": 1.0, "op-rkd": 0.5, "op-fkd": 0.5, "video-opd-full": 0.0}  # shares of wrong answers

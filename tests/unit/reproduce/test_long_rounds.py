@@ -13,7 +13,7 @@ from video_opd.cli.commands import parse_words
 from video_opd.config import load_recipe
 from video_opd.reproduce import long_rounds, places, rates
 from video_opd.reproduce.places import Place
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 SEEDS = [0, 1]
 ROUNDS = (1.5, 1.0, 0.0)  # seconds by which the student is late after each

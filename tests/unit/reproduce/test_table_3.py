@@ -12,7 +12,7 @@ from video_opd.cli.commands import parse_words
 from video_opd.config import load_recipe
 from video_opd.reproduce import places, rates, table_3
 from video_opd.reproduce.places import Place
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 SEEDS = [0, 1]
 # Seconds by which an arm is late: the teachers, the largest being the best, and their students by round.

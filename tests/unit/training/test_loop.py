@@ -51,7 +51,7 @@ from video_opd.training.loss_batch import RatioError
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import CheckError
 from video_opd.types import Rollout
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 KILLS = int(os.environ.get("VIDEO_OPD_KILLS", "3"))
 

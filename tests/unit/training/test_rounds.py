@@ -39,8 +39,8 @@ from video_opd.training.components import build_components
 from video_opd.training.loop import train
 from video_opd.training.rounds import run_rounds
 from video_opd.training.run_folder import FolderInUse, RunFolder
-from video_opd.world.demo import shipped
 from video_opd.world.make import make_world
+from video_opd.world.shipped import shipped
 
 UNANNOTATED, WRONG = 2, 2
 K = 3

@@ -21,7 +21,7 @@ from video_opd.errors import UserError
 from video_opd.models.policy import HFPolicy
 from video_opd.training import vllm_sampler
 from video_opd.training.vllm_sampler import VLLMSampler
-from video_opd.world.demo import shipped
+from video_opd.world.shipped import shipped
 
 
 class Engine:
