@@ -232,7 +232,7 @@ def work(arguments: argparse.Namespace) -> None:
     """One process of a configuration."""
     from video_opd.training.batches import Row
     from video_opd.training.components import build_components
-    from video_opd.training.loop import make_accelerator
+    from video_opd.training.launch import make_accelerator
     from video_opd.training.run_folder import RunFolder
     from video_opd.training.step import Stepper, StepSettings
     from video_opd.world.tiny import build_processor

@@ -31,7 +31,7 @@ from video_opd.models.teachers import LocalTeacher
 from video_opd.seeds import derive_seed
 from video_opd.training.batches import Row
 from video_opd.training.components import Components
-from video_opd.training.loop import make_accelerator
+from video_opd.training.launch import make_accelerator
 from video_opd.training.optimizers import make_optimizer
 from video_opd.training.step import Stepper, StepResult, StepSettings
 from video_opd.training.stopwatch import Stopwatch

@@ -33,7 +33,7 @@ from video_opd.models.loading import load_model
 from video_opd.models.lora import has_adapters, merge_adapters
 from video_opd.models.parts import cast_weights
 from video_opd.models.policy import HFPolicy
-from video_opd.processes import LONGEST_WAIT, Processes, follow_launcher, launched_count
+from video_opd.processes import Processes
 from video_opd.progress import log, task
 from video_opd.seals import NOTHING, Sealer
 from video_opd.seeds import derive_seed
@@ -42,11 +42,12 @@ from video_opd.training.batches import BatchPlan, BatchStream, Row
 from video_opd.training.components import Components, build_components, restore_base
 from video_opd.training.final_evaluation import check_evaluation_files, evaluate_student, record_failures
 from video_opd.training.inputs import check_same_inputs, input_digests
+from video_opd.training.launch import make_accelerator, processes_of
 from video_opd.training.model_card import model_card
 from video_opd.training.rollout_records import RolloutRecord, rollout_row
 from video_opd.training.run_folder import RunFolder
 from video_opd.training.self_check import check_first_prompts
-from video_opd.training.sharding import Shards, check_processes, is_sharded, load_optimizer_state
+from video_opd.training.sharding import Shards, is_sharded, load_optimizer_state
 from video_opd.training.step import Batch, Stepper, StepResult, StepSettings
 from video_opd.training.step_metrics import step_metrics, token_counts
 from video_opd.training.stopwatch import Stopwatch
@@ -283,51 +284,6 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
     if optim.schedule == "cosine":
         return optim.lr * 0.5 * (1.0 + math.cos(math.pi * done))
     return optim.lr
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """Raises :class:`UserError` if one of ``run.trackers`` is not installed."""
-    from accelerate.tracking import get_available_trackers
-
-    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    for name in recipe.run.trackers:
-        if name not in available:
-            raise UserError(
-                f"run.trackers names {name}, which is not installed: pip install {name}, or leave it out"
-            )
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Joins the processes that ``accelerate launch`` or torchrun started, or makes the single one ready."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import set_seed
-
-    check_trackers(recipe)
-    check_processes(recipe)
-    follow_launcher()
-    asked = launched_count()
-    accelerator = Accelerator(
-        # Without an accelerator, Accelerate would make each of torchrun's processes a run of its own.
-        cpu=asked > 1 and not torch.accelerator.is_available(),
-        # All processes wait while the first one saves a checkpoint or evaluates the finished model.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-        # The policy casts by itself, so that sampling, scoring and training compute alike.
-        mixed_precision="no",
-        log_with=list(recipe.run.trackers) or None,
-        project_dir=recipe.run.dir,
-    )
-    if accelerator.num_processes != asked:
-        raise UserError(
-            f"the launcher started {asked} processes, but Accelerate joined {accelerator.num_processes}; "
-            "use torchrun, or accelerate launch --multi_gpu"
-        )
-    set_seed(recipe.run.seed)
-    return accelerator
-
-
-def processes_of(accelerator: Accelerator) -> Processes:
-    """The processes that ``accelerator`` joined."""
-    return Processes(rank=accelerator.process_index, count=accelerator.num_processes)
 
 
 @contextmanager

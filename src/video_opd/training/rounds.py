@@ -45,10 +45,10 @@ from video_opd.training.final_evaluation import (
     evaluate_teacher,
     is_evaluated,
 )
-from video_opd.training.loop import Build, check_trackers, make_accelerator, processes_of, train
+from video_opd.training.launch import check_launch, check_trackers, make_accelerator, processes_of
+from video_opd.training.loop import Build, train
 from video_opd.training.run_folder import RunFolder, read_record
 from video_opd.training.run_plan import plan_of_run
-from video_opd.training.sharding import check_processes
 from video_opd.types import Sample
 
 _COUNTS = {"rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate"}
@@ -74,7 +74,7 @@ def run_rounds(
     first selection is empty. A later empty selection ends the rounds, and ``rounds.json`` says so.
     """
     recipe.check_rounds()
-    check_processes(recipe)
+    check_launch(recipe)
     recipe = with_video_form(recipe)
     several = launched_count() > 1
     processes = processes_of(make_accelerator(recipe)) if several else Processes()

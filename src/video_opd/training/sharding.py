@@ -71,13 +71,6 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, held: Held
         fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
-def check_processes(recipe: Recipe) -> None:
-    """Raises :class:`UserError` for settings that the launcher's number of processes, or its own sharding,
-    rules out."""
-    recipe.check_processes(launched_count())
-    sharding_asked(recipe)
-
-
 def sharding_asked(recipe: Recipe) -> bool:
     """Whether ``model.sharding`` is set and there are several processes.
 
