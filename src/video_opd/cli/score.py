@@ -167,15 +167,9 @@ def _from_recipe(arguments: argparse.Namespace) -> _Work:
         _refuse_setting("tvdf.min_teacher_iou")  # of gaussian, it decides whether the teacher is asked
     if not (of_topk or tvdf.asks_teacher or arguments.reverse_kl or arguments.teacher_from):
         teacher = None
-    usual = ScoreSettings(
-        k=tvdf.teacher_k,
-        student_k=tvdf.student_k,
-        temperature=tvdf.temperature,
-        max_new_tokens=recipe.sampling.max_new_tokens,
-        seed=recipe.run.seed,
-        thinking=recipe.prompt.thinking,
-        reverse_kl=tvdf.rank_by == "reverse_kl" and teacher is not None and not of_topk,
-    )
+    usual = ScoreSettings.of(recipe)
+    if teacher is None or of_topk:
+        usual = replace(usual, reverse_kl=False)
     return _Work(
         student=student.changed(**of_vllm),
         teacher=None if teacher is None else teacher.changed(**of_vllm),

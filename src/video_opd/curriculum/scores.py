@@ -15,6 +15,7 @@ from math import fsum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from video_opd.config import Recipe
 from video_opd.curriculum.score_files import judged
 from video_opd.errors import UserError
 from video_opd.evaluation.batching import Item, MakeLoader
@@ -59,6 +60,20 @@ class ScoreSettings:
     seed: int = 0
     thinking: bool = False
     reverse_kl: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> ScoreSettings:
+        """As a round of this recipe scores its pool."""
+        tvdf = recipe.tvdf
+        return cls(
+            k=tvdf.teacher_k,
+            student_k=tvdf.student_k,
+            temperature=tvdf.temperature,
+            max_new_tokens=recipe.sampling.max_new_tokens,
+            seed=recipe.run.seed,  # one seed for all rounds: the teacher's responses stay the same
+            thinking=recipe.prompt.thinking,
+            reverse_kl=tvdf.rank_by == "reverse_kl",
+        )
 
     @property
     def teacher(self) -> GenerationSettings:

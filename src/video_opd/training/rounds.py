@@ -233,15 +233,7 @@ class Rounds:
             teacher if tvdf.asks_teacher else None,
             wanted,
             folder / "scores.jsonl",
-            settings=ScoreSettings(
-                k=tvdf.teacher_k,
-                student_k=tvdf.student_k,
-                temperature=tvdf.temperature,
-                max_new_tokens=recipe.sampling.max_new_tokens,
-                seed=recipe.run.seed,  # one seed for all rounds: the teacher's responses stay the same
-                thinking=recipe.prompt.thinking,
-                reverse_kl=tvdf.rank_by == "reverse_kl",
-            ),
+            settings=ScoreSettings.of(recipe),
             for_topk=tvdf.for_topk,
             batch_size=tvdf.batch_size,
             cache_dir=recipe.data.cache_dir,
