@@ -32,6 +32,7 @@ from video_opd.training.loop import train
 from video_opd.types import EncodedPrompt
 from video_opd.world.make import make_world
 from video_opd.world.shipped import shipped
+from video_opd.world.tiny import build_model, build_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, TEACHER = "tiny-base", "tiny-teacher"
@@ -44,6 +45,7 @@ TF32_TOLERANCE = 0.02  # nats
 # weights may differ by any step; without Adam's moments or with another batch, nearly all would.
 WEIGHT_APART, SHARE_APART = 1e-5, 0.01
 TOKENS = 16
+LONG_PROMPT = 12_000  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def compare_all(report: Report, tiny: bool) -> None:
         tell(report)
     report.attempt("TF32", lambda: compare_tf32(report, reference, device))
     report.attempt("attention", lambda: compare_attention(report, reference, device))
+    report.attempt("shared heads", lambda: compare_shared_heads(report, device))
     with tempfile.TemporaryDirectory() as folder:
         compare_steps(report, Path(folder), device)
     tell(report)
@@ -108,9 +111,10 @@ def without_tf32() -> None:
 # ------------------------------------------------------------------------------------------------- engines
 
 
-def policy_of(setting: Setting) -> HFPolicy:
-    """The shipped base; float32 weights, as a student has, and autocast for bfloat16."""
-    model, processor = load_model(shipped(BASE), dtype="float32", device=setting.device, attn=setting.attn)
+def policy_of(setting: Setting, folder: Path | None = None) -> HFPolicy:
+    """The shipped base, or another model; float32 weights, as a student has, and autocast for bfloat16."""
+    path = folder or shipped(BASE)
+    model, processor = load_model(path, dtype="float32", device=setting.device, attn=setting.attn)
     compute_dtype = None if setting.dtype == "float32" else getattr(torch, setting.dtype)
     engine: Any = setting.engine
     return HFPolicy(model, processor, engine, compute_dtype=compute_dtype, recompute=setting.recompute)
@@ -203,6 +207,41 @@ def compare_attention(report: Report, reference: Reference, device: str) -> None
     flash = Setting(device=device, dtype="bfloat16", engine="prefix", attn="flash_attention_2")
     found = scores(policy_of(flash), reference.prompts, reference.responses)
     against_cpu(report, str(flash), found, reference, "bfloat16")
+
+
+def compare_shared_heads(report: Report, device: str) -> None:
+    """Query heads that share keys, which those of the shipped models do not: a random model of a few thousand
+    weights, prompts of several lengths, three responses to each. In float32 no kernel of a GPU takes fewer
+    heads of keys than of queries, and the scores of a prompt must not be in memory at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = build_model("test")
+        made.save_pretrained(folder)
+        processor = build_processor()
+        processor.save_pretrained(folder)
+        prompts = [*prompts_of(processor, 200, queries=2), *prompts_of(processor, 300)]
+        responses = [[tuple(range(first, first + 5)) for first in (9, 20, 31)]] * len(prompts)
+        expected = scores(policy_of(Setting(device="cpu"), Path(folder)), prompts, responses)
+        reference = Reference(
+            prompts=prompts, responses=responses, logprobs=expected[0], gradients=expected[1]
+        )
+        for dtype in ("float32", "bfloat16"):
+            setting = Setting(device=device, dtype=dtype, engine="prefix")
+            found = scores(policy_of(setting, Path(folder)), prompts, responses)
+            against_cpu(report, f"{setting}, shared heads", found, reference, dtype)
+        if device == "cuda":
+            policy = policy_of(Setting(device=device, engine="prefix"), Path(folder))
+            (long,) = prompts_of(processor, LONG_PROMPT)
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            policy.prefill([long])
+            bytes_taken = torch.cuda.max_memory_allocated() - held
+            heads = made.config.text_config.num_attention_heads
+            all_scores = 4 * heads * long.length**2
+            report.add(
+                f"a prompt of {long.length:,} tokens in float32, shared heads",
+                f"{bytes_taken / 2**20:,.0f} MiB; its scores are {all_scores / 2**20:,.0f}",
+                bytes_taken < all_scores / 2,
+            )
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
