@@ -42,7 +42,7 @@ def host_memory_of(
     student: ModelSizes, teachers: tuple[ModelSizes, ...], setup: Setup, work: Work
 ) -> HostMemory:
     """What a run on GPUs holds on their host."""
-    estimate = Estimate(student, teachers, setup, work, recompute=bool(setup.recompute), cuda=True)
+    estimate = Estimate(student, teachers, setup, work, cuda=True)
     shards = setup.processes if setup.sharded else 1
     trained, frozen_number = estimate.all_trained, setup.number if setup.adapted else 4
     video = 4 * work.video_tokens * student.vision.patches_a_token * student.vision.patch_numbers

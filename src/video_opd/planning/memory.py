@@ -79,12 +79,11 @@ def memory_of(
     setup: Setup,
     work: Work,
     *,
-    recompute: bool,
     cuda: bool = True,
 ) -> Memory:
     """The memory of a step from the second on: moments exist from the end of the first. ``cuda`` adds what a
-    GPU's libraries take."""
-    estimate = Estimate(student, teachers, setup, work, recompute, cuda)
+    GPU's libraries take. Where ``setup.recompute`` is None, activations are kept."""
+    estimate = Estimate(student, teachers, setup, work, cuda=cuda)
     phases = {
         "prefill": estimate.prefill(),
         "sampling": estimate.sampling() if work.sampled and not setup.vllm else Counter[str](),
@@ -127,11 +126,11 @@ class Estimate:
         teachers: tuple[ModelSizes, ...],
         setup: Setup,
         work: Work,
-        recompute: bool,
+        *,
         cuda: bool,
     ) -> None:
         self.student, self.teachers, self.setup, self.work = student, teachers, setup, work
-        self.recompute, self.cuda = recompute, cuda
+        self.recompute, self.cuda = bool(setup.recompute), cuda
         self.text, self.vision = student.text, student.vision
         self.R = work.micro_batch * work.rollouts * work.response_tokens  # response tokens of a micro-batch
         # The plain engine puts every response behind a prompt of its own.
@@ -399,16 +398,16 @@ class Estimate:
         if not (setup.overlaps and kept):
             return Counter()
         casts = 0 if self.recompute else self.casts()
-        graph = {"vision": self.vision_graph(), "decoder": self.decoder_graph(), "caches": self.own_cache()}
-        return Counter(**graph, casts=casts)
+        return self.prompt_graph() + Counter(casts=casts)
+
+    def prompt_graph(self) -> Counter[str]:
+        """What a prefill with gradients leaves behind."""
+        return Counter(vision=self.vision_graph(), decoder=self.decoder_graph(), caches=self.own_cache())
 
     def prefill(self) -> Counter[str]:
-        parts = self.running()
-        parts["vision"] += self.vision_graph() + self.features()
-        parts["decoder"] += self.decoder_graph() + self.P * graph.layer_work_bytes(
-            self.text, self.setup.number
-        )
-        parts["caches"] += self.own_cache()
+        parts = self.running() + self.prompt_graph()
+        parts["vision"] += self.features()
+        parts["decoder"] += self.P * graph.layer_work_bytes(self.text, self.setup.number)
         return parts
 
     def sampling(self) -> Counter[str]:
@@ -423,9 +422,7 @@ class Estimate:
             room = CACHE_ROOM * math.ceil(self.work.response_tokens / CACHE_ROOM)
             parts["caches"] += round(self.P * share + rows * room) * a_token
         if self.setup.prefix and self.work.sampled_ahead is None:
-            parts["vision"] += self.vision_graph()
-            parts["decoder"] += self.decoder_graph()
-            parts["caches"] += self.own_cache()
+            parts += self.prompt_graph()
         else:
             parts["caches"] += round(self.prompt_cache() * share)
             seen = self.patches * graph.block_work_bytes(self.vision, self.setup.number)
@@ -442,9 +439,7 @@ class Estimate:
         no graph yet."""
         parts = self.running()
         if self.setup.prefix and self.work.sampled_ahead is None:
-            parts["vision"] += self.vision_graph()
-            parts["decoder"] += self.decoder_graph()
-            parts["caches"] += self.own_cache()
+            parts += self.prompt_graph()
         setup = self.setup
         if setup.has_teacher:
             number = setup.teacher_number
@@ -498,9 +493,8 @@ class Estimate:
         """The loss is differentiated, and the responses' last layer. The plain engine's responses are behind
         prompts of their own, so this is the last layer of all."""
         parts = self.running()
-        parts["vision"] += self.vision_graph()
-        parts["decoder"] += self.decoder_graph()
-        parts["caches"] += self.own_cache() + self.response_graph()
+        parts += self.prompt_graph()
+        parts["caches"] += self.response_graph()
         parts["responses"] += self.head(backward=True)
         if not self.setup.prefix:
             parts["decoder"] += self.one_layer()

@@ -156,7 +156,6 @@ def make_plan(
             sizes.teachers,
             setup,
             work,
-            recompute=bool(setup.recompute),
             rate_tflops=rate_tflops,
         ),
         limit=memory_bytes,
@@ -180,7 +179,7 @@ def decide(
     for place in places:
         for recompute in again:
             choice = replace(setup, teacher_placement=place, recompute=recompute)
-            memory = memory_of(sizes.student, sizes.teachers, choice, work, recompute=recompute, cuda=cuda)
+            memory = memory_of(sizes.student, sizes.teachers, choice, work, cuda=cuda)
             found.append((choice, memory))
             if memory_bytes is None or memory.peak <= FITS * memory_bytes:
                 return choice, memory, _reasons(setup, found, memory_bytes)

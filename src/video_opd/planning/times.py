@@ -36,7 +36,6 @@ def times_of(
     setup: Setup,
     work: Work,
     *,
-    recompute: bool,
     rate_tflops: float,
 ) -> Times:
     """All for the longest video that the budget and the rows allow, so an upper bound for shorter ones."""
@@ -54,7 +53,7 @@ def times_of(
         rollouts=work.rollouts,
         response=work.response_tokens,
         shared=setup.prefix,
-        recompute=recompute,
+        recompute=bool(setup.recompute),
         trained=parts["language"] or "adapters",
         vision=parts["vision"],
         sampled=work.sampled,

@@ -91,7 +91,7 @@ def test_auto_takes_the_first_placement_that_fits() -> None:
     places: tuple[ResolvedPlacement, ...] = ("whole", "cpu")
     peaks = [
         memory_of(
-            PAIR.student, PAIR.teachers, replace(alone, teacher_placement=place), work, recompute=True
+            PAIR.student, PAIR.teachers, replace(alone, teacher_placement=place, recompute=True), work
         ).peak
         for place in places
     ]
@@ -152,7 +152,7 @@ def test_a_setting_saves_what_it_is_for(changes: dict[str, Any], parts: set[str]
     work = Work.of(paper(), None, 8)
 
     def parts_of(setup: Setup) -> dict[str, int]:
-        found = memory_of(PAIR.student, PAIR.teachers, setup, work, recompute=bool(setup.recompute))
+        found = memory_of(PAIR.student, PAIR.teachers, setup, work)
         return {part: max(phase.get(part, 0) for phase in found.phases.values()) for part in PARTS}
 
     before, after = parts_of(setup), parts_of(replace(setup, **changes))

@@ -51,8 +51,8 @@ def test_the_models_and_distributions_are_those_that_the_method_asks_for(
 
 def memory(sections: dict[str, Any], **settings: Any) -> Memory:
     recipe = paper(**sections)
-    setup = replace(Setup.of(recipe), teacher_placement="whole", **settings)
-    return memory_of(PAIR.student, PAIR.teachers, setup, Work.of(recipe, None), recompute=True)
+    setup = replace(Setup.of(recipe), teacher_placement="whole", recompute=True, **settings)
+    return memory_of(PAIR.student, PAIR.teachers, setup, Work.of(recipe, None))
 
 
 def test_sampling_ahead_is_planned_with_its_own_number_of_prompts_and_without_a_graph() -> None:
@@ -90,9 +90,9 @@ def test_long_responses_have_the_room_that_their_cache_grows_to() -> None:
 def test_a_teacher_and_a_reference_that_visit_the_device_are_there_together() -> None:
     sections: dict[str, Any] = {"teacher": {"reward_scale": 1.5}, "sampling": {"micro_batch_size": 1}}
     whole = memory(sections).phases["teacher"]
-    visiting = replace(Setup.of(paper(**sections)), teacher_placement="cpu")
+    visiting = replace(Setup.of(paper(**sections)), teacher_placement="cpu", recompute=True)
     work = Work.of(paper(**sections), None)
-    phases = memory_of(PAIR.student, PAIR.teachers, visiting, work, recompute=True).phases
+    phases = memory_of(PAIR.student, PAIR.teachers, visiting, work).phases
     for part in ("teacher", "reference"):
         assert phases["teacher"][part] == whole[part] > 0
         assert part not in phases["optimiser"]
@@ -139,8 +139,8 @@ def test_gradients_of_the_responses_wait_where_the_backward_is_not_cut() -> None
     assert work.micro_batches == 2
 
     def gradients(*, recompute: bool, processes: int = 1) -> int:
-        held = replace(setup, processes=processes)
-        found = memory_of(PAIR.student, PAIR.teachers, held, work, recompute=recompute)
+        held = replace(setup, processes=processes, recompute=recompute)
+        found = memory_of(PAIR.student, PAIR.teachers, held, work)
         return found.phases["backward, last layer"]["gradients"]
 
     waiting = 4 * PAIR.student.parts["language"].count
