@@ -30,6 +30,7 @@ from video_opd.config import Recipe, recipe_from_dict
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
 from video_opd.models.checkpoint_files import is_adapter_folder
+from video_opd.models.grouped_attention import use_grouped_heads
 from video_opd.models.interfaces import Teacher
 from video_opd.models.loading import DTYPES, load_model
 from video_opd.models.lora import has_adapters, trained_in_full
@@ -156,6 +157,7 @@ class Build:
     def base(self) -> Any:
         made = self.student(0, sharpness=8.0)
         use_linear_patches(made)  # as models that are loaded
+        use_grouped_heads(made)
         return made
 
     def teacher(self, recipe: Recipe, accelerator: Any, policy: HFPolicy) -> Teacher:
