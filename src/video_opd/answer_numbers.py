@@ -71,9 +71,6 @@ _LARGER_IN_WORDS = re.compile(
     rf"(?<![^\W_])(?:{_NUMBER_WORD})(?:\s+|-)(?=\w\w)(?:{_LARGER_UNITS})(?![^\W_])(?:[^\S\n]|[,，]|and\b)*\Z",
     re.I,
 )
-_BEFORE_REST = re.compile(
-    rf"(?<![^\W_])(?=\w\w)(?:{_LARGER_UNITS})(?![^\W_])(?:[^\S\n]|[,，]|and\b)*\Z", re.I
-)
 _BEFORE_REST = re.compile(r"(?:[^\S\n]|[,，、零又的の第]|and\b|(?:second|sec)\b)*", re.I)
 # Parts of a second that follow seconds: "17 s 830 ms".
 _PART_AFTER = re.compile(rf"[^\S\n]*(?:(?:{_PARTS_OF_A_SECOND})(?![^\W_])|毫秒|ミリ秒|밀리초)", re.I)

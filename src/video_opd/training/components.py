@@ -227,8 +227,8 @@ def load_student(
             device=device,
             attn=recipe.model.attn,
             trained=True,
-            as_stored=by_layer
-            or (recipe.optim.offload and not merged),  # :func:`wrap_for_training` widens it
+            # What is stored in 16 bits is widened by wrap_for_training.
+            as_stored=by_layer or (recipe.optim.offload and not merged),
         )
         freeze(model, recipe.model)
         return model, processor
