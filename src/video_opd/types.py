@@ -71,6 +71,11 @@ class EncodedPrompt:
     clip_digest: str
     duration_s: float
     clip: Clip | None = None  # kept only for a teacher in another process, which is sent its frames
+    # By the spatial merge size of a model: rotary positions [3, P], and the next token's. Student and teacher
+    # share them, because numbering a long video takes tens of milliseconds.
+    positions: dict[int, tuple[torch.Tensor, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def length(self) -> int:

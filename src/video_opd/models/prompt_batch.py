@@ -125,16 +125,11 @@ def batch_prompts(
     for prompt in prompts:
         left = longest - prompt.length
         token_types = prompt.tensors.get("mm_token_type_ids", torch.zeros_like(prompt.input_ids))
-        # One prompt at a time and on the CPU, because get_rope_index reads every grid entry in Python.
-        positions_31P, delta_11 = model.model.get_rope_index(
-            prompt.input_ids.cpu(),
-            token_types.cpu(),
-            video_grid_thw=_cpu(prompt.tensors.get("video_grid_thw")),
-        )
+        positions_3P, next_position = _positions(prompt, token_types, model)
         ids.append(pad(prompt.input_ids[0], (left, 0), value=pad_id))
         types.append(pad(token_types[0], (left, 0)))
-        positions.append(pad(positions_31P[:, 0], (left, 0)))
-        next_positions.append(prompt.length + int(delta_11))
+        positions.append(pad(positions_3P, (left, 0)))
+        next_positions.append(next_position)
     lengths_B1 = torch.tensor([[prompt.length] for prompt in prompts])
     pixels, grid, videos_of_prompt = _distinct_videos(prompts)
     return PromptBatch(
@@ -147,6 +142,22 @@ def batch_prompts(
         video_grid_thw=grid,
         videos_of_prompt=videos_of_prompt,
     )
+
+
+def _positions(
+    prompt: EncodedPrompt, token_types_1P: torch.Tensor, model: Qwen3VLForConditionalGeneration
+) -> tuple[torch.Tensor, int]:
+    """(Rotary positions [3, P] of a prompt, on the CPU, the position of the token behind it)."""
+    merge = model.config.vision_config.spatial_merge_size
+    if merge not in prompt.positions:
+        # One prompt at a time and on the CPU, because get_rope_index reads every grid entry in Python.
+        positions_31P, delta_11 = model.model.get_rope_index(
+            prompt.input_ids.cpu(),
+            token_types_1P.cpu(),
+            video_grid_thw=_cpu(prompt.tensors.get("video_grid_thw")),
+        )
+        prompt.positions[merge] = positions_31P[:, 0], prompt.length + int(delta_11)
+    return prompt.positions[merge]
 
 
 def check_placeholders(prompt: EncodedPrompt, model: Qwen3VLForConditionalGeneration) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -512,6 +513,24 @@ def test_prompts_without_a_video(engine: str) -> None:
     ):
         scores = student.logprobs(prompts, [[(9, 10, 11)]] * len(prompts))
         torch.testing.assert_close(scores.logprobs_BT[-1, 0], expected, atol=1e-4, rtol=0)
+
+
+def test_student_and_teacher_number_the_positions_of_a_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = policy(), policy()
+    counted = [Mock(wraps=asked.model.model.get_rope_index) for asked in (student, teacher)]
+    for asked, number in zip((student, teacher), counted, strict=True):
+        monkeypatch.setattr(asked.model.model, "get_rope_index", number)
+    prompt = encode(QUERIES[0])
+    for asked in (student, teacher, student):
+        asked.logprobs([prompt], [[(9,)]])
+    assert [number.call_count for number in counted] == [1, 0]
+    assert set(prompt.positions) == {student.model.config.vision_config.spatial_merge_size}
+    types = prompt.tensors["mm_token_type_ids"][:, :-1]
+    shorter = replace(
+        prompt, input_ids=prompt.input_ids[:, :-1], tensors={**prompt.tensors, "mm_token_type_ids": types}
+    )
+    student.logprobs([shorter], [[(9,)]])
+    assert [number.call_count for number in counted] == [2, 0]  # another prompt
 
 
 def test_placeholders_without_pixels_are_an_error() -> None:
