@@ -2,7 +2,7 @@
 
 import sys
 
-from video_opd.cli import main
+from video_opd.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
