@@ -22,7 +22,6 @@ T = TypeVar("T")
 # Processes wait for each other for as long as a stage takes; torch's own limit is some ten minutes.
 LONGEST_WAIT = timedelta(days=30)
 LOOK_EVERY_S = 0.2  # at the launcher
-PARENT = "VIDEO_OPD_PARENT"  # the environment variable that names a parent which is a launcher, too
 
 
 def launched_count() -> int:
@@ -121,16 +120,12 @@ def follow_launcher() -> None:
     """Ends this process when the torchrun or ``accelerate launch`` that started it is gone.
 
     Launchers end their workers before they end themselves, but one that is killed cannot: its workers would
-    go on, beside those of the next start. Other parents, such as a shell, may leave before their children. A
-    process that starts this one and wants to be followed gives its own id in ``VIDEO_OPD_PARENT``, which
-    this process's children do not inherit.
+    go on, beside those of the next start. Other parents, such as a shell, may leave before their children.
     """
-    parent = os.environ.pop(PARENT, None)
-    if _Follower.started or (parent is None and "TORCHELASTIC_RUN_ID" not in os.environ):
+    if _Follower.started or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     _Follower.started = True
-    followed = os.getppid() if parent is None else int(parent)
-    threading.Thread(target=_Follower.follow, args=(followed,), daemon=True).start()
+    threading.Thread(target=_Follower.follow, args=(os.getppid(),), daemon=True).start()
 
 
 class _Follower:

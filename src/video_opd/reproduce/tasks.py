@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +20,8 @@ from video_opd.config.tree import override_words
 from video_opd.errors import UserError
 from video_opd.files import write_text
 from video_opd.models.fingerprint import model_fingerprint
-from video_opd.processes import PARENT
 from video_opd.progress import duration, log
+from video_opd.reproduce.forked_command import run_command
 from video_opd.training.digests import file_digest
 
 LINES_SHOWN = 5  # of a failed command's output
@@ -68,21 +66,13 @@ def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        PARENT: str(os.getpid()),  # they end with this process
-    }
-    # Container images often set it, and each of these commands would compile torch and transformers again.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     total_s, done_s, began = expected_seconds(stages, jobs), 0.0, time.monotonic()
     for number, stage in enumerate(stages):
         for task in stage:
             _check_as_before(task, logs)
         # The longest first, so that no core waits long for the last one.
         todo = sorted((task for task in stage if not task.done()), key=lambda task: -task.seconds)
-        for done, task in enumerate(_completed(todo, logs, jobs, environment), start=1):
+        for done, task in enumerate(_completed(todo, logs, jobs, threads), start=1):
             done_s += task.seconds / jobs
             left_s = (total_s - done_s) * (time.monotonic() - began) / done_s  # at this machine's pace
             log(
@@ -131,13 +121,13 @@ def _check_as_before(task: Task, logs: Path) -> None:
         )
 
 
-def _completed(todo: Sequence[Task], logs: Path, jobs: int, environment: Mapping[str, str]) -> Iterator[Task]:
+def _completed(todo: Sequence[Task], logs: Path, jobs: int, threads: int) -> Iterator[Task]:
     failed = threading.Event()
 
     def run(task: Task) -> bool:
         if not failed.is_set():
             try:
-                _run(task, logs, environment)
+                _run(task, logs, threads)
             except BaseException:
                 failed.set()
                 raise
@@ -150,16 +140,14 @@ def _completed(todo: Sequence[Task], logs: Path, jobs: int, environment: Mapping
                 yield running[future]
 
 
-def _run(task: Task, logs: Path, environment: Mapping[str, str]) -> None:
+def _run(task: Task, logs: Path, threads: int) -> None:
     from video_opd.training.run_folder import git_commit
 
     path = logs / f"{task.name}.log"
     asked = _command_of(task)
     if not _record_of(task, logs).exists():
         write_text(_record_of(task, logs), json.dumps({**asked, "commit": git_commit()}, indent=1) + "\n")
-    command = [sys.executable, "-m", task.module, *asked["words"]]
-    with path.open("w", encoding="utf-8") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
+    code = run_command(task.module, asked["words"], path, threads)
     if code or not task.done():
         said = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:]
         raise UserError(f"{task.name} ended with exit code {code} ({path}): " + " / ".join(said))

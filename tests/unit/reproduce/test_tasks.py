@@ -75,7 +75,7 @@ def test_what_was_made_otherwise_is_not_taken_for_what_is_asked(
 ) -> None:
     logs, data, out = tmp_path / "logs", tmp_path / "data.jsonl", tmp_path / "out"
     (tmp_path / "copies.py").write_text("import shutil, sys; shutil.copy(*sys.argv[1:3])")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(tmp_path)
     data.write_text("rows")
 
     def run(*words: Any, name: str = "copy") -> None:
@@ -115,7 +115,7 @@ def test_commands_keep_the_bytecode_of_what_they_import(
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     (tmp_path / "imported.py").touch()
     (tmp_path / "imports.py").write_text("import imported")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     kept = tmp_path / "__pycache__"
     task = Task(name="t", words=list, done=kept.exists, seconds=1, module="imports")
     run_stages([[task]], tmp_path / "logs", 1)  # it raises if the command leaves this undone
