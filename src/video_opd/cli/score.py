@@ -25,13 +25,26 @@ HELP = "TVDF scores: how well teacher and student answer each row; repeated, it 
 EXAMPLE = (
     "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl"
 )
-_OF_RECIPES = (  # settings that only a RECIPE has
-    *("model.path", "teacher.path", "teacher.by_source"),
-    *("data.train", "data.video_root", "data.limit", "data.cache_dir"),
-    *("tvdf.teacher_k", "tvdf.student_k", "tvdf.temperature", "tvdf.batch_size"),
-    *("tvdf.strategy", "tvdf.rank_by", "tvdf.min_teacher_iou"),  # which decide what is asked, and whom
-    *("sampling.max_new_tokens", "run.seed"),
-)
+# Settings that only a RECIPE has, and the flag for each where there is no recipe.
+_OF_RECIPES = {
+    "model.path": "--student",
+    "teacher.path": "--teacher",
+    "teacher.by_source": None,
+    "data.train": "--data",
+    "data.video_root": "--video-root",
+    "data.limit": None,
+    "data.cache_dir": None,
+    "tvdf.teacher_k": "--k",
+    "tvdf.student_k": "--student-k",
+    "tvdf.temperature": "--temperature",
+    "tvdf.batch_size": "--batch-size",
+    # These three decide what is asked, and whom.
+    "tvdf.strategy": "--for-topk",
+    "tvdf.rank_by": None,
+    "tvdf.min_teacher_iou": "--min-teacher-iou",
+    "sampling.max_new_tokens": "--max-new-tokens",
+    "run.seed": "--seed",
+}
 # The flags for what a selection adds to the scores: its k, and its gate.
 _FOR_TOPK = {"tvdf.k": "--for-topk K", "tvdf.min_teacher_iou": "--min-teacher-iou X with --for-topk"}
 SETTINGS = (
@@ -195,8 +208,11 @@ def _from_flags(arguments: argparse.Namespace) -> _Work:
     from video_opd.models.inference import read_inference_pair
 
     for word in arguments.overrides[::2]:
-        if word.removeprefix("--").startswith(("tvdf.", *_OF_RECIPES)) and word != "--teacher.path":
-            raise UserError(f"{word} is a setting of a RECIPE; without one, give the flag of that name")
+        key = word.removeprefix("--")
+        if key != "teacher.path" and key.startswith(("tvdf.", *_OF_RECIPES)):
+            flag = _OF_RECIPES.get(key)
+            instead = f"without one, give {flag}" if flag else "give one"
+            raise UserError(f"{word} is a setting of a RECIPE; {instead}")
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
     served = "--teacher.urls" in of_teacher
     if "--teacher.path" in of_teacher or (of_teacher and not (arguments.teacher or served)):

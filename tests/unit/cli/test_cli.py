@@ -658,8 +658,14 @@ def test_score_does_what_a_recipe_says(tmp_path, monkeypatch, capsys) -> None:
         asked = calls.pop()[1]
         assert (asked and asked.model.path) == teacher
     named = ["score", "--student", "s", "--data", str(data), "--out", str(tmp_path / "o.jsonl")]
-    assert main([*named, "--tvdf.teacher_k", "3"]) == 2
-    assert "--tvdf.teacher_k is a setting of a RECIPE" in capsys.readouterr().err
+    for setting, instead in (
+        ("tvdf.teacher_k", "without one, give --k"),
+        ("run.seed", "without one, give --seed"),
+        ("data.limit", "give one"),  # nothing stands for it
+        ("tvdf.buckets", "give one"),
+    ):
+        assert main([*named, f"--{setting}", "3"]) == 2
+        assert f"--{setting} is a setting of a RECIPE; {instead}\n" in capsys.readouterr().err
     assert main([*named, "--prompt.thinking", "true"]) == 2
     assert "no natural end: give --max-new-tokens" in capsys.readouterr().err and not calls
     assert main([*named, "--prompt.thinking", "true", "--max-new-tokens", "512"]) == 0
