@@ -162,12 +162,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
     def chosen(self, words: Sequence[str]) -> Parser:
-        """The parser of the command that ``words`` name, as far as they name one."""
+        """The parser of the command that ``words`` name, as far as they name one.
+
+        Raises :class:`UserError` for a word in place of a command that is none.
+        """
         parser = self
-        for word in words:
+        for place, word in enumerate(words):
             if word in parser.commands:
                 parser = parser.commands[word]
             elif not word.startswith("-"):  # none of the flags before a command takes a value
+                if parser.commands and all(map(parser.knows, words[:place])):  # it is no unknown flag's value
+                    near = difflib.get_close_matches(word, parser.commands, 1)
+                    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(parser.commands)}"
+                    parser.error(f"there is no command {word!r} ({hint})")
                 break
         return parser
 

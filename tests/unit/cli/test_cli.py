@@ -184,6 +184,10 @@ def test_a_seed_is_one_that_every_generator_takes(command: str, capsys, tmp_path
         ("bench data --model.dtype bfloat16", "(it reads --video.*); see video-opd bench data --help"),
         ("data stats d --prompt.style paper", "(it reads --video.*); see video-opd data stats --help"),
         ("--debig demo", "--debig (did you mean --debug?)"),
+        ("eval d p --json", "there is no command 'eval' (did you mean evaluate?); see video-opd --help"),
+        ("data chek d --sise 3", "there is no command 'chek' (did you mean check?); see video-opd data -"),
+        ("xyz", "there is no command 'xyz' (choose from demo, train, rounds, "),
+        ("--out o train r.yaml", "unrecognized arguments: --out; see video-opd --help"),
         # Flags of a group in which one excludes the other are known, too.
         ("data stats d --sise 64x64", "--sise 64x64 (did you mean --size?); see video-opd data stats --help"),
         ("select --data d --scores s --k 1 --ouf o", "--ouf (did you mean --out?); see video-opd select"),
