@@ -2,7 +2,7 @@
 
 import sys
 
-from video_opd.cli import command
+from video_opd.cli import main
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 import sys
 import traceback
@@ -25,14 +24,6 @@ from video_opd.terminal import visible
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 CLOSED = "stdout is closed: the result could not be printed"
-
-
-def command() -> int:
-    """The process's own command: :func:`main`, after which the process ends."""
-    try:
-        return main()
-    finally:
-        gc.freeze()  # Python would spend most of a second on looking through torch's objects as it ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
