@@ -166,12 +166,15 @@ class Parser(argparse.ArgumentParser):
 
         Raises :class:`UserError` for a word in place of a command that is none.
         """
-        parser = self
-        for place, word in enumerate(words):
+        parser, certain = self, True
+        for word in words:
             if word in parser.commands:
                 parser = parser.commands[word]
-            elif not word.startswith("-"):  # none of the flags before a command takes a value
-                if parser.commands and all(map(parser.knows, words[:place])):  # it is no unknown flag's value
+            elif word.startswith("-"):
+                # Behind --help the words do not matter, and behind an unknown flag stands its value.
+                certain = certain and word == "--debug"
+            else:
+                if parser.commands and certain:
                     near = difflib.get_close_matches(word, parser.commands, 1)
                     hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(parser.commands)}"
                     parser.error(f"there is no command {word!r} ({hint})")

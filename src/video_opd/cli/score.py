@@ -25,7 +25,7 @@ HELP = "TVDF scores: how well teacher and student answer each row; repeated, it 
 EXAMPLE = (
     "video-opd score --student models/base --teacher models/teacher --data pool.jsonl --out scores.jsonl"
 )
-# Settings that only a RECIPE has, and the flag for each where there is no recipe.
+# Settings that only a RECIPE has, and what stands for each where there is no recipe.
 _OF_RECIPES = {
     "model.path": "--student",
     "teacher.path": "--teacher",
@@ -39,9 +39,9 @@ _OF_RECIPES = {
     "tvdf.temperature": "--temperature",
     "tvdf.batch_size": "--batch-size",
     # These three decide what is asked, and whom.
-    "tvdf.strategy": "--for-topk",
-    "tvdf.rank_by": None,
-    "tvdf.min_teacher_iou": "--min-teacher-iou",
+    "tvdf.strategy": None,
+    "tvdf.rank_by": "--reverse-kl",
+    "tvdf.min_teacher_iou": "--for-topk K with --min-teacher-iou",
     "sampling.max_new_tokens": "--max-new-tokens",
     "run.seed": "--seed",
 }
@@ -209,9 +209,11 @@ def _from_flags(arguments: argparse.Namespace) -> _Work:
 
     for word in arguments.overrides[::2]:
         key = word.removeprefix("--")
-        if key != "teacher.path" and key.startswith(("tvdf.", *_OF_RECIPES)):
+        if key.startswith("tvdf.") and key not in _OF_RECIPES:
+            _refuse_setting(key)
+        if key != "teacher.path" and key.startswith(tuple(_OF_RECIPES)):
             flag = _OF_RECIPES.get(key)
-            instead = f"without one, give {flag}" if flag else "give one"
+            instead = f"without one, give {flag}" if flag else "without one, leave it out"
             raise UserError(f"{word} is a setting of a RECIPE; {instead}")
     of_teacher = [word for word in arguments.overrides[::2] if word.startswith("--teacher.")]
     served = "--teacher.urls" in of_teacher

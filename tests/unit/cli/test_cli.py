@@ -665,11 +665,13 @@ def test_score_does_what_a_recipe_says(tmp_path, monkeypatch, capsys) -> None:
     for setting, instead in (
         ("tvdf.teacher_k", "without one, give --k"),
         ("run.seed", "without one, give --seed"),
-        ("data.limit", "give one"),  # nothing stands for it
-        ("tvdf.buckets", "give one"),
+        ("tvdf.min_teacher_iou", "without one, give --for-topk K with --min-teacher-iou"),
+        ("data.limit", "without one, leave it out"),  # nothing stands for it
     ):
         assert main([*named, f"--{setting}", "3"]) == 2
         assert f"--{setting} is a setting of a RECIPE; {instead}\n" in capsys.readouterr().err
+    assert main([*named, "--tvdf.buckets", "3"]) == 2
+    assert "--tvdf.buckets changes no score: leave it out\n" in capsys.readouterr().err
     assert main([*named, "--prompt.thinking", "true"]) == 2
     assert "no natural end: give --max-new-tokens" in capsys.readouterr().err and not calls
     assert main([*named, "--prompt.thinking", "true", "--max-new-tokens", "512"]) == 0
