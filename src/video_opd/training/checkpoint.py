@@ -131,7 +131,7 @@ def save_checkpoint(
             save_adapter(model, folder / ADAPTER, weights)
         else:
             _fill_model_folder(model, processor, folder / "model", recipe, weights)
-        torch.save(dict(training), folder / "training.pt")
+        _save_state(dict(training), folder / "training.pt")
         sealed = {name: seal.to_json() for name, seal in (rows or {}).items()}
         facts = {"step": step, "recipe": recipe.to_dict(), "rows": sealed, "inputs": dict(inputs or {})}
         write_list(folder, STATE, facts)
@@ -329,6 +329,11 @@ def _replacing(path: str | Path) -> Iterator[Path]:
             if re.search("PytorchStreamWriter|inline_container|iostream error", str(error)):
                 raise OSError(str(error)) from error
             raise
+
+
+def _save_state(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # of a path, torch 2.9 does not say that the last bytes were not written
+        torch.save(state, file)
 
 
 def _folders(root: Path) -> list[Path]:

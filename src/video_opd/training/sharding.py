@@ -350,9 +350,12 @@ def load_optimizer_state(
         return
     _check_shapes(names, saved)
     options = StateDictOptions(full_state_dict=True, strict=False)
-    set_optimizer_state_dict(model, plain, saved, options=options)
+    # A weight that has had no gradient yet has no state, and torch 2.9 wants one of each.
+    blank = {name: _no_moments(weight) for weight, name in names.items() if name not in saved["state"]}
+    filled = {**saved, "state": {**saved["state"], **blank}}
+    set_optimizer_state_dict(model, plain, filled, options=options)
     for parameter in list(optimizer.state):
-        if names[parameter] not in saved["state"]:  # it has had no gradient yet
+        if names[parameter] in blank:
             del optimizer.state[parameter]
 
 
@@ -388,6 +391,10 @@ def _check_shapes(names: Mapping[torch.Tensor, str], saved: Mapping[str, Any]) -
         for key, value in moments.items():
             if value.shape != (torch.Size(()) if key == "step" else shapes[name]):
                 raise ValueError(f"{key} of {name} has shape {tuple(value.shape)}")
+
+
+def _no_moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"step": torch.zeros(()), **{key: torch.zeros(weight.shape) for key in MOMENTS}}
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ from video_opd.models.loading import load_model
 from video_opd.training.checkpoint import (
     Checkpoint,
     _replacing,
+    _save_state,
     find_checkpoints,
     load_training_state,
     random_state,
@@ -112,7 +113,7 @@ def test_torch_save_on_a_full_disk_is_told_so_wherever_it_stops(tmp_path: Path) 
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most[1]))
             try:
-                torch.save(tensors, folder / "training.pt")
+                _save_state(tensors, folder / "training.pt")
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
