@@ -5,7 +5,8 @@ import os
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every command does, before torch is imported
-# Container images often forbid bytecode, and torch and transformers would be compiled again in each process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's; it starts them when it is imported
+# Container images often forbid bytecode, and torch and transformers would be compiled again each time.
 sys.dont_write_bytecode = False
 
 import av

@@ -5,12 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import SRC
 
 from video_opd.reproduce.forked_command import PRELOADED, run_command
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
+    """Runs the lines of a module: (exit code, lines that it printed)."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(body: str, *, threads: int = 1, name: str = "example") -> tuple[int, list[str]]:
+        (tmp_path / f"forked_{name}.py").write_text(f"import os, sys\n{body}\n")
+        said = tmp_path / f"said-{name}"
+        said.write_text("of an earlier try\n" * 9)
+        code = run_command(f"forked_{name}", ["a", "b"], said, threads)
+        return code, said.read_text().splitlines()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -21,34 +39,46 @@ from video_opd.reproduce.forked_command import PRELOADED, run_command
         ("raise ValueError('wrong')", 1, "ValueError: wrong"),
         ("print('half', flush=True); os.kill(os.getpid(), 9)", -9, "half"),
         ("import subprocess; subprocess.run(['echo', 'below'])", 0, "below"),
+        ("import atexit; atexit.register(print, 'left')", 0, "left"),
+        ("os.kill(os.getpid(), 2)", 1, "KeyboardInterrupt"),  # as Ctrl-C
     ],
 )
-def test_what_a_command_prints_and_its_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, code: int, last: str
-) -> None:
-    (tmp_path / "forked_example.py").write_text(f"import os, sys\n{body}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    said = tmp_path / "said"
-    said.write_text("of an earlier try\n" * 9)
-    assert run_command("forked_example", ["a", "b"], said, 1) == code
-    lines = said.read_text().splitlines()
-    assert lines[-1] == last
+def test_what_a_command_prints_and_its_exit_code(run: Any, body: str, code: int, last: str) -> None:
+    ended, lines = run(body)
+    assert (ended, lines[-1]) == (code, last)
     assert "of an earlier try" not in lines
 
 
-def test_a_command_finds_torch_imported_and_has_its_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "forked_threads.py").write_text(
-        "import os, sys\n"
-        "torch = sys.modules['torch']\n"
-        "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    said = tmp_path / "said"
+def test_a_command_finds_torch_imported_and_has_its_threads(run: Any) -> None:
+    body = "torch = sys.modules['torch']; print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
     for threads in (1, 3):
-        assert run_command("forked_threads", [], said, threads) == 0
-        assert said.read_text() == f"{threads} {threads}\n"
+        assert run(body, threads=threads) == (0, [f"{threads} {threads}"])
+
+
+def test_a_command_has_the_environment_and_the_folder_of_now(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("1", "2"):
+        folder = tmp_path / value
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("FORKED_EXAMPLE", value)
+        assert run("print(os.environ['FORKED_EXAMPLE'], os.getcwd())") == (0, [f"{value} {folder}"])
+    monkeypatch.delenv("FORKED_EXAMPLE")
+    assert run("print('FORKED_EXAMPLE' in os.environ)") == (0, ["False"])
+
+
+def test_commands_draw_their_own_random_numbers(run: Any) -> None:
+    body = "import random, numpy, torch; print(random.random(), numpy.random.rand(), torch.rand(1).item())"
+    first, second = (run(body)[1][0].split() for _ in range(2))
+    assert not set(first) & set(second)
+
+
+def test_threads_that_run_commands_do_not_take_one_anothers_exit_codes(run: Any) -> None:
+    """Without the lock two to three of a hundred were 255."""
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda n: run("sys.exit(7)", name=f"example_{n % 2}")[0], range(200)))
+    assert set(codes) == {7}
 
 
 ASKS_NO_GPU = f"""
