@@ -168,6 +168,11 @@ class Recipe(Settings):
         return False
 
     @property
+    def holds_served_head(self) -> bool:
+        """Whether the run applies the ``lm_head`` of the teacher in other processes to its hidden states."""
+        return False
+
+    @property
     def samples_with_vllm(self) -> bool:
         """Whether vLLM samples, with the student's weights."""
         return False
@@ -373,6 +378,10 @@ class DistillationRecipe(Recipe):
     @property
     def asks_servers(self) -> bool:
         return bool(self.teacher.urls)
+
+    @property
+    def holds_served_head(self) -> bool:
+        return self.asks_servers and self.computes_distributions and self.teacher.receive == "hidden"
 
     @property
     def overlaps_servers(self) -> bool:

@@ -170,6 +170,8 @@ class Estimate:
             parts["moments"] = self.moments // shards
         if setup.has_teacher:
             parts["teacher"] = self._teacher_held()
+        if setup.served_head:  # whose width only the servers know: the student's stands for it
+            parts["teacher"] = setup.teacher_number * self.student.embedding
         if self.holds_reference:
             parts["reference"] = self._placed(held_bytes(self.student, setup.number, None))
         parts["pixels"] = 4 * self.patches * self.vision.patch_numbers

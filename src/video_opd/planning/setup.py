@@ -55,6 +55,7 @@ class Setup:
     teacher_is_adapter: bool  # on the student's base, which serves both; of several teachers, all are
     reference: bool  # whether a step asks the initial student
     distributions: bool  # whether whole distributions are computed at response tokens
+    served_head: bool  # whether the run has the lm_head of a teacher that servers hold
     overlaps: bool  # whether a micro-batch is sampled while servers score the one before
     vllm: bool  # whether vLLM samples, in memory of its own
 
@@ -91,6 +92,7 @@ class Setup:
             ),
             reference=recipe.asks_reference,
             distributions=recipe.computes_distributions,
+            served_head=recipe.holds_served_head,
             overlaps=recipe.overlaps_servers and processes == 1,
             vllm=recipe.samples_with_vllm,
         )

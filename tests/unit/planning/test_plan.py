@@ -267,3 +267,16 @@ def test_the_graph_of_the_next_micro_batch_is_counted_while_servers_score() -> N
         assert more["decoder"] > 0 and more["vision"] > 0
         assert {part for part, size in more.items() if size} <= {"decoder", "vision", "caches", "casts"}
     assert phases[0]["optimiser"] == phases[1]["optimiser"]
+
+
+def test_the_head_of_a_served_teacher_is_counted_where_the_run_applies_it() -> None:
+    served = paper(teacher={"urls": ["http://a"], "dtype": "bfloat16"}, model={"sharding": None})
+    for changes, held in (
+        ({}, 0),
+        ({"teacher.receive": "hidden"}, 2 * 151_936 * 4_096),
+        ({"teacher.receive": "hidden", "teacher.dtype": "float32"}, 4 * 151_936 * 4_096),
+        # Nobody wants whole distributions.
+        ({"teacher.receive": "hidden", "run.analytic_kl": False, "loss.estimator": "sampled"}, 0),
+    ):
+        phases = make_plan(served.changed(**changes), 1, None, sizes=PAIR).memory.phases
+        assert {parts.get("teacher", 0) for parts in phases.values()} == {held}
