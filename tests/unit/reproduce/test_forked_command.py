@@ -40,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         ("print('half', flush=True); os.kill(os.getpid(), 9)", -9, "half"),
         ("import subprocess; subprocess.run(['echo', 'below'])", 0, "below"),
         ("import atexit; atexit.register(print, 'left')", 0, "left"),
-        ("os.kill(os.getpid(), 2)", 1, "KeyboardInterrupt"),  # as Ctrl-C
+        ("import time; os.kill(os.getpid(), 2); time.sleep(60)", 1, "KeyboardInterrupt"),  # as Ctrl-C
     ],
 )
 def test_what_a_command_prints_and_its_exit_code(run: Any, body: str, code: int, last: str) -> None:
