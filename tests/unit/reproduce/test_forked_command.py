@@ -77,7 +77,7 @@ def test_commands_draw_their_own_random_numbers(run: Any) -> None:
 def test_threads_that_run_commands_do_not_take_one_anothers_exit_codes(run: Any) -> None:
     """Without the lock two to three of a hundred were 255."""
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda n: run("sys.exit(7)", name=f"example_{n % 2}")[0], range(200)))
+        codes = list(pool.map(lambda n: run("sys.exit(7)", name=f"example_{n % 2}")[0], range(120)))
     assert set(codes) == {7}
 
 
