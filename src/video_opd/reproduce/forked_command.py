@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 
 PRELOADED = "video_opd.cli.preloaded"
@@ -34,7 +34,9 @@ def run_command(module: str, words: Sequence[str], output: Path, threads: int) -
     context.set_forkserver_preload([PRELOADED])
     process = context.Process(target=_run, args=(module, list(words), output, environment, threads))
     with _LOCK:
-        # Ctrl-C reaches the commands, and not the process that they are forked from.
+        # Ctrl-C reaches the commands, and not the process that they are forked from. (Starting the tracker,
+        # which is the first thing that a first start does, would unblock the signal.)
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()

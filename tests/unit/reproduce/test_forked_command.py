@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from places import SRC
+from process_cases import descendants, is_alive, needs_proc, wait_until
 
 from video_opd.reproduce.forked_command import PRELOADED, run_command
 
@@ -79,6 +81,38 @@ def test_threads_that_run_commands_do_not_take_one_anothers_exit_codes(run: Any)
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda n: run("sys.exit(7)", name=f"example_{n % 2}")[0], range(120)))
     assert set(codes) == {7}
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from video_opd.reproduce.forked_command import run_command
+run_command("video_opd", ["--version"], Path(sys.argv[1]), 1)
+"""
+
+
+@needs_proc
+def test_ctrl_c_while_everything_is_imported_shows_one_traceback(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", IMPORTS, tmp_path / "said"],
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: any("forkserver" in words_of(child) for child in descendants(parent.pid)))
+    below = descendants(parent.pid)
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+    _, said = parent.communicate(timeout=300)
+    assert said.count("Traceback") == 1, said
+    wait_until(lambda: not any(map(is_alive, below)))
+
+
+def words_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except FileNotFoundError:  # it has ended
+        return ""
 
 
 ASKS_NO_GPU = f"""
