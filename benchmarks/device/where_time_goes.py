@@ -2,18 +2,21 @@
 
 A step of the student alone, at the shape of the paper, with adapters; each stage is run without the profiler,
 for its seconds, and then under it. The card waits where no kernel runs: 1 − (union of the kernels' intervals)
-/ (wall time). The profiler slows the host down, so the share is given for both wall times.
+/ (wall time). The profiler slows the host down, so the share is given for both wall times. At the end, the
+model's norm beside torch's, which is one kernel on a card.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from paper_size import make
 from real_shape import DTYPE, REAL, TINY, Plan
 from section import Report, run
+from torch.nn.functional import rms_norm
 from torch.profiler import ProfilerActivity, profile
 
 from video_opd.bench.timing import settle
@@ -32,6 +36,7 @@ from video_opd.training.optimizers import make_optimizer
 from video_opd.world.tiny import build_processor
 
 LONGEST = 20
+NORM_TURNS = 20
 NAME_LENGTH = 90  # of a kernel in the table: templates have long ones
 # Categories of the trace's events: what runs on the card, or on a machine without one, the operators.
 ON_CARD = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
@@ -143,6 +148,38 @@ def measure(report: Report, tiny: bool) -> None:
         share = add(report, name, events, seconds[name], profiled_s, kind_of(device))
         waits.append(f"{name} {share:.0%} of {seconds[name]:.2f} s")
         report.note(summary=f"no {kind_of(device)} runs in: " + "; ".join(waits))
+    report.attempt("norms", lambda: compare_norms(report, student, device))
+
+
+def compare_norms(report: Report, student: Student, device: torch.device) -> None:
+    """Forward and backward of a norm over the prompt's hidden states, as the model and as torch writes it:
+    seconds (ways take turns), and how far each is from float64."""
+    norm = student.policy.model.model.language_model.norm
+    weight, eps = norm.weight.detach(), norm.variance_epsilon
+    shape = (student.prompts[0].length, len(weight))
+    x = torch.randn(shape, device=device, dtype=weight.dtype).requires_grad_()
+    exact = rms_norm(x.detach().double(), weight.shape, weight.double(), eps)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "the model's": lambda: norm(x),
+        "torch's": lambda: rms_norm(x, weight.shape, weight, eps),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + NORM_TURNS):  # the first one warms up
+        for name, way in ways.items():
+            seconds[name].append(timed(partial(there_and_back, way, x.detach()), device))
+    for name, way in ways.items():
+        off = (way().detach().double() - exact).abs().max().item()
+        median_s = statistics.median(seconds[name][1:])
+        report.add(
+            f"norm, {name}",
+            f"{1e3 * median_s:.3f} ms for {list(shape)} in {weight.dtype}, {off:.1e} from float64",
+            seconds=median_s,
+            from_float64=off,
+        )
+
+
+def there_and_back(way: Callable[[], torch.Tensor], gradient: torch.Tensor) -> None:
+    way().backward(gradient)
 
 
 def add(
