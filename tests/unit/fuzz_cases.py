@@ -166,7 +166,7 @@ def odd_tree(rng: random.Random, tree: Any, wrong: Callable[[random.Random], Any
 
 def odd_number(rng: random.Random) -> Any:
     """What no setting is, or almost none."""
-    return rng.choice(ODD_NUMBERS)
+    return copy.deepcopy(rng.choice(ODD_NUMBERS))  # the next blow may change it in place
 
 
 ODD_NUMBERS = (

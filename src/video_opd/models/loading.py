@@ -304,6 +304,27 @@ def _check_sizes(path: str | Path, config: Any) -> None:
         raise UserError(
             f"{path}: config.json has {heads} attention heads, which {shared} key heads cannot share"
         )
+    _check_rotary(path, config.text_config)
+
+
+def _check_rotary(path: str | Path, text_config: Any) -> None:
+    """Raises :class:`UserError` unless time, height and width share the rotary frequencies of a head."""
+    rotary = getattr(text_config, "rope_parameters", None)
+    sections = rotary.get("mrope_section") if isinstance(rotary, dict) else None
+    if sections is None:
+        return
+    numbers = sections if isinstance(sections, list | tuple) else ()
+    if [type(number) for number in numbers] != [int] * 3 or min(numbers) < 0:
+        raise UserError(
+            f"{path}: config.json has the mrope_section {str(sections)[:40]}, and it must be three integers; "
+            "copy config.json from the checkpoint that it was made from"
+        )
+    if 2 * sum(numbers) != text_config.head_dim:
+        raise UserError(
+            f"{path}: config.json has the mrope_section {str(sections)[:40]}, and a head has "
+            f"{text_config.head_dim // 2} rotary frequencies to share; copy config.json from the checkpoint "
+            "that it was made from"
+        )
 
 
 def _check_patches(path: str | Path, config: Any, processor: Any) -> None:

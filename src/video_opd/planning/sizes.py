@@ -240,7 +240,8 @@ def sizes_of(config: Mapping[str, Any], name: str) -> ModelSizes:
     Qwen3-VL's."""
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     need(
-        kind in FAMILIES, f"{name}: config.json is of a {kind!r} model; a plan knows {' and '.join(FAMILIES)}"
+        isinstance(kind, str) and kind in FAMILIES,
+        f"{name}: config.json is of a {kind!r} model; a plan knows {' and '.join(FAMILIES)}",
     )
     text, vision = _Section(config, "text_config", name), _Section(config, "vision_config", name)
     heads = text("num_attention_heads")

@@ -271,7 +271,11 @@ class Rounds:
         )
         for line in summary_lines(summary):
             log(line)
-        record = {**summary.to_json(), "sha256": file_digest(folder / "selected.jsonl")}
+        record = {
+            **summary.to_json(),
+            "delta": _deltas_scored(folder),  # here, because scores.jsonl may be changed later
+            "sha256": file_digest(folder / "selected.jsonl"),
+        }
         write_text(folder / "select.json", with_own_digest(record))
 
     def _used(self, number: int) -> set[str]:
@@ -295,7 +299,6 @@ class Rounds:
         folder = RunFolder(self.folder.round(number))
         chosen = {"not_asked": 0, **(_selection(folder) or {})}  # 0: from before there were lazy scores
         counts = ("rows", "used_before", "unannotated", "unscored", "unmeasured", "failed_gate")
-        scores = read_scores(folder.path / "scores.jsonl").values()
         rows = read_annotations(folder.path / "selected.jsonl").samples
         blocks = [sample.row.get("tvdf") for sample in rows]
         deltas = [block.get("delta") for block in blocks if isinstance(block, dict)]
@@ -305,7 +308,8 @@ class Rounds:
             **{key: chosen[key] for key in (*counts, "not_asked", "candidates", "selected", "shortfall")},
             "used": len(self._used(number + 1)),
             "delta": {
-                "scored": _statistics(score.delta for score in scores),
+                # Earlier versions did not note it with the selection.
+                "scored": chosen.get("delta") or _deltas_scored(folder.path),
                 "selected": _statistics(deltas),
             },
             "steps": folder.last_metrics().get("step", 0),
@@ -362,6 +366,11 @@ def _nothing_selected(number: int, chosen: dict[str, Any]) -> str | None:
         f"round {number} has nothing to train on: of the pool's {chosen['rows']} rows, "
         f"{', '.join(counts) or 'none is left'}"
     )
+
+
+def _deltas_scored(folder: Path) -> dict[str, float | int | None]:
+    """The statistics of δ of all rows that a round scored."""
+    return _statistics(score.delta for score in read_scores(folder / "scores.jsonl").values())
 
 
 def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]:

@@ -140,6 +140,18 @@ def test_a_size_that_no_model_has_is_refused(folder: Path, key: str, size: Any) 
         read_config(folder)
 
 
+@pytest.mark.parametrize(
+    "section", [[4, 2], [4.0, 2, 2], [True, 2, 2], [9, 1, -2], "422", [4, 2, 3], [24, 20, 20]]
+)
+def test_heads_that_time_height_and_width_do_not_share_are_refused(folder: Path, section: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["rope_parameters"]["mrope_section"] == [4, 2, 2]
+    config["text_config"]["rope_parameters"]["mrope_section"] = section
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="mrope_section"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_folder_of_an_impossible_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="no such model folder"):

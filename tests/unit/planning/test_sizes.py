@@ -111,6 +111,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones(path: str, tmp_path: Pa
     ("change", "said"),
     [
         ({"model_type": "llama"}, "'llama'"),
+        ({"model_type": {"a": 16}}, "config.json is of a {'a': 16} model"),
         ({"text_config": None}, "no text_config"),
         ({"vision_config": {}}, "vision_config.spatial_merge_size None"),
     ],
