@@ -17,6 +17,9 @@ from process_cases import descendants, is_alive, needs_proc, wait_until
 
 from video_opd.reproduce.forked_command import PRELOADED, run_command
 
+# What a shell starts in the background ignores Ctrl-C, and so do these tests then.
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
@@ -42,7 +45,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         ("print('half', flush=True); os.kill(os.getpid(), 9)", -9, "half"),
         ("import subprocess; subprocess.run(['echo', 'below'])", 0, "below"),
         ("import atexit; atexit.register(print, 'left')", 0, "left"),
-        ("import time; os.kill(os.getpid(), 2); time.sleep(60)", 1, "KeyboardInterrupt"),  # as Ctrl-C
+        (f"{CTRL_C}; import time; os.kill(os.getpid(), 2); time.sleep(60)", 1, "KeyboardInterrupt"),
     ],
 )
 def test_what_a_command_prints_and_its_exit_code(run: Any, body: str, code: int, last: str) -> None:
@@ -83,7 +86,8 @@ def test_threads_that_run_commands_do_not_take_one_anothers_exit_codes(run: Any)
     assert set(codes) == {7}
 
 
-IMPORTS = """
+IMPORTS = f"""
+{CTRL_C}
 import sys
 from pathlib import Path
 from video_opd.reproduce.forked_command import run_command

@@ -161,6 +161,7 @@ def test_a_selection_is_that_of_the_command(
         # A later start knows by it whether the selection is still the one that was made.
         assert len(record.pop("digest")) == 64
         assert record.pop("sha256") == hashlib.sha256((path / "selected.jsonl").read_bytes()).hexdigest()
+        assert record.pop("delta")["n"] == len(rows_of(path / "scores.jsonl"))
         assert record == json.loads(json.dumps(summary.to_json()))
         used += ids(path / "selected.jsonl")
 
