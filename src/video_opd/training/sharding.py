@@ -350,8 +350,9 @@ def load_optimizer_state(
         return
     _check_shapes(names, saved)
     options = StateDictOptions(full_state_dict=True, strict=False)
-    # A weight that has had no gradient yet has no state, and torch 2.9 wants one of each.
-    blank = {name: _no_moments(weight) for weight, name in names.items() if name not in saved["state"]}
+    # A trained weight that has had no gradient yet has no state, and torch 2.9 wants one of each.
+    trained = [weight for group in plain.param_groups for weight in group["params"]]
+    blank = {names[w]: _no_moments(w) for w in trained if names[w] not in saved["state"]}
     filled = {**saved, "state": {**saved["state"], **blank}}
     set_optimizer_state_dict(model, plain, filled, options=options)
     for parameter in list(optimizer.state):

@@ -22,6 +22,7 @@ from training_cases import Build, TwoForks, assert_equal_to_rounding, launched, 
 from video_opd.config import Recipe
 from video_opd.errors import UserError
 from video_opd.models.parts import cast_weights
+from video_opd.training import sharding
 from video_opd.training.components import Components
 from video_opd.training.loop import train
 from video_opd.training.run_folder import RunFolder
@@ -302,6 +303,21 @@ def test_a_weight_without_a_gradient_has_no_state_after_loading_either():
     for pair in ((layer, optimizer), (other, continued)):
         step(*pair, "weight", "bias")
     assert torch.equal(layer.weight, other.weight) and torch.equal(layer.bias, other.bias)
+
+
+def test_a_frozen_weight_takes_nothing_when_a_state_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base under adapters is most of a model: blank moments of it would be twice its size."""
+    model = torch.nn.ModuleDict({"base": torch.nn.Linear(64, 64), "adapter": torch.nn.Linear(64, 2)})
+    model["base"].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model["adapter"].parameters(), lr=0.1)
+    for weight in model["adapter"].parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = copy.deepcopy(optimizer_state(model, optimizer))
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(sharding, "_no_moments", made.append)
+    load_optimizer_state(model, optimizer, state)
+    assert made == []
 
 
 def test_one_process_shards_nothing_and_accelerates_own_way_is_refused(
