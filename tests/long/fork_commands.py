@@ -24,21 +24,14 @@ ALWAYS_UNLOCKED = {"clips"}  # the clip cache
 
 
 def import_everything() -> None:
-    import av  # noqa: F401
-    import transformers
-    from transformers.models.qwen3_vl import modeling_qwen3_vl  # noqa: F401
-
     import video_opd.bench.engine
+    import video_opd.cli.preloaded
     import video_opd.convert.conversion
-    import video_opd.evaluation.comparison
     import video_opd.grounding.ground
     import video_opd.grounding.page
-    import video_opd.reports.html
-    import video_opd.training.rounds
     import video_opd.world.make  # noqa: F401
     from video_opd.world import demo, measure
 
-    transformers.AutoProcessor, transformers.AutoTokenizer  # noqa: B018 (they import when they are asked)
     demo.POOL_VIDEOS, demo.SELECTED, demo.SHOWN_VIDEOS = 4, 8, 2
     demo.TEACHER_K, demo.STUDENT_K = 1, 1
     measure.TEST_VIDEOS = {"short": 2, "long": 1, "subtle": 1}
