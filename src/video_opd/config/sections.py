@@ -146,6 +146,12 @@ class DataConfig(Settings):
         description="a run stops when a larger share of the rows cannot be used; a share is between 0 and 1",
     )
     cache_dir: str | None = Field(default=None, description="a folder that keeps decoded clips; none: off")
+    memory_gib: Number = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GiB of encoded prompts that a process keeps, if their videos come again; 0: none",
+    )
 
 
 class VideoConfig(Settings):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,32 +88,60 @@ class PromptEncoder:
         assert len(queries) == len(sample_ids)
         if not queries:
             return []
+        first = self._encode_first(clip, self._chat_text(queries[0], sample_ids[0]), sample_ids[0])
+        return [first, *self.encode_more(first, queries[1:], sample_ids[1:])]
+
+    def encode_more(
+        self, prompt: EncodedPrompt, queries: Sequence[str], sample_ids: Sequence[str]
+    ) -> list[EncodedPrompt]:
+        """Encodes further questions about the clip of ``prompt``. All prompts share its pixels."""
+        assert len(queries) == len(sample_ids)
         texts = [self._chat_text(q, i) for q, i in zip(queries, sample_ids, strict=True)]
-        frames, times_s = _whole_pairs(clip)
-        pair_times_s = tuple(((times_s[0::PAIR] + times_s[1::PAIR]) / 2).tolist())
+        before, _ = self._split(prompt.text)
+        assert all(self._split(text)[0] == before for text in texts)
+        ids = prompt.input_ids[0]
+        shared = self._through_video(ids)
         with self._lock:
-            inputs = self._process(texts[0], frames, times_s)
-            ids = inputs.pop("input_ids")
-            shared = ids[0, : int((ids[0] == self._vision_end).nonzero()[-1]) + 1]
             rows = [torch.cat([shared, self._ids(self._split(text)[1])]) for text in texts]
-        assert torch.equal(rows[0], ids[0]), "the processor splits the text elsewhere than at the video's end"
-        assert all(self._split(text)[0] == self._split(texts[0])[0] for text in texts)
-        video_tokens = self._check_parity(shared, inputs, frames, pair_times_s)
-        pixels = {key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")}
         return [
-            EncodedPrompt(
+            replace(
+                prompt,
                 sample_id=sample_id,
                 input_ids=row[None],
-                tensors=pixels | {"mm_token_type_ids": self._types(row)[None]},
+                tensors={**prompt.tensors, "mm_token_type_ids": self._types(row)[None]},
                 text=text,
-                pair_times_s=pair_times_s,
-                video_tokens=video_tokens,
-                clip_digest=clip.digest,
-                duration_s=clip.duration_s,
-                clip=clip if self.keep_clips else None,
             )
             for sample_id, row, text in zip(sample_ids, rows, texts, strict=True)
         ]
+
+    def _encode_first(self, clip: Clip, text: str, sample_id: str) -> EncodedPrompt:
+        frames, times_s = _whole_pairs(clip)
+        pair_times_s = tuple(((times_s[0::PAIR] + times_s[1::PAIR]) / 2).tolist())
+        with self._lock:
+            inputs = self._process(text, frames, times_s)
+            ids = inputs["input_ids"][0]
+            shared, behind = self._through_video(ids), self._ids(self._split(text)[1])
+        assert torch.equal(torch.cat([shared, behind]), ids), (
+            "the processor splits the text elsewhere than at the video's end"
+        )
+        return EncodedPrompt(
+            sample_id=sample_id,
+            input_ids=ids[None],
+            tensors={
+                **{key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")},
+                "mm_token_type_ids": self._types(ids)[None],
+            },
+            text=text,
+            pair_times_s=pair_times_s,
+            video_tokens=self._check_parity(shared, inputs, frames, pair_times_s),
+            clip_digest=clip.digest,
+            duration_s=clip.duration_s,
+            clip=clip if self.keep_clips else None,
+        )
+
+    def _through_video(self, ids: torch.Tensor) -> torch.Tensor:
+        """The ids up to the last marker of the video, which all prompts on it share."""
+        return ids[: int((ids == self._vision_end).nonzero()[-1]) + 1]
 
     def _try(self) -> None:
         """Encodes two small frames: settings with which no video can be encoded are found at once, and not

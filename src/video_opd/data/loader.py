@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from pathlib import Path
 from video_opd.config import VideoConfig
 from video_opd.data.clip_cache import ClipCache
 from video_opd.data.encode import PromptEncoder
+from video_opd.data.prompt_memory import PromptMemory
 from video_opd.data.video import VideoError, load_clip
 from video_opd.errors import UserError
 from video_opd.jsonl import append_jsonl, read_jsonl, repair_jsonl
-from video_opd.types import EncodedPrompt, Sample
+from video_opd.types import Clip, EncodedPrompt, Sample
 
 # The share of failed rows is not checked on fewer rows than this, unless the data has fewer.
 MIN_CHECKED_ROWS = 50
@@ -40,7 +41,8 @@ class PromptLoader:
     """Yields ``(sample, prompt)`` in the order of ``samples``, which does not depend on ``workers``.
 
     ``workers`` threads decode (0: the calling thread does), at most ``prefetch`` videos ahead. Memory grows
-    with ``prefetch``, not with the number of rows, because the prompts of a video share its pixels.
+    with ``prefetch``, not with the number of rows, because the prompts of a video share its pixels; beside
+    them, up to ``memory_bytes`` of prompts whose videos come again are kept.
 
     A row is skipped if its video cannot be decoded or the encoder refuses its query. It is listed with the
     reason in ``skipped``, and once in the file ``skipped_path`` (keys ``id``, ``video``, ``reason``).
@@ -63,6 +65,7 @@ class PromptLoader:
         backend: str = "pyav",
         cache_dir: str | Path | None = None,
         cache_bytes: int = 20 << 30,
+        memory_bytes: float = 0,
     ) -> None:
         assert workers >= 0 and prefetch >= 1
         self.samples = list(samples)
@@ -75,6 +78,7 @@ class PromptLoader:
         self.backend = backend
         self.skipped: list[tuple[Sample, str]] = []
         self.wait_s = 0.0
+        self.memory_bytes = memory_bytes
         self._cache = None if cache_dir is None else ClipCache(cache_dir, cache_bytes)
         self._reported = self._already_reported()
 
@@ -84,8 +88,9 @@ class PromptLoader:
     def __iter__(self) -> Iterator[tuple[Sample, EncodedPrompt]]:
         self.skipped = []
         groups = [list(group) for _, group in itertools.groupby(self.samples, key=lambda s: s.video)]
+        memory = PromptMemory(Counter(group[0].video for group in groups), self.memory_bytes)
         done = failed = 0
-        for group, rows in self._in_order(groups):
+        for group, rows in self._in_order(groups, memory):
             done += len(group)
             failed += len(rows.failed)
             self._record_skipped(rows.failed)
@@ -93,11 +98,11 @@ class PromptLoader:
                 self._check_failed_share(failed, done)
             yield from rows.prompts
 
-    def _in_order(self, groups: list[_Group]) -> Iterator[tuple[_Group, _EncodedRows]]:
+    def _in_order(self, groups: list[_Group], memory: PromptMemory) -> Iterator[tuple[_Group, _EncodedRows]]:
         if self.workers == 0:
             for group in groups:
                 started = time.perf_counter()
-                rows = self._encode(group)
+                rows = self._encode(group, memory)
                 self.wait_s += time.perf_counter() - started
                 yield group, rows
             return
@@ -108,7 +113,7 @@ class PromptLoader:
         def fill() -> None:
             while waiting and len(ahead) < self.prefetch:
                 group = waiting.popleft()
-                ahead.append((group, executor.submit(self._encode, group)))
+                ahead.append((group, executor.submit(self._encode, group, memory)))
 
         try:
             fill()
@@ -122,7 +127,7 @@ class PromptLoader:
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, group: _Group) -> _EncodedRows:
+    def _encode(self, group: _Group, memory: PromptMemory) -> _EncodedRows:
         video = group[0].video
         encodable: list[Sample] = []
         failed: list[tuple[Sample, str]] = []
@@ -132,17 +137,25 @@ class PromptLoader:
                 encodable.append(sample)
             else:
                 failed.append((sample, reason))
-        if not encodable:
-            return _EncodedRows(prompts=[], failed=failed)
-        try:
-            if self._cache is not None:
-                clip = self._cache.load(video, self.budget, self.backend)
-            else:
-                clip = load_clip(video, self.budget, self.backend)
-        except VideoError as error:
-            return _EncodedRows(prompts=[], failed=failed + [(sample, error.reason) for sample in encodable])
-        prompts = self.encoder.encode_many(clip, [s.query for s in encodable], [s.id for s in encodable])
-        return _EncodedRows(prompts=list(zip(encodable, prompts, strict=True)), failed=failed)
+        prompts = memory.use(video)
+        new = [sample for sample in encodable if sample.id not in prompts]
+        if new:
+            queries, ids = [sample.query for sample in new], [sample.id for sample in new]
+            try:
+                if prompts:
+                    made = self.encoder.encode_more(next(iter(prompts.values())), queries, ids)
+                else:
+                    made = self.encoder.encode_many(self._clip(video), queries, ids)
+            except VideoError as error:
+                return _EncodedRows(prompts=[], failed=failed + [(sample, error.reason) for sample in new])
+            memory.keep(video, made)
+            prompts |= zip(ids, made, strict=True)
+        return _EncodedRows(prompts=[(sample, prompts[sample.id]) for sample in encodable], failed=failed)
+
+    def _clip(self, video: Path) -> Clip:
+        if self._cache is not None:
+            return self._cache.load(video, self.budget, self.backend)
+        return load_clip(video, self.budget, self.backend)
 
     def _record_skipped(self, failed: Sequence[tuple[Sample, str]]) -> None:
         self.skipped += failed

@@ -16,14 +16,18 @@ from video_opd.evaluation.predict import GenerationSettings, generate_responses
 from video_opd.evaluation.protocols import Protocol
 from video_opd.jsonl import write_jsonl
 from video_opd.progress import log
-from video_opd.types import EncodedPrompt, Prediction, Rollout, Sample
+from video_opd.types import EncodedPrompt, Prediction, Sample, TokenLogprobs
 
 if TYPE_CHECKING:
+    import torch
+
     from video_opd.models.interfaces import Policy, Teacher
 
 FRAMES = 8
 FRAME_TOKENS = 20  # cells of 32×32 px, at most: about 192×96 px
-Explain = Callable[[EncodedPrompt, str], Mapping[str, Any]]
+Explain = Callable[[Sequence[EncodedPrompt], Sequence[str]], Sequence[Mapping[str, Any]]]
+
+Top = list[list[tuple[str, float]]]  # for each token, the likeliest ones and their log-probabilities
 
 
 def write_annotations(samples: Sequence[Sample], out: Path) -> None:
@@ -50,21 +54,28 @@ def write_failures(
     make_loader: MakeLoader,
     explain: Explain,
     protocol: str | Protocol = "paper",
+    *,
+    batch_size: int = 8,
 ) -> None:
     """Writes the failures that are shown (:func:`~video_opd.evaluation.failures.choose_failures`).
 
-    ``predictions`` are the student's. ``explain`` gives what :func:`explainer` does. A row whose video can no
-    longer be read is left out.
+    ``predictions`` are the student's. ``explain`` gives what :func:`explainer` does, for ``batch_size`` rows
+    at a time. A row whose video can no longer be read is left out.
     """
     chosen = [row.sample for row in choose_failures(samples, predictions, protocol)]
-    prompts = {sample.id: prompt for sample, prompt in make_loader(chosen)} if chosen else {}
-    rows = []
-    for sample in chosen:
-        if sample.id in prompts:
-            responses = predictions[sample.id].responses
-            explained = explain(prompts[sample.id], responses[0]) if responses else {}
-            rows.append({"id": sample.id, **_pictures(sample), **explained})
-    write_jsonl(out, rows)
+    loaded = list(make_loader(chosen)) if chosen else []
+    answered = [
+        (sample.id, prompt, responses[0])
+        for sample, prompt in loaded
+        if (responses := predictions[sample.id].responses)
+    ]
+    explained: dict[str, Mapping[str, Any]] = {}
+    for start in range(0, len(answered), batch_size):
+        ids, prompts, texts = zip(*answered[start : start + batch_size], strict=True)
+        explained |= zip(ids, explain(prompts, texts), strict=True)
+    write_jsonl(
+        out, [{"id": sample.id, **_pictures(sample), **explained.get(sample.id, {})} for sample, _ in loaded]
+    )
 
 
 def _pictures(sample: Sample) -> dict[str, Any]:
@@ -87,44 +98,50 @@ def explainer(
     *,
     distributions: bool = True,
 ) -> Explain:
-    """Returns a function of a prompt and of the student's recorded response to it.
+    """Returns a function of prompts and of the student's recorded responses to them.
 
-    It gives the response token by token: ``tokens``, ``student_logprobs``, ``teacher_logprobs``, ``r`` (eq 5)
-    and ``student_top``, ``teacher_top``, the likeliest tokens of both. The response is made again, because
-    predictions have no tokens; if it comes out otherwise (another batch may round otherwise), nothing is
-    given. ``distributions`` says whether the teacher gives whole distributions.
+    It gives each response token by token: ``tokens``, ``student_logprobs``, ``teacher_logprobs``, ``r``
+    (eq 5) and ``student_top``, ``teacher_top``, the likeliest tokens of both. Responses are made again,
+    because predictions have no tokens; for one that comes out otherwise (another batch may round otherwise),
+    nothing is given. ``distributions`` says whether the teacher gives whole distributions.
     """
     from video_opd.models.alternatives import likeliest
 
-    def tokens_of(top: list[list[tuple[int, float]]]) -> list[list[tuple[str, float]]]:
-        return [[(decode(token), value) for token, value in position] for position in top]
+    def signal_of(scores: TokenLogprobs, row: int, length: int) -> tuple[torch.Tensor, Top | None]:
+        own_T, full_BTV = scores.logprobs_BT[row, :length].cpu(), scores.full_BTV
+        if full_BTV is None:
+            return own_T, None
+        top = likeliest(full_BTV[row, :length])
+        return own_T, [[(decode(token), value) for token, value in position] for position in top]
 
-    def explain(prompt: EncodedPrompt, recorded: str) -> Mapping[str, Any]:
-        rollout = _answered_again(student, prompt, settings)
-        if rollout.text != recorded:
-            return {}
-        ids = [[rollout.token_ids]]
-        length = len(rollout.token_ids)
-        own = student.logprobs([prompt], ids, full=True)
-        row: dict[str, Any] = {
-            "tokens": [decode(token) for token in rollout.token_ids],
-            "student_logprobs": own.logprobs_BT[0, :length].tolist(),
-            "teacher_logprobs": None,
-            "r": [None] * length,
-            "student_top": None if own.full_BTV is None else tokens_of(likeliest(own.full_BTV[0, :length])),
-            "teacher_top": None,
-        }
-        if teacher is not None:
-            scores = teacher.logprobs([prompt], ids, full=distributions)
-            signal_T = scores.logprobs_BT[0, :length].cpu() - own.logprobs_BT[0, :length].cpu()
-            row |= {"teacher_logprobs": scores.logprobs_BT[0, :length].tolist(), "r": signal_T.tolist()}
-            if scores.full_BTV is not None:
-                row["teacher_top"] = tokens_of(likeliest(scores.full_BTV[0, :length]))
-        return row
+    def explain(prompts: Sequence[EncodedPrompt], recorded: Sequence[str]) -> list[Mapping[str, Any]]:
+        rollouts = [rollout for rollout, *_ in generate_responses(student, prompts, settings, "predict")]
+        found: list[Mapping[str, Any]] = [{} for _ in prompts]
+        same = [i for i, rollout in enumerate(rollouts) if rollout.text == recorded[i]]
+        if not same:
+            return found
+        asked, ids = [prompts[i] for i in same], [[rollouts[i].token_ids] for i in same]
+        own = student.logprobs(asked, ids, full=True)
+        scores = None if teacher is None else teacher.logprobs(asked, ids, full=distributions)
+        for row, i in enumerate(same):
+            length = len(rollouts[i].token_ids)
+            own_T, own_top = signal_of(own, row, length)
+            signal: dict[str, Any] = {
+                "tokens": [decode(token) for token in rollouts[i].token_ids],
+                "student_logprobs": own_T.tolist(),
+                "teacher_logprobs": None,
+                "r": [None] * length,
+                "student_top": own_top,
+                "teacher_top": None,
+            }
+            if scores is not None:
+                theirs_T, their_top = signal_of(scores, row, length)
+                signal |= {
+                    "teacher_logprobs": theirs_T.tolist(),
+                    "r": (theirs_T - own_T).tolist(),
+                    "teacher_top": their_top,
+                }
+            found[i] = signal
+        return found
 
     return explain
-
-
-def _answered_again(student: Policy, prompt: EncodedPrompt, settings: GenerationSettings) -> Rollout:
-    ((rollout, *_),) = generate_responses(student, [prompt], settings, "predict")
-    return rollout

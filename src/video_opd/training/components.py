@@ -406,6 +406,7 @@ def prompt_loader(
             max_failed_share=max_failed_share,
             backend=recipe.video.backend,
             cache_dir=data.cache_dir,
+            memory_bytes=data.memory_gib * 2**30,
         )
 
     return load

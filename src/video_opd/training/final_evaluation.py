@@ -99,6 +99,7 @@ def record_failures(recipe: Recipe, policy: Policy, components: Components, fold
             components.evaluation_loader,
             explain,
             recipe.prompt.style,
+            batch_size=recipe.evaluate.batch_size,
         )
 
 

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from video_opd.config import VideoConfig
 from video_opd.data import clip_cache, loader
 from video_opd.data.encode import PromptEncoder
 from video_opd.data.loader import PromptLoader
+from video_opd.data.prompt_memory import PromptMemory
 from video_opd.data.video import load_clip
 from video_opd.errors import UserError
 from video_opd.jsonl import read_jsonl
@@ -89,6 +91,63 @@ def test_rows_on_one_video_decode_it_once(videos, monkeypatch):
     made = list(PromptLoader(rows(videos[:2], queries=4), encoder(), SMALL))
     assert len(made) == 8 and sorted(decoded) == videos[:2]
     assert made[0][1].tensors["pixel_values_videos"] is made[3][1].tensors["pixel_values_videos"]
+
+
+def epochs(videos: list[Path], count: int) -> list[Sample]:
+    """Two rows on each video in every epoch, never next to each other."""
+    first, second = rows(videos)[0::2], rows(videos)[1::2]
+    return (first + second) * count
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (3, 4)])
+def test_what_an_earlier_epoch_encoded_is_not_encoded_again(videos, monkeypatch, workers, prefetch):
+    plain = list(PromptLoader(epochs(videos, 3), encoder(), SMALL, workers=0))
+    decoded = count_decodes(monkeypatch)
+    made = list(
+        PromptLoader(
+            epochs(videos, 3), encoder(), SMALL, workers=workers, prefetch=prefetch, memory_bytes=1 << 30
+        )
+    )
+    assert sorted(decoded) == videos
+    assert ids(made) == ids(plain)
+    for (_, kept), (_, alone) in zip(made, plain, strict=True):
+        assert torch.equal(kept.input_ids, alone.input_ids) and kept.text == alone.text
+        assert kept.tensors.keys() == alone.tensors.keys()
+        assert all(torch.equal(kept.tensors[key], alone.tensors[key]) for key in alone.tensors)
+        assert replace(kept, input_ids=alone.input_ids, tensors=alone.tensors) == alone
+    assert made[0][1] is made[10][1]  # with the positions that a model numbered
+
+
+def test_what_is_kept_is_bounded_and_left_after_its_last_use(videos, monkeypatch):
+    (one,) = (prompt for _, prompt in PromptLoader(rows(videos[:1], queries=1), encoder(), SMALL))
+    video_bytes = sum(tensor.nbytes for tensor in one.tensors.values()) + 2 * 40 * one.length
+    decoded = count_decodes(monkeypatch)
+    list(PromptLoader(epochs(videos, 3), encoder(), SMALL, workers=0, memory_bytes=2.5 * video_bytes))
+    # The first two are kept until they have come for the last time; the others are decoded for each row.
+    assert [decoded.count(video) for video in videos] == [1, 1, 6, 6, 6]
+    decoded.clear()
+    list(PromptLoader(epochs(videos, 1) * 2, encoder(), SMALL, workers=0))
+    assert len(decoded) == 4 * len(videos)
+
+    memory = PromptMemory({videos[0]: 2, videos[1]: 1}, 1 << 30)
+    assert memory.use(videos[0]) == memory.use(videos[1]) == {}
+    memory.keep(videos[0], [one])
+    memory.keep(videos[1], [one])
+    assert memory.use(videos[0]) == {one.sample_id: one} and memory.held_bytes == 0
+
+
+def test_a_video_that_failed_is_tried_again_in_the_next_epoch(tmp_path):
+    write_video(tmp_path / "good.mp4", 10)
+    (tmp_path / "late.mp4").write_bytes(b"not yet")
+    samples = rows([tmp_path / "good.mp4", tmp_path / "late.mp4"], queries=1)
+    loaded = PromptLoader(
+        samples * 2, encoder(), SMALL, workers=0, max_failed_share=1.0, memory_bytes=1 << 30
+    )
+    iterator = iter(loaded)
+    assert next(iterator)[0].id == "good-0"
+    assert next(iterator)[0].id == "good-0" and [sample.id for sample, _ in loaded.skipped] == ["late-0"]
+    shutil.copy(tmp_path / "good.mp4", tmp_path / "late.mp4")
+    assert [sample.id for sample, _ in iterator] == ["late-0"]
 
 
 @pytest.mark.parametrize("queries", [1, 5])

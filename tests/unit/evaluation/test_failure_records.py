@@ -35,7 +35,7 @@ def test_a_response_is_explained_token_by_token(student: HFPolicy) -> None:
     prompt, other = encode("when?"), HFPolicy(model(1, sharpness=8.0), processor())
     decode = text_of_token(processor())
     rollout = response(student, prompt)
-    found = explainer(student, LocalTeacher(other), decode, SETTINGS)(prompt, rollout.text)
+    found = explainer(student, LocalTeacher(other), decode, SETTINGS)([prompt], [rollout.text])[0]
     n = len(rollout.token_ids)
     assert found["tokens"] == [decode(token) for token in rollout.token_ids]
     for name, policy in (("student", student), ("teacher", other)):
@@ -57,18 +57,38 @@ def test_a_response_is_explained_token_by_token(student: HFPolicy) -> None:
 def test_without_a_teacher_or_its_distributions_there_is_less(student: HFPolicy) -> None:
     prompt = encode("when?")
     rollout, decode = response(student, prompt), text_of_token(processor())
-    alone = explainer(student, None, decode, SETTINGS)(prompt, rollout.text)
+    alone = explainer(student, None, decode, SETTINGS)([prompt], [rollout.text])[0]
     assert alone["teacher_logprobs"] is None and alone["r"] == [None] * len(rollout.token_ids)
     assert alone["student_top"] and alone["teacher_top"] is None
     teacher = LocalTeacher(student)
-    short = explainer(student, teacher, decode, SETTINGS, distributions=False)(prompt, rollout.text)
+    short = explainer(student, teacher, decode, SETTINGS, distributions=False)([prompt], [rollout.text])[0]
     assert short["teacher_top"] is None and short["r"] == pytest.approx(
         [0.0] * len(rollout.token_ids), abs=1e-5
     )
 
 
 def test_a_response_that_comes_out_otherwise_is_not_explained(student: HFPolicy) -> None:
-    assert explainer(student, None, text_of_token(processor()), SETTINGS)(encode("when?"), "else") == {}
+    assert explainer(student, None, text_of_token(processor()), SETTINGS)([encode("when?")], ["else"]) == [{}]
+
+
+def test_responses_are_explained_together_as_alone(student: HFPolicy) -> None:
+    prompts = [encode("when?"), encode("when does it rain?"), encode("where?")]
+    recorded = [response(student, prompt).text for prompt in prompts]
+    explain = explainer(
+        student,
+        LocalTeacher(HFPolicy(model(1, sharpness=8.0), processor())),
+        text_of_token(processor()),
+        SETTINGS,
+    )
+    first, second, third = explain(prompts, [recorded[0], "else", recorded[2]])
+    assert second == {}
+    for found, prompt, text in ((first, prompts[0], recorded[0]), (third, prompts[2], recorded[2])):
+        (alone,) = explain([prompt], [text])
+        assert found["tokens"] == alone["tokens"]
+        for key in ("student_logprobs", "teacher_logprobs", "r"):
+            assert found[key] == pytest.approx(alone[key], abs=1e-4)
+        for key in ("student_top", "teacher_top"):
+            assert [[t for t, _ in top] for top in found[key]] == [[t for t, _ in top] for top in alone[key]]
 
 
 def test_the_likeliest_tokens_of_a_small_vocabulary() -> None:
@@ -94,14 +114,14 @@ def test_annotations_and_failures_are_written(tmp_path: Path) -> None:
     predictions = {
         i: Prediction(id=i, responses=("x",), spans=(None,), rules=("none",)) for i in ("a", "b", "c", "d")
     }
-    asked = []
+    asked: list[str] = []
 
     def load(wanted: Sequence[Sample]) -> Iterator[tuple[Sample, EncodedPrompt]]:
         return ((each, encode("when?")) for each in wanted if each.id != "c")
 
-    def explain(prompt: EncodedPrompt, text: str) -> dict[str, Any]:
-        asked.append(text)
-        return {"tokens": ["x"]}
+    def explain(prompts: Sequence[EncodedPrompt], texts: Sequence[str]) -> list[dict[str, Any]]:
+        asked.extend(texts)
+        return [{"tokens": ["x"]} for _ in prompts]
 
     write_failures(samples, predictions, tmp_path / "failures.jsonl", load, explain)
     first, second = rows_of(tmp_path / "failures.jsonl")  # the third has no prompt
