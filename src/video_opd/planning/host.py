@@ -12,6 +12,7 @@ from video_opd.planning.sizes import ModelSizes
 #: The parts that a process holds, with what each is.
 HOST_PARTS: Mapping[str, str] = {
     "prompts": "videos that are decoded ahead (data.prefetch)",
+    "kept_prompts": "prompts whose videos come again (data.memory_gib)",
     "masters": "the weights that the optimiser updates, and their gradients",
     "moments": "the optimiser's moments",
     "teacher": "the teacher's weights, pinned",
@@ -46,7 +47,10 @@ def host_memory_of(
     shards = setup.processes if setup.sharded else 1
     trained, frozen_number = estimate.all_trained, setup.number if setup.adapted else 4
     video = 4 * work.video_tokens * student.vision.patches_a_token * student.vision.patch_numbers
-    parts = {"prompts": work.videos_ahead * video}
+    parts = {
+        "prompts": work.videos_ahead * video,
+        "kept_prompts": int(min(work.memory_bytes, work.rows * video)),
+    }
     if estimate.away:
         parts["masters"] = 8 * trained // shards
         parts["moments"] = estimate.moments // shards

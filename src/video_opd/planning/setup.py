@@ -150,6 +150,7 @@ class Work:
     steps: int  # optimiser steps of a run
     updates_a_batch: int
     videos_ahead: int  # that a process has decoded and not used yet
+    memory_bytes: float  # of prompts that it keeps for the next time, at most
     rows: int
     rows_assumed: bool  # the data file is not here
     sampled: bool  # responses are sampled, not taken from the annotation
@@ -178,6 +179,7 @@ class Work:
             steps=optim.max_steps or steps,
             updates_a_batch=optim.updates_per_batch,
             videos_ahead=recipe.videos_ahead(processes),
+            memory_bytes=recipe.data.memory_gib * 2**30,
             rows=rows,
             rows_assumed=samples is None,
             sampled=isinstance(recipe, OnPolicyRecipe),

@@ -65,8 +65,8 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         *(questions_task(place, place.runs("shipped") / model, shipped(model)) for model in MODELS),
         *tuning_stage(place, list(ARMS)),
     ]
-    runs = [
-        train_task(
+    runs = {
+        run_of(place, arm, seed): train_task(
             place,
             run_of(place, arm, seed),
             arm,
@@ -78,13 +78,9 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         )
         for seed in seeds
         for arm in ARMS
-    ]
-    asked = [
-        questions_task(place, run_of(place, arm, seed), run_of(place, arm, seed) / "model")
-        for seed in seeds
-        for arm in ARMS
-    ]
-    return [first, runs, asked]
+    }
+    asked = [questions_task(place, run, run / "model").waiting_for(made) for run, made in runs.items()]
+    return [first, [*runs.values()], asked]
 
 
 def models_of(arm: str) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         count_task(place),
         *tuning_stage(place, ARMS),
     ]
-    runs = [
-        train_task(
+    runs = {
+        (seed, arm): train_task(
             place,
             run_of(place, arm, seed),
             arm,
@@ -65,14 +65,15 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         )
         for seed in seeds
         for arm in ARMS
-    ]
+    }
     measured = [
-        predict_task(answers_of(place, arm, seed, step), checkpoint_of(place, arm, seed, step), test)
-        for seed in seeds
-        for arm in ARMS
+        predict_task(
+            answers_of(place, arm, seed, step), checkpoint_of(place, arm, seed, step), test
+        ).waiting_for(made)
+        for (seed, arm), made in runs.items()
         for step in steps()
     ]
-    return [first, runs, measured]
+    return [first, [*runs.values()], measured]
 
 
 def count_task(place: Place) -> Task:

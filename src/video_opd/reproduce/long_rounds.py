@@ -54,8 +54,8 @@ def prepare(place: Place, seeds: Sequence[int]) -> None:
 
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
-    trained = [
-        rounds_task(
+    rounds = {
+        seed: rounds_task(
             place,
             rounds_of(place, seed),
             RECIPE,
@@ -68,8 +68,8 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             changes=tuned(place, RECIPE) | RESPONSES | {"tvdf.k": ROWS},
         )
         for seed in seeds
-    ]
-    trained += [
+    }
+    all_rows = [
         train_task(
             place,
             run_of(place, seed),
@@ -83,12 +83,13 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         for seed in seeds
     ]
     last = [
-        predict_task(round_of(place, seed, n), round_of(place, seed, n) / "model", data)
-        for seed in seeds
+        predict_task(round_of(place, seed, n), round_of(place, seed, n) / "model", data).waiting_for(made)
+        for seed, made in rounds.items()
         for n in range(1, ROUNDS + 1)
         for data in place.tests.values()
     ]
-    return [[*shipped_stage(place, (BASE, TEACHER)), *tuning_stage(place, [RECIPE])], trained, last]
+    first = [*shipped_stage(place, (BASE, TEACHER)), *tuning_stage(place, [RECIPE])]
+    return [first, [*rounds.values(), *all_rows], last]
 
 
 def rounds_of(place: Place, seed: int) -> Path:

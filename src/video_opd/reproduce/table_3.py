@@ -88,8 +88,8 @@ def prepare(place: Place, seeds: Sequence[int]) -> None:
 
 def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
     first = [*shipped_stage(place, (BASE, *TEACHERS)), *tuning_stage(place, [RECIPE, "sft", "grpo"])]
-    trained = [
-        rounds_task(
+    rounds = {
+        (seed, teacher): rounds_task(
             place,
             rounds_of(place, teacher, seed),
             RECIPE,
@@ -103,9 +103,9 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
         )
         for seed in seeds
         for teacher in TEACHERS
-    ]
-    trained += [
-        train_task(
+    }
+    sft = {
+        seed: train_task(
             place,
             sft_of(place, seed),
             "sft",
@@ -116,7 +116,7 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             changes=tuned(place, "sft"),
         )
         for seed in seeds
-    ]
+    }
     last = [
         train_task(
             place,
@@ -127,17 +127,18 @@ def stages(place: Place, seeds: Sequence[int]) -> list[Stage]:
             seed=seed,
             steps=GRPO_STEPS,
             changes=tuned(place, "grpo") | {"model.path": sft_of(place, seed) / "model"},
-        )
+        ).waiting_for(sft[seed])
         for seed in seeds
     ]
     last += [
-        predict_task(round_of(place, teacher, seed, n), round_of(place, teacher, seed, n) / "model", data)
-        for seed in seeds
-        for teacher in TEACHERS
+        predict_task(
+            round_of(place, teacher, seed, n), round_of(place, teacher, seed, n) / "model", data
+        ).waiting_for(made)
+        for (seed, teacher), made in rounds.items()
         for n in range(1, ROUNDS + 1)
         for data in place.tests.values()
     ]
-    return [first, trained, last]
+    return [first, [*rounds.values(), *sft.values()], last]
 
 
 def rounds_of(place: Place, teacher: str, seed: int) -> Path:

@@ -6,13 +6,13 @@ commit. What was made by other words, or from other files, is not taken for what
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Task:
     """One command of an experiment: ``python -m module words``, which is ``video-opd words`` by default.
 
     The words are made when it starts, because they may name what earlier tasks found. ``done`` says whether
-    there is nothing left to do; ``seconds`` is its expected time on one thread.
+    there is nothing left to do; ``seconds`` is its expected time on one thread. ``after`` names the tasks
+    that it waits for; None: all those of the stages before.
     """
 
     name: str  # unique; its output is kept in ``name + ".log"``
@@ -40,10 +41,15 @@ class Task:
     done: Callable[[], bool]
     seconds: float
     module: str = "video_opd"
+    after: tuple[str, ...] | None = None
+
+    def waiting_for(self, *others: Task) -> Task:
+        """The same task, which waits for no others than these."""
+        return replace(self, after=tuple(task.name for task in others))
 
 
 Stage = Sequence[Task]
-"""Tasks that do not wait for one another."""
+"""Tasks that do not wait for one another, but for those of the stages before."""
 
 
 def settings_words(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -58,27 +64,69 @@ def expected_seconds(stages: Iterable[Stage], jobs: int) -> float:
 
 
 def run_stages(stages: Sequence[Stage], logs: Path, jobs: int) -> None:
-    """Runs the tasks that are not done, ``jobs`` at a time and stage by stage.
+    """Runs the tasks that are not done, ``jobs`` at a time, each on its share of the cores.
 
-    Each runs on its share of the cores. Raises UserError with the last lines of a task that fails, after the
-    tasks beside it have ended; repeated, the others are not run again. It is raised, too, before a stage in
-    which something was made by another command or from other files.
+    A stage waits for those before it; a task of it that says so waits for less (:attr:`Task.after`). Raises
+    UserError with the last lines of a task that fails, after the tasks beside it have ended; repeated, the
+    others are not run again. It is raised, too, before a stage in which something was made by another command
+    or from other files.
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     total_s, done_s, began = expected_seconds(stages, jobs), 0.0, time.monotonic()
-    for number, stage in enumerate(stages):
-        for task in stage:
-            _check_as_before(task, logs)
-        # The longest first, so that no core waits long for the last one.
-        todo = sorted((task for task in stage if not task.done()), key=lambda task: -task.seconds)
-        for done, task in enumerate(_completed(todo, logs, jobs, threads), start=1):
-            done_s += task.seconds / jobs
-            left_s = (total_s - done_s) * (time.monotonic() - began) / done_s  # at this machine's pace
-            log(
-                f"stage {number + 1} of {len(stages)}: {done} of {len(todo)} done ({task.name}), "
-                f"about {duration(left_s)} left"
-            )
+    count = sum(not task.done() for stage in stages for task in stage)
+    numbers = itertools.count(1)
+    schedule = _Schedule(stages, logs)
+    running: dict[Future[None], Task] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while running or schedule.ready():
+            for task in schedule.start(jobs - len(running)):
+                running[pool.submit(_run, task, logs, threads)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()  # raises what the task raised, after the others have ended
+                task = running.pop(future)
+                schedule.finish(task)
+                done_s += task.seconds / jobs
+                left_s = (total_s - done_s) * (time.monotonic() - began) / done_s  # at this machine's pace
+                log(f"{next(numbers)} of {count} done ({task.name}), about {duration(left_s)} left")
+
+
+class _Schedule:
+    """Which tasks may start: those that wait for no unfinished one."""
+
+    def __init__(self, stages: Sequence[Stage], logs: Path) -> None:
+        self._logs = logs
+        self._waiting: list[tuple[Task, frozenset[str]]] = []  # with the names of those it waits for
+        self._ready: list[Task] = []
+        self._finished: set[str] = set()
+        self._stage_of = {task.name: number for number, stage in enumerate(stages) for task in stage}
+        before: frozenset[str] = frozenset()
+        for stage in stages:
+            for task in stage:
+                self._waiting.append((task, before if task.after is None else frozenset(task.after)))
+            before |= {task.name for task in stage}
+
+    def ready(self) -> list[Task]:
+        """The tasks that may start. Those that are done count as finished."""
+        while opened := [task for task, after in self._waiting if after <= self._finished]:
+            names = {task.name for task in opened}
+            self._waiting = [(task, after) for task, after in self._waiting if task.name not in names]
+            for task in opened:
+                _check_as_before(task, self._logs)
+            done = {task.name for task in opened if task.done()}
+            self._finished |= done
+            self._ready += [task for task in opened if task.name not in done]
+        # The longest of a stage first, so that no core waits long for the last one.
+        self._ready.sort(key=lambda task: (self._stage_of[task.name], -task.seconds))
+        return self._ready
+
+    def start(self, most: int) -> list[Task]:
+        """The first ones, at most ``most``; they are no longer ready."""
+        started, self._ready = self.ready()[:most], self._ready[most:]
+        return started
+
+    def finish(self, task: Task) -> None:
+        self._finished.add(task.name)
 
 
 def commits_of(stages: Iterable[Stage], logs: Path) -> list[str]:
@@ -119,25 +167,6 @@ def _check_as_before(task: Task, logs: Path) -> None:
             f"{task.name} was made by another command, or from other files, than it would be now ({path}): "
             "choose another --out"
         )
-
-
-def _completed(todo: Sequence[Task], logs: Path, jobs: int, threads: int) -> Iterator[Task]:
-    failed = threading.Event()
-
-    def run(task: Task) -> bool:
-        if not failed.is_set():
-            try:
-                _run(task, logs, threads)
-            except BaseException:
-                failed.set()
-                raise
-        return task.done()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(run, task): task for task in todo}
-        for future in as_completed(running):
-            if future.result():  # raises what the task raised, after the others have ended
-                yield running[future]
 
 
 def _run(task: Task, logs: Path, threads: int) -> None:

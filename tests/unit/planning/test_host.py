@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from video_opd.training.components import adapt, freeze
 from video_opd.training.masters import Masters
 from video_opd.training.optimizers import make_optimizer
 from video_opd.training.sharding import Shards
+from video_opd.types import Sample
 
 GIB = 2**30
 # The sizes of the tiny model leave out nothing; a few scalars (AdamW's counts of steps) are not in a plan.
@@ -118,6 +119,21 @@ def test_videos_that_are_decoded_ahead(tmp_path: Path) -> None:
     assert recipe.videos_ahead(8) == 3
     ahead = paper(optim={"batch_size": 32}, evaluate={"batch_size": 4})
     assert [ahead.videos_ahead(n) for n in (1, 4, 8, 16)] == [32, 8, 4, 4]
+
+
+def test_prompts_that_are_kept_for_the_next_epoch(tmp_path: Path) -> None:
+    rows = [Sample(id=str(i), video=Path("v"), query="when?", duration_s=2.0) for i in range(3)]
+    sizes = tiny()
+
+    def parts(**data: float) -> Mapping[str, int]:
+        recipe = make_recipe(tmp_path, data={"prefetch": 1, **data})
+        work = Work.of(recipe, rows)
+        return host_memory_of(sizes.student, sizes.teachers, Setup.of(recipe), work).parts
+
+    video = parts()["prompts"]
+    assert parts()["kept_prompts"] == 3 * video < GIB  # less than the bound
+    assert parts(memory_gib=2 * video / GIB)["kept_prompts"] == 2 * video
+    assert "kept_prompts" not in parts(memory_gib=0.0)
 
 
 def test_the_papers_pair_on_eight_cards() -> None:

@@ -57,6 +57,40 @@ def test_the_longest_tasks_of_a_stage_are_started_first(tmp_path: Path) -> None:
     assert notes.started == ["30 s", "20 s", "1 s", "next"]
 
 
+def test_a_task_that_waits_for_one_starts_beside_the_others_of_its_stage(tmp_path: Path) -> None:
+    notes = Notes()
+    long, short, first = notes.task("long"), notes.task("short", seconds=5), notes.task("first")
+    after = [notes.task("of short", seconds=1).waiting_for(short), notes.task("of long").waiting_for(long)]
+    # With one at a time an earlier stage goes before a later one, and then the longest.
+    run_stages([[first], [short, long], [*after, notes.task("of all", seconds=5)]], tmp_path, 1)
+    assert notes.started == ["first", "long", "short", "of long", "of all", "of short"]
+
+    notes, begun = Notes(), tmp_path / "begun"
+    (tmp_path / "waits.py").write_text(
+        "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    )
+    waits = Task(name="waits", words=lambda: [begun], done=begun.exists, seconds=9, module="waits")
+    short = notes.task("short")
+
+    def end_the_wait() -> Sequence[Any]:
+        begun.touch()
+        return ["--version"]
+
+    next_one = Task(name="next", words=end_the_wait, done=begun.exists, seconds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        run_stages([[waits, short], [next_one.waiting_for(short)]], tmp_path / "logs", 2)
+    assert (tmp_path / "logs" / "waits.log").exists()
+
+
+def test_nothing_starts_after_a_failure_though_it_waits_for_nothing(tmp_path: Path) -> None:
+    notes = Notes()
+    bad, good = notes.task("bad", "evaluat"), notes.task("good", seconds=5)
+    with pytest.raises(UserError, match="bad ended with exit code 2"):
+        run_stages([[bad, good], [notes.task("free").waiting_for(), notes.task("last")]], tmp_path, 1)
+    assert notes.started == ["bad"]
+
+
 def test_a_task_that_fails_says_why_and_what_follows_is_not_started(tmp_path: Path) -> None:
     notes = Notes()
     stages = [[notes.task("good"), notes.task("bad", "evaluat"), notes.task("late")], [notes.task("next")]]
