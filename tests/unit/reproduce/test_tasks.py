@@ -67,7 +67,11 @@ def test_a_task_that_waits_for_one_starts_beside_the_others_of_its_stage(tmp_pat
 
     notes, begun = Notes(), tmp_path / "begun"
     (tmp_path / "waits.py").write_text(
-        "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+        "import pathlib, sys, time\n"
+        "for _ in range(3000):\n"
+        "    if pathlib.Path(sys.argv[1]).exists(): sys.exit()\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit('the next task has not begun')"
     )
     waits = Task(name="waits", words=lambda: [begun], done=begun.exists, seconds=9, module="waits")
     short = notes.task("short")
