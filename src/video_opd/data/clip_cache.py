@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 # 3: clips of files that are refused now, as those with pauses in their edit list; 2: an entry had no seal;
 # 1: frames of files without presentation times were guesses.
 FORMAT = 4
+# numpy reads an array's header with Python's parser, whose state the threads of Python 3.11 share: of two
+# that parse at a time one may fail with a SystemError (https://github.com/python/cpython/issues/106905).
+_PARSER = threading.Lock()
 _RESCAN_EVERY = 64  # writes between two looks at the folder, which other processes write to as well
 
 
@@ -70,11 +73,11 @@ class ClipCache:
         is then decoded again and replaces it."""
         try:
             _check_uncompressed(entry)
-            with np.load(entry, allow_pickle=False) as stored:
-                text = str(stored["meta"])
+            with _PARSER, np.load(entry, allow_pickle=False) as stored:
+                text, seal = str(stored["meta"]), str(stored["seal"])
                 frames, times_s, indices = stored["frames"], stored["times_s"], stored["frame_indices"]
-                if str(stored["seal"]) != _seal(text, frames, times_s, indices):
-                    return None
+            if seal != _seal(text, frames, times_s, indices):
+                return None
             with contextlib.suppress(OSError):  # the folder is somebody else's, or the entry was removed
                 os.utime(entry)
             meta = json.loads(text)
@@ -93,6 +96,7 @@ class ClipCache:
         except (
             *(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile),
             *(MemoryError, OverflowError, RecursionError, SyntaxError, NotImplementedError, RuntimeError),
+            SystemError,  # of the parser, if another library's thread parsed at the same time
         ):
             return None
 

@@ -1,5 +1,6 @@
 """Prompts in order, whatever fails on the way."""
 
+import ast
 import errno
 import json
 import math
@@ -254,6 +255,38 @@ def test_the_cache_gives_the_same_clips_without_decoding(videos, tmp_path, monke
     for (_, a), (_, b) in zip(first, again, strict=True):
         assert a.clip_digest == b.clip_digest and a.pair_times_s == b.pair_times_s
         assert torch.equal(a.tensors["pixel_values_videos"], b.tensors["pixel_values_videos"])
+
+
+def test_one_thread_at_a_time_parses_the_headers_of_entries(videos, tmp_path, monkeypatch):
+    """Python 3.11's parser may fail in one of two threads that use it together."""
+    samples = rows(videos, queries=1)
+    list(PromptLoader(samples, encoder(), SMALL, cache_dir=tmp_path))
+    parse, decoded = ast.literal_eval, []
+    inside: list[str] = []
+    together: list[list[str]] = []
+
+    def watched(text: str) -> Any:
+        inside.append(text)
+        time.sleep(0.01)  # another thread would come in
+        together.append(inside.copy())
+        inside.remove(text)
+        return parse(text)
+
+    def decode(path: Path, *arguments: Any) -> Clip:
+        decoded.append(path)
+        return load_clip(path, *arguments)
+
+    monkeypatch.setattr(clip_cache, "load_clip", decode)
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    list(PromptLoader(samples, encoder(), SMALL, workers=4, cache_dir=tmp_path))
+    assert {len(texts) for texts in together} == {1} and not decoded
+
+    def fails(text: str) -> Any:
+        raise SystemError("AST constructor recursion depth mismatch (before=42, after=40)")
+
+    monkeypatch.setattr(ast, "literal_eval", fails)
+    assert len(list(PromptLoader(samples, encoder(), SMALL, cache_dir=tmp_path))) == len(samples)
+    assert sorted(decoded) == videos
 
 
 def test_the_cache_knows_another_budget_and_a_changed_file(videos, tmp_path):
